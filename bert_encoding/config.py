@@ -1,0 +1,142 @@
+"""What one trial does: every setting, checked."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from bert_encoding.adapters import target_regex
+from bert_encoding.devices import PRECISIONS
+from bert_encoding.errors import InputError
+from bert_encoding.finetune import SCHEDULES, Training
+from bert_encoding.ridge import RIDGE_ALPHAS
+
+WORD_RATE, FROZEN, LORA = "word_rate", "frozen", "lora"
+METHODS = (WORD_RATE, FROZEN, LORA)
+MLM_TEXTS = ("fit", "all")
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """The settings of one trial; a search space may set each of them.
+
+    Attributes
+    ----------
+    method : ``lora``, ``frozen`` (the base model as it is) or ``word_rate`` (no BERT at all)
+    model : ``minilm``, ``minilm-plain``, a folder or a hub name
+    layer : whose hidden states are the word vectors; None is the last
+    seed : of everything random in the trial
+    rank, lora_alpha, target_modules, lora_dropout : the adapter; the update is scaled by lora_alpha / rank
+    lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
+    schedule, warmup_epochs : ``constant`` or ``linear`` after a warm-up of so many epochs
+    stride : tokens between the starts of training windows
+    embed_stride : the same for embedding windows, equal in all trials and baselines
+    window_tokens : length of a window, [CLS] and [SEP] included
+    mask_probability : share of tokens to predict
+    mlm_text : ``fit`` stories alone, or ``all`` stories (the words of validation and test included)
+    hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
+        With 0 on attention probabilities the fused attention kernel can be used, about 4 times faster on a CPU.
+    precision : of the fine-tuning's matrix products; embeddings are always computed in float32, since bfloat16
+        rounds word vectors by as much as a short fine-tuning moves them
+    delays : FIR delays in TRs
+    ridge_alphas, n_folds : penalties, and story folds inside fit that choose among them
+    probe_tokens : masked tokens at most on which losses are read
+    """
+
+    method: str = LORA
+    model: str = "bert-base-uncased"
+    layer: int | None = None
+    seed: int = 0
+    rank: int = 8
+    lora_alpha: float = 16.0
+    target_modules: str = "q,v"
+    lora_dropout: float = 0.1
+    lr: float = 2e-4
+    epochs: int = 3
+    batch_size: int = 8
+    accumulation: int = 1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    schedule: str = "constant"
+    warmup_epochs: float = 0.3
+    stride: int = 256
+    embed_stride: int = 256
+    window_tokens: int = 512
+    mask_probability: float = 0.15
+    mlm_text: str = "fit"
+    hidden_dropout: float | None = None
+    attention_dropout: float | None = 0.0
+    precision: str = "auto"
+    delays: tuple[int, ...] = (1, 2, 3, 4)
+    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS
+    n_folds: int = 5
+    probe_tokens: int = 2000
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for name in _WHOLE:
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} {getattr(self, name)!r}: must be a whole number")
+        for name, lowest, highest in _RANGES:
+            _check_range(name, getattr(self, name), lowest, highest)
+        for name in ("lr", "lora_alpha", "max_grad_norm", "mask_probability"):
+            if getattr(self, name) == 0:
+                raise InputError(f"{name} 0: must be above 0")
+        target_regex(self.target_modules)
+        for name in ("stride", "embed_stride"):
+            _check_range(name, getattr(self, name), 1, self.window_tokens - 2)
+        if not self.delays or min(self.delays) < 0 or len(set(self.delays)) < len(self.delays):
+            raise InputError(f"delays {self.delays}: must be different TRs from 0 up")
+        if len(self.ridge_alphas) < 1 or min(self.ridge_alphas) <= 0:
+            raise InputError(f"ridge_alphas {self.ridge_alphas}: must be above 0")
+
+    @property
+    def training(self) -> Training:
+        """The part that ``finetune`` needs."""
+        return Training(**{field.name: getattr(self, field.name) for field in fields(Training)})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrialConfig":
+        """Build a configuration from plain values, as a record or a search space has them.
+
+        Raises
+        ------
+        InputError
+            if a name is no setting or a value is not allowed.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise InputError(f"{name!r} is no setting of a trial; settings are {', '.join(sorted(known))}")
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**tuples)
+
+
+CHOICES = {"method": METHODS, "schedule": SCHEDULES, "mlm_text": MLM_TEXTS, "precision": PRECISIONS}
+_WHOLE = ("rank", "epochs", "batch_size", "accumulation", "stride", "embed_stride", "window_tokens", "n_folds", "seed")
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("rank", 1, 4096),
+    ("lora_alpha", 0, 1e6),
+    ("lora_dropout", 0, 0.99),
+    ("lr", 0, 1),
+    ("epochs", 1, 1000),
+    ("batch_size", 1, 4096),
+    ("accumulation", 1, 4096),
+    ("weight_decay", 0, 10),
+    ("max_grad_norm", 0, 1e9),
+    ("warmup_epochs", 0, 1000),
+    ("window_tokens", 8, 1_000_000),
+    ("mask_probability", 0, 0.9),
+    ("hidden_dropout", 0, 0.99),
+    ("attention_dropout", 0, 0.99),
+    ("n_folds", 2, 1000),
+    ("probe_tokens", 1, 1_000_000_000),
+    ("seed", 0, 2**62),
+)
+
+
+def _check_range(name: str, value: object, lowest: float, highest: float) -> None:
+    if value is None and name in ("hidden_dropout", "attention_dropout"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise InputError(f"{name} {value!r}: must be a number from {lowest:g} to {highest:g}")

@@ -1,0 +1,129 @@
+"""One pass over all responses before any fit: shapes, valid voxels, fingerprint."""
+
+import hashlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_encoding.datasets.story import Dataset, Story
+from bert_encoding.errors import InputError
+
+ROWS_PER_BLOCK_BYTES = 64 * 2**20
+CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
+
+
+class VoxelStatus(NamedTuple):
+    """(n_voxels,) flags of one story."""
+
+    finite: np.ndarray
+    varies: np.ndarray
+
+
+def inspect(dataset: Dataset) -> Dataset:
+    """Return the data set with its voxel masks, fingerprint and notes.
+
+    A voxel is valid if its responses are finite and not constant in every story of the data set, so that the mask
+    follows from the responses alone and is the same for every trial.
+
+    Raises
+    ------
+    InputError
+        if a story has the wrong number of rows or voxels, words and times of different length, or no finite
+        voxel at all.
+    """
+    digest = hashlib.sha256()
+    masks: dict[str, np.ndarray] = {}
+    notes = list(dataset.notes)
+    for story in dataset.stories.values():
+        _check_times(dataset.source, story)
+        _digest_text(digest, story)
+    for subject in dataset.subjects:
+        finite, varies = _subject_status(dataset, subject, digest)
+        masks[subject] = finite & varies
+        if not masks[subject].any():
+            raise InputError(
+                f"{dataset.source}: subject {subject} has no voxel that is finite and varies in every story"
+            )
+        if not masks[subject].all():
+            notes.append(
+                f"{subject}: {(~masks[subject]).sum()} of {masks[subject].size} voxels left out "
+                f"({(~finite).sum()} non-finite, {(finite & ~varies).sum()} constant in a story)"
+            )
+    silent = sum(word == "" for story in dataset.stories.values() for word in story.spoken)
+    if silent:
+        notes.append(f"{silent} rows of the transcripts hold no spoken word (empty or a tag): zero vectors")
+    return replace(dataset, voxel_masks=masks, fingerprint=digest.hexdigest()[:16], notes=tuple(notes))
+
+
+def _check_times(source: str, story: Story) -> None:
+    n_words, n_times = len(story.words), len(story.word_times_s)
+    if n_words != n_times:
+        raise InputError(f"{source}: story {story.name} has {n_words} words but {n_times} word times")
+    if not any(story.spoken):
+        raise InputError(f"{source}: story {story.name} has no spoken word; leave it out")
+    for what, times in (("word", story.word_times_s), ("TR", story.tr_times_s)):
+        if not np.isfinite(times).all():
+            raise InputError(f"{source}: story {story.name} has non-finite {what} times; mend or leave it out")
+        if (np.diff(times) < 0).any():
+            at = int(np.argmax(np.diff(times) < 0)) + 1
+            raise InputError(
+                f"{source}: story {story.name}: {what} times must not decrease, "
+                f"but {what} {at} ({times[at]:g} s) comes before {what} {at - 1} ({times[at - 1]:g} s)"
+            )
+    steps = np.diff(story.tr_times_s)
+    if steps.size == 0 or steps.min() <= 0 or steps.max() - steps.min() > 1e-3:
+        raise InputError(f"{source}: story {story.name}: TR times must be evenly spaced, one volume after the other")
+
+
+def _digest_text(digest: "hashlib._Hash", story: Story) -> None:
+    digest.update("\0".join((story.name, *story.words)).encode())
+    digest.update(np.ascontiguousarray(story.word_times_s, dtype="<f8").tobytes())
+    digest.update(np.ascontiguousarray(story.tr_times_s, dtype="<f8").tobytes())
+
+
+def _subject_status(dataset: Dataset, subject: str, digest: "hashlib._Hash") -> VoxelStatus:
+    totals: VoxelStatus | None = None
+    for story in dataset.stories.values():
+        status = _story_status(dataset, story, subject, digest)
+        if totals is not None and totals.finite.size != status.finite.size:
+            raise InputError(
+                f"{_where(dataset, story, subject)} has {status.finite.size} voxels, "
+                f"other stories of {subject} have {totals.finite.size}; all must agree"
+            )
+        totals = status if totals is None else VoxelStatus(*(a & b for a, b in zip(totals, status, strict=True)))
+    assert totals is not None
+    return totals
+
+
+def _story_status(dataset: Dataset, story: Story, subject: str, digest: "hashlib._Hash") -> VoxelStatus:
+    where = _where(dataset, story, subject)
+    responses = story.responses[subject].open()
+    if responses.ndim != 2 or responses.dtype.kind not in "fiu":
+        raise InputError(f"{where} is {responses.dtype} of shape {responses.shape}; expected numbers (rows, voxels)")
+    rows = dataset.trim.rows(len(story.tr_times_s))
+    expected = rows.stop - rows.start
+    if responses.shape[0] != expected:
+        raise InputError(
+            f"{where} has {responses.shape[0]} rows; its {len(story.tr_times_s)} TR times less "
+            f"{sum(dataset.trim)} trimmed make {expected}; text and responses must belong to the same cut"
+        )
+    digest.update(f"{subject}/{story.name}/{responses.shape}/{responses.dtype.str}".encode())
+    n_rows = max(1, ROWS_PER_BLOCK_BYTES // max(1, responses[:1].nbytes))
+    finite = np.ones(responses.shape[1], bool)
+    low, high = np.full(responses.shape[1], np.inf), np.full(responses.shape[1], -np.inf)
+    for start in range(0, expected, n_rows):
+        block = np.ascontiguousarray(responses[start : start + n_rows])
+        digest.update(block.tobytes())
+        ok = np.isfinite(block)
+        finite &= ok.all(axis=0)
+        clean = np.where(ok, block, 0)
+        low, high = np.minimum(low, clean.min(axis=0)), np.maximum(high, clean.max(axis=0))
+    if not finite.any():
+        raise InputError(f"{where} has no finite voxel; leave the story out or mend the file")
+    return VoxelStatus(finite, high - low > CONSTANT_RANGE)
+
+
+def _where(dataset: Dataset, story: Story, subject: str) -> str:
+    path = story.responses[subject].path
+    return f"{path or dataset.source}: story {story.name}, subject {subject}:"

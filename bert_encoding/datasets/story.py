@@ -1,0 +1,123 @@
+"""What was heard and what was measured, story by story."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_encoding.errors import InputError
+
+# Transcribers' marks for breaths, laughs and noise, with their mistyped brackets: {cg}, {ns], (br}.
+STRAY_TAG = re.compile(r"[{(\[][a-z_]{1,3}[})\]]", re.IGNORECASE)
+
+
+class Trim(NamedTuple):
+    """Volumes cut from the start and the end of every story, in TRs."""
+
+    start_trs: int
+    end_trs: int
+
+    def rows(self, n_trs: int) -> slice:
+        """Rows of a whole story, (n_trs, ...), that the responses cover."""
+        return slice(self.start_trs, n_trs - self.end_trs)
+
+
+# The responses of the Huth lab are already cut by the published trim; see ``rows`` for what features must do.
+TRIMS = {"published": Trim(10, 5), "course": Trim(5, 10)}
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses of one subject to one story, (n_rows, n_voxels): a ``.npy`` file, mapped when read, or an array.
+
+    Only the path travels between processes, never the mapped data.
+    """
+
+    path: Path | None = None
+    array: np.ndarray | None = None
+
+    def open(self) -> np.ndarray:
+        """Return the responses, (n_rows, n_voxels), read-only where they lie on disk."""
+        if self.array is not None:
+            return self.array
+        assert self.path is not None
+        try:
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such file; the responses were there when the study began") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{self.path}: not a readable .npy array ({first_line(error)})") from None
+
+
+@dataclass(frozen=True)
+class Story:
+    """One continuous stimulus.
+
+    Attributes
+    ----------
+    words : (n_words,) as transcribed; empty strings and stray tags keep their row
+    word_times_s : (n_words,) middle of each word, in seconds from the start of the story
+    tr_times_s : (n_trs,) middle of each volume, in seconds from the start of the story
+    responses : subject -> responses to this story
+    """
+
+    name: str
+    words: tuple[str, ...]
+    word_times_s: np.ndarray
+    tr_times_s: np.ndarray
+    responses: Mapping[str, Responses]
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The words as BERT reads them: without stray tags; an empty string where nothing was said."""
+        return tuple(spoken_text(word) for word in self.words)
+
+
+def spoken_text(word: str) -> str:
+    """Return what of a transcribed word was spoken: ``""`` for a tag or for punctuation alone."""
+    text = STRAY_TAG.sub("", word).strip()
+    return text if any(character.isalnum() for character in text) else ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Stories with responses of one or more subjects.
+
+    Attributes
+    ----------
+    stories : name -> story, in alphabetical order
+    subjects : subjects with responses to every story of ``stories``
+    published_test : stories that are locked for the final score unless the user names others
+    voxel_masks : subject -> (n_voxels,) True where a voxel can be scored; empty until ``inspect`` has run
+    fingerprint : hash of all content used; empty until ``inspect`` has run
+    notes : what a user should know of this data, a line each
+    """
+
+    source: str
+    stories: Mapping[str, Story]
+    subjects: tuple[str, ...]
+    published_test: tuple[str, ...]
+    trim: Trim = TRIMS["published"]
+    voxel_masks: Mapping[str, np.ndarray] | None = None
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+    def only(self, story_names: list[str], subjects: tuple[str, ...]) -> "Dataset":
+        """Return the data set restricted to some stories and subjects."""
+        return replace(self, stories={name: self.stories[name] for name in sorted(story_names)}, subjects=subjects)
+
+    def valid_responses(self, story: str, subject: str) -> np.ndarray:
+        """Return the responses of the valid voxels, (n_rows, n_valid) float32, a copy."""
+        assert self.voxel_masks is not None, "inspect the data set before reading its responses"
+        mask = self.voxel_masks[subject]
+        responses = self.stories[story].responses[subject].open()
+        kept = responses if mask.all() else responses[:, mask]
+        return np.array(kept, dtype=np.float32)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for use inside another one-line message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,167 @@
+"""The bundled demo: sixteen stories and a simulated listener whose truth is known.
+
+The listener has three kinds of voxels. *Language* voxels follow the word vectors of the frozen ``minilm`` encoder (its
+last layer), cleaned of word rate, through a few directions and a haemodynamic delay; *rate* voxels follow word rate;
+*silent* voxels follow nothing. So frozen BERT can be predicted to win here, and fine-tuning can at best keep up.
+"""
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bert_encoding.baselines import word_rate
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.story import TRIMS, Dataset, Responses, Story
+from bert_encoding.embed import embed_stories
+from bert_encoding.encoders import MINILM, load_encoder
+from bert_encoding.features import ZScore, delay, lanczos_downsample
+from bert_encoding.seeds import generator
+from bert_encoding.windows import tokenize
+
+DEMO = "demo"
+SUBJECT = "listener"
+TEST = ("ferry", "telescope")
+TR_S = 2.0
+N_LANGUAGE, N_RATE, N_SILENT = 160, 40, 100
+N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
+HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
+N_REPEATS_TEST = 5  # test stories are averages over so many scans
+SEED = 2026
+_VERSION = 1  # raise it whenever the simulation changes
+_STORIES = Path(__file__).parent / "data" / "stories"
+
+
+class Truth(NamedTuple):
+    """What the simulation knows.
+
+    Attributes
+    ----------
+    kind : (n_voxels,) "language", "rate" or "silent"
+    ceiling, ceiling_test : (n_voxels,) CC of a perfect prediction, for stories heard once and for test stories
+    """
+
+    kind: np.ndarray
+    ceiling: np.ndarray
+    ceiling_test: np.ndarray
+
+
+def demo_stories() -> Dataset:
+    """Return the bundled stories without responses; needs no model."""
+    stories = {path.stem: _story(path) for path in sorted(_STORIES.glob("*.txt"))}
+    return Dataset(source=DEMO, stories=stories, subjects=(SUBJECT,), published_test=TEST)
+
+
+def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
+    """Let the simulated listener hear the bundled stories; return them with responses, inspected, and the truth.
+
+    The fingerprint is made of text and simulation, not of the last bits of a forward pass, so that it is the same on
+    every machine.
+    """
+    signals = _signals(dataset)  # story -> (n_trs, n_voxels)
+    truth = _truth()
+    stories = {}
+    for name, story in dataset.stories.items():
+        ceiling = truth.ceiling_test if name in TEST else truth.ceiling
+        noise = _noise(signals[name].shape, name)
+        responses = ceiling * signals[name] + np.sqrt(1 - ceiling**2) * noise
+        kept = responses[dataset.trim.rows(len(responses))]
+        scaled = ZScore.learn(kept).apply(kept)
+        stories[name] = replace(story, responses={SUBJECT: Responses(array=scaled)})
+    heard = inspect(replace(dataset, stories=stories))
+    return replace(heard, fingerprint=_fingerprint(dataset)), truth
+
+
+def _truth() -> Truth:
+    kind = np.repeat(["language", "rate", "silent"], [N_LANGUAGE, N_RATE, N_SILENT])
+    ceiling = generator(SEED, "ceiling").uniform(0.3, 0.7, kind.size)
+    ceiling[kind == "silent"] = 0
+    share = ceiling**2
+    return Truth(kind, ceiling, np.sqrt(share / (share + (1 - share) / N_REPEATS_TEST)))
+
+
+def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Return what each voxel would respond without noise, story -> (n_trs, n_voxels); unit variance over the rows that
+    responses keep."""
+    downsampled = {n: _downsample(dataset.stories[n], v) for n, v in _frozen_vectors(dataset).items()}
+    rate = {n: _downsample(s, word_rate(s.spoken)) for n, s in dataset.stories.items()}
+    kept = {n: dataset.trim.rows(len(rate[n])) for n in rate}
+    language = _directions(downsampled, rate, kept)
+    rng = generator(SEED, "weights")
+    weights = rng.standard_normal((N_DIRECTIONS, N_LANGUAGE))
+    hrf = HAEMODYNAMICS[:, None] * rng.uniform(0.7, 1.3, (len(HAEMODYNAMICS), N_LANGUAGE + N_RATE))
+    signals = {}
+    for name in rate:
+        drive = np.hstack([language[name] @ weights, np.repeat(rate[name], N_RATE, axis=1)])  # (n_trs, n_driven)
+        lagged = delay(drive, range(1, len(hrf) + 1)).reshape(len(drive), *hrf.shape)
+        signals[name] = np.einsum("tdv,dv->tv", lagged, hrf)
+    scale = ZScore.learn(np.vstack([signals[n][kept[n]] for n in signals]))
+    return {n: np.hstack([scale.apply(s), np.zeros((len(s), N_SILENT))]) for n, s in signals.items()}
+
+
+def _directions(
+    X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]
+) -> dict[str, np.ndarray]:
+    """Return the strongest directions of the downsampled vectors beyond word rate, story -> (n_trs, n_directions),
+    learnt on the rows that responses keep."""
+    known = {n: np.hstack([r, np.ones_like(r)]) for n, r in rate.items()}
+    fit_known, fit_X = (np.vstack([values[n][kept[n]] for n in X]) for values in (known, X))
+    slopes = np.linalg.lstsq(fit_known, fit_X, rcond=None)[0]
+    _, scale, directions = np.linalg.svd(fit_X - fit_known @ slopes, full_matrices=False)
+    project = directions[:N_DIRECTIONS].T * (np.sqrt(len(fit_X)) / scale[:N_DIRECTIONS])
+    return {n: (X[n] - known[n] @ slopes) @ project for n in X}
+
+
+def _frozen_vectors(dataset: Dataset) -> dict[str, np.ndarray]:
+    encoder = load_encoder(MINILM)
+    tokens = {name: tokenize(story.spoken, encoder.tokenizer) for name, story in dataset.stories.items()}
+    return embed_stories(
+        encoder.model.bert,
+        tokens,
+        encoder.tokenizer,
+        layer=encoder.n_layers,
+        window_tokens=encoder.max_tokens,
+        stride=256,
+        precision="float32",
+        device=torch.device("cpu"),
+    )
+
+
+def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
+    return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
+
+
+def _noise(shape: tuple[int, int], story: str) -> np.ndarray:
+    """Return unit-variance noise with the slow drift of real responses: each TR keeps a third of the one before."""
+    keep = 1 / 3
+    white = generator(SEED, "noise", story).standard_normal(shape)
+    noise = white.copy()
+    for t in range(1, len(noise)):
+        noise[t] = keep * noise[t - 1] + np.sqrt(1 - keep**2) * white[t]
+    return noise
+
+
+def _story(path: Path) -> Story:
+    """Read a story aloud: long words take longer, sentences end in a pause."""
+    rng = generator(SEED, "reading", path.stem)
+    words, times, now = [], [], 0.2
+    for written in path.read_text().lower().split():
+        word = re.sub(r"^[^a-z]+|[^a-z]+$", "", written)
+        if not word:
+            continue
+        duration = (0.10 + 0.045 * len(word)) * rng.uniform(0.8, 1.25)
+        words.append(word)
+        times.append(now + duration / 2)
+        pause = 0.6 if re.search(r"[.?!]", written) else 0.2 if written[-1] in ",;:" else 0.0
+        now += duration + pause * rng.uniform(0.5, 1.5)
+    n_trs = int(np.ceil((now + 9) / TR_S)) + TRIMS["published"].end_trs + 1
+    return Story(path.stem, tuple(words), np.array(times), np.arange(n_trs) * TR_S - 9, {})
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    text = "".join(" ".join((name, *story.words)) for name, story in dataset.stories.items())
+    return f"demo-{_VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

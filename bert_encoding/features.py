@@ -1,0 +1,82 @@
+"""Word vectors to the scanner's clock: Lanczos downsampling, FIR delays, trim, z-score."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_encoding.datasets.story import Story, Trim
+
+N_LOBES = 3
+
+
+def story_features(vectors: np.ndarray, story: Story, delays: Sequence[int], trim: Trim) -> np.ndarray:
+    """Return the features of one story, (n_rows, n_delays * n_hidden) float32, row by row beside its responses.
+
+    The whole story is downsampled, then delayed, then trimmed: real samples, not zeros, fill the lags of the first
+    rows kept, and no story reaches into another.
+
+    Parameters
+    ----------
+    vectors : (n_words, n_hidden)
+    delays : in TRs
+    """
+    if len(vectors) != len(story.words):
+        raise ValueError(f"story {story.name}: {len(vectors)} vectors for {len(story.words)} words")
+    downsampled = lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)  # (n_trs, n_hidden)
+    delayed = delay(downsampled, delays)  # (n_trs, n_delays * n_hidden)
+    return delayed[trim.rows(len(delayed))].astype(np.float32)
+
+
+def lanczos_downsample(
+    vectors: np.ndarray, word_times_s: np.ndarray, tr_times_s: np.ndarray, n_lobes: int = N_LOBES
+) -> np.ndarray:
+    """Return the Lanczos-filtered sum of word vectors at each TR, (n_trs, n_hidden).
+
+    ``out[t] = sum_w L((tr_times_s[t] - word_times_s[w]) * cutoff) vectors[w]`` with
+    ``L(x) = n_lobes sin(pi x) sin(pi x / n_lobes) / (pi x)^2`` inside ``|x| <= n_lobes``, 1 at 0, and cutoff
+    ``1 / mean(diff(tr_times_s))``. A sum, not a mean: word rate enters the features, as in the published pipelines
+    (HuthLab/deep-fMRI-dataset, encoding/ridge_utils/interpdata.py, ``lanczosinterp2D``).
+    """
+    cutoff = 1 / np.mean(np.diff(tr_times_s))
+    x = (np.asarray(tr_times_s)[:, None] - np.asarray(word_times_s)[None, :]) * cutoff  # (n_trs, n_words)
+    weights = np.sinc(x) * np.sinc(x / n_lobes) * (np.abs(x) <= n_lobes)
+    return weights @ vectors
+
+
+def delay(X: np.ndarray, delays: Sequence[int]) -> np.ndarray:
+    """Return ``X`` shifted later by each of ``delays`` TRs, side by side, zeros before the start.
+
+    Parameters
+    ----------
+    X : (n_trs, n_features) of one story
+
+    Returns
+    -------
+    (n_trs, n_delays * n_features): all features at the first delay, then at the second, ...
+    """
+    shifted = []
+    for d in delays:
+        if d < 0:
+            raise ValueError(f"delay {d}: must not be negative")
+        later = np.zeros_like(X)
+        later[d:] = X[: len(X) - d]
+        shifted.append(later)
+    return np.hstack(shifted)
+
+
+class ZScore(NamedTuple):
+    """Constants learnt on some rows, (n_columns,) each, to apply to others."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def learn(cls, X: np.ndarray) -> "ZScore":
+        """Return mean and standard deviation of each column; a constant column keeps scale 1 and becomes 0."""
+        std = X.std(axis=0, dtype=np.float64)
+        return cls(X.mean(axis=0, dtype=np.float64), np.where(std > 1e-12, std, 1.0))
+
+    def apply(self, X: np.ndarray) -> np.ndarray:
+        """Return z-scored ``X``, float32."""
+        return ((X - self.mean) / self.std).astype(np.float32)

@@ -1,0 +1,241 @@
+"""The one place that names, writes and reads result files."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bert_encoding.errors import InputError
+
+COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
+BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
+STUDY_FILE, RECORD_FILE = "study.json", "record.json"
+
+# The documented columns of trials.parquet, in order; what does not apply is null.
+_TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
+_WHOLE = ("seed", "rank", "stride", "epochs_done", "optimizer_steps", "tokens_seen", "n_trainable", "layer", "epoch_best")
+COLUMNS = (
+    "trial_id phase status error seed repeat_of method rank lora_alpha scaling target_modules lr stride epochs_done "
+    "optimizer_steps tokens_seen n_trainable layer mlm_text mlm_loss_train mlm_loss_heldout probe_loss_before "
+    "probe_loss_after delta_norm stable_rank cc_mean cc_median cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap "
+    "cc_best epoch_best cc_norm cc_test alpha_edge_share accuracy macro_f1 seconds_train seconds_embed seconds_ridge "
+    "seconds_total peak_memory_gb node"
+).split()
+_LORA_ONLY = ("rank", "lora_alpha", "target_modules", "lr", "stride", "mlm_text")
+
+
+@dataclass
+class TrialRecord:
+    """Everything about one trial that ended, well or badly.
+
+    Attributes
+    ----------
+    status : COMPLETE, STOPPED (early) or FAILED
+    key : hash of configuration, data, splits and code; equal keys mean equal results
+    repeat_of : the trial whose record answered this one
+    config : all settings; ``params`` is what the search space suggested
+    scores : of the last epoch, and of the trial as a whole
+    cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
+    """
+
+    status: str
+    method: str
+    config: dict[str, Any]
+    trial_id: str = ""
+    phase: str = ""
+    error: str | None = None
+    key: str = ""
+    repeat_of: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    stories: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gb: float | None = None
+    node: str = ""
+    cc: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    cc_test: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+
+def trial_folder(study: Path, trial_id: str) -> Path:
+    """Return where a trial's files lie."""
+    return study / "trials" / trial_id
+
+
+def adapter_folder(study: Path, trial_id: str) -> Path:
+    """Return where a trial's adapter lies, in PEFT format."""
+    return trial_folder(study, trial_id) / "adapter"
+
+
+def write_record(study: Path, record: TrialRecord) -> None:
+    """Write a record and its CC; the record comes last and is renamed into place."""
+    folder = trial_folder(study, record.trial_id)
+    content = {k: v for k, v in asdict(record).items() if k not in ("cc", "cc_test")}
+    with naming_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = record.cc | {f"test/{subject}": cc for subject, cc in record.cc_test.items()}
+        if arrays:
+            with atomic_path(folder / "cc.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+        write_json(folder / RECORD_FILE, content)
+
+
+def read_records(study: Path) -> list[TrialRecord]:
+    """Return all records of a study without their CC, baselines first, then in order of their ids."""
+    files = sorted((study / "trials").glob(f"*/{RECORD_FILE}"))
+    records = [read_record(study, file.parent.name) for file in files]
+    order = {BASELINE: 0, SEARCH: 1, CONFIRM: 2}
+    return sorted(records, key=lambda record: (order.get(record.phase, 3), record.trial_id))
+
+
+def read_record(study: Path, trial_id: str) -> TrialRecord:
+    """Return one record without its CC."""
+    content = read_json(trial_folder(study, trial_id) / RECORD_FILE)
+    names = {f.name for f in fields(TrialRecord)}
+    return TrialRecord(**{k: v for k, v in content.items() if k in names})
+
+
+def read_cc(study: Path, trial_id: str) -> dict[str, np.ndarray]:
+    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored."""
+    with np.load(trial_folder(study, trial_id) / "cc.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def keep_best_adapters(study: Path, n: int) -> None:
+    """Delete the adapters of all but the ``n`` best complete trials; their records stay."""
+    tuned = [r for r in read_records(study) if adapter_folder(study, r.trial_id).is_dir()]
+    tuned.sort(key=lambda record: record.scores.get("cc_mean", -np.inf), reverse=True)
+    for record in tuned[n:]:
+        shutil.rmtree(adapter_folder(study, record.trial_id))
+
+
+def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
+    """Return one row a trial: the documented columns, then one for every further suggested parameter."""
+    frame = pd.DataFrame([_trial_row(record) for record in records])
+    frame = frame.reindex(columns=COLUMNS + [name for name in frame.columns if name not in COLUMNS])
+    frame["adaptation_gap"] = _adaptation_gap(frame)
+    types = {name: "string" if name in _TEXT else "Int64" if name in _WHOLE else "Float64" for name in COLUMNS}
+    return frame.astype(types)
+
+
+def epochs_frame(records: list[TrialRecord]) -> pd.DataFrame:
+    """Return one row a trial and epoch."""
+    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **epoch} for r in records for epoch in r.epochs])
+
+
+def stories_frame(records: list[TrialRecord]) -> pd.DataFrame:
+    """Return one row a trial, subject and scored story."""
+    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **story} for r in records for story in r.stories])
+
+
+def write_tables(study: Path) -> pd.DataFrame:
+    """Rebuild the three Parquet tables from the records and return the trials."""
+    records = read_records(study)
+    trials = trials_frame(records)
+    frames = {"trials": trials, "epochs": epochs_frame(records), "stories": stories_frame(records)}
+    with naming_full_disk(study):
+        for name, frame in frames.items():
+            with atomic_path(study / f"{name}.parquet") as temporary:
+                frame.to_parquet(temporary, index=False)
+    return trials
+
+
+def content_key(*parts: Any) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def code_fingerprint() -> str:
+    """Return a hash of the sources of ``bert_encoding``: what a result depends on besides its settings."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON to a temporary name and rename it into place."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    InputError
+        if the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}); move it away to go on without it") from None
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, else remove it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(where: Path) -> Iterator[None]:
+    """Turn "no space left" and "not permitted" into one line that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise InputError(f"{where}: no space left to write results; free some, then --resume") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(f"{where}: may not be written; choose another --out") from error
+        raise
+
+
+def _trial_row(record: TrialRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")}
+    row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
+    if record.method == "lora":
+        row |= {name: record.config.get(name) for name in _LORA_ONLY}
+        row["scaling"] = record.config["lora_alpha"] / record.config["rank"]
+    row |= {name: value for name, value in record.scores.items() if name in COLUMNS}
+    row |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
+    row["peak_memory_gb"] = record.peak_memory_gb
+    return row | {name: value for name, value in record.params.items() if name not in row}
+
+
+def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
+    """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
+    frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == "frozen") & (frame["status"] == COMPLETE)]
+    tuned = frame["method"] == "lora"
+    if frozen.empty:
+        return pd.Series(np.nan, index=frame.index)
+    gain_seen = frame["cc_seen"].astype(float) - float(frozen["cc_seen"].iloc[0])
+    gain_unseen = frame["cc_mean"].astype(float) - float(frozen["cc_mean"].iloc[0])
+    return (gain_seen - gain_unseen).where(tuned)
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy scalars and paths into JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,1 @@
+"""The experiment: search spaces through Optuna and Ray Tune, and what comes of them."""
