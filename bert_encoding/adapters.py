@@ -1,9 +1,6 @@
 """LoRA adapters in PEFT format: add, save, load, and prove that what was loaded is applied."""
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertForMaskedLM, BertModel
 
 from bert_encoding.datasets.story import first_line
-from bert_encoding.encoders import Encoder
+from bert_encoding.encoders import Encoder, quiet
 from bert_encoding.errors import InputError
 
 # Linear layers of one encoder block, by the short names that a search space suggests.
@@ -62,7 +59,7 @@ def add_adapter(
         lora_dropout=dropout,
         bias="none",
     )
-    with _peft_meets_transformers():
+    with quiet():
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -95,7 +92,7 @@ def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
         raise InputError(f"{folder}: no adapter_config.json; give a folder in PEFT format")
     base = encoder.copy_model()
     try:
-        with _peft_meets_transformers():
+        with quiet():
             tuned = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder}: does not fit {encoder.name}: {first_line(error)}") from None
@@ -126,11 +123,3 @@ def check_applied(encoder: Encoder, tuned: torch.nn.Module, what: str) -> float:
     if change == 0 or (device.type != "cpu" and change < 1e-4):  # another device rounds differently
         raise InputError(f"{what}: changes nothing; its embeddings equal those of pretrained {encoder.name}")
     return change
-
-
-@contextmanager
-def _peft_meets_transformers() -> Iterator[None]:
-    """PEFT asks transformers for an attribute that the latter is renaming; nothing that a user could mend."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield

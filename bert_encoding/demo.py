@@ -28,6 +28,7 @@ SUBJECT = "listener"
 TEST = ("ferry", "telescope")
 TR_S = 2.0
 N_LANGUAGE, N_RATE, N_SILENT = 160, 40, 100
+N_VOXELS = N_LANGUAGE + N_RATE + N_SILENT
 N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
 HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
 N_REPEATS_TEST = 5  # test stories are averages over so many scans

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def load_encoder(name: str) -> Encoder:
         return _load_minilm(name)
     config = _bert_config(name)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = BertTokenizerFast.from_pretrained(name)
             model, info = BertForMaskedLM.from_pretrained(
                 name, config=config, use_safetensors=True, output_loading_info=True
@@ -133,7 +134,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 def _bert_config(name: str) -> Any:
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: no such model: {first_line(error)}") from None
@@ -161,7 +162,7 @@ def _load_minilm(name: str) -> Encoder:
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != _MINILM_SHA256:
         raise InputError(f"{folder / 'model.safetensors'}: sha256 {found[:12]}..., expected {_MINILM_SHA256[:12]}...")
-    with _quiet():
+    with quiet():
         tokenizer = BertTokenizerFast.from_pretrained(folder)
         model = BertForMaskedLM.from_pretrained(folder, use_safetensors=True).float().eval()
     if name == MINILM_PLAIN:
@@ -173,7 +174,8 @@ def _restore_masked_lm(model: BertForMaskedLM) -> BertForMaskedLM:
     """Merge the bundled adapter, then load the bundled head; the decoder stays tied to the word embeddings."""
     from peft import PeftModel  # slow to import, and only the demo encoder needs it here
 
-    merged: Any = PeftModel.from_pretrained(model, str(_MINILM_MLM)).merge_and_unload()
+    with quiet():
+        merged: Any = PeftModel.from_pretrained(model, str(_MINILM_MLM)).merge_and_unload()
     head = {key: value.float() for key, value in load_file(_MINILM_MLM / "head.safetensors").items()}
     missing, unexpected = merged.cls.predictions.load_state_dict(head, strict=False)
     left = [key for key in missing if not key.startswith("decoder.")]
@@ -183,14 +185,17 @@ def _restore_masked_lm(model: BertForMaskedLM) -> BertForMaskedLM:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' report of an untrained head and its progress bars: we check and say so ourselves."""
+def quiet() -> Iterator[None]:
+    """Hold back transformers' report of an untrained head and its progress bars, since we check and say so ourselves;
+    and its warning that PEFT asks for an attribute by an older name, which no user can mend."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

@@ -55,10 +55,10 @@ def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu
     from ray import tune
 
     _limit_resources(n_threads, gpu_share)
-    record = run_job(Job(**job), task, Path(study), lambda scores: tune.report({"trial_id": job["trial_id"], **scores}))
+    record = run_job(Job(**job), task, Path(study), lambda scores: tune.report({"job": job["trial_id"], **scores}))
     tune.report(
         {
-            "trial_id": record.trial_id,
+            "job": record.trial_id,  # Ray Tune writes its own id over "trial_id"
             "phase": record.phase,
             "status": record.status,
             "error": record.error,

@@ -42,7 +42,7 @@ class StudySearcher(Searcher):
         seed: int,
         first_id: int,
     ) -> None:
-        super().__init__(metric="cc", mode="max")
+        super().__init__()
         self.error: str | None = None
         self.space, self.base, self.make_key = space, base, make_key
         self.waiting_baselines = list(baselines)

@@ -1,0 +1,153 @@
+"""What the user asked for: given options, what a resumed study recorded, and defaults, in that order."""
+
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from bert_encoding.demo import DEMO
+from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
+from bert_encoding.errors import InputError
+from bert_encoding.records import STUDY_FILE, read_json
+from study.cluster import check_resources, machine_cpus, machine_gpus
+from study.spaces import Space
+
+MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
+MAX_CPUS_BESIDE_GPU = 8
+MAX_CONCURRENT = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of ``study/run.py``, resolved; the help text says what each does."""
+
+    space: str
+    data: str
+    model: str
+    layer: int | None
+    subjects: list[str] | None
+    train_stories: int | None
+    test_stories: list[str] | None
+    trials: int
+    epochs: int
+    seed: int
+    name: str
+    out: str
+    outer_folds: int
+    mlm_text: str
+    cpus_per_trial: float
+    gpus_per_trial: float
+    max_concurrent: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+# What a study is about: a resumed one takes these from its record unless they are given again.
+SCIENCE = "space data model layer subjects train_stories test_stories trials epochs seed outer_folds mlm_text".split()
+
+
+def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Space) -> Options:
+    """Fill in what was not given.
+
+    Raises
+    ------
+    InputError
+        if a value is out of range.
+    """
+    values = {k: v for k, v in recorded.items() if k in SCIENCE} | given
+    data = values.get("data", DEMO)
+    if data != DEMO:
+        data = str(Path(data).expanduser().resolve())
+    n_cpus, n_gpus = machine_cpus(), machine_gpus()
+    gpus = values.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
+    cpus = values.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
+    check_resources(cpus, gpus, n_cpus, n_gpus)
+    at_once = min(n_cpus // cpus, n_gpus // gpus if gpus else MAX_CONCURRENT, MAX_CONCURRENT)
+    options = Options(
+        space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
+        data=data,
+        model=_model(values.get("model", MINILM if data == DEMO else DEFAULT_MODEL)),
+        layer=_layer(values.get("layer", "last")),
+        subjects=_names(values.get("subjects")),
+        train_stories=values.get("train_stories"),
+        test_stories=_names(values.get("test_stories")),
+        trials=values.get("trials", space.trials),
+        epochs=values.get("epochs", space.epochs or 3),
+        seed=values.get("seed", 0),
+        name=values.get("name", f"{space.name}-{date.today():%Y-%m-%d}"),
+        out=str(Path(values.get("out", "results")).expanduser().resolve()),
+        outer_folds=values.get("outer_folds", 1),
+        mlm_text=values.get("mlm_text", "fit"),
+        cpus_per_trial=cpus,
+        gpus_per_trial=gpus,
+        max_concurrent=values.get("max_concurrent", max(1, int(at_once))),
+    )
+    _check(options)
+    return options
+
+
+def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, Any]:
+    """Return the options of the study to resume, with its name and folder; nothing for a new one.
+
+    Raises
+    ------
+    InputError
+        if there is no such study.
+    """
+    if not resume:
+        return {}
+    root = Path(out or "results").expanduser().resolve()
+    if name is None:
+        begun = sorted(root.glob(f"*/{STUDY_FILE}"), key=lambda file: file.stat().st_mtime)
+        if not begun:
+            raise InputError(f"--resume: no study in {root}; give --out or --name")
+        name = begun[-1].parent.name
+    file = root / name / STUDY_FILE
+    if not file.is_file():
+        known = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{STUDY_FILE}"))) or "none"
+        raise InputError(f"--resume: no study {name} in {root}; there: {known}")
+    recorded: dict[str, Any] = read_json(file)["options"]
+    return {k: v for k, v in recorded.items() if v is not None} | {"name": name}
+
+
+def options_record(options: Options) -> dict[str, Any]:
+    """Return the options as ``study.json`` keeps them: those that define the study."""
+    return {k: v for k, v in asdict(options).items() if k in SCIENCE}
+
+
+def _default_cpus(n_cpus: int, n_gpus: int, gpus: float) -> float:
+    if n_gpus and gpus:
+        return float(max(1, min(MAX_CPUS_BESIDE_GPU, int(n_cpus / n_gpus * min(gpus, 1)))))
+    return float(min(MAX_CPUS_A_TRIAL, n_cpus))
+
+
+def _model(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in BUNDLED and path.exists() else name
+
+
+def _layer(layer: str | int | None) -> int | None:
+    if layer in ("last", None):
+        return None
+    try:
+        return int(layer)  # type: ignore[arg-type]
+    except ValueError:
+        raise InputError(f"--layer {layer}: give 'last' or a number; 0 is the embedding output") from None
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    """Accept ``--subjects A B``, ``--subjects A --subjects B`` and ``--subjects A,B``."""
+    names = [name for value in values or () for name in value.split(",") if name]
+    return names or None
+
+
+def _check(options: Options) -> None:
+    lowest = {"trials": 0, "epochs": 1, "seed": 0, "outer_folds": 1, "max_concurrent": 1}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in lowest and value < lowest[field.name]:
+            raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
+    if not options.name or "/" in options.name or options.name.startswith("."):
+        raise InputError(f"--name {options.name!r}: must be a plain folder name")

@@ -1,0 +1,89 @@
+"""From options to everything a study needs, checked; nothing is run or written."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
+from bert_encoding.encoders import MINILM_PLAIN, check_model_name, model_shape
+from bert_encoding.errors import InputError
+from bert_encoding.trial import Task
+from study.options import Options
+from study.spaces import Space, rehearse
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study before it runs. The demo's responses are simulated only when ``task`` is called."""
+
+    options: Options
+    space: Space
+    dataset: Dataset
+    splits: tuple[Split, ...]
+    base: TrialConfig
+
+    @property
+    def n_voxels(self) -> dict[str, int]:
+        """Voxels that can be scored, by subject."""
+        if self.dataset.voxel_masks is None:
+            return dict.fromkeys(self.dataset.subjects, N_VOXELS)
+        return {subject: int(np.sum(mask)) for subject, mask in self.dataset.voxel_masks.items()}
+
+    def task(self) -> Task:
+        """Return what all trials share."""
+        dataset = self.dataset
+        if dataset.voxel_masks is None:
+            dataset = simulate_listener(dataset)[0]
+        return Task(dataset, self.splits, self.options.seed)
+
+
+def prepare(options: Options, space: Space) -> Study:
+    """Open the data, divide the stories, and check every setting that can be checked without a model.
+
+    Raises
+    ------
+    InputError
+        if anything asked for does not exist or does not fit.
+    """
+    check_model_name(options.model)
+    base = base_config(options)
+    if options.trials and options.model == MINILM_PLAIN:
+        raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
+    rehearse(space, base)
+    dataset = demo_stories() if options.data == DEMO else open_dataset(Path(options.data))
+    subjects = choose_subjects(dataset, options.subjects)
+    if options.data == DEMO:  # whoever listens to the demo will have heard every story
+        heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
+        train, test = choose_stories(
+            replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed
+        )
+        return Study(options, space, dataset, split_stories(train, test, options.seed, options.outer_folds), base)
+    train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
+    splits = split_stories(train, test, options.seed, options.outer_folds)
+    return Study(options, space, inspect(dataset.only(train + test, subjects)), splits, base)
+
+
+def base_config(options: Options) -> TrialConfig:
+    """Return the settings that the command line fixes; a space sets the others.
+
+    Raises
+    ------
+    InputError
+        if the model has no such layer.
+    """
+    n_layers = model_shape(options.model)["n_layers"]
+    if options.layer is not None and not 0 <= options.layer <= n_layers:
+        raise InputError(f"--layer {options.layer}: {options.model} has layers 0 (embeddings) to {n_layers}")
+    return TrialConfig(
+        model=options.model,
+        layer=options.layer,
+        epochs=options.epochs,
+        mlm_text=options.mlm_text,
+        seed=options.seed,
+    )

@@ -1,0 +1,142 @@
+"""Run a study: baselines, then a search over LoRA settings, each trial scored by how well it predicts the brain.
+
+    python study/run.py --space lora_full
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+
+from bert_encoding.records import FAILED, write_json
+from study.analysis import load_trials, print_study, standing
+from study.command import INTERRUPTED, SOME_FAILED, run_app
+from study.options import Options, read_recorded, resolve_options
+from study.plan import check_space_on_disk, estimate, print_plan
+from study.prepare import prepare
+from study.session import n_searched, run_session
+from study.spaces import load_space
+
+WIDTH_OF_A_LOG = 240
+DEFAULT_SPACE = "lora_full"
+Names = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
+
+app = cyclopts.App(name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative=""))
+
+
+@app.default
+def main(
+    *,
+    space: str | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    layer: str | None = None,
+    subjects: Names | None = None,
+    train_stories: int | None = None,
+    test_stories: Names | None = None,
+    trials: int | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    out: str | None = None,
+    outer_folds: int | None = None,
+    mlm_text: Literal["fit", "all"] | None = None,
+    cpus_per_trial: float | None = None,
+    gpus_per_trial: float | None = None,
+    max_concurrent: int | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+) -> int:
+    """Run a study: baselines, then a search over LoRA settings, each scored by how well it predicts the brain.
+
+    Parameters
+    ----------
+    space
+        What to search: a bundled space (lora_full, smoke) or your own FILE.py. [default: lora_full]
+    data
+        'demo', or the folder of your data; its format is recognised. [default: demo]
+    model
+        minilm, minilm-plain, a checkpoint folder or a hub name. [default: minilm for the demo, else
+        bert-base-uncased]
+    layer
+        Whose hidden states are the word vectors: 'last' or a number. [default: last]
+    subjects
+        Subjects to predict. [default: all]
+    train_stories
+        Use only so many stories besides the test stories, chosen by the seed. [default: all]
+    test_stories
+        Stories locked for the final score. [default: the data set's published ones]
+    trials
+        How many trials to search; 0 runs the baselines alone, with their test scores. [default: the space's]
+    epochs
+        Epochs of fine-tuning. [default: the space's]
+    seed
+        Of everything random. [default: 0]
+    name
+        Of the study. [default: space and date]
+    out
+        Where studies are kept. [default: results]
+    outer_folds
+        Rotate fit and validation stories over so many folds, one adapter each. [default: 1]
+    mlm_text
+        What fine-tuning reads: the fit stories, or all. [default: fit]
+    cpus_per_trial
+        Processors of one trial. [default: up to 2]
+    gpus_per_trial
+        GPUs of one trial; fractions share one. [default: 1 if there is one]
+    max_concurrent
+        Trials at once. [default: as many as fit]
+    dry_run
+        Print the plan and stop; needs no network and no model.
+    resume
+        Go on with a study from its finished records; --trials may grow. What is not given is taken from the study.
+    """
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("dry_run", "resume")}
+    console = _console()
+    recorded = read_recorded(out, name, resume)
+    given.setdefault("name", recorded["name"]) if resume else None
+    chosen = load_space(given.setdefault("space", recorded.get("space", DEFAULT_SPACE)))
+    options = resolve_options(given, recorded, chosen)
+    study = prepare(options, chosen)
+    forecast = estimate(study.dataset, study.splits, sum(study.n_voxels.values()), study.base, options)
+    n_done = n_searched(options.folder) if resume else 0
+    print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
+    if dry_run:
+        return 0
+    check_space_on_disk(options.folder, forecast.disk_bytes)
+    try:
+        run_session(study, resume, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: python study/run.py --resume {_where(options)}", soft_wrap=True)
+        return INTERRUPTED
+    return _finish(options, console)
+
+
+def _finish(options: Options, console: Console) -> int:
+    trials = load_trials(options.folder)
+    found = standing(trials)
+    write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
+    print_study(console, trials)
+    console.print(f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True)
+    missing = options.trials - int((trials["phase"] == "search").sum())
+    if missing > 0:
+        console.print(f"{missing} trials are missing; go on with: python study/run.py --resume {_where(options)}", soft_wrap=True)
+        return INTERRUPTED
+    return SOME_FAILED if (trials["status"] == FAILED).any() else 0
+
+
+def _where(options: Options) -> str:
+    return f"--name {options.name}" + ("" if Path(options.out) == Path("results").resolve() else f" --out {options.out}")
+
+
+def _console() -> Console:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app))

@@ -1,0 +1,226 @@
+"""One session of a study: new or resumed, its jobs through Ray Tune, its tables."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from bert_encoding.config import FROZEN, WORD_RATE, TrialConfig
+from bert_encoding.errors import InputError
+from bert_encoding.records import (
+    BASELINE,
+    COMPLETE,
+    FAILED,
+    SEARCH,
+    STUDY_FILE,
+    TrialRecord,
+    keep_best_adapters,
+    naming_full_disk,
+    read_json,
+    read_records,
+    write_json,
+    write_record,
+    write_tables,
+)
+from bert_encoding.trial import Task
+from study.cluster import local_ray, machine_cpus, machine_gpus
+from study.objective import Job, job_key, objective
+from study.options import Options, options_record
+from study.prepare import Study
+from study.provenance import provenance
+
+BASELINES = (FROZEN, WORD_RATE)
+KEEP_ADAPTERS = 5
+RETRIES = 2  # of a trial whose worker died
+
+
+def run_session(study: Study, resume: bool, console: Console) -> None:
+    """Run what the study still lacks.
+
+    Raises
+    ------
+    InputError
+        if the study exists and is not to be resumed, differs from its record, or a baseline fails.
+    """
+    task = study.task()
+    identity = _identity(study, task)
+    with _open_folder(study.options.folder, identity, resume) as folder:
+        try:
+            _run_jobs(study, task, identity, folder, console)
+        finally:
+            if any(record.status == COMPLETE for record in read_records(folder)):
+                keep_best_adapters(folder, KEEP_ADAPTERS)
+                write_tables(folder)
+            elif not resume:  # a study that never scored anything leaves nothing in the way of the next try
+                shutil.rmtree(folder)
+
+
+def n_searched(folder: Path) -> int:
+    """Return how many searched trials of a study have ended."""
+    return sum(record.phase == SEARCH for record in read_records(folder))
+
+
+def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, console: Console) -> None:
+    options = study.options
+    records = read_records(folder)
+
+    def make_key(config: TrialConfig, score_test: bool = False) -> str:
+        return job_key(config, identity["data"]["fingerprint"], identity["splits"], identity["code"], score_test)
+
+    baselines = _missing_baselines(study, records, make_key)
+    if not baselines and n_searched(folder) >= options.trials:
+        console.print(f"nothing to do: {options.trials} searched trials are on record; raise --trials to add some")
+        return
+    console.print("starting workers ...")
+    with local_ray(machine_cpus(), machine_gpus()) as private:
+        from study.progress import ProgressLine
+        from study.searcher import StudySearcher
+
+        searcher = StudySearcher(
+            study.space, study.base, baselines, options.trials, records, make_key, options.seed, _next_id(folder)
+        )
+        n_jobs = searcher.n_jobs
+        with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
+            dead = _tune(study, task, folder, searcher, progress, private, n_jobs)
+    for job in dead:
+        write_record(folder, TrialRecord(FAILED, job.config["method"], job.config, job.trial_id, job.phase,
+                                         f"its worker died {RETRIES + 1} times", job.key, params=job.params))
+    if searcher.error is not None:
+        raise InputError(searcher.error)
+
+
+def _tune(
+    study: Study, task: Task, folder: Path, searcher: Any, progress: Any, private: Path, n_jobs: int
+) -> list[Job]:
+    """Run ``n_jobs`` jobs on resident workers; return those whose worker died for good."""
+    from ray import tune
+
+    options = study.options
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            objective,
+            task=task,
+            study=str(folder),
+            n_threads=max(1, int(options.cpus_per_trial)),
+            gpu_share=options.gpus_per_trial,
+        ),
+        {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial},
+    )
+    results = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=n_jobs,
+            max_concurrent_trials=options.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(private),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[progress],
+            verbose=0,
+        ),
+    ).fit()
+    dead = [Job(**result.config) for result in results if result.error is not None and result.config]
+    return [job for job in dead if not (folder / "trials" / job.trial_id / "record.json").exists()]
+
+
+def _missing_baselines(study: Study, records: list[TrialRecord], make_key: Any) -> list[Job]:
+    """The base model frozen, and word rate: on the trials' own stories, layer and voxels."""
+    have = {r.method for r in records if r.phase == BASELINE and r.status == COMPLETE}
+    score_test = study.options.trials == 0
+    jobs = []
+    for method in BASELINES:
+        if method not in have:
+            config = replace(study.base, method=method)
+            key = make_key(config, score_test)
+            jobs.append(Job(f"baseline-{method}", BASELINE, key, asdict(config), score_test=score_test))
+    return jobs
+
+
+def _next_id(folder: Path) -> int:
+    """Return a number that no trial has had, those included that a killed driver left without a record."""
+    used = [int(path.name) for path in (folder / "trials").glob("*") if path.name.isdigit()]
+    return max(used, default=0) + 1
+
+
+def _identity(study: Study, task: Task) -> dict[str, Any]:
+    """What makes this study this study; ``study.json`` keeps it and a resumed study must match it."""
+    space, dataset = study.space, task.dataset
+    return provenance() | {
+        "name": study.options.name,
+        "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
+        "data": {
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint,
+            "n_voxels": study.n_voxels,
+            "trim_trs": list(dataset.trim),
+            "notes": list(dataset.notes),
+        },
+        "splits": [asdict(split) for split in study.splits],
+        "config": asdict(study.base),
+        "options": options_record(study.options),
+    }
+
+
+@contextmanager
+def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterator[Path]:
+    """Yield the study's folder, held by this process alone.
+
+    Raises
+    ------
+    InputError
+        if it exists already, is in use, or holds another study than the one to resume.
+    """
+    file = folder / STUDY_FILE
+    if folder.exists() and not resume:
+        raise InputError(f"{folder}: exists already; add --resume to go on with it, or choose another --name")
+    with naming_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"{folder}: another run is at work on this study; wait for it or end it") from None
+        try:
+            if resume:
+                _check_same(file, identity)
+            else:
+                (folder / "trials").mkdir()
+                write_json(file, identity)
+            yield folder
+        finally:
+            lock.release()
+
+
+def _check_same(file: Path, identity: dict[str, Any]) -> None:
+    """Refuse to mix two studies, by name; a larger budget is no difference."""
+    recorded = read_json(file)
+    now = _comparable(identity)
+    for what, before in _comparable(recorded).items():
+        if now[what] != before:
+            raise InputError(
+                f"{file.parent}: cannot resume: {what} was {_short(before)} and is now {_short(now[what])}; "
+                "give the recorded value, or begin a new study with another --name"
+            )
+    write_json(file, recorded | {"options": identity["options"]})
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    config = {f"setting {k}": v for k, v in identity["config"].items()}
+    return {
+        "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
+        "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
+        "the split": identity["splits"],
+    } | {name: list(v) if isinstance(v, tuple) else v for name, v in config.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
