@@ -54,7 +54,7 @@ def add_adapter(
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; an integer is not required
+        lora_alpha=lora_alpha,  # PEFT divides it; an integer is not required
         target_modules=target_regex(targets),
         lora_dropout=dropout,
         bias="none",

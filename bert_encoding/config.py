@@ -108,7 +108,7 @@ class TrialConfig:
         for name in values:
             if name not in known:
                 raise InputError(f"{name!r} is no setting of a trial; settings are {', '.join(sorted(known))}")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**tuples)
 
 

@@ -104,9 +104,7 @@ def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
     return {n: np.hstack([scale.apply(s), np.zeros((len(s), N_SILENT))]) for n, s in signals.items()}
 
 
-def _directions(
-    X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]
-) -> dict[str, np.ndarray]:
+def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]) -> dict[str, np.ndarray]:
     """Return the strongest directions of the downsampled vectors beyond word rate, story -> (n_trs, n_directions),
     learnt on the rows that responses keep."""
     known = {n: np.hstack([r, np.ones_like(r)]) for n, r in rate.items()}

@@ -90,7 +90,9 @@ def finetune(
         for start in range(0, len(windows), windows_a_step):
             chosen = [windows[i] for i in order[start : start + windows_a_step]]
             batches = [
-                mask_windows(chosen[i : i + training.batch_size], training.mask_probability, masking, **special(tokenizer))
+                mask_windows(
+                    chosen[i : i + training.batch_size], training.mask_probability, masking, **special(tokenizer)
+                )
                 for i in range(0, len(chosen), training.batch_size)
             ]
             loss = _step(model, batches, training.precision, device)
@@ -178,7 +180,7 @@ def _step(model: BertForMaskedLM, batches: Sequence[MaskedBatch], precision: str
     total = 0.0
     for batch in batches:
         loss = masked_lm_loss(model, batch, precision, device, "sum") / n_chosen
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
 

@@ -22,7 +22,17 @@ STUDY_FILE, RECORD_FILE = "study.json", "record.json"
 
 # The documented columns of trials.parquet, in order; what does not apply is null.
 _TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
-_WHOLE = ("seed", "rank", "stride", "epochs_done", "optimizer_steps", "tokens_seen", "n_trainable", "layer", "epoch_best")
+_WHOLE = (
+    "seed",
+    "rank",
+    "stride",
+    "epochs_done",
+    "optimizer_steps",
+    "tokens_seen",
+    "n_trainable",
+    "layer",
+    "epoch_best",
+)
 COLUMNS = (
     "trial_id phase status error seed repeat_of method rank lora_alpha scaling target_modules lr stride epochs_done "
     "optimizer_steps tokens_seen n_trainable layer mlm_text mlm_loss_train mlm_loss_heldout probe_loss_before "
@@ -210,7 +220,9 @@ def naming_full_disk(where: Path) -> Iterator[None]:
 
 
 def _trial_row(record: TrialRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")}
+    row: dict[str, Any] = {
+        name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")
+    }
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
     if record.method == "lora":
         row |= {name: record.config.get(name) for name in _LORA_ONLY}

@@ -234,7 +234,13 @@ class _Fold:
         stories = list(chain.tokens(names).values())
         windows = training_windows(stories, config.window_tokens, config.stride, encoder.tokenizer)
         steps = finetune(
-            masked_lm(self.model), windows, self._probes(), encoder.tokenizer, config.training, config.seed, chain.device
+            masked_lm(self.model),
+            windows,
+            self._probes(),
+            encoder.tokenizer,
+            config.training,
+            config.seed,
+            chain.device,
         )
         while True:
             with chain.timed("train"):

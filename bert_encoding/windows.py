@@ -70,7 +70,9 @@ def cut_windows(tokens: Tokens, window_tokens: int, stride: int, tokenizer: Bert
     ]
 
 
-def training_windows(stories: Sequence[Tokens], window_tokens: int, stride: int, tokenizer: BertTokenizerFast) -> list[Window]:
+def training_windows(
+    stories: Sequence[Tokens], window_tokens: int, stride: int, tokenizer: BertTokenizerFast
+) -> list[Window]:
     """Windows of several stories, none across two; those under 32 tokens are dropped where a longer one exists."""
     windows = [w for tokens in stories for w in cut_windows(tokens, window_tokens, stride, tokenizer)]
     long_enough = [window for window in windows if len(window.ids) >= MIN_TRAINING_TOKENS]

@@ -1,14 +1,13 @@
 """What a study found: its trial table, and CC beside the frozen baseline.
 
-    python study/analysis.py results/<name>
+python study/analysis.py results/<name>
 """
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cyclopts
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +24,10 @@ from bert_encoding.records import (
     write_tables,
 )
 
-SHOWN = "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout".split()
-SCORES = ["cc_mean", "cc_top1", "cc_top5", "share_above_0", "cc_seen", "adaptation_gap", "cc_test", "seconds_total"]
+SHOWN = (
+    "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
+    "cc_mean cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap cc_test seconds_total"
+).split()
 
 
 class Standing(NamedTuple):
@@ -62,7 +63,7 @@ def standing(trials: pd.DataFrame) -> Standing:
     complete = trials[trials["status"] == COMPLETE]
     frozen = complete[(complete["phase"] == BASELINE) & (complete["method"] == "frozen")]["cc_mean"]
     searched = complete[complete["phase"] == SEARCH]
-    best = searched.loc[searched["cc_mean"].astype(float).idxmax()] if len(searched) else None
+    best = searched.sort_values("cc_mean", ascending=False).iloc[0] if len(searched) else None
     return Standing(
         frozen=float(frozen.iloc[0]) if len(frozen) else None,
         best=float(best["cc_mean"]) if best is not None else None,
@@ -81,7 +82,7 @@ def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
 
 def print_study(console: Console, trials: pd.DataFrame) -> None:
     """Print the trial table, best first, and where the best trial stands."""
-    columns = [name for name in SHOWN + SCORES if trials[name].notna().any()]
+    columns = [name for name in SHOWN if trials[name].notna().any()]
     order = trials["cc_mean"].astype(float).sort_values(ascending=False, na_position="last").index
     console.print(_table(trials.loc[order, columns]))
     ranks = cc_by_rank(trials)
@@ -117,10 +118,10 @@ def _table(frame: pd.DataFrame) -> Table:
     return table
 
 
-def _cell(value: object) -> str:
-    if pd.isna(value):  # type: ignore[call-overload]
+def _cell(value: Any) -> str:
+    if pd.isna(value):
         return ""
-    if isinstance(value, float | np.floating):
+    if isinstance(value, float):
         return f"{value:.4f}" if 1e-3 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
     return str(value)
 

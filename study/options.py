@@ -132,7 +132,7 @@ def _layer(layer: str | int | None) -> int | None:
     if layer in ("last", None):
         return None
     try:
-        return int(layer)  # type: ignore[arg-type]
+        return int(layer)
     except ValueError:
         raise InputError(f"--layer {layer}: give 'last' or a number; 0 is the embedding output") from None
 

@@ -31,7 +31,9 @@ class Estimate(NamedTuple):
     disk_bytes: float
 
 
-def estimate(dataset: Dataset, splits: tuple[Split, ...], n_voxels: int, base: TrialConfig, options: Options) -> Estimate:
+def estimate(
+    dataset: Dataset, splits: tuple[Split, ...], n_voxels: int, base: TrialConfig, options: Options
+) -> Estimate:
     """Forecast time and memory from the number of words, voxels and weights; no model is loaded.
 
     A forward pass costs 2 floating-point operations a weight and token; LoRA training twice that again for the

@@ -46,7 +46,9 @@ class ProgressLine(tune.Callback):
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         if result.get("ended"):
             self._ended(self.searcher.jobs[trial.trial_id].config["method"], result)
         elif self.console.is_terminal and self.seconds:
@@ -63,7 +65,12 @@ class ProgressLine(tune.Callback):
             said = f"{name}: {status}: {(result['error'] or '').splitlines()[-1]}"
         self._describe(said)
         if not self.console.is_terminal:
-            self.console.print(f"[{self.n_done}/{self.n_jobs}] {said} | {self._standing()}", soft_wrap=True, highlight=False, markup=False)
+            self.console.print(
+                f"[{self.n_done}/{self.n_jobs}] {said} | {self._standing()}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
 
     def _note(self, phase: str, name: str, method: str, cc: float) -> None:
         if phase == BASELINE:
@@ -72,7 +79,9 @@ class ProgressLine(tune.Callback):
             self.best = (cc, name)
 
     def _describe(self, said: str) -> None:
-        self.bar.update(self.task, completed=self.n_done, description=f"{self.n_done}/{self.n_jobs} | {said} | {self._standing()}")
+        self.bar.update(
+            self.task, completed=self.n_done, description=f"{self.n_done}/{self.n_jobs} | {said} | {self._standing()}"
+        )
 
     def _standing(self) -> str:
         best = f"best CC {self.best[0]:.4f} ({self.best[1]})" if self.best else "best CC -"

@@ -1,6 +1,6 @@
 """Run a study: baselines, then a search over LoRA settings, each trial scored by how well it predicts the brain.
 
-    python study/run.py --space lora_full
+python study/run.py --space lora_full
 """
 
 import logging
@@ -25,7 +25,9 @@ WIDTH_OF_A_LOG = 240
 DEFAULT_SPACE = "lora_full"
 Names = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
 
-app = cyclopts.App(name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative=""))
+app = cyclopts.App(
+    name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative="")
+)
 
 
 @app.default
@@ -121,16 +123,22 @@ def _finish(options: Options, console: Console) -> int:
     found = standing(trials)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
     print_study(console, trials)
-    console.print(f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True)
+    console.print(
+        f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True
+    )
     missing = options.trials - int((trials["phase"] == "search").sum())
     if missing > 0:
-        console.print(f"{missing} trials are missing; go on with: python study/run.py --resume {_where(options)}", soft_wrap=True)
+        console.print(
+            f"{missing} trials are missing; go on with: python study/run.py --resume {_where(options)}", soft_wrap=True
+        )
         return INTERRUPTED
     return SOME_FAILED if (trials["status"] == FAILED).any() else 0
 
 
 def _where(options: Options) -> str:
-    return f"--name {options.name}" + ("" if Path(options.out) == Path("results").resolve() else f" --out {options.out}")
+    return f"--name {options.name}" + (
+        "" if Path(options.out) == Path("results").resolve() else f" --out {options.out}"
+    )
 
 
 def _console() -> Console:

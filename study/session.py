@@ -30,7 +30,7 @@ from bert_encoding.records import (
 from bert_encoding.trial import Task
 from study.cluster import local_ray, machine_cpus, machine_gpus
 from study.objective import Job, job_key, objective
-from study.options import Options, options_record
+from study.options import options_record
 from study.prepare import Study
 from study.provenance import provenance
 
@@ -88,8 +88,19 @@ def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, 
         with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
             dead = _tune(study, task, folder, searcher, progress, private, n_jobs)
     for job in dead:
-        write_record(folder, TrialRecord(FAILED, job.config["method"], job.config, job.trial_id, job.phase,
-                                         f"its worker died {RETRIES + 1} times", job.key, params=job.params))
+        write_record(
+            folder,
+            TrialRecord(
+                FAILED,
+                job.config["method"],
+                job.config,
+                job.trial_id,
+                job.phase,
+                f"its worker died {RETRIES + 1} times",
+                job.key,
+                params=job.params,
+            ),
+        )
     if searcher.error is not None:
         raise InputError(searcher.error)
 

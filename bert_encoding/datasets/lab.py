@@ -103,7 +103,9 @@ def open_lab(path: Path) -> Dataset:
         if unknown:
             raise InputError(f"{folder / (unknown[0] + '.npy')}: story {unknown[0]} has no text in {TEXT_FILE}")
     stories = {
-        name: _story(path, name, sequences[name], {s: Responses(files[name]) for s, files in responses.items() if name in files})
+        name: _story(
+            path, name, sequences[name], {s: Responses(files[name]) for s, files in responses.items() if name in files}
+        )
         for name in sorted(sequences)
     }
     return Dataset(
@@ -148,7 +150,9 @@ def _story(path: Path, name: str, sequence: DataSequence, responses: dict[str, R
     for at, word in enumerate(words):
         if not isinstance(word, str):
             raise InputError(f"{where}: word {at} is {type(word).__name__}, expected text")
-    return Story(name, tuple(map(str, words)), _times(where, sequence.data_times), _times(where, sequence.tr_times), responses)
+    return Story(
+        name, tuple(map(str, words)), _times(where, sequence.data_times), _times(where, sequence.tr_times), responses
+    )
 
 
 def _times(where: str, values: Any) -> np.ndarray:

@@ -73,7 +73,9 @@ def choose_stories(
     if n_train_stories is None:
         return rest, test
     if not 1 <= n_train_stories <= len(rest):
-        raise InputError(f"--train-stories {n_train_stories}: {dataset.source} has {len(rest)} that are not test stories")
+        raise InputError(
+            f"--train-stories {n_train_stories}: {dataset.source} has {len(rest)} that are not test stories"
+        )
     chosen = generator(seed, "train stories").permutation(len(rest))[:n_train_stories]
     return sorted(rest[i] for i in chosen), test
 
