@@ -27,9 +27,8 @@ class TrialConfig:
     rank, lora_alpha, target_modules, lora_dropout : the adapter; the update is scaled by lora_alpha / rank
     lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
     schedule, warmup_epochs : ``constant`` or ``linear`` after a warm-up of so many epochs
-    stride : tokens between the starts of training windows
-    embed_stride : the same for embedding windows, equal in all trials and baselines
-    window_tokens : length of a window, [CLS] and [SEP] included
+    window_tokens, stride : length of a training window with [CLS] and [SEP], and tokens from one start to the next
+    embed_window_tokens, embed_stride : the same for embedding windows; leave them equal in all trials and baselines
     mask_probability : share of tokens to predict
     mlm_text : ``fit`` stories alone, or ``all`` stories (the words of validation and test included)
     hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
@@ -58,8 +57,9 @@ class TrialConfig:
     schedule: str = "constant"
     warmup_epochs: float = 0.3
     stride: int = 256
-    embed_stride: int = 256
     window_tokens: int = 512
+    embed_stride: int = 256
+    embed_window_tokens: int = 512
     mask_probability: float = 0.15
     mlm_text: str = "fit"
     hidden_dropout: float | None = None
@@ -83,8 +83,8 @@ class TrialConfig:
             if getattr(self, name) == 0:
                 raise InputError(f"{name} 0: must be above 0")
         target_regex(self.target_modules)
-        for name in ("stride", "embed_stride"):
-            _check_range(name, getattr(self, name), 1, self.window_tokens - 2)
+        _check_range("stride", self.stride, 1, self.window_tokens - 2)
+        _check_range("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
         if not self.delays or min(self.delays) < 0 or len(set(self.delays)) < len(self.delays):
             raise InputError(f"delays {self.delays}: must be different TRs from 0 up")
         if len(self.ridge_alphas) < 1 or min(self.ridge_alphas) <= 0:
@@ -113,7 +113,18 @@ class TrialConfig:
 
 
 CHOICES = {"method": METHODS, "schedule": SCHEDULES, "mlm_text": MLM_TEXTS, "precision": PRECISIONS}
-_WHOLE = ("rank", "epochs", "batch_size", "accumulation", "stride", "embed_stride", "window_tokens", "n_folds", "seed")
+_WHOLE = (
+    "rank",
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "stride",
+    "embed_stride",
+    "window_tokens",
+    "embed_window_tokens",
+    "n_folds",
+    "seed",
+)
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 4096),
     ("lora_alpha", 0, 1e6),
@@ -126,6 +137,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_grad_norm", 0, 1e9),
     ("warmup_epochs", 0, 1000),
     ("window_tokens", 8, 1_000_000),
+    ("embed_window_tokens", 8, 1_000_000),
     ("mask_probability", 0, 0.9),
     ("hidden_dropout", 0, 0.99),
     ("attention_dropout", 0, 0.99),

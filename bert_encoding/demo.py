@@ -1,8 +1,9 @@
 """The bundled demo: sixteen stories and a simulated listener whose truth is known.
 
 The listener has three kinds of voxels. *Language* voxels follow the word vectors of the frozen ``minilm`` encoder (its
-last layer), cleaned of word rate, through a few directions and a haemodynamic delay; *rate* voxels follow word rate;
-*silent* voxels follow nothing. So frozen BERT can be predicted to win here, and fine-tuning can at best keep up.
+last layer), cleaned of word rate and drift, through a few directions and a haemodynamic delay; *rate* voxels follow
+word rate; *silent* voxels follow nothing. So the frozen encoder is right by construction, and fine-tuning can at best
+keep up with it.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ TR_S = 2.0
 N_LANGUAGE, N_RATE, N_SILENT = 160, 40, 100
 N_VOXELS = N_LANGUAGE + N_RATE + N_SILENT
 N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
+N_DRIFT = 8  # cosines over a story that count as drift: periods down to about 45 s
 HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
 N_REPEATS_TEST = 5  # test stories are averages over so many scans
 SEED = 2026
@@ -105,14 +107,24 @@ def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]) -> dict[str, np.ndarray]:
-    """Return the strongest directions of the downsampled vectors beyond word rate, story -> (n_trs, n_directions),
-    learnt on the rows that responses keep."""
-    known = {n: np.hstack([r, np.ones_like(r)]) for n, r in rate.items()}
+    """Return the strongest directions of the downsampled vectors, story -> (n_trs, n_directions), learnt on the rows
+    that responses keep.
+
+    Word rate and slow drift are taken out first. BERT's vectors drift with the position in its window, whatever the
+    words; a listener who followed that would be predicted by any text.
+    """
+    known = {n: np.hstack([np.ones_like(r), r * _drift(len(r))]) for n, r in rate.items()}
     fit_known, fit_X = (np.vstack([values[n][kept[n]] for n in X]) for values in (known, X))
     slopes = np.linalg.lstsq(fit_known, fit_X, rcond=None)[0]
     _, scale, directions = np.linalg.svd(fit_X - fit_known @ slopes, full_matrices=False)
     project = directions[:N_DIRECTIONS].T * (np.sqrt(len(fit_X)) / scale[:N_DIRECTIONS])
     return {n: (X[n] - known[n] @ slopes) @ project for n in X}
+
+
+def _drift(n_trs: int) -> np.ndarray:
+    """Return a constant and slow cosines over a story, (n_trs, 1 + N_DRIFT)."""
+    place = (np.arange(n_trs) + 0.5) / n_trs
+    return np.cos(np.pi * np.outer(place, np.arange(1 + N_DRIFT)))
 
 
 def _frozen_vectors(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "linear")
 PROBE_BATCH = 8
+PROBE_PROBABILITY = 0.15
 OVERFIT_LOSS = 1.5  # nats; below it a masked LM has learnt the stories by heart
 
 
@@ -132,7 +133,6 @@ def make_probes(
     train: Sequence[Window],
     heldout: Sequence[Window],
     tokenizer: BertTokenizerFast,
-    mask_probability: float,
     max_masked: int,
     seed: int,
 ) -> Probes:
@@ -149,7 +149,7 @@ def make_probes(
                 break
             chosen = [windows[i] for i in order[at : at + PROBE_BATCH]]
             rng = generator(seed, "probe masks", name, at)
-            batches.append(mask_windows(chosen, mask_probability, rng, **special(tokenizer)))
+            batches.append(mask_windows(chosen, PROBE_PROBABILITY, rng, **special(tokenizer)))
         samples.append(batches)
     equal = min(max_masked, *(sum(batch.labels.size for batch in batches) for batches in samples))
     return Probes(*(_keep_masked(batches, equal) for batches in samples))

@@ -154,7 +154,7 @@ class _Chain:
                 self.tokens(names),
                 self.encoder.tokenizer,
                 layer=self.layer,
-                window_tokens=self.config.window_tokens,
+                window_tokens=self.config.embed_window_tokens,
                 stride=self.config.embed_stride,
                 precision="float32",
                 device=self.device,
@@ -258,15 +258,15 @@ class _Fold:
         return EpochLosses(0, 0, 0, *losses)
 
     def _probes(self) -> Probes:
+        """Losses are read on the same masked tokens in every trial, whatever it trains with."""
         chain, config, encoder = self.chain, self.chain.config, self.chain.encoder
         assert encoder is not None
-        whole = config.window_tokens - 2  # no overlap: every token once
+        length = config.embed_window_tokens
         train, heldout = (
-            training_windows(list(chain.tokens(names).values()), config.window_tokens, whole, encoder.tokenizer)
+            training_windows(list(chain.tokens(names).values()), length, length - 2, encoder.tokenizer)
             for names in (self.split.fit, self.split.validation)
         )
-        seed = chain.task.split_seed
-        return make_probes(train, heldout, encoder.tokenizer, config.mask_probability, config.probe_tokens, seed)
+        return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
 
 
 @functools.lru_cache(maxsize=2)
@@ -289,8 +289,9 @@ def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
 def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
     if config.layer is not None and not 0 <= config.layer <= encoder.n_layers:
         raise InputError(f"layer {config.layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
-    if config.window_tokens > encoder.max_tokens:
-        raise InputError(f"window_tokens {config.window_tokens}: {encoder.name} reads at most {encoder.max_tokens}")
+    for name in ("window_tokens", "embed_window_tokens"):
+        if getattr(config, name) > encoder.max_tokens:
+            raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
     if config.method == LORA and not encoder.has_head:
         raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
 

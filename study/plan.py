@@ -46,7 +46,7 @@ def estimate(
     p = shape["n_hidden"] * len(base.delays)
     flops = 0.0
     for split in splits:
-        overlap = (base.window_tokens - 2) / np.array([base.stride, base.embed_stride])
+        overlap = ((base.window_tokens - 2) / base.stride, (base.embed_window_tokens - 2) / base.embed_stride)
         train = TOKENS_A_WORD * sum(words[name] for name in split.fit) * overlap[0]
         embed = TOKENS_A_WORD * sum(words[name] for name in split.fit + split.validation) * overlap[1]
         n = sum(rows[name] for name in split.fit)

@@ -213,25 +213,27 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterat
 def _check_same(file: Path, identity: dict[str, Any]) -> None:
     """Refuse to mix two studies, by name; a larger budget is no difference."""
     recorded = read_json(file)
-    now = _comparable(identity)
-    for what, before in _comparable(recorded).items():
-        if now[what] != before:
-            raise InputError(
-                f"{file.parent}: cannot resume: {what} was {_short(before)} and is now {_short(now[what])}; "
-                "give the recorded value, or begin a new study with another --name"
-            )
+    before, now = _comparable(recorded), _comparable(identity)
+    for what in (name for name in now if before.get(name) != now[name]):
+        raise InputError(
+            f"{file.parent}: cannot resume: {what} changed from {before.get(what)} to {now[what]}; "
+            "give the recorded value, or begin a new study with another --name"
+        )
     write_json(file, recorded | {"options": identity["options"]})
 
 
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    config = {f"setting {k}": v for k, v in identity["config"].items()}
+def _comparable(identity: dict[str, Any]) -> dict[str, str]:
+    """Return what must not change, as text by name."""
+    stories = {
+        f"the {role} stories" + (f" of outer fold {at}" if len(identity["splits"]) > 1 else ""): ", ".join(names)
+        for at, split in enumerate(identity["splits"])
+        for role, names in split.items()
+    }
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in identity["config"].items()}
     return {
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
-        "the split": identity["splits"],
-    } | {name: list(v) if isinstance(v, tuple) else v for name, v in config.items()}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+        "the number of outer folds": str(len(identity["splits"])),
+        **stories,
+        **{f"the setting {name}": str(value) for name, value in settings.items()},
+    }

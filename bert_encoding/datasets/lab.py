@@ -52,7 +52,7 @@ def _numpy_names() -> dict[tuple[str, str], Callable[..., Any]]:
         ("numpy", "dtype"): np.dtype,
     }
     for core in ("numpy.core", "numpy._core"):
-        names[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct  # type: ignore[attr-defined]
+        names[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
         names[f"{core}.multiarray", "scalar"] = _plain_scalar
         names[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer  # type: ignore[attr-defined]
     return names

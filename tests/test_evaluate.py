@@ -1,0 +1,339 @@
+"""Word vectors to scores, recomputed with other libraries, and what must not reach a score."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from himalaya.ridge import solve_ridge_cv_svd
+from himalaya.scoring import correlation_score
+from make_data import make_lab
+from ridge_utils.interpdata import lanczosinterp2D
+from ridge_utils.util import make_delayed
+from scipy.stats import pearsonr
+from sklearn.model_selection import PredefinedSplit
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from bert_encoding.baselines import word_rate
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.story import TRIMS, Dataset, Responses
+from bert_encoding.evaluate import (
+    SubjectScores,
+    make_design,
+    merge_subjects,
+    score_seen,
+    score_subject,
+    stack_responses,
+)
+from bert_encoding.ridge import fit_ridge
+
+CPU = torch.device("cpu")
+FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")
+DELAYS = (1, 2, 3, 4)
+GRID = tuple(float(alpha) for alpha in np.logspace(-1, 5, 9))
+CONFIG = TrialConfig(method="word_rate", ridge_alphas=GRID, delays=DELAYS, n_folds=4)
+N_VOXELS = 40  # the first half follow word rate, the others are noise
+BAD_VOXELS = {"subject2": [3, 25], "subject3": [30]}
+
+Vectors = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small matrices: a second thread only waits, for minutes where other programs use the cores."""
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lab folder of two subjects, with voxels that are not finite or constant in one story."""
+    folder = make_lab(tmp_path_factory.mktemp("small") / "lab", subjects=tuple(BAD_VOXELS), n_voxels=N_VOXELS)
+    spoil(folder / "subject2" / "beta.npy", 3, np.nan)
+    spoil(folder / "subject2" / "zeta.npy", 25, 0.5)
+    spoil(folder / "subject3" / "alpha.npy", 30, np.inf)
+    return folder
+
+
+def spoil(path: Path, voxel: int, value: float) -> None:
+    responses = np.load(path)
+    responses[:, voxel] = value
+    np.save(path, responses)
+
+
+@pytest.fixture(scope="module")
+def dataset(small: Path) -> Dataset:
+    return inspect(open_dataset(small))
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Long stories without defects: scores of chance lie close to 0."""
+    folder = make_lab(tmp_path_factory.mktemp("long") / "lab", n_words=1200, n_voxels=N_VOXELS)
+    return inspect(open_dataset(folder))
+
+
+def rates(dataset: Dataset) -> dict[str, np.ndarray]:
+    return {name: word_rate(story.spoken) for name, story in dataset.stories.items()}
+
+
+def rich_vectors(dataset: Dataset, n_hidden: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
+    """Word rate beside random columns of unequal scale."""
+    rng = np.random.default_rng(seed)
+    scales = np.logspace(-2, 2, n_hidden - 1)
+    return {
+        name: np.hstack([rate, 1 + scales * rng.standard_normal((len(rate), n_hidden - 1))]).astype(np.float32)
+        for name, rate in rates(dataset).items()
+    }
+
+
+def score(
+    vectors: Vectors, dataset: Dataset, scored: tuple[str, ...] = SCORED, config: TrialConfig = CONFIG
+) -> SubjectScores:
+    design = make_design(vectors, dataset, FIT, scored, config, 0)
+    return score_subject(design, dataset, "subject2", FIT, scored, config, CPU)
+
+
+def published_features(vectors: np.ndarray, dataset: Dataset, name: str) -> np.ndarray:
+    """Features of one story by the Huth lab's code, trimmed by the rows that the data need."""
+    story = dataset.stories[name]
+    return make_delayed(lanczosinterp2D(vectors, story.word_times_s, story.tr_times_s, window=3), DELAYS)[10:-5]
+
+
+def responses_from_disk(folder: Path, subject: str, names: tuple[str, ...]) -> np.ndarray:
+    stacked = np.vstack([np.load(folder / subject / f"{name}.npy") for name in names])
+    return np.delete(stacked, BAD_VOXELS[subject], axis=1)
+
+
+def himalaya_weights(X: np.ndarray, Y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (alphas, weights) of z-scored data."""
+    cv = PredefinedSplit(folds)
+    alphas, weights, _ = solve_ridge_cv_svd(X, Y, np.array(GRID), score_func=correlation_score, cv=cv, warn=False)
+    return alphas, weights
+
+
+def pearson_columns(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
+    return np.array([pearsonr(Y[:, v], Y_predicted[:, v]).statistic for v in range(Y.shape[1])])
+
+
+def test_the_design_is_the_published_features_scaled_by_the_fit_rows(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
+    scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
+    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    np.testing.assert_allclose(design.fit, scaler.transform(np.vstack([X[n] for n in FIT])), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(design.scored, scaler.transform(np.vstack([X[n] for n in SCORED])), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(design.scored_story, np.repeat([0, 1], [len(X[name]) for name in SCORED]))
+
+
+def test_every_fit_story_lies_in_one_fold(dataset: Dataset) -> None:
+    design = make_design(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    story = np.repeat(FIT, [len(dataset.stories[name].tr_times_s) - 15 for name in FIT])
+    assert len(story) == len(design.folds) == len(design.fit)
+    assert set(design.folds) == set(range(CONFIG.n_folds))
+    assert all(np.unique(design.folds[story == name]).size == 1 for name in FIT)
+
+
+@pytest.mark.parametrize("subject", list(BAD_VOXELS))
+def test_score_subject_equals_a_recomputation_with_other_libraries(dataset: Dataset, small: Path, subject: str) -> None:
+    vectors = rich_vectors(dataset)
+    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
+    scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
+    Y = StandardScaler().fit_transform(responses_from_disk(small, subject, FIT))
+    alphas, weights = himalaya_weights(scaler.transform(np.vstack([X[name] for name in FIT])), Y, design.folds)
+    predicted = {name: scaler.transform(X[name]) @ weights for name in SCORED}
+    truth = {name: responses_from_disk(small, subject, (name,)) for name in SCORED}
+    expected = pearson_columns(np.vstack(list(truth.values())), np.vstack(list(predicted.values())))
+    expected_story = {name: pearson_columns(truth[name], predicted[name]).mean() for name in SCORED}
+
+    got = score_subject(design, dataset, subject, FIT, SCORED, CONFIG, CPU)
+    assert np.unique(alphas).size >= 4  # or the choice would hardly be tested
+    np.testing.assert_allclose(got.ridge_alphas, alphas, rtol=1e-12)
+    np.testing.assert_allclose(got.cc, expected, rtol=0, atol=1e-5)
+    assert list(got.story_cc) == list(SCORED)
+    assert got.story_cc == pytest.approx(expected_story, abs=1e-5)
+    assert got.n_constant == 0
+
+
+def test_score_seen_equals_a_nested_recomputation_with_other_libraries(dataset: Dataset, small: Path) -> None:
+    vectors = rich_vectors(dataset)
+    design = make_design(vectors, dataset, FIT, FIT, CONFIG, 0)
+    raw = responses_from_disk(small, "subject2", FIT)
+    X = StandardScaler().fit_transform(np.vstack([published_features(vectors[n], dataset, n) for n in FIT]))
+    Y = StandardScaler().fit_transform(raw)
+    predicted = np.full(Y.shape, np.nan)
+    for label in range(CONFIG.n_folds):
+        out = design.folds == label
+        inner = np.unique(design.folds[~out], return_inverse=True)[1]
+        predicted[out] = X[out] @ himalaya_weights(X[~out], Y[~out], inner)[1]
+    got = score_seen(design, dataset, "subject2", FIT, CONFIG, CPU)
+    assert got == pytest.approx(pearson_columns(raw, predicted).mean(), abs=1e-5)
+
+
+def test_stack_responses_reads_valid_voxels_in_the_order_asked(dataset: Dataset, small: Path) -> None:
+    order = ("zeta", "alpha", "gamma")
+    got = stack_responses(dataset, "subject2", order)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, responses_from_disk(small, "subject2", order).astype(np.float32))
+
+
+def wreck(dataset: Dataset, vectors: Vectors, name: str) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """Replace the words, their times, and all responses of one story by something wild."""
+    rng = np.random.default_rng(99)
+    story = dataset.stories[name]
+    responses = {
+        subject: Responses(array=1e4 + 1e3 * rng.standard_normal(old.open().shape))
+        for subject, old in story.responses.items()
+    }
+    times_s = np.sort(rng.uniform(0, story.word_times_s[-1], len(story.words)))
+    wild = replace(story, word_times_s=times_s, responses=responses)
+    vectors = {**vectors, name: 1e3 * rng.standard_normal(vectors[name].shape)}
+    return replace(dataset, stories={**dataset.stories, name: wild}), vectors
+
+
+def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> None:
+    """Wreck one scored story: the fit, and all that concerns the other one, keep their bits."""
+    vectors = rich_vectors(dataset)
+    wrecked, wild_vectors = wreck(dataset, vectors, "wheretheressmoke")
+    before = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    after = make_design(wild_vectors, wrecked, FIT, SCORED, CONFIG, 0)
+    np.testing.assert_array_equal(after.fit, before.fit)
+    np.testing.assert_array_equal(after.folds, before.folds)
+    zeta = before.scored_story == 0
+    np.testing.assert_array_equal(after.scored[zeta], before.scored[zeta])
+    assert np.abs(after.scored[~zeta] - before.scored[~zeta]).max() > 10
+
+    scores = score_subject(before, dataset, "subject2", FIT, SCORED, CONFIG, CPU)
+    wild = score_subject(after, wrecked, "subject2", FIT, SCORED, CONFIG, CPU)
+    np.testing.assert_array_equal(wild.ridge_alphas, scores.ridge_alphas)
+    assert wild.story_cc["zeta"] == scores.story_cc["zeta"]
+    assert wild.story_cc["wheretheressmoke"] != scores.story_cc["wheretheressmoke"]
+
+
+def test_a_scored_story_scores_the_same_alone_as_in_company(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    together, alone = score(vectors, dataset), score(vectors, dataset, ("zeta",))
+    assert alone.story_cc["zeta"] == pytest.approx(together.story_cc["zeta"], abs=1e-6)
+    assert alone.cc.mean() == pytest.approx(alone.story_cc["zeta"], abs=1e-6)
+    np.testing.assert_array_equal(alone.ridge_alphas, together.ridge_alphas)
+
+
+def test_no_row_that_ridge_was_fitted_on_is_scored(dataset: Dataset) -> None:
+    """A model wide enough to know noise by heart gets 1 on the rows it saw and 0 on the ones that count."""
+    config = replace(CONFIG, ridge_alphas=(1e-4,))
+    vectors = rich_vectors(dataset, n_hidden=80)
+    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    assert design.fit.shape[1] > design.fit.shape[0]
+    noise = slice(19, None)  # without voxel 3, the first noise voxel is the 20th that is valid
+    Y = stack_responses(dataset, "subject2", FIT)
+    by_heart = fit_ridge(design.fit, Y, design.folds, config.ridge_alphas).predict(design.fit)
+    cc = score_subject(design, dataset, "subject2", FIT, SCORED, config, CPU).cc[noise]
+    assert pearson_columns(Y[:, noise], by_heart[:, noise]).min() > 0.99
+    assert abs(cc.mean()) < 3 / np.sqrt(len(design.scored) * cc.size)
+
+
+def test_planted_voxels_score_high_and_noise_voxels_0(long: Dataset) -> None:
+    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+    cc = score_subject(design, long, "subject2", FIT, SCORED, CONFIG, CPU).cc
+    assert cc[:20].min() > 0.5
+    standard_error = 1 / np.sqrt(len(design.scored))
+    assert np.abs(cc[20:]).max() < 4 * standard_error  # of one voxel
+    assert abs(cc[20:].mean()) < 3 * standard_error / np.sqrt(20)  # of their mean
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_word_times_score_0(long: Dataset, seed: int) -> None:
+    """The gaps between words in another order: as many words, as fast, but not when they were heard.
+
+    Planted voxels share one signal, and it is smooth: their mean has the standard error of about one voxel.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = {
+        name: replace(story, word_times_s=np.cumsum(rng.permutation(np.diff(story.word_times_s, prepend=0.0))))
+        for name, story in long.stories.items()
+    }
+    n_rows = sum(len(long.stories[name].tr_times_s) - 15 for name in SCORED)
+    got = score(rates(long), replace(long, stories=shuffled)).cc[:20].mean()
+    assert abs(got) < 4 / np.sqrt(n_rows)
+    assert score(rates(long), long).cc[:20].mean() > 0.5
+
+
+def test_the_courses_trim_loses_what_the_published_trim_finds(long: Dataset) -> None:
+    """Both cut 15 rows, so nothing fails; the features only come 5 TRs too early."""
+    published = score(rates(long), replace(long, trim=TRIMS["published"])).cc[:20].mean()
+    course = score(rates(long), replace(long, trim=TRIMS["course"])).cc[:20].mean()
+    assert published > 0.5
+    assert course < 0.15
+
+
+def test_the_same_input_gives_the_same_bits(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    first, second = score(vectors, dataset), score(vectors, dataset)
+    np.testing.assert_array_equal(first.cc, second.cc)
+    np.testing.assert_array_equal(first.ridge_alphas, second.ridge_alphas)
+    assert first.story_cc == second.story_cc
+
+
+def test_vectors_and_responses_are_left_as_they_were(dataset: Dataset, small: Path) -> None:
+    vectors = rich_vectors(dataset)
+    kept = {name: values.copy() for name, values in vectors.items()}
+    before = {path: path.read_bytes() for path in small.rglob("*.npy")}
+    score(vectors, dataset)
+    for name, values in vectors.items():
+        np.testing.assert_array_equal(values, kept[name])
+    assert {path: path.read_bytes() for path in small.rglob("*.npy")} == before
+
+
+def test_constant_predictions_score_0_and_are_counted(dataset: Dataset) -> None:
+    silent = {name: np.zeros_like(values) for name, values in rates(dataset).items()}
+    got = score(silent, dataset)
+    n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
+    np.testing.assert_array_equal(got.cc, np.zeros(n_valid))
+    assert got.n_constant == n_valid
+    assert got.story_cc == dict.fromkeys(SCORED, 0.0)
+
+
+@pytest.mark.parametrize("name", ["gamma", "zeta"])
+def test_a_vector_that_is_not_finite_stops_the_trial_and_names_the_story(dataset: Dataset, name: str) -> None:
+    vectors = rich_vectors(dataset)
+    vectors[name][70, 2] = np.nan
+    with pytest.raises(RuntimeError, match=f"story {name}: its features are not finite"):
+        make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+
+
+def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
+    """Not the mean over all voxels: a subject with more voxels does not weigh more."""
+    rng = np.random.default_rng(5)
+    grid = (1.0, 10.0, 100.0)
+    alphas = {"few": np.array([1.0, 10.0, 100.0, 10.0]), "many": np.full(500, 100.0)}
+    ccs = {"few": np.array([0.5, -0.2, 0.0, 0.1], np.float32), "many": rng.uniform(-1, 1, 500).astype(np.float32)}
+    scores = {name: SubjectScores(ccs[name], {}, alphas[name], n) for name, n in (("few", 1), ("many", 7))}
+    ordered = np.sort(ccs["many"].astype(np.float64))
+    expected = {
+        "cc_mean": (0.1 + ordered.mean()) / 2,
+        "cc_median": (0.05 + (ordered[249] + ordered[250]) / 2) / 2,
+        "cc_top1": (0.5 + ordered[-5:].mean()) / 2,
+        "cc_top5": (0.5 + ordered[-25:].mean()) / 2,
+        "share_above_0": (0.5 + (ordered > 0).mean()) / 2,
+        "alpha_edge_share": (0.5 + 1.0) / 2,
+        "n_constant_predictions": 8.0,
+    }
+    assert merge_subjects(scores, grid) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.xfail(
+    raises=ValueError, strict=True, reason="known defect: n_folds=2, or two fit stories, leave one fold to choose in"
+)
+@pytest.mark.parametrize(("fit", "n_folds"), [(FIT, 2), (FIT[:2], 5)])
+def test_two_folds_are_enough_to_score_what_was_seen(dataset: Dataset, fit: tuple[str, ...], n_folds: int) -> None:
+    """A setting and a split that are allowed must not stop a trial at its end."""
+    config = replace(CONFIG, n_folds=n_folds)
+    design = make_design(rates(dataset), dataset, fit, fit, config, 0)
+    assert np.unique(design.folds).size == 2
+    assert 0.1 < score_seen(design, dataset, "subject2", fit, config, CPU) < 1

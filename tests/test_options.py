@@ -1,0 +1,275 @@
+"""What the user asked for, what a resumed study recorded, and defaults, in that order."""
+
+import os
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_encoding.errors import InputError
+from bert_encoding.records import write_json
+from study import options as options_module
+from study.options import SCIENCE, Options, options_record, read_recorded, resolve_options
+from study.spaces import Space, load_space
+
+
+@pytest.fixture(scope="module")
+def smoke() -> Space:
+    return load_space("smoke")
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_of_four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine(monkeypatch, 4, 0)
+    monkeypatch.chdir(tmp_path)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
+    """Pretend to run on another machine: the counts are all that the options ask of it."""
+    monkeypatch.setattr(options_module, "machine_cpus", lambda: n_cpus)
+    monkeypatch.setattr(options_module, "machine_gpus", lambda: n_gpus)
+
+
+def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
+    return resolve_options({"space": "smoke"} | given, recorded or {}, space)
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
+    assert resolve(smoke) == Options(
+        space="smoke",
+        data="demo",
+        model="minilm",
+        layer=None,
+        subjects=None,
+        train_stories=None,
+        test_stories=None,
+        trials=2,
+        epochs=1,
+        seed=0,
+        name=f"smoke-{date.today():%Y-%m-%d}",
+        out=str(tmp_path / "results"),
+        outer_folds=1,
+        mlm_text="fit",
+        cpus_per_trial=2.0,
+        gpus_per_trial=0.0,
+        max_concurrent=2,
+    )
+
+
+def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> None:
+    found = resolve(smoke, data="some/folder")
+    assert found.model == "bert-base-uncased"
+    assert found.data == str(tmp_path / "some" / "folder")
+    assert resolve(smoke, data="some/folder", model="minilm").model == "minilm"
+    assert resolve(smoke, data="~/lab").data == str(Path.home().resolve() / "lab")
+
+
+def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    found = resolve(smoke, model="checkpoint", out="there", name="n")
+    assert found.model == str(tmp_path / "checkpoint")
+    assert found.folder == tmp_path / "there" / "n"
+    assert resolve(smoke, model="no-such-folder").model == "no-such-folder"
+
+
+def test_the_space_sets_trials_and_epochs(tmp_path: Path) -> None:
+    full = load_space("lora_full")
+    assert (resolve(full).trials, resolve(full).epochs) == (40, 3)
+    assert (resolve(full, trials=5, epochs=1).trials, resolve(full, trials=5, epochs=1).epochs) == (5, 1)
+    (tmp_path / "bare.py").write_text("def space(trial):\n    return {}\n")
+    bare = resolve_options({"space": "./bare.py"}, {}, load_space("./bare.py"))
+    assert (bare.trials, bare.epochs, bare.space) == (20, 3, str(tmp_path / "bare.py"))
+    assert bare.name.startswith("bare-")
+
+
+@pytest.mark.parametrize(
+    ("n_cpus", "n_gpus", "given", "expected"),
+    [
+        (1, 0, {}, (1.0, 0.0, 1)),
+        (2, 0, {}, (2.0, 0.0, 1)),
+        (3, 0, {}, (2.0, 0.0, 1)),
+        (64, 0, {}, (2.0, 0.0, 8)),
+        (64, 0, {"cpus_per_trial": 16.0}, (16.0, 0.0, 4)),
+        (64, 0, {"max_concurrent": 20}, (2.0, 0.0, 20)),
+        (16, 1, {}, (8.0, 1.0, 1)),
+        (16, 4, {}, (4.0, 1.0, 4)),
+        (16, 1, {"gpus_per_trial": 0.25}, (4.0, 0.25, 4)),
+        (16, 1, {"gpus_per_trial": 0.0}, (2.0, 0.0, 8)),
+        (4, 8, {}, (1.0, 1.0, 4)),
+    ],
+)
+def test_trials_share_the_machine(
+    n_cpus: int,
+    n_gpus: int,
+    given: dict[str, Any],
+    expected: tuple[float, float, int],
+    smoke: Space,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, n_cpus, n_gpus)
+    found = resolve(smoke, **given)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
+    if "max_concurrent" not in given:
+        assert found.max_concurrent * found.cpus_per_trial <= n_cpus
+        assert found.max_concurrent * found.gpus_per_trial <= n_gpus or not found.gpus_per_trial
+
+
+# --- names and layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ([], None),
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["a,b"], ["a", "b"]),
+        (["a,b", "c"], ["a", "b", "c"]),
+        (["a,", ",b"], ["a", "b"]),
+        (["a, b"], ["a", "b"]),
+    ],
+)
+def test_names_may_be_given_in_several_ways(given: list[str] | None, expected: list[str] | None, smoke: Space) -> None:
+    assert resolve(smoke, subjects=given).subjects == expected
+    assert resolve(smoke, test_stories=given).test_stories == expected
+
+
+@pytest.mark.parametrize(("given", "layer"), [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None)])
+def test_layers(given: str | int | None, layer: int | None, smoke: Space) -> None:
+    assert resolve(smoke, layer=given).layer == layer
+
+
+@pytest.mark.parametrize("given", ["foo", "", "1.5", "first"])
+def test_a_layer_that_is_no_number_is_refused(given: str, smoke: Space) -> None:
+    with pytest.raises(InputError, match=f"--layer {given}: give 'last' or a number"):
+        resolve(smoke, layer=given)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"trials": -1}, "--trials -1: must be at least 0"),
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"outer_folds": 0}, "--outer-folds 0: must be at least 1"),
+        ({"max_concurrent": 0}, "--max-concurrent 0: must be at least 1"),
+        ({"cpus_per_trial": 5.0}, "--cpus-per-trial 5: this machine has 4"),
+        ({"cpus_per_trial": 0.0}, "--cpus-per-trial 0: this machine has 4"),
+        ({"cpus_per_trial": -1.0}, "--cpus-per-trial -1"),
+        ({"cpus_per_trial": float("nan")}, "--cpus-per-trial nan"),
+        ({"gpus_per_trial": 1.0}, "--gpus-per-trial 1: this machine has 0"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial -0.5"),
+        ({"name": ""}, "--name '': must be a plain folder name"),
+        ({"name": "a/b"}, "--name 'a/b': must be a plain folder name"),
+        ({"name": ".."}, r"--name '\.\.': must be a plain folder name"),
+        ({"name": ".hidden"}, "must be a plain folder name"),
+    ],
+)
+def test_values_out_of_range_are_refused(given: dict[str, Any], said: str, smoke: Space) -> None:
+    with pytest.raises(InputError, match=said):
+        resolve(smoke, **given)
+
+
+def test_several_gpus_a_trial_must_be_whole(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 4)
+    assert resolve(smoke, gpus_per_trial=2.0).max_concurrent == 2
+    with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: above 1 it must be a whole number"):
+        resolve(smoke, gpus_per_trial=1.5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("EPOCHS", 0), ("EPOCHS", "three"), ("TRIALS", -1), ("TRIALS", "many")])
+def test_a_space_s_own_epochs_and_trials_are_checked_too(name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"{name} = {value!r}\n\ndef space(trial):\n    return {{}}\n")
+    with pytest.raises(InputError, match=name.lower()[:5] + "|" + name):
+        resolve_options({"space": "./mine.py"}, {}, load_space("./mine.py"))
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+RECORDED = {
+    **{"space": "smoke", "data": "/data/lab", "model": "bert-base-uncased", "layer": 7, "subjects": ["subject2"]},
+    **{"train_stories": 20, "test_stories": ["alpha"], "trials": 9, "epochs": 2, "seed": 5, "outer_folds": 3},
+    **{"mlm_text": "all"},
+}
+
+
+def test_a_resumed_study_keeps_what_it_recorded(smoke: Space) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED, smoke)
+    assert {name: getattr(found, name) for name in RECORDED} == RECORDED
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"trials": 30}, {"trials": 30}),
+        ({"layer": "last"}, {"layer": None}),
+        ({"layer": "0"}, {"layer": 0}),
+        ({"subjects": ["subject3"]}, {"subjects": ["subject3"]}),
+        ({"seed": 0}, {"seed": 0}),
+        ({"data": "demo"}, {"data": "demo", "model": "bert-base-uncased"}),
+    ],
+)
+def test_what_is_given_again_overrides_what_was_recorded(
+    given: dict[str, Any], expected: dict[str, Any], smoke: Space
+) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"} | given, RECORDED, smoke)
+    assert {name: getattr(found, name) for name in RECORDED} == RECORDED | expected
+
+
+def test_the_machine_s_share_is_never_inherited(smoke: Space) -> None:
+    """A study begun on a large machine goes on on a small one."""
+    recorded = RECORDED | {"cpus_per_trial": 64.0, "gpus_per_trial": 8.0, "max_concurrent": 99, "out": "/elsewhere"}
+    found = resolve_options({"space": "smoke", "name": "n"}, recorded, smoke)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == (2.0, 0.0, 2)
+    assert found.out == str(Path("results").resolve())
+
+
+def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
+    options = resolve(smoke, layer="3", subjects=["a,b"], trials=4, out=str(tmp_path), name="study")
+    options.folder.mkdir()
+    write_json(options.folder / "study.json", {"options": options_record(options)})
+    recorded = read_recorded(str(tmp_path), "study", True)
+    assert resolve_options({"space": "smoke", "name": "study", "out": str(tmp_path)}, recorded, smoke) == options
+    assert set(options_record(options)) == set(SCIENCE) <= {field.name for field in fields(Options)}
+
+
+def test_without_resume_nothing_is_recorded(tmp_path: Path) -> None:
+    assert read_recorded(str(tmp_path), "study", False) == {}
+
+
+def test_resume_takes_the_latest_study_by_default(tmp_path: Path) -> None:
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        file = tmp_path / "results" / name / "study.json"
+        write_json(file, {"options": {"space": "smoke", "seed": age, "layer": None}})
+        os.utime(file, (1e9 - 100 * age, 1e9 - 100 * age))
+    assert read_recorded(None, None, True) == {"space": "smoke", "seed": 0, "name": "newest"}
+    assert read_recorded("results", "oldest", True) == {"space": "smoke", "seed": 2, "name": "oldest"}
+
+
+def test_resume_without_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--resume: no study in {tmp_path / 'results'}; give --out or --name"):
+        read_recorded(None, None, True)
+    with pytest.raises(InputError, match=f"--resume: no study gone in {tmp_path}; there: none"):
+        read_recorded(str(tmp_path), "gone", True)
+    (tmp_path / "here").mkdir()
+    write_json(tmp_path / "here" / "study.json", {"options": {}})
+    with pytest.raises(InputError, match=f"--resume: no study gone in {tmp_path}; there: here"):
+        read_recorded(str(tmp_path), "gone", True)
+
+
+@pytest.mark.parametrize("content", ["", '{"options": {"spa', "{}", "[]"])
+def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text(content)
+    with pytest.raises(InputError, match=r"study/study\.json: damaged"):
+        read_recorded(str(tmp_path), "study", True)

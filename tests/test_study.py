@@ -1,0 +1,154 @@
+"""Whole studies through the real command line and real Ray processes."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from make_data import make_lab
+
+from bert_encoding.records import COLUMNS, read_cc, read_records
+from study.analysis import load_trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+RUN = Path(__file__).resolve().parents[1] / "study" / "run.py"
+
+SPACE = '''"""Does a study survive?"""
+EPOCHS = 2
+START = {start}
+
+
+def space(trial):
+    return {{
+        "rank": trial.suggest_categorical("rank", [2, 4, 8, 16]),
+        "window_tokens": trial.suggest_categorical("window_tokens", [128, 600]),
+        "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+        "stride": 100,
+    }}
+'''
+GOOD = {"rank": 4, "window_tokens": 128, "lr": 5e-3}
+TOO_LONG = GOOD | {"window_tokens": 600}  # the tiny BERT reads 512
+OTHERS = [{"rank": 2, "window_tokens": 128, "lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
+
+
+@pytest.fixture
+def private_tmp() -> Iterator[Path]:
+    """A short folder for Ray's sockets; whatever still runs from it afterwards is ended, by id."""
+    folder = Path(tempfile.mkdtemp(prefix="s-"))
+    yield folder
+    for process in _running_from(folder):
+        process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _running_from(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in part for part in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> list[str]:
+    if not (folder / "lab").exists():
+        make_lab(folder / "lab")
+    (folder / "survive.py").write_text(SPACE.format(start=start))
+    options = {
+        "--space": folder / "survive.py",
+        "--data": folder / "lab",
+        "--model": tiny_bert,
+        "--out": folder / "out",
+    }
+    return [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair), "--name", "s", *more]
+
+
+def _environment(private_tmp: Path) -> dict[str, str]:
+    return os.environ | {"TMPDIR": str(private_tmp), "HF_HUB_OFFLINE": "1"}
+
+
+def _run(command: list[str], private_tmp: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=_environment(private_tmp), capture_output=True, text=True, timeout=300)
+
+
+def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    done = _run(_command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3"), private_tmp)
+    assert done.returncode == 3, done.stderr + done.stdout  # one trial failed
+    assert done.stderr == ""
+    study = tmp_path / "out" / "s"
+    trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
+    assert list(pd.read_parquet(study / "trials.parquet").columns[: len(COLUMNS)]) == COLUMNS
+    assert list(trials.index) == ["baseline-frozen", "baseline-word_rate", "0001", "0002", "0003"]
+    assert list(trials["status"]) == ["COMPLETE"] * 3 + ["FAILED", "COMPLETE"]
+    assert "window_tokens 600" in trials.loc["0002", "error"]
+    assert trials.loc["0003", "repeat_of"] == "0001"
+    assert trials.loc["0003", "cc_mean"] == trials.loc["0001", "cc_mean"]
+    assert trials.loc["0001", "epochs_done"] == 2
+    pd.testing.assert_frame_equal(load_trials(study).set_index("trial_id"), trials)
+    epochs = pd.read_parquet(study / "epochs.parquet")
+    last = epochs[(epochs["trial_id"] == "0001") & (epochs["epoch"] == 2)]
+    assert last["cc_mean"].item() == trials.loc["0001", "cc_mean"]
+    cc = read_cc(study, "0001")["subject2"]
+    assert cc.shape == (12,)
+    assert np.nanmean(cc) == pytest.approx(trials.loc["0001", "cc_mean"], abs=1e-6)
+    assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
+    for line in ("[5/5] 0003: CC", f"everything lies in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
+        assert line in done.stdout
+    assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
+
+
+def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "4")
+    study = tmp_path / "out" / "s"
+    driver = subprocess.Popen(
+        command, env=_environment(private_tmp), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
+    assert driver.poll() is None, "the study ended before it could be killed"
+    (token,) = private_tmp.glob("bert-encoding-*/auth_token")
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _wait_for(lambda: not _running_from(private_tmp))  # Ray's processes end with their driver
+    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
+    assert {"baseline-frozen", "baseline-word_rate", "0001"} <= set(finished)
+    for record in finished.values():
+        json.loads(record)
+
+    refused = _run(command, private_tmp)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+
+    resumed = _run([sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out"), "--trials", "5"], private_tmp)
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    trials = load_trials(study)
+    searched = trials[trials["phase"] == "search"]
+    assert len(searched) == 5
+    assert list(searched["status"]) == ["COMPLETE"] * 5
+    assert searched["repeat_of"].isna().all(), "no configuration ran twice"
+    assert set(searched["lr"]) == {point["lr"] for point in [GOOD, *OTHERS]}
+    assert len(trials) == 7
+    for trial_id, before in finished.items():
+        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
+
+
+def _file(study: Path, trial_id: str) -> Path:
+    return study / "trials" / trial_id / "record.json"
+
+
+def _wait_for(condition: object, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

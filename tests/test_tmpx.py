@@ -1,0 +1,514 @@
+"""Masked-LM training against plain transformers, PEFT and torch loops."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from make_data import WORDS, story_words
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import BertForMaskedLM
+
+from bert_encoding import finetune as module
+from bert_encoding.adapters import add_adapter, masked_lm
+from bert_encoding.encoders import Encoder
+from bert_encoding.finetune import (
+    EpochLosses,
+    Probes,
+    Training,
+    finetune,
+    is_overfitting,
+    make_probes,
+    masked_lm_loss,
+    probe_loss,
+)
+from bert_encoding.masking import MaskedBatch, mask_windows
+from bert_encoding.windows import Window, cut_windows, tokenize
+
+CPU = torch.device("cpu")
+TRAINING = Training(
+    lr=1e-2,
+    epochs=2,
+    batch_size=4,
+    accumulation=1,
+    weight_decay=0.1,
+    warmup_epochs=0.5,
+    schedule="constant",
+    max_grad_norm=1.0,
+    mask_probability=0.15,
+    precision="float32",
+)
+
+# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def some_windows(encoder: Encoder, n_words: int = 300, window_tokens: int = 32, seed: int = 0) -> list[Window]:
+    """Windows of one story, the last one shorter than the others."""
+    tokens = tokenize(story_words(n_words, seed), encoder.tokenizer)
+    return cut_windows(tokens, window_tokens, window_tokens - 2, encoder.tokenizer)
+
+
+def mask(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15, seed: int = 0) -> MaskedBatch:
+    n, rng = len(encoder.tokenizer), np.random.default_rng(seed)
+    return mask_windows(windows, probability, rng, pad_id=0, mask_id=4, n_vocabulary=n)
+
+
+@pytest.fixture
+def probes(tiny_encoder: Encoder) -> Probes:
+    return some_probes(tiny_encoder)
+
+
+def some_probes(encoder: Encoder, seed: int = 0) -> Probes:
+    train, heldout = some_windows(encoder, seed=1), some_windows(encoder, seed=2)
+    return make_probes(train, heldout, encoder.tokenizer, 60, seed)
+
+
+def adapted(encoder: Encoder, *, dropout: float = 0.0, targets: str = "q,v", seed: int = 0) -> PeftModel:
+    model = encoder.copy_model()
+    if dropout == 0:
+        without_dropout(model)
+    return add_adapter(model, rank=4, lora_alpha=8.0, targets=targets, dropout=dropout, seed=seed)
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+
+
+def train(
+    encoder: Encoder, model: PeftModel, windows: Sequence[Window], probes: Probes, training: Training, seed: int = 0
+) -> list[EpochLosses]:
+    return list(finetune(masked_lm(model), windows, probes, encoder.tokenizer, training, seed, CPU))
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=5e-7, err_msg=name)
+
+
+def as_one_batch(batches: Sequence[MaskedBatch]) -> dict[str, torch.Tensor]:
+    """What transformers reads: all rows padded to one length, labels -100 wherever nothing is to be predicted."""
+    longest = max(batch.ids.shape[1] for batch in batches)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for batch in batches:
+        labels = iter(batch.labels.tolist())
+        for ids, attention, chosen in zip(batch.ids, batch.attention, batch.chosen, strict=True):
+            blank = longest - len(ids)
+            rows["input_ids"].append([*ids.tolist(), *[0] * blank])
+            rows["attention_mask"].append([*attention.tolist(), *[0] * blank])
+            rows["labels"].append([next(labels) if here else -100 for here in chosen] + [-100] * blank)
+        assert next(labels, None) is None
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+class Masked(NamedTuple):
+    """A call of mask_windows by the training loop."""
+
+    windows: list[Window]
+    batch: MaskedBatch
+
+
+@pytest.fixture
+def masked_calls(monkeypatch: pytest.MonkeyPatch, probes: Probes) -> list[Masked]:
+    """Every batch that training really masks and reads, in order; the probes are made before."""
+    calls: list[Masked] = []
+
+    def listen(windows: Sequence[Window], *args: Any, **kwargs: Any) -> MaskedBatch:
+        batch = mask_windows(windows, *args, **kwargs)
+        calls.append(Masked(list(windows), batch))
+        return batch
+
+    monkeypatch.setattr(module, "mask_windows", listen)
+    return calls
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.15, 0.9])
+def test_loss_and_gradients_equal_those_of_transformers(probability: float, tiny_encoder: Encoder) -> None:
+    windows = [*some_windows(tiny_encoder, n_words=70), *some_windows(tiny_encoder, n_words=9)]
+    assert len({len(window.ids) for window in windows}) > 1  # so that there is padding
+    batch = mask(tiny_encoder, windows, probability)
+    ours, theirs = tiny_encoder.copy_model(), tiny_encoder.copy_model()
+    loss = masked_lm_loss(ours, batch, "float32", CPU)
+    expected = theirs(**as_one_batch([batch])).loss
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if q.grad is None:
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_summed_loss_is_the_mean_times_the_chosen_tokens(tiny_encoder: Encoder) -> None:
+    batch = mask(tiny_encoder, some_windows(tiny_encoder))
+    with torch.no_grad():
+        mean = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU)
+        total = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU, "sum")
+    assert float(total) == pytest.approx(batch.labels.size * float(mean), rel=1e-6)
+
+
+def test_bfloat16_is_used_where_asked_and_is_close(tiny_encoder: Encoder) -> None:
+    batch = mask(tiny_encoder, some_windows(tiny_encoder))
+    with torch.no_grad():
+        exact = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU)
+        coarse = masked_lm_loss(tiny_encoder.model, batch, "bfloat16", CPU)
+    assert coarse.dtype == torch.float32
+    assert float(exact) != float(coarse)
+    assert float(exact) == pytest.approx(float(coarse), abs=0.02)
+
+
+# --- a whole training, step by step -----------------------------------------------------------------------------------
+
+
+def plain_training(
+    encoder: Encoder,
+    start: dict[str, torch.Tensor],
+    steps: list[list[MaskedBatch]],
+    lrs: list[float],
+    training: Training,
+) -> BertForMaskedLM:
+    """Train with transformers' model and loss, PEFT's layers and torch's AdamW; one big batch a step."""
+    inner = encoder.copy_model()
+    without_dropout(inner)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0)
+    model = get_peft_model(inner, config)
+    model.load_state_dict(start)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=training.weight_decay)
+    for batches, lr in zip(steps, lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        model(**as_one_batch(batches)).loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+        for p in parameters:
+            p.grad *= torch.clamp(training.max_grad_norm / norm, max=1.0)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (3, 2), (1, 5), (16, 1)])
+@pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
+def test_training_equals_a_plain_loop_over_whole_batches(
+    batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
+    tiny_encoder: Encoder,
+    masked_calls: list[Masked],
+    probes: Probes,
+) -> None:
+    windows = some_windows(tiny_encoder)
+    assert len(windows) == 10
+    training = replace(
+        TRAINING, batch_size=batch_size, accumulation=accumulation, max_grad_norm=max_grad_norm, warmup_epochs=0
+    )
+    model = adapted(tiny_encoder)
+    start = weights(model)
+    results = train(tiny_encoder, model, windows, probes, training)
+
+    steps: list[list[MaskedBatch]] = []
+    for _ in range(training.epochs):
+        left = len(windows)
+        while left:
+            steps.append([])
+            for _ in range(accumulation):
+                n = min(batch_size, left)
+                if n:
+                    steps[-1].append(masked_calls.pop(0).batch)
+                    assert len(steps[-1][-1].ids) == n
+                left -= n
+    assert masked_calls == []
+    if accumulation > 1:  # else a mean of means would pass as well
+        assert any(len({batch.labels.size for batch in batches}) > 1 for batches in steps)
+    assert results[-1].optimizer_steps == len(steps)
+
+    expected = plain_training(tiny_encoder, start, steps, [training.lr] * len(steps), training)
+    assert_same_weights(model, expected)
+    moved = 0.0
+    for name, value in expected.state_dict().items():
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 5e-3  # the tolerance is far below what training does
+
+
+def test_weights_after_a_warm_up_equal_a_plain_loop(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)
+    training = replace(TRAINING, batch_size=2, warmup_epochs=0.8, schedule="linear")  # 5 steps an epoch, 4 of warm-up
+    model = adapted(tiny_encoder)
+    start = weights(model)
+    train(tiny_encoder, model, windows, probes, training)
+    lrs = [1e-2 * share for share in (0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    expected = plain_training(tiny_encoder, start, [[call.batch] for call in masked_calls], lrs, training)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize(("warmup_epochs", "warmup_steps"), [(0, 0), (0.3, 1), (1.0, 3), (1.5, 4)])
+def test_learning_rates_follow_the_closed_form(
+    schedule: str, warmup_epochs: float, warmup_steps: int, tiny_encoder: Encoder, probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)  # 10 windows in batches of 4: 3 steps an epoch
+    lrs: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
+    try:
+        training = replace(TRAINING, epochs=3, schedule=schedule, warmup_epochs=warmup_epochs)
+        train(tiny_encoder, adapted(tiny_encoder), windows, probes, training)
+    finally:
+        hook.remove()
+    expected = []
+    for step in range(9):
+        if step < warmup_steps:
+            expected.append(1e-2 * step / warmup_steps)
+        else:
+            expected.append(1e-2 * ((9 - step) / (9 - warmup_steps) if schedule == "linear" else 1))
+    np.testing.assert_allclose(lrs, expected, rtol=1e-12)
+
+
+def test_every_epoch_reads_every_window_once_in_another_order_with_other_masks(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)
+    results = train(tiny_encoder, adapted(tiny_encoder), windows, probes, replace(TRAINING, epochs=3))
+    epochs = [masked_calls[at : at + 3] for at in (0, 3, 6)]
+    assert len(masked_calls) == 9
+    orders = [[id(window) for call in calls for window in call.windows] for calls in epochs]
+    for order in orders:
+        assert sorted(order) == sorted(id(window) for window in windows)
+    assert len({tuple(order) for order in orders}) == 3
+    masks = []
+    for calls in epochs:
+        chosen = {id(w): row for call in calls for w, row in zip(call.windows, call.batch.chosen, strict=True)}
+        masks.append(tuple(tuple(np.nonzero(chosen[id(window)])[0]) for window in windows))
+    assert len(set(masks)) == 3
+    n_tokens = sum(len(window.ids) for window in windows)
+    assert [(r.epoch, r.optimizer_steps, r.tokens_seen) for r in results] == [
+        (1, 3, n_tokens),
+        (2, 6, 2 * n_tokens),
+        (3, 9, 3 * n_tokens),
+    ]
+
+
+# --- same seed, same bits ---------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits_other_seed_other_ones(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    outcomes = []
+    for seed in (3, 3, 4):
+        torch.rand(5)  # what ran before must not matter
+        np.random.default_rng().random(5)
+        model = adapted(tiny_encoder, dropout=0.1)
+        results = train(tiny_encoder, model, windows, probes, TRAINING, seed)
+        outcomes.append((results, weights(model)))
+    (first, w1), (second, w2), (other, w3) = outcomes
+    assert first == second
+    assert all(torch.equal(w1[name], w2[name]) for name in w1)
+    assert first != other
+    assert any(not torch.equal(w1[name], w3[name]) for name in w1)
+
+
+def test_what_happens_between_epochs_does_not_matter(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    undisturbed = adapted(tiny_encoder, dropout=0.1)
+    expected = train(tiny_encoder, undisturbed, windows, probes, TRAINING)
+    disturbed = adapted(tiny_encoder, dropout=0.1)
+    found = []
+    for losses in finetune(masked_lm(disturbed), windows, probes, tiny_encoder.tokenizer, TRAINING, 0, CPU):
+        found.append(losses)
+        disturbed.eval()  # as embedding does
+        torch.rand(7)
+    assert found == expected
+    assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(disturbed).items())
+
+
+def test_dropout_is_on_while_training(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    models = []
+    for seed in (0, 0):
+        model = adapted(tiny_encoder)
+        if models:
+            for part in masked_lm(model).modules():
+                if isinstance(part, torch.nn.Dropout):
+                    part.p = 0.3
+        train(tiny_encoder, model, windows, probes, TRAINING, seed)
+        models.append(weights(model))
+    assert any(not torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_changes(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder, dropout=0.1, targets="all")
+    before = weights(model)
+    train(tiny_encoder, model, some_windows(tiny_encoder), probes, TRAINING)
+    after = weights(model)
+    lora = {name for name in before if ".lora_A." in name or ".lora_B." in name}
+    assert len(lora) == 2 * 6 * 2  # A and B, six layers a block, two blocks
+    assert {name for name in before if not torch.equal(before[name], after[name])} == lora
+
+
+def test_training_lowers_the_training_loss(tiny_encoder: Encoder) -> None:
+    windows = some_windows(tiny_encoder)
+    probes = make_probes(windows, some_windows(tiny_encoder, seed=9), tiny_encoder.tokenizer, 100, seed=0)
+    base = tiny_encoder.copy_model()
+    without_dropout(base)
+    with torch.no_grad():  # the tied decoder of an untrained BERT is too small for any hidden state to say much
+        base.bert.embeddings.word_embeddings.weight *= 10
+    model = add_adapter(base, rank=8, lora_alpha=32.0, targets="all", dropout=0.0, seed=0)
+    untrained = probe_loss(masked_lm(model), probes.train, "float32", CPU)
+    training = replace(TRAINING, lr=2e-2, epochs=15, weight_decay=0.0)
+    last = train(tiny_encoder, model, windows, probes, training)[-1]
+    assert last.mlm_loss_train < untrained - 1
+    assert last.mlm_loss_train < np.log(len(tiny_encoder.tokenizer)) - 0.2  # better than a blind guess
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_train", "n_heldout"), [(300, 300), (300, 70), (70, 900)])
+@pytest.mark.parametrize("max_masked", [1, 13, 37, 10_000])
+def test_probes_hold_equally_many_masked_tokens(
+    n_train: int, n_heldout: int, max_masked: int, tiny_encoder: Encoder
+) -> None:
+    train, heldout = some_windows(tiny_encoder, n_train), some_windows(tiny_encoder, n_heldout, seed=1)
+    probes = make_probes(train, heldout, tiny_encoder.tokenizer, max_masked, seed=0)
+    counts = [sum(batch.labels.size for batch in batches) for batches in probes]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0] <= max_masked
+    if max_masked <= 13:
+        assert counts[0] == max_masked
+    for batches in probes:
+        assert [int(batch.chosen.sum()) for batch in batches] == [batch.labels.size for batch in batches]
+
+
+@pytest.mark.parametrize(("n_train", "n_heldout"), [(100, 900), (900, 100)])
+def test_probes_come_from_their_own_windows_and_predict_their_tokens(
+    n_train: int, n_heldout: int, tiny_encoder: Encoder
+) -> None:
+    tokenizer, half = tiny_encoder.tokenizer, len(WORDS) // 2
+    spoken = [WORDS[i % half] for i in range(n_train)], [WORDS[half + i % half] for i in range(n_heldout)]
+    windows = [cut_windows(tokenize(words, tokenizer), 32, 30, tokenizer) for words in spoken]
+    own = [{int(i) for window in part for i in window.ids[1:-1]} for part in windows]
+    assert not own[0] & own[1]
+    probes = make_probes(*windows, tokenizer, 10_000, seed=0)
+    for batches, ids in zip(probes, own, strict=True):
+        assert {int(label) for batch in batches for label in batch.labels} <= ids
+    # The smaller part has all its masked tokens scored: put back, they give its windows, each once.
+    smaller = int(np.argmin([n_train, n_heldout]))
+    restored = []
+    for batch in probes[smaller]:
+        ids = batch.ids.copy()
+        ids[batch.chosen] = batch.labels
+        restored += [row[: n.sum()].tolist() for row, n in zip(ids, batch.attention, strict=True)]
+    assert sorted(restored) == sorted(window.ids.tolist() for window in windows[smaller])
+
+
+def test_probes_are_fixed_by_their_seed_alone(tiny_encoder: Encoder) -> None:
+    torch.manual_seed(1)
+    once = some_probes(tiny_encoder)
+    torch.manual_seed(2)
+    again = some_probes(tiny_encoder)
+    other = some_probes(tiny_encoder, seed=1)
+    for first, second in zip(once, again, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert [batch.labels.tolist() for batch in once.train] != [batch.labels.tolist() for batch in other.train]
+
+
+def test_probe_loss_equals_transformers_without_dropout(tiny_encoder: Encoder, probes: Probes) -> None:
+    assert len(probes.train) > 1
+    assert len({batch.labels.size for batch in probes.train}) > 1
+    model = tiny_encoder.copy_model()
+    model.train()
+    found = [probe_loss(model, batches, "float32", CPU) for batches in probes]
+    model.train()
+    assert found == [probe_loss(model, batches, "float32", CPU) for batches in probes]  # dropout is off: same twice
+    for value, batches in zip(found, probes, strict=True):
+        with torch.no_grad():
+            expected = tiny_encoder.model(**as_one_batch(batches)).loss
+        assert value == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_losses_of_an_epoch_are_those_of_the_weights_it_ends_with(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder, dropout=0.1)
+    windows = some_windows(tiny_encoder)
+    for losses in finetune(masked_lm(model), windows, probes, tiny_encoder.tokenizer, TRAINING, 0, CPU):
+        model.eval()
+        with torch.no_grad():
+            expected = [float(masked_lm(model)(**as_one_batch(batches)).loss) for batches in probes]
+        assert [losses.mlm_loss_train, losses.mlm_loss_heldout] == pytest.approx(expected, abs=1e-5)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_nan_weight_names_the_first_step(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder)
+    with torch.no_grad():
+        masked_lm(model).bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1 of epoch 1"):
+        train(tiny_encoder, model, some_windows(tiny_encoder), probes, TRAINING)
+
+
+def test_loss_that_blows_up_names_its_step(tiny_encoder: Encoder, probes: Probes) -> None:
+    training = replace(TRAINING, lr=1e30, warmup_epochs=0)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step [23] of epoch 1; lower lr"):
+        train(tiny_encoder, adapted(tiny_encoder), some_windows(tiny_encoder), probes, training)
+
+
+@pytest.mark.xfail(reason="bug: losses read after the last step are not checked", strict=True)
+def test_loss_that_blows_up_in_the_last_step_is_not_yielded(tiny_encoder: Encoder, probes: Probes) -> None:
+    training = replace(TRAINING, lr=1e30, warmup_epochs=0, batch_size=100)  # one step an epoch
+    model = adapted(tiny_encoder)
+    windows = some_windows(tiny_encoder)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        next(finetune(masked_lm(model), windows, probes, tiny_encoder.tokenizer, training, 0, CPU))
+
+
+@pytest.mark.parametrize(
+    ("train_losses", "heldout_losses", "expected"),
+    [
+        ([1.4], [3.0], False),
+        ([2.0, 1.4], [3.0, 3.1], True),
+        ([2.0, 1.4], [3.0, 3.0], False),
+        ([2.0, 1.4], [3.0, 2.9], False),
+        ([2.0, 1.5], [3.0, 3.1], False),
+        ([2.0, 1.6], [3.0, 3.1], False),
+        ([2.0, 1.4, 1.3], [3.0, 3.1, 3.0], False),
+        ([2.0, 1.4, 1.3], [3.0, 2.5, 2.6], True),
+        ([1.4, 1.6], [3.0, 3.1], False),
+        ([], [], False),
+    ],
+)
+def test_overfitting_is_a_low_training_loss_with_a_rising_held_out_loss(
+    train_losses: list[float], heldout_losses: list[float], expected: bool
+) -> None:
+    pairs = zip(train_losses, heldout_losses, strict=True)
+    losses = [EpochLosses(at + 1, at + 1, 100, *pair) for at, pair in enumerate(pairs)]
+    assert is_overfitting(losses) is expected
