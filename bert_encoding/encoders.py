@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertForMaskedLM, BertTokenizerFast
 
@@ -77,7 +78,7 @@ def load_encoder(name: str) -> Encoder:
     """
     if name in BUNDLED:
         return _load_minilm(name)
-    config = _bert_config(name)
+    config = load_config(name)
     try:
         with quiet():
             tokenizer = BertTokenizerFast.from_pretrained(name)
@@ -118,7 +119,7 @@ def check_model_name(name: str) -> None:
     elif path.exists():
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: the folder holds no config.json; give a checkpoint folder")
-        _bert_config(name)
+        load_config(name)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise InputError(f"--model {name}: no such folder; give {', '.join(BUNDLED)}, a folder or a hub name")
 
@@ -132,12 +133,24 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bert_config(name: str) -> Any:
+def load_config(name: str) -> Any:
+    """Return a checkpoint's configuration, from disk or hub.
+
+    Raises
+    ------
+    InputError
+        if there is none, or it is not BERT's.
+    """
+    if name in BUNDLED:
+        return AutoConfig.from_pretrained(_minilm_folder())
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: no such model: {first_line(error)}") from None
+        raise InputError(
+            f"--model {name}: not found on disk or hub; check the name and the network, or use {MINILM}, which needs "
+            f"none ({first_line(error)})"
+        ) from None
     if config.model_type != "bert":
         raise InputError(
             f"--model {name}: a {config.model_type} model; only BERT is supported "
@@ -188,9 +201,10 @@ def _restore_masked_lm(model: BertForMaskedLM) -> BertForMaskedLM:
 def quiet() -> Iterator[None]:
     """Hold back transformers' report of an untrained head and its progress bars, since we check and say so ourselves;
     and its warning that PEFT asks for an attribute by an older name, which no user can mend."""
-    level = transformers.logging.get_verbosity()
+    level, hub_level = transformers.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -198,5 +212,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             transformers.logging.enable_progress_bar()

@@ -13,6 +13,8 @@ from bert_encoding.features import ZScore, story_features
 from bert_encoding.ridge import alpha_edge_share, cross_validated_predictions, fit_ridge
 from bert_encoding.scores import correlate, summarise
 
+MAX_EDGE_SHARE = 0.2
+
 
 class SubjectScores(NamedTuple):
     """How well one subject is predicted on the scored stories.
@@ -114,6 +116,20 @@ def merge_subjects(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[floa
         "alpha_edge_share": float(np.mean(edges)),
         "n_constant_predictions": float(sum(subject.n_constant for subject in scores.values())),
     }
+
+
+def edge_notes(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[float, ...]) -> list[str]:
+    """Say so where more than a fifth of the voxels chose an alpha at an edge of the grid."""
+    notes = []
+    for subject, result in scores.items():
+        share = alpha_edge_share(result.ridge_alphas, ridge_alphas)
+        if share["low"] > MAX_EDGE_SHARE:
+            notes.append(f"{subject}: {share['low']:.0%} of voxels chose the smallest ridge_alpha; try smaller ones")
+        if share["high"] > MAX_EDGE_SHARE:
+            notes.append(
+                f"{subject}: {share['high']:.0%} of voxels chose the largest ridge_alpha: nothing predicts them"
+            )
+    return notes
 
 
 def _features(vectors: np.ndarray, name: str, dataset: Dataset, config: TrialConfig) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Masked-LM fine-tuning of an adapter; one result an epoch."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ from bert_encoding.devices import autocast
 from bert_encoding.masking import MaskedBatch, mask_windows
 from bert_encoding.seeds import derive_seed, generator
 from bert_encoding.windows import Window
-
-logger = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "linear")
 PROBE_BATCH = 8

@@ -53,6 +53,7 @@ class TrialRecord:
     key : hash of configuration, data, splits and code; equal keys mean equal results
     repeat_of : the trial whose record answered this one
     config : all settings; ``params`` is what the search space suggested
+    notes : what a reader of the scores should know
     scores : of the last epoch, and of the trial as a whole
     cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
     """
@@ -72,6 +73,7 @@ class TrialRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gb: float | None = None
     node: str = ""
+    notes: list[str] = field(default_factory=list)
     cc: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     cc_test: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 

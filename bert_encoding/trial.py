@@ -4,7 +4,6 @@
 """
 
 import functools
-import logging
 import resource
 import socket
 import sys
@@ -28,13 +27,11 @@ from bert_encoding.devices import pick_device
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
-from bert_encoding.evaluate import SubjectScores, make_design, merge_subjects, score_seen, score_subject
+from bert_encoding.evaluate import SubjectScores, edge_notes, make_design, merge_subjects, score_seen, score_subject
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
 from bert_encoding.records import COMPLETE, STOPPED, TrialRecord
 from bert_encoding.seeds import derive_seed
 from bert_encoding.windows import Tokens, tokenize, training_windows
-
-logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, float]], bool]
 
@@ -113,6 +110,7 @@ def run_trial(
         seconds=chain.seconds | {"total": time.perf_counter() - started},
         peak_memory_gb=_peak_memory_gb(),
         node=socket.gethostname(),
+        notes=[note for fold in folds for note in fold.notes] + edge_notes(results[0].scores, config.ridge_alphas),
         cc={subject: _mean_cc(task.dataset, subject, results) for subject in task.dataset.subjects},
         cc_test={s: _whole_brain(task.dataset, s, test.cc) for s, test in test_scores.items()} if score_test else {},
     )
@@ -183,6 +181,7 @@ class _Fold:
     def __init__(self, chain: _Chain, split: Split) -> None:
         self.chain, self.split = chain, split
         self.model: Any = None
+        self.notes: list[str] = []
         if chain.encoder is not None:
             self.model = _prepare_model(chain.config, chain.encoder)
         self.n_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self._tuned else 0
@@ -200,11 +199,9 @@ class _Fold:
         for losses in self._finetune():
             so_far.append(losses)
             if is_overfitting(so_far):
-                logger.warning(
-                    "overfitting: training loss %.2f, held-out loss rose to %.2f at epoch %d",
-                    losses.mlm_loss_train,
-                    losses.mlm_loss_heldout,
-                    losses.epoch,
+                self.notes.append(
+                    f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
+                    f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"
                 )
             check_applied(self.chain.encoder, masked_lm(self.model).bert, "fine-tuning")
             yield self._score(losses)

@@ -12,6 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from bert_encoding.config import FROZEN, WORD_RATE
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
     BASELINE,
@@ -34,6 +35,9 @@ class Standing(NamedTuple):
     """The best searched trial beside the frozen baseline; None where there is none."""
 
     frozen: float | None
+    frozen_test: float | None
+    word_rate: float | None
+    word_rate_test: float | None
     best: float | None
     best_id: str | None
     n_complete: int
@@ -61,16 +65,25 @@ def load_trials(path: str | Path) -> pd.DataFrame:
 def standing(trials: pd.DataFrame) -> Standing:
     """Compare the best complete searched trial with the frozen baseline, both on the validation stories."""
     complete = trials[trials["status"] == COMPLETE]
-    frozen = complete[(complete["phase"] == BASELINE) & (complete["method"] == "frozen")]["cc_mean"]
+    baselines = complete[complete["phase"] == BASELINE].set_index("method")
     searched = complete[complete["phase"] == SEARCH]
     best = searched.sort_values("cc_mean", ascending=False).iloc[0] if len(searched) else None
     return Standing(
-        frozen=float(frozen.iloc[0]) if len(frozen) else None,
+        frozen=_score(baselines, FROZEN, "cc_mean"),
+        frozen_test=_score(baselines, FROZEN, "cc_test"),
+        word_rate=_score(baselines, WORD_RATE, "cc_mean"),
+        word_rate_test=_score(baselines, WORD_RATE, "cc_test"),
         best=float(best["cc_mean"]) if best is not None else None,
         best_id=str(best["trial_id"]) if best is not None else None,
         n_complete=len(searched),
         n_failed=int((trials["status"] == FAILED).sum()),
     )
+
+
+def _score(baselines: pd.DataFrame, method: str, column: str) -> float | None:
+    """Return a baseline's score, None where it has none."""
+    value = baselines[column].get(method)
+    return None if value is None or pd.isna(value) else float(value)
 
 
 def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
@@ -80,8 +93,13 @@ def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
     return grouped.rename(columns={"count": "n_trials", "mean": "cc_mean", "max": "cc_max"}).reset_index()
 
 
-def print_study(console: Console, trials: pd.DataFrame) -> None:
-    """Print the trial table, best first, and where the best trial stands."""
+def read_notes(path: str | Path) -> dict[str, list[str]]:
+    """Return what each trial's scores come with: trial -> notes."""
+    return {record.trial_id: record.notes for record in read_records(Path(path)) if record.notes}
+
+
+def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]]) -> None:
+    """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
     columns = [name for name in SHOWN if trials[name].notna().any()]
     order = trials["cc_mean"].astype(float).sort_values(ascending=False, na_position="last").index
     console.print(_table(trials.loc[order, columns]))
@@ -89,8 +107,12 @@ def print_study(console: Console, trials: pd.DataFrame) -> None:
     if len(ranks) > 1:
         console.print("CC by rank (searched trials; exploratory: rank, lr and alpha vary together)")
         console.print(_table(ranks))
-    for line in verdict_lines(standing(trials)):
+    found = standing(trials)
+    for line in verdict_lines(found):
         console.print(line, soft_wrap=True, highlight=False)
+    for trial_id in ("baseline-frozen", found.best_id or ""):
+        for note in notes.get(trial_id, []):
+            console.print(f"note on {trial_id}: {note}", soft_wrap=True, highlight=False)
     for _, row in trials[trials["status"] == FAILED].iterrows():
         reason = str(row["error"]).splitlines()[-1]
         console.print(f"trial {row['trial_id']} FAILED: {reason}", soft_wrap=True, highlight=False, markup=False)
@@ -101,12 +123,19 @@ def verdict_lines(found: Standing) -> list[str]:
     if found.frozen is None:
         return ["No frozen baseline yet: nothing to compare with."]
     if found.best is None or found.gain is None:
-        return [f"Frozen baseline: CC {found.frozen:.4f}. No searched trial is complete."]
+        return [_baseline_line("validation", found.frozen, found.word_rate)] + (
+            [_baseline_line("test", found.frozen_test, found.word_rate_test)] if found.frozen_test is not None else []
+        )
     return [
         f"Best trial {found.best_id}: CC {found.best:.4f}; frozen baseline: CC {found.frozen:.4f}; "
         f"difference {found.gain:+.4f} on the validation stories.",
         f"The best of {found.n_complete} noisy trials looks better than it is; the test stories have not been read.",
     ]
+
+
+def _baseline_line(role: str, frozen: float, word_rate: float | None) -> str:
+    beside = "" if word_rate is None else f", word rate {word_rate:.4f}"
+    return f"Mean CC on the {role} stories: frozen encoder {frozen:.4f}{beside}."
 
 
 def _table(frame: pd.DataFrame) -> Table:
@@ -141,7 +170,7 @@ def main(folder: Path) -> None:
     trials = load_trials(folder)
     write_tables(folder)
     width = None if sys.stdout.isatty() else 240
-    print_study(Console(width=width), trials)
+    print_study(Console(width=width), trials, read_notes(folder))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
+from bert_encoding.encoders import load_config
 from bert_encoding.records import FAILED, write_json
-from study.analysis import load_trials, print_study, standing
+from study.analysis import load_trials, print_study, read_notes, standing
 from study.command import INTERRUPTED, SOME_FAILED, run_app
 from study.options import Options, read_recorded, resolve_options
 from study.plan import check_space_on_disk, estimate, print_plan
@@ -109,6 +110,7 @@ def main(
     print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
     if dry_run:
         return 0
+    load_config(options.model)
     check_space_on_disk(options.folder, forecast.disk_bytes)
     try:
         run_session(study, resume, console)
@@ -122,7 +124,7 @@ def _finish(options: Options, console: Console) -> int:
     trials = load_trials(options.folder)
     found = standing(trials)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
-    print_study(console, trials)
+    print_study(console, trials, read_notes(options.folder))
     console.print(
         f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True
     )

@@ -222,7 +222,7 @@ def test_finished_records_count_and_the_start_point_is_not_tried_again() -> None
 def test_a_start_point_that_was_not_reached_is_still_tried() -> None:
     space = load_space("smoke")
     found = searcher(space, records=[finished(space, {"log2_rank": 1}, 1)], n_trials=3, first_id=2)
-    assert [job["params"]["log2_rank"] for job in ask_all(found)][0] == 4
+    assert ask_all(found)[0]["params"]["log2_rank"] == 4
 
 
 def test_failed_records_count_and_are_told_as_failed() -> None:

@@ -9,7 +9,7 @@ from bert_encoding.errors import InputError
 from bert_encoding.seeds import generator
 
 VALIDATION_SHARE = 0.2
-MIN_FIT_STORIES = 2  # ridge chooses its alphas on whole-story folds inside fit
+MIN_FIT_STORIES = 3  # predicting one leaves two on which alphas are chosen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Word vectors against a slow plain loop: own windows, one at a time, own averages."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_data import story_words
+from transformers import BertModel, BertTokenizerFast
+
+from bert_encoding.embed import embed_stories
+from bert_encoding.encoders import Encoder, weights_fingerprint
+from bert_encoding.windows import tokenize
+
+CPU = torch.device("cpu")
+LONG = "z" * 20  # 20 word pieces in the tiny vocabulary
+STORIES: dict[str, list[str]] = {
+    "plain": story_words(90, seed=0),
+    "gaps": ["", "the", "", "", *story_words(25, seed=1), "didn't", "", "xylophone", ""],
+    "long": ["the", LONG, "house", "hippopotamus", "and", LONG, LONG],
+    "one": ["house"],
+    "silent": ["", "", ""],
+    "repeats": ["the"] * 45,
+}
+# window_tokens, stride: one window a story; windows that just touch; much overlap; words longer than a window
+WINDOWS = [(512, 256), (32, 30), (32, 7), (8, 3)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain_bert(tiny_bert: Path) -> BertModel:
+    return BertModel.from_pretrained(tiny_bert, add_pooling_layer=False).eval()
+
+
+def embed(encoder: Encoder, stories: dict[str, list[str]] = STORIES, **changes: Any) -> dict[str, np.ndarray]:
+    settings = {"layer": 2, "window_tokens": 32, "stride": 12, "precision": "float32", "device": CPU} | changes
+    tokens = {name: tokenize(words, encoder.tokenizer) for name, words in stories.items()}
+    return embed_stories(encoder.model.bert, tokens, encoder.tokenizer, **settings)
+
+
+def plain_vectors(
+    words: list[str], bert: BertModel, tokenizer: BertTokenizerFast, layer: int, window_tokens: int, stride: int
+) -> np.ndarray:
+    """One forward pass a window, no padding; a word's mean inside each window, then the mean of those."""
+    pieces = [(piece, at) for at, word in enumerate(words) for piece in tokenizer.tokenize(word)]
+    n_inner = window_tokens - 2
+    in_windows: list[list[np.ndarray]] = [[] for _ in words]
+    start = 0
+    while pieces:
+        inside = pieces[start : start + n_inner]
+        ids = tokenizer.convert_tokens_to_ids(["[CLS]", *(piece for piece, _ in inside), "[SEP]"])
+        with torch.no_grad():
+            output = bert(torch.tensor([ids]), output_hidden_states=True)
+        hidden = output.hidden_states[layer][0, 1:-1].double().numpy()  # (n_inner, n_hidden)
+        for word in {at for _, at in inside}:
+            in_windows[word].append(np.mean([hidden[i] for i, (_, at) in enumerate(inside) if at == word], axis=0))
+        if start + n_inner >= len(pieces):
+            break
+        start += stride
+    n_hidden = bert.config.hidden_size
+    return np.array([np.mean(vectors, axis=0) if vectors else np.zeros(n_hidden) for vectors in in_windows])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize(("window_tokens", "stride"), WINDOWS)
+def test_vectors_equal_a_plain_loop(
+    layer: int, window_tokens: int, stride: int, tiny_encoder: Encoder, plain_bert: BertModel
+) -> None:
+    found = embed(tiny_encoder, layer=layer, window_tokens=window_tokens, stride=stride)
+    assert list(found) == list(STORIES)
+    for name, words in STORIES.items():
+        expected = plain_vectors(words, plain_bert, tiny_encoder.tokenizer, layer, window_tokens, stride)
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_layers_and_strides_matter(tiny_encoder: Encoder) -> None:
+    base = embed(tiny_encoder)["plain"]
+    for changes in ({"layer": 1}, {"layer": 0}, {"stride": 13}, {"window_tokens": 33}):
+        assert np.abs(embed(tiny_encoder, **changes)["plain"] - base).max() > 1e-3  # far above the tolerance
+
+
+def test_layer_zero_is_the_embedding_output(tiny_encoder: Encoder) -> None:
+    words = ["the", "house"]
+    found = embed(tiny_encoder, {"two": words}, layer=0)["two"]
+    ids = tiny_encoder.tokenizer(" ".join(words), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = tiny_encoder.model.bert.embeddings(ids)[0, 1:-1].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_word_cut_by_a_window_is_a_mean_of_means(tiny_encoder: Encoder, plain_bert: BertModel) -> None:
+    # 1 + 20 + 1 tokens in windows of 12 that do not overlap: "z" * 20 has 11 tokens in the first, 9 in the second.
+    found = embed(tiny_encoder, {"cut": ["the", LONG, "house"]}, window_tokens=14, stride=12)["cut"]
+    z, more, the, house = tiny_encoder.tokenizer.convert_tokens_to_ids(["z", "##z", "the", "house"])
+    with torch.no_grad():
+        first = plain_bert(torch.tensor([[2, the, z, *[more] * 10, 3]])).last_hidden_state[0]
+        second = plain_bert(torch.tensor([[2, *[more] * 9, house, 3]])).last_hidden_state[0]
+    expected = (first[2:13].mean(dim=0) + second[1:10].mean(dim=0)) / 2
+    np.testing.assert_allclose(found[1], expected, rtol=0, atol=1e-6)
+    over_tokens = torch.cat([first[2:13], second[1:10]]).mean(dim=0)
+    assert (expected - over_tokens).abs().max() > 1e-4  # the other way to average is another number
+
+
+def test_words_without_tokens_are_zero_rows(tiny_encoder: Encoder) -> None:
+    found = embed(tiny_encoder)
+    for name, words in STORIES.items():
+        assert found[name].shape == (len(words), 32)
+        is_zero = [not row.any() for row in found[name]]
+        assert is_zero == [word == "" for word in words]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_batch_size_does_not_matter(batch_size: int, tiny_encoder: Encoder) -> None:
+    expected = embed(tiny_encoder)
+    found = embed(tiny_encoder, batch_size=batch_size)
+    for name in STORIES:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_story_does_not_depend_on_the_others(tiny_encoder: Encoder) -> None:
+    together = embed(tiny_encoder)
+    for name, words in STORIES.items():
+        alone = embed(tiny_encoder, {name: words})[name]
+        np.testing.assert_allclose(alone, together[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_same_bits_twice_and_the_model_is_left_as_it_was(tiny_encoder: Encoder) -> None:
+    before = weights_fingerprint(tiny_encoder.model)
+    tiny_encoder.model.bert.train()  # dropout must not reach the vectors
+    first, second = embed(tiny_encoder), embed(tiny_encoder)
+    assert all(np.array_equal(first[name], second[name]) for name in STORIES)
+    assert weights_fingerprint(tiny_encoder.model) == before
+
+
+def test_bfloat16_is_used_where_asked_and_is_close(tiny_encoder: Encoder) -> None:
+    exact, coarse = embed(tiny_encoder)["plain"], embed(tiny_encoder, precision="bfloat16")["plain"]
+    assert not np.array_equal(exact, coarse)
+    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05)
+
+
+def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> None:
+    bert = tiny_encoder.copy_model().bert
+    with torch.no_grad():
+        bert.embeddings.word_embeddings.weight[tiny_encoder.tokenizer.convert_tokens_to_ids("river")] = float("nan")
+    stories = {
+        name: tokenize(words, tiny_encoder.tokenizer)
+        for name, words in {"dry": ["the"], "wet": ["the", "river"]}.items()
+    }
+    with pytest.raises(RuntimeError, match="story wet: word vectors are not finite"):
+        embed_stories(
+            bert,
+            stories,
+            tiny_encoder.tokenizer,
+            layer=2,
+            window_tokens=32,
+            stride=30,
+            precision="float32",
+            device=CPU,
+        )
