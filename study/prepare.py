@@ -66,7 +66,17 @@ def prepare(options: Options, space: Space) -> Study:
         return Study(options, space, dataset, split_stories(train, test, options.seed, options.outer_folds), base)
     train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
-    return Study(options, space, inspect(dataset.only(train + test, subjects)), splits, base)
+    used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
+    return Study(options, space, inspect(used), splits, base)
+
+
+def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str, ...]:
+    """Say which stories have text alone and stay out."""
+    names = [n for n, story in dataset.stories.items() if any(s not in story.responses for s in subjects)]
+    if not names:
+        return ()
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return (f"{len(names)} stories lack responses of a subject and stay out: {shown}",)
 
 
 def base_config(options: Options) -> TrialConfig:

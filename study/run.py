@@ -121,6 +121,9 @@ def main(
 
 
 def _finish(options: Options, console: Console) -> int:
+    if not options.folder.exists():
+        console.print("interrupted before any trial had ended; nothing was kept")
+        return INTERRUPTED
     trials = load_trials(options.folder)
     found = standing(trials)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
