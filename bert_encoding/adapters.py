@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertModel
 
 from bert_encoding.datasets.story import first_line
@@ -34,6 +37,8 @@ def target_regex(targets: str) -> str:
     InputError
         if a name is unknown, repeated or absent.
     """
+    if not isinstance(targets, str):
+        raise InputError(f"target_modules {targets!r}: must be text, such as 'q,v' or {ALL_TARGETS!r}")
     names = list(TARGETS) if targets == ALL_TARGETS else [name.strip() for name in targets.split(",")]
     for name in names:
         if name not in TARGETS:
@@ -94,8 +99,11 @@ def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
     try:
         with quiet():
             tuned = PeftModel.from_pretrained(base, str(folder))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{folder}: does not fit {encoder.name}: {first_line(error)}") from None
+        saved = set(load_file(folder / "adapter_model.safetensors"))
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: does not fit {encoder.name}, or is damaged: {first_line(error)}") from None
+    if other := sorted(saved ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
+        raise InputError(f"{folder}: does not fit {encoder.name}: {other[0]} is on one side only")
     bert: BertModel = masked_lm(tuned).eval().bert
     check_applied(encoder, bert, f"{folder}: the adapter")
     return bert
@@ -120,6 +128,8 @@ def check_applied(encoder: Encoder, tuned: torch.nn.Module, what: str) -> float:
     if hidden.shape[-1] != encoder.n_hidden:
         raise InputError(f"{what}: gives {hidden.shape[-1]} numbers a token, not n_hidden {encoder.n_hidden}: logits?")
     change = float((hidden - expected).abs().max())
+    if not np.isfinite(change):
+        raise InputError(f"{what}: gives embeddings that are not finite")
     if change == 0:
         raise InputError(f"{what}: changes nothing; its embeddings equal those of pretrained {encoder.name}")
     return change

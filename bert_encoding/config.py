@@ -74,7 +74,9 @@ class TrialConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in _WHOLE:
+        if not self.model or not isinstance(self.model, str):
+            raise InputError(f"model {self.model!r}: must be a name or a folder")
+        for name in _WHOLE if self.layer is None else (*_WHOLE, "layer"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise InputError(f"{name} {getattr(self, name)!r}: must be a whole number")
         for name, lowest, highest in _RANGES:
@@ -85,10 +87,10 @@ class TrialConfig:
         target_regex(self.target_modules)
         _check_range("stride", self.stride, 1, self.window_tokens - 2)
         _check_range("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
-        if not self.delays or min(self.delays) < 0 or len(set(self.delays)) < len(self.delays):
-            raise InputError(f"delays {self.delays}: must be different TRs from 0 up")
-        if len(self.ridge_alphas) < 1 or min(self.ridge_alphas) <= 0:
-            raise InputError(f"ridge_alphas {self.ridge_alphas}: must be above 0")
+        if not self.delays or any(type(d) is not int or d < 0 for d in self.delays) or not _differ(self.delays):
+            raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
+        if not self.ridge_alphas or not all(0 < alpha < float("inf") for alpha in self.ridge_alphas):
+            raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
 
     @property
     def training(self) -> Training:
@@ -124,8 +126,10 @@ _WHOLE = (
     "embed_window_tokens",
     "n_folds",
     "seed",
+    "probe_tokens",
 )
 _RANGES: tuple[tuple[str, float, float], ...] = (
+    ("layer", 0, 1000),
     ("rank", 1, 4096),
     ("lora_alpha", 0, 1e6),
     ("lora_dropout", 0, 0.99),
@@ -141,14 +145,18 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("mask_probability", 0, 0.9),
     ("hidden_dropout", 0, 0.99),
     ("attention_dropout", 0, 0.99),
-    ("n_folds", 2, 1000),
+    ("n_folds", 3, 1000),  # predicting one fold leaves two on which alphas are chosen
     ("probe_tokens", 1, 1_000_000_000),
     ("seed", 0, 2**62),
 )
 
 
+def _differ(values: tuple[int, ...]) -> bool:
+    return len(set(values)) == len(values)
+
+
 def _check_range(name: str, value: object, lowest: float, highest: float) -> None:
-    if value is None and name in ("hidden_dropout", "attention_dropout"):
+    if value is None and name in ("layer", "hidden_dropout", "attention_dropout"):
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
         raise InputError(f"{name} {value!r}: must be a number from {lowest:g} to {highest:g}")

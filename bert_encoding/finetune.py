@@ -194,6 +194,8 @@ def _read_losses(
 ) -> EpochLosses:
     train = probe_loss(model, probes.train, precision, device)
     heldout = probe_loss(model, probes.heldout, precision, device)
+    if not np.isfinite([train, heldout]).all():
+        raise FloatingPointError(f"the masked-LM loss is not finite after step {after.optimizer_steps}; lower lr")
     return after._replace(mlm_loss_train=train, mlm_loss_heldout=heldout)
 
 

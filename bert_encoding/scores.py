@@ -18,6 +18,7 @@ def correlate(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     p = Y_predicted - Y_predicted.mean(axis=0, dtype=np.float64)
     product = np.einsum("tv,tv->v", y, p)
     y_norm, p_norm = np.sqrt(np.einsum("tv,tv->v", y, y)), np.sqrt(np.einsum("tv,tv->v", p, p))
+    y_norm[np.ptp(Y, axis=0) == 0] = 0  # the rounded mean of equal values leaves a trace
     flat = p_norm <= 1e-10 * np.sqrt(len(Y))
     cc = np.divide(product, y_norm * p_norm, out=np.zeros_like(product), where=~flat & (y_norm > 0))
     cc[y_norm == 0] = np.nan

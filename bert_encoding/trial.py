@@ -89,7 +89,8 @@ def run_trial(
     status = COMPLETE
     for results in zip(*(fold.epochs() for fold in folds), strict=True):
         epochs.append(_mean_scores(results, config) | {"seconds": time.perf_counter() - started})
-        if not report(epochs[-1]) and epochs[-1]["epoch"] < config.epochs:
+        keep_going = report(epochs[-1])
+        if not keep_going and config.method == LORA and epochs[-1]["epoch"] < config.epochs:
             status = STOPPED
             break
     seen = float(np.mean([fold.score_seen(last.vectors) for fold, last in zip(folds, results, strict=True)]))

@@ -12,7 +12,12 @@ BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 3, 130
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     try:
-        code = app(sys.argv[1:] if arguments is None else arguments, exit_on_error=False, print_error=False)
+        code = app(
+            sys.argv[1:] if arguments is None else arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
     except (InputError, cyclopts.CycloptsError) as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)

@@ -421,7 +421,6 @@ def test_damaged_adapter_is_refused(damage: str, trained: Trained, tiny_encoder:
         load_adapter(tiny_encoder, folder)
 
 
-@pytest.mark.xfail(reason="bug: PEFT asks the hub for minilm/config.json on every save", strict=True)
 def test_saving_needs_no_network(tiny_encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -3,19 +3,19 @@
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
 from bert_encoding.records import TrialRecord, trials_frame, write_json, write_record
 from study import analysis
-from study.analysis import Standing, cc_by_rank, load_trials, print_study, standing, verdict_lines
+from study.analysis import Standing, cc_by_rank, load_trials, standing, verdict_lines
 from study.command import run_app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,26 +55,39 @@ HAND_MADE = [
 ]
 
 
+def found_in(*records: TrialRecord) -> Standing:
+    return standing(trials_frame(list(records)))
+
+
 def test_standing_compares_the_best_searched_trial_with_the_frozen_baseline() -> None:
-    found = standing(trials_frame(HAND_MADE))
-    assert found == Standing(frozen=0.1, best=0.15, best_id="0004", n_complete=3, n_failed=1)
+    found = found_in(*HAND_MADE)
+    assert (found.frozen, found.word_rate) == (0.1, 0.5)
+    assert (found.best, found.best_id, found.n_complete, found.n_failed) == (0.15, "0004", 3, 1)
     assert found.gain == pytest.approx(0.05, abs=1e-12)
 
 
 def test_standing_without_a_baseline_or_without_a_search() -> None:
-    assert standing(trials_frame([])) == Standing(None, None, None, 0, 0)
-    only = standing(trials_frame([frozen(0.1), word_rate()]))
-    assert only == Standing(0.1, None, None, 0, 0)
-    assert only.gain is None
-    alone = standing(trials_frame([trial("0001", -0.2), word_rate()]))
-    assert alone == Standing(None, -0.2, "0001", 1, 0)
-    assert alone.gain is None
-    assert standing(trials_frame([frozen(), trial("0001", None)])) == Standing(0.1, None, None, 0, 1)
+    nothing = found_in()
+    assert (nothing.frozen, nothing.best, nothing.best_id, nothing.gain) == (None, None, None, None)
+    assert (nothing.n_complete, nothing.n_failed) == (0, 0)
+    only = found_in(frozen(0.1), word_rate())
+    assert (only.frozen, only.best, only.gain) == (0.1, None, None)
+    alone = found_in(trial("0001", -0.2), word_rate())
+    assert (alone.frozen, alone.best, alone.best_id, alone.gain) == (None, -0.2, "0001", None)
+    hopeless = found_in(frozen(), trial("0001", None))
+    assert (hopeless.frozen, hopeless.best, hopeless.n_complete, hopeless.n_failed) == (0.1, None, 0, 1)
+
+
+def test_standing_reads_test_scores_of_baselines_only() -> None:
+    scored = [replace(record, scores=record.scores | {"cc_test": 0.25}) for record in (frozen(), word_rate())]
+    found = found_in(*scored, replace(trial("0001", 0.2), scores={"cc_mean": 0.2, "cc_test": 0.9}))
+    assert (found.frozen_test, found.word_rate_test) == (0.25, 0.25)
+    assert (found_in(*HAND_MADE).frozen_test, found_in(*HAND_MADE).word_rate_test) == (None, None)
 
 
 def test_a_failed_baseline_is_no_baseline() -> None:
     broken = trial("baseline-frozen", None, phase="baseline", method="frozen")
-    assert standing(trials_frame([broken, trial("0001", 0.2)])).frozen is None
+    assert found_in(broken, trial("0001", 0.2)).frozen is None
 
 
 def test_cc_by_rank_by_hand() -> None:
@@ -88,16 +101,17 @@ def test_cc_by_rank_by_hand() -> None:
 
 
 def test_the_verdict_says_what_can_be_said() -> None:
-    assert verdict_lines(Standing(None, 0.2, "0001", 3, 0)) == ["No frozen baseline yet: nothing to compare with."]
-    assert verdict_lines(Standing(0.1, None, None, 0, 2)) == [
-        "Frozen baseline: CC 0.1000. No searched trial is complete."
-    ]
-    better = verdict_lines(Standing(0.1, 0.15, "0004", 3, 1))
+    assert verdict_lines(found_in(trial("0001", 0.2))) == ["No frozen baseline yet: nothing to compare with."]
+    (no_search,) = verdict_lines(found_in(frozen(0.1), word_rate(0.05), trial("0001", None)))
+    assert "validation" in no_search
+    assert "0.1000" in no_search
+    assert "0.0500" in no_search
+    better = verdict_lines(found_in(*HAND_MADE))
     assert better[0] == (
         "Best trial 0004: CC 0.1500; frozen baseline: CC 0.1000; difference +0.0500 on the validation stories."
     )
     assert "best of 3 noisy trials looks better than it is" in better[1]
-    assert "difference -0.0200" in verdict_lines(Standing(0.1, 0.08, "0001", 1, 0))[0]
+    assert "difference -0.0200" in verdict_lines(found_in(frozen(0.1), trial("0001", 0.08)))[0]
 
 
 def write_study(folder: Path, records: list[TrialRecord]) -> Path:
@@ -112,7 +126,7 @@ def test_load_trials_reads_records_and_not_an_old_table(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", HAND_MADE)
     (folder / "trials.parquet").write_bytes(b"an old table")
     for path in (folder, str(folder)):
-        pd.testing.assert_frame_equal(load_trials(path), trials_frame(HAND_MADE[:2] + HAND_MADE[2:]))
+        pd.testing.assert_frame_equal(load_trials(path), trials_frame(HAND_MADE))
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file"])
@@ -126,51 +140,63 @@ def test_a_folder_without_a_study_is_refused(there: str, tmp_path: Path) -> None
         load_trials(path)
 
 
-def printed(records: list[TrialRecord]) -> str:
-    console = Console(width=240, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with console.file:
-        print_study(console, trials_frame(records))
-        return console.export_text()
+@pytest.fixture
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints of some records."""
+
+    def print_them(*records: TrialRecord) -> str:
+        folder = write_study(tmp_path / f"study{len(list(tmp_path.iterdir()))}", list(records))
+        capsys.readouterr()
+        assert ended(str(folder)) == 0
+        out, error = capsys.readouterr()
+        assert error == ""
+        return out
+
+    return print_them
 
 
-def test_the_table_is_printed_best_first() -> None:
-    lines = printed(HAND_MADE).splitlines()
+def ended(*arguments: str) -> int:
+    """Run the command here and return its exit code, though it may leave instead of returning."""
+    try:
+        return run_app(analysis.app, list(arguments))
+    except SystemExit as left:
+        return int(str(left.code))
+
+
+def test_the_table_is_printed_best_first(printed: Callable[..., str]) -> None:
+    text = printed(*HAND_MADE)
+    lines = text.splitlines()
     assert lines[0].split()[:4] == ["trial_id", "phase", "status", "method"]
     order = [line.split()[0] for line in lines[1:8]]
     assert order == ["baseline-word_rate", "0005", "0004", "0001", "baseline-frozen", "0002", "0003"]
-    text = "\n".join(lines)
     assert "CC by rank" in text
     assert "Best trial 0004: CC 0.1500" in text
     assert "trial 0003 FAILED: ValueError: loss [nan] at step 3" in text
 
 
-def test_columns_that_are_empty_are_not_printed() -> None:
-    header = printed([frozen(), trial("0001", 0.2)]).splitlines()[0].split()
+def test_columns_that_are_empty_are_not_printed(printed: Callable[..., str]) -> None:
+    header = printed(frozen(), trial("0001", 0.2)).splitlines()[0].split()
     assert "cc_test" not in header
     assert "rank" in header
-    assert "rank" not in printed([frozen()]).splitlines()[0].split()
+    assert "rank" not in printed(frozen()).splitlines()[0].split()
 
 
-def test_one_rank_needs_no_table_of_ranks() -> None:
-    assert "CC by rank" not in printed([frozen(), trial("0001", 0.2), trial("0002", 0.3)])
+def test_one_rank_needs_no_table_of_ranks(printed: Callable[..., str]) -> None:
+    assert "CC by rank" not in printed(frozen(), trial("0001", 0.2), trial("0002", 0.3))
 
 
-def test_a_study_that_has_nothing_yet_can_be_printed() -> None:
-    assert "No frozen baseline yet" in printed([])
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "study" / "analysis.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+def test_a_study_that_has_nothing_yet_can_be_printed(printed: Callable[..., str]) -> None:
+    assert "No frozen baseline yet" in printed()
 
 
 def test_the_command_prints_the_table_and_rebuilds_the_tables(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", HAND_MADE)
-    ran = run(str(folder))
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "study" / "analysis.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     for record in HAND_MADE:
         assert record.trial_id in ran.stdout
@@ -180,15 +206,16 @@ def test_the_command_prints_the_table_and_rebuilds_the_tables(tmp_path: Path) ->
     assert (folder / "stories.parquet").is_file()
 
 
-def test_the_command_says_in_one_line_that_there_is_no_study(tmp_path: Path) -> None:
-    ran = run(str(tmp_path))
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == f"error: {tmp_path}: no study here (study.json is missing)\n"
+def test_the_command_says_in_one_line_that_there_is_no_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(str(tmp_path)) == 2
+    assert capsys.readouterr() == ("", f"error: {tmp_path}: no study here (study.json is missing)\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--folder"], ["a", "b"], ["--colour"]])
 def test_the_command_used_wrongly_is_one_line_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(analysis.app, arguments) == 2
+    assert ended(*arguments) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: ")
@@ -198,7 +225,7 @@ def test_the_command_used_wrongly_is_one_line_too(arguments: list[str], capsys: 
 def test_a_damaged_record_is_named_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "study", HAND_MADE)
     (folder / "trials" / "0002" / "record.json").write_text('{"status": "COMP')
-    assert run_app(analysis.app, [str(folder)]) == 2
+    assert ended(str(folder)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {folder / 'trials' / '0002' / 'record.json'}: damaged")
     assert error.count("\n") == 1

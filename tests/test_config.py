@@ -151,7 +151,7 @@ def test_unknown_setting_is_named_beside_the_known_ones() -> None:
 
 
 def test_from_dict_checks_values() -> None:
-    with pytest.raises(InputError, match="^rank 0"):
+    with pytest.raises(InputError, match=r"^rank 0"):
         TrialConfig.from_dict({"rank": 0})
 
 

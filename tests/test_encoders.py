@@ -156,8 +156,8 @@ def test_good_folder_passes_the_first_check(tiny_bert: Path) -> None:
 
 def test_unknown_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert_refused(load_encoder, "nobody/no-such-model", "no such model")
-    assert_refused(load_encoder, str(tmp_path / "nowhere"), "no such model")
+    assert_refused(load_encoder, "nobody/no-such-model", "not found on disk or hub")
+    assert_refused(load_encoder, str(tmp_path / "nowhere"), "not found on disk or hub")
 
 
 @pytest.mark.parametrize(

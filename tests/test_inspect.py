@@ -35,7 +35,7 @@ def edit_responses(lab: Path, story: str, edit: Callable[[np.ndarray], np.ndarra
 def edit_text(lab: Path, story: str, edit: Callable[[LabSequence], None]) -> None:
     """Change one transcript of a lab folder."""
     read = read_transcripts(lab / "raw_text.pkl")
-    content = {n: LabSequence(list(s.data), s.data_times.copy(), s.tr_times.copy()) for n, s in read.items()}
+    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
     edit(content[story])
     (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content))
 
@@ -226,6 +226,10 @@ def _shorten(text: LabSequence) -> None:
     text.data_times = text.data_times[:-2]
 
 
+def _stop_the_clock(text: LabSequence) -> None:
+    text.tr_times[:] = 0.0
+
+
 def _silence(text: LabSequence) -> None:
     text.data = ["{cg}", "", "..."] * 50 + ["(br}"] * (len(text.data) - 150)
 
@@ -242,6 +246,7 @@ def _silence(text: LabSequence) -> None:
         (_set_time("tr_times", 4, -20.0), ["TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)"]),
         (_set_time("tr_times", 4, -0.5), ["TR times must be evenly spaced"]),
         (_set_time("tr_times", 4, -3.0), ["TR times must be evenly spaced"]),
+        (_stop_the_clock, ["TR times must be evenly spaced"]),
     ],
 )
 def test_impossible_transcripts_are_refused(edit: Callable[[LabSequence], None], said: list[str], lab: Path) -> None:
@@ -340,7 +345,7 @@ def test_the_fingerprint_sees_which_story_and_which_subject(tmp_path: Path) -> N
 def test_the_fingerprint_ignores_story_order_folder_and_pickle_protocol(lab: Path) -> None:
     before = fingerprint(lab)
     read = read_transcripts(lab / "raw_text.pkl")
-    content = {n: LabSequence(s.data, s.data_times, s.tr_times) for n, s in reversed(read.items())}
+    content = {n: LabSequence(s.data, np.array(s.data_times), np.array(s.tr_times)) for n, s in reversed(read.items())}
     (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content, "utils_ridge.DataSequence", 5))
     moved = lab.rename(lab.with_name("elsewhere"))
     assert list(read_transcripts(moved / "raw_text.pkl")) == list(reversed(read))
@@ -359,6 +364,7 @@ def test_the_fingerprint_ignores_how_a_file_is_laid_out(lab: Path) -> None:
 @pytest.mark.parametrize("n_bytes", [1, 100, 96 * 7, 96 * 30 + 1])
 def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_responses(lab, "beta", put((-1, 3), np.nan))
+    edit_responses(lab, "beta", put((0, 9), np.nan))
     edit_responses(lab, "gamma", put((slice(None), 5), 2.0))
 
     def step(rows: np.ndarray) -> None:  # constant within most blocks, not over the story
@@ -372,7 +378,7 @@ def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: 
     assert blocks.fingerprint == whole.fingerprint
     assert blocks.notes == whole.notes
     assert blocks.voxel_masks is not None
-    np.testing.assert_array_equal(np.flatnonzero(~blocks.voxel_masks["subject2"]), [3, 5])
+    np.testing.assert_array_equal(np.flatnonzero(~blocks.voxel_masks["subject2"]), [3, 5, 9])
 
 
 def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,6 +471,7 @@ def test_train_stories_are_a_seeded_choice_that_never_holds_a_test_story() -> No
     chosen = {seed: choose_stories(data, ("s",), None, 4, seed) for seed in range(20)}
     assert chosen[3] == choose_stories(data, ("s",), None, 4, 3)
     assert len({tuple(train) for train, _ in chosen.values()}) > 10
+    assert {name for train, _ in chosen.values() for name in train} == set("acdefghij")
     for train, test in chosen.values():
         assert len(set(train)) == 4
         assert train == sorted(train)

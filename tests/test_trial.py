@@ -1,11 +1,13 @@
 """A whole trial: against a plain chain of other libraries, and what it must never do."""
 
+import json
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from peft import PeftModel
 from sklearn.linear_model import Ridge
 from transformers import BertForMaskedLM, BertModel
 
+from bert_encoding import finetune as finetune_module
 from bert_encoding import trial as module
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
@@ -288,8 +291,6 @@ np.savez(out, cc=record.cc["subject2"], losses=losses, cc_seen=record.scores["cc
 def test_trial_after_others_equals_one_in_a_fresh_process(
     task: Task, lab_folder: Path, tiny_encoder: Encoder, tmp_path: Path
 ) -> None:
-    import json
-
     settings = config(tiny_encoder, target_modules="q,k,v,o", seed=5, hidden_dropout=0.2)
     arguments = [str(lab_folder), str(tmp_path / "out.npz"), json.dumps(asdict(settings))]
     subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *arguments], cwd=ROOT, check=True, timeout=120)
@@ -484,6 +485,18 @@ def test_false_after_the_last_epoch_stops_nothing(task: Task, tiny_encoder: Enco
 @pytest.mark.parametrize("method", ["word_rate", "frozen"])
 def test_baseline_cannot_be_stopped(method: str, task: Task, tiny_encoder: Encoder) -> None:
     assert run_trial(config(tiny_encoder, method=method), task, lambda scores: False).status == COMPLETE
+
+
+def test_notes_name_every_epoch_of_overfitting(
+    task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_module, "OVERFIT_LOSS", math.inf)  # a rise of the held-out loss is all that counts
+    record = run_trial(config(tiny_encoder, epochs=6, lr=0.1), task)
+    heldout = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
+    rose = [at + 2 for at, (before, after) in enumerate(pairwise(heldout)) if after > before]
+    assert 0 < len(rose) < 5  # else this test could not tell rising from falling
+    noted = [int(found[1]) for note in record.notes if (found := re.match(r"overfitting in epoch (\d+):", note))]
+    assert noted == rose
 
 
 # --- several splits ---------------------------------------------------------------------------------------------------

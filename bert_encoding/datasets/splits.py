@@ -88,7 +88,7 @@ def split_stories(train: list[str], test: list[str], seed: int, n_outer_folds: i
     InputError
         if there are too few stories for two fit stories and one validation story.
     """
-    shuffled = [train[i] for i in generator(seed, "split").permutation(len(train))]
+    shuffled = [sorted(train)[i] for i in generator(seed, "split").permutation(len(train))]
     n_validation = max(1, round(VALIDATION_SHARE * len(train)))
     if n_outer_folds == 1:
         parts = [shuffled[:n_validation]]
