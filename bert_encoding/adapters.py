@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertModel
 
-from bert_encoding.datasets.story import first_line
 from bert_encoding.encoders import Encoder, quiet
-from bert_encoding.errors import InputError
+from bert_encoding.errors import InputError, first_line
 
 # Linear layers of one encoder block, by the short names that a search space suggests.
 TARGETS = {

@@ -7,9 +7,9 @@ from bert_encoding.adapters import target_regex
 from bert_encoding.devices import PRECISIONS
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import SCHEDULES, Training
+from bert_encoding.records import FROZEN, LORA, WORD_RATE
 from bert_encoding.ridge import RIDGE_ALPHAS
 
-WORD_RATE, FROZEN, LORA = "word_rate", "frozen", "lora"
 METHODS = (WORD_RATE, FROZEN, LORA)
 MLM_TEXTS = ("fit", "all")
 

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertForMaskedLM, BertTokenizerFast
 
-from bert_encoding.datasets.story import first_line
-from bert_encoding.errors import InputError
+from bert_encoding.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +111,33 @@ def model_shape(name: str) -> dict[str, int]:
     return {ours: int(content.get(theirs, default[ours])) for ours, theirs in keys.items()}
 
 
+def check_layer(layer: int | None, name: str) -> None:
+    """Refuse a layer that a model known here does not have; a hub model's is checked once it is loaded.
+
+    Raises
+    ------
+    InputError
+        if there is no such layer.
+    """
+    known = name in BUNDLED or (Path(name) / "config.json").is_file()
+    n_layers = model_shape(name)["n_layers"]
+    if layer is not None and known and not 0 <= layer <= n_layers:
+        raise InputError(f"--layer {layer}: {name} has layers 0 (embeddings) to {n_layers}")
+
+
+def check_model(name: str, layer: int | None) -> None:
+    """Refuse, before any worker starts, a model that cannot be found or has no such layer; a hub model is asked for.
+
+    Raises
+    ------
+    InputError
+        if there is no such checkpoint, it is not a BERT, or it has no such layer.
+    """
+    n_layers = load_config(name).num_hidden_layers
+    if layer is not None and not 0 <= layer <= n_layers:
+        raise InputError(f"--layer {layer}: {name} has layers 0 (embeddings) to {n_layers}")
+
+
 def check_model_name(name: str) -> None:
     """Refuse at once what cannot be a model, without loading anything.
 
@@ -138,6 +164,20 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(name: str) -> str:
+    """Return what tells a checkpoint from another of the same name: a hash of its files, or its hub commit."""
+    if name in BUNDLED:
+        return _MINILM_SHA256[:16]
+    if not Path(name).is_dir():
+        return str(getattr(load_config(name), "_commit_hash", None))
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).iterdir()):
+        if file.suffix in (".safetensors", ".json", ".txt"):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

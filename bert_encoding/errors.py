@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Bad input: one line that names the file, story or value, and says what to do. Programs exit with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for use inside another one-line message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

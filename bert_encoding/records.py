@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bert_encoding.errors import InputError
+from bert_encoding.errors import InputError, first_line
 
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
+WORD_RATE, FROZEN, LORA = "word_rate", "frozen", "lora"
 BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
 STUDY_FILE, RECORD_FILE = "study.json", "record.json"
 
@@ -111,7 +112,8 @@ def read_records(study: Path) -> list[TrialRecord]:
 
 def read_record(study: Path, trial_id: str) -> TrialRecord:
     """Return one record without its CC."""
-    content = read_json(trial_folder(study, trial_id) / RECORD_FILE)
+    file = trial_folder(study, trial_id) / RECORD_FILE
+    content = read_json(file, required=("status", "method", "config"))
     names = {f.name for f in fields(TrialRecord)}
     return TrialRecord(**{k: v for k, v in content.items() if k in names})
 
@@ -125,9 +127,11 @@ def read_cc(study: Path, trial_id: str) -> dict[str, np.ndarray]:
 def keep_best_adapters(study: Path, n: int) -> None:
     """Delete the adapters of all but the ``n`` best complete trials; their records stay."""
     tuned = [r for r in read_records(study) if adapter_folder(study, r.trial_id).is_dir()]
-    tuned.sort(key=lambda record: record.scores.get("cc_mean", -np.inf), reverse=True)
-    for record in tuned[n:]:
-        shutil.rmtree(adapter_folder(study, record.trial_id))
+    complete = [record for record in tuned if record.status == COMPLETE]
+    best = sorted(complete, key=lambda record: record.scores["cc_mean"], reverse=True)[:n]
+    for record in tuned:
+        if record not in best:
+            shutil.rmtree(adapter_folder(study, record.trial_id))
 
 
 def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
@@ -181,18 +185,22 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises
     ------
     InputError
-        if the file is damaged.
+        if the file is damaged or lacks a required name.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error}); move it away to go on without it") from None
+        raise InputError(f"{path}: damaged ({first_line(error)}); move it away to go on without it") from None
+    lacking = [name for name in required if not isinstance(content, dict) or name not in content]
+    if lacking or not isinstance(content, dict):
+        raise InputError(f"{path}: damaged (no {', '.join(lacking) or 'object'}); move it away to go on without it")
+    return content
 
 
 @contextmanager
@@ -226,7 +234,7 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
         name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")
     }
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
-    if record.method == "lora":
+    if record.method == LORA:
         row |= {name: record.config.get(name) for name in _LORA_ONLY}
         row["scaling"] = record.config["lora_alpha"] / record.config["rank"]
     row |= {name: value for name, value in record.scores.items() if name in COLUMNS}
@@ -237,8 +245,8 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
 
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
     """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
-    frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == "frozen") & (frame["status"] == COMPLETE)]
-    tuned = frame["method"] == "lora"
+    frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == FROZEN) & (frame["status"] == COMPLETE)]
+    tuned = frame["method"] == LORA
     if frozen.empty:
         return pd.Series(np.nan, index=frame.index)
     gain_seen = frame["cc_seen"].astype(float) - float(frozen["cc_seen"].iloc[0])

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from bert_encoding.adapters import add_adapter, check_applied, masked_lm, save_adapter
 from bert_encoding.baselines import word_rate
-from bert_encoding.config import FROZEN, LORA, WORD_RATE, TrialConfig
+from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.devices import pick_device
@@ -29,7 +29,7 @@ from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
 from bert_encoding.evaluate import SubjectScores, edge_notes, make_design, merge_subjects, score_seen, score_subject
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
-from bert_encoding.records import COMPLETE, STOPPED, TrialRecord
+from bert_encoding.records import COMPLETE, FROZEN, LORA, STOPPED, WORD_RATE, TrialRecord
 from bert_encoding.seeds import derive_seed
 from bert_encoding.windows import Tokens, tokenize, training_windows
 

@@ -11,15 +11,17 @@ import cyclopts
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bert_encoding.config import FROZEN, WORD_RATE
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
     BASELINE,
     COMPLETE,
     FAILED,
+    FROZEN,
     SEARCH,
     STUDY_FILE,
+    WORD_RATE,
     read_records,
     trials_frame,
     write_tables,
@@ -109,10 +111,10 @@ def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[st
         console.print(_table(ranks))
     found = standing(trials)
     for line in verdict_lines(found):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for trial_id in ("baseline-frozen", found.best_id or ""):
         for note in notes.get(trial_id, []):
-            console.print(f"note on {trial_id}: {note}", soft_wrap=True, highlight=False)
+            console.print(f"note on {trial_id}: {note}", soft_wrap=True, highlight=False, markup=False)
     for _, row in trials[trials["status"] == FAILED].iterrows():
         reason = str(row["error"]).splitlines()[-1]
         console.print(f"trial {row['trial_id']} FAILED: {reason}", soft_wrap=True, highlight=False, markup=False)
@@ -143,7 +145,7 @@ def _table(frame: pd.DataFrame) -> Table:
     for name in frame.columns:
         table.add_column(name, justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left", no_wrap=True)
     for values in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in values))
+        table.add_row(*(Text(_cell(value)) for value in values))
     return table
 
 

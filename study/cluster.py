@@ -1,5 +1,6 @@
 """Where trials run: a Ray of our own on this machine, closed to everybody else."""
 
+import functools
 import os
 import secrets
 import shutil
@@ -21,7 +22,7 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="bert-encoding-"))  # mode 0700; short, since socket paths are limited
     token = folder / "auth_token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    token.write_text(_token())
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -47,6 +48,12 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _token() -> str:
+    """Ray keeps the first token that a process shows, so a second session in one process needs the same."""
+    return secrets.token_hex(32)
 
 
 def machine_cpus() -> int:

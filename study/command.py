@@ -19,7 +19,14 @@ def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
             result_action="return_value",
         )
     except (InputError, cyclopts.CycloptsError) as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(str(error))
+    except OSError as error:  # a path that may not be entered, is too long, or is a file where a folder should be
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
     return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT

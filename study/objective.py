@@ -45,9 +45,9 @@ class Job:
         return asdict(self)
 
 
-def job_key(config: TrialConfig, fingerprint: str, splits: Any, code: str, score_test: bool) -> str:
+def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str, score_test: bool) -> str:
     """Return the identity of a configuration: equal keys give equal results."""
-    return content_key(asdict(config), fingerprint, splits, code, score_test)
+    return content_key(asdict(config), inputs, splits, code, score_test)
 
 
 def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu_share: float) -> None:

@@ -5,6 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bert_encoding.config import MLM_TEXTS
 from bert_encoding.demo import DEMO
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
@@ -57,6 +58,9 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         if a value is out of range.
     """
     values = {k: v for k, v in recorded.items() if k in SCIENCE} | given
+    for name in ("space", "data", "model", "out"):
+        if values.get(name) == "":
+            raise InputError(f"--{name}: must not be empty")
     data = values.get("data", DEMO)
     if data != DEMO:
         data = str(Path(data).expanduser().resolve())
@@ -108,7 +112,7 @@ def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, 
     if not file.is_file():
         known = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{STUDY_FILE}"))) or "none"
         raise InputError(f"--resume: no study {name} in {root}; there: {known}")
-    recorded: dict[str, Any] = read_json(file)["options"]
+    recorded: dict[str, Any] = read_json(file, required=("options",))["options"]
     return {k: v for k, v in recorded.items() if v is not None} | {"name": name}
 
 
@@ -139,7 +143,7 @@ def _layer(layer: str | int | None) -> int | None:
 
 def _names(values: list[str] | None) -> list[str] | None:
     """Accept ``--subjects A B``, ``--subjects A --subjects B`` and ``--subjects A,B``."""
-    names = [name for value in values or () for name in value.split(",") if name]
+    names = [name for value in values or () for part in value.split(",") if (name := part.strip())]
     return names or None
 
 
@@ -149,5 +153,7 @@ def _check(options: Options) -> None:
         value = getattr(options, field.name)
         if field.name in lowest and value < lowest[field.name]:
             raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
+    if options.mlm_text not in MLM_TEXTS:
+        raise InputError(f"--mlm-text {options.mlm_text}: must be one of {', '.join(MLM_TEXTS)}")
     if not options.name or "/" in options.name or options.name.startswith("."):
         raise InputError(f"--name {options.name!r}: must be a plain folder name")

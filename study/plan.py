@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
@@ -91,27 +92,31 @@ def print_plan(
 ) -> None:
     """Print stories by split, voxels, trials, and the forecast."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("study", f"{options.name} -> {options.folder}")
-    table.add_row("question", f"{space.question} ({space.name})")
-    table.add_row("data", f"{dataset.source}: " + ", ".join(f"{s} {n:,} voxels" for s, n in n_voxels.items()))
+
+    def add(name: str, text: str) -> None:
+        table.add_row(name, Text(text))  # not markup: a folder's name may have [brackets]
+
+    add("study", f"{options.name} -> {options.folder}")
+    add("question", f"{space.question} ({space.name})")
+    add("data", f"{dataset.source}: " + ", ".join(f"{s} {n:,} voxels" for s, n in n_voxels.items()))
     for role in ("fit", "validation", "test"):
-        table.add_row(role, _describe(dataset, splits, role))
+        add(role, _describe(dataset, splits, role))
     layer = "last layer" if options.layer is None else f"layer {options.layer}"
-    table.add_row("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
+    add("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
     resumed = f", {n_done} of them done" if n_done else ""
-    table.add_row("trials", f"2 baselines, {options.trials} searched{resumed}; {options.epochs} epochs each")
+    add("trials", f"2 baselines, {options.trials} searched{resumed}; {options.epochs} epochs each")
     share = f"{options.cpus_per_trial:g} CPU" + (f", {options.gpus_per_trial:g} GPU" if options.gpus_per_trial else "")
-    table.add_row("workers", f"up to {options.max_concurrent} at once, {share} each")
+    add("workers", f"up to {options.max_concurrent} at once, {share} each")
     left = max(0, options.trials - n_done)
     hours = forecast.trial_seconds * left / options.max_concurrent / 3600
-    table.add_row(
+    add(
         "estimate",
         f"about {_duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
         f"{_duration(hours * 3600)} in all (rough: from words, voxels and weights)",
     )
     console.print(table, soft_wrap=True)
     for note in dataset.notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _describe(dataset: Dataset, splits: tuple[Split, ...], role: str) -> str:

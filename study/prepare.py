@@ -11,7 +11,7 @@ from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
-from bert_encoding.encoders import MINILM_PLAIN, check_model_name, model_shape
+from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.trial import Task
 from study.options import Options
@@ -87,9 +87,7 @@ def base_config(options: Options) -> TrialConfig:
     InputError
         if the model has no such layer.
     """
-    n_layers = model_shape(options.model)["n_layers"]
-    if options.layer is not None and not 0 <= options.layer <= n_layers:
-        raise InputError(f"--layer {options.layer}: {options.model} has layers 0 (embeddings) to {n_layers}")
+    check_layer(options.layer, options.model)
     return TrialConfig(
         model=options.model,
         layer=options.layer,

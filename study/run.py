@@ -6,13 +6,13 @@ python study/run.py --space lora_full
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
-from bert_encoding.encoders import load_config
+from bert_encoding.encoders import check_model
 from bert_encoding.records import FAILED, write_json
 from study.analysis import load_trials, print_study, read_notes, standing
 from study.command import INTERRUPTED, SOME_FAILED, run_app
@@ -24,7 +24,17 @@ from study.spaces import load_space
 
 WIDTH_OF_A_LOG = 240
 DEFAULT_SPACE = "lora_full"
-Names = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
+
+
+def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
+    """Return a converter for an option that may be absent; the word 'none' and half a trial are no values."""
+    return lambda type_, tokens: kind(tokens[0].value)
+
+
+Text = Annotated[str | None, Parameter(converter=_strictly(str))]
+Whole = Annotated[int | None, Parameter(converter=_strictly(int))]
+Number = Annotated[float | None, Parameter(converter=_strictly(float))]
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 app = cyclopts.App(
     name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative="")
@@ -34,23 +44,23 @@ app = cyclopts.App(
 @app.default
 def main(
     *,
-    space: str | None = None,
-    data: str | None = None,
-    model: str | None = None,
-    layer: str | None = None,
-    subjects: Names | None = None,
-    train_stories: int | None = None,
-    test_stories: Names | None = None,
-    trials: int | None = None,
-    epochs: int | None = None,
-    seed: int | None = None,
-    name: str | None = None,
-    out: str | None = None,
-    outer_folds: int | None = None,
-    mlm_text: Literal["fit", "all"] | None = None,
-    cpus_per_trial: float | None = None,
-    gpus_per_trial: float | None = None,
-    max_concurrent: int | None = None,
+    space: Text = None,
+    data: Text = None,
+    model: Text = None,
+    layer: Text = None,
+    subjects: Names = None,
+    train_stories: Whole = None,
+    test_stories: Names = None,
+    trials: Whole = None,
+    epochs: Whole = None,
+    seed: Whole = None,
+    name: Text = None,
+    out: Text = None,
+    outer_folds: Whole = None,
+    mlm_text: Text = None,
+    cpus_per_trial: Number = None,
+    gpus_per_trial: Number = None,
+    max_concurrent: Whole = None,
     dry_run: bool = False,
     resume: bool = False,
 ) -> int:
@@ -86,7 +96,7 @@ def main(
     outer_folds
         Rotate fit and validation stories over so many folds, one adapter each. [default: 1]
     mlm_text
-        What fine-tuning reads: the fit stories, or all. [default: fit]
+        What fine-tuning reads: 'fit' (the fit stories) or 'all'. [default: fit]
     cpus_per_trial
         Processors of one trial. [default: up to 2]
     gpus_per_trial
@@ -110,12 +120,17 @@ def main(
     print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
     if dry_run:
         return 0
-    load_config(options.model)
+    check_model(options.model, options.layer)
     check_space_on_disk(options.folder, forecast.disk_bytes)
     try:
         run_session(study, resume, console)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: python study/run.py --resume {_where(options)}", soft_wrap=True)
+        console.print(
+            f"interrupted; go on with: python study/run.py --resume {_where(options)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
         return INTERRUPTED
     return _finish(options, console)
 

@@ -85,8 +85,8 @@ class StudySearcher(Searcher):
         if job.phase == BASELINE:
             self.open_baselines.discard(job.trial_id)
             if status == FAILED:
-                reason = (result or {}).get("error") or "the worker died"
-                self.error = f"baseline {job.trial_id} failed: {reason}"
+                reason = str((result or {}).get("error") or "the worker died")
+                self.error = f"baseline {job.trial_id} failed: {reason.strip().splitlines()[-1]}"
         elif status == COMPLETE:
             assert result is not None
             self.done[job.key] = job.trial_id

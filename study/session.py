@@ -10,14 +10,17 @@ from typing import Any
 import filelock
 from rich.console import Console
 
-from bert_encoding.config import FROZEN, WORD_RATE, TrialConfig
+from bert_encoding.config import TrialConfig
+from bert_encoding.encoders import checkpoint_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
     BASELINE,
     COMPLETE,
     FAILED,
+    FROZEN,
     SEARCH,
     STUDY_FILE,
+    WORD_RATE,
     TrialRecord,
     keep_best_adapters,
     naming_full_disk,
@@ -56,8 +59,12 @@ def run_session(study: Study, resume: bool, console: Console) -> None:
             if any(record.status == COMPLETE for record in read_records(folder)):
                 keep_best_adapters(folder, KEEP_ADAPTERS)
                 write_tables(folder)
-            elif not resume:  # a study that never scored anything leaves nothing in the way of the next try
-                shutil.rmtree(folder)
+            elif not resume and not any(_has_traceback(record) for record in read_records(folder)):
+                shutil.rmtree(folder)  # nothing to keep, and nothing in the way of the next try
+
+
+def _has_traceback(record: TrialRecord) -> bool:
+    return record.status == FAILED and not record.scores.get("is_user_error", False)
 
 
 def n_searched(folder: Path) -> int:
@@ -70,7 +77,8 @@ def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, 
     records = read_records(folder)
 
     def make_key(config: TrialConfig, score_test: bool = False) -> str:
-        return job_key(config, identity["data"]["fingerprint"], identity["splits"], identity["code"], score_test)
+        inputs = (identity["data"]["fingerprint"], identity["model"]["weights"])
+        return job_key(config, inputs, identity["splits"], identity["code"], score_test)
 
     baselines = _missing_baselines(study, records, make_key)
     if not baselines and n_searched(folder) >= options.trials:
@@ -174,6 +182,7 @@ def _identity(study: Study, task: Task) -> dict[str, Any]:
             "trim_trs": list(dataset.trim),
             "notes": list(dataset.notes),
         },
+        "model": {"name": study.options.model, "weights": checkpoint_fingerprint(study.options.model)},
         "splits": [asdict(split) for split in study.splits],
         "config": asdict(study.base),
         "options": options_record(study.options),
@@ -212,7 +221,9 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterat
 
 def _check_same(file: Path, identity: dict[str, Any]) -> None:
     """Refuse to mix two studies, by name; a larger budget is no difference."""
-    recorded = read_json(file)
+    recorded = read_json(file, required=("options", "space", "data", "model", "splits", "config"))
+    if recorded["data"]["fingerprint"] == identity["data"]["fingerprint"]:
+        recorded["data"]["source"] = identity["data"]["source"]  # data may move
     before, now = _comparable(recorded), _comparable(identity)
     for what in (name for name in now if before.get(name) != now[name]):
         raise InputError(
@@ -233,6 +244,7 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
     return {
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
+        "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
         "the number of outer folds": str(len(identity["splits"])),
         **stories,
         **{f"the setting {name}": str(value) for name, value in settings.items()},

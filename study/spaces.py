@@ -2,16 +2,19 @@
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import optuna
 
 import search_spaces
 from bert_encoding.config import TrialConfig
-from bert_encoding.errors import InputError
+from bert_encoding.encoders import check_layer
+from bert_encoding.errors import InputError, first_line
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -61,19 +64,17 @@ def load_space(name: str) -> Space:
     function = getattr(module, "space", None)
     if not callable(function):
         raise InputError(f"{path}: no function space(trial)")
-    sampler = getattr(module, "SAMPLER", "tpe")
-    if sampler not in SAMPLERS:
-        raise InputError(f"{path}: SAMPLER {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+    values = _module_values(path, module)
     return Space(
         name=path.stem,
         path=path,
         source_hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         question=(module.__doc__ or path.stem).strip().splitlines()[0],
-        suggest=_with_seeds(function, tuple(getattr(module, "SEEDS", ()))),
-        epochs=getattr(module, "EPOCHS", None),
-        trials=getattr(module, "TRIALS", DEFAULT_TRIALS),
-        start=tuple(getattr(module, "START", ())),
-        sampler=sampler,
+        suggest=_with_seeds(function, tuple(values["SEEDS"])),
+        epochs=values["EPOCHS"],
+        trials=values["TRIALS"],
+        start=tuple(values["START"]),
+        sampler=values["SAMPLER"],
     )
 
 
@@ -105,24 +106,29 @@ def rehearse(space: Space, base: TrialConfig) -> None:
     InputError
         if a suggestion is no valid configuration, or a start point lacks a parameter.
     """
-    for point in space.start:
-        try:
-            space.suggest(optuna.trial.FixedTrial(point))
-        except ValueError as error:
-            raise InputError(f"{space.path}: START point {point}: {error}") from None
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
-    for point in space.start:
-        study.enqueue_trial(point)
-    for _ in range(N_REHEARSALS):
-        try:
-            suggested = space.suggest(study.ask())
-            if not isinstance(suggested, dict):
-                raise TypeError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
-            to_trial_config(suggested, base)
-        except InputError as error:
-            raise InputError(f"{space.path}: {error}") from None
-        except Exception as error:  # the file is the user's own code
-            raise InputError(f"{space.path}: space(trial) failed: {type(error).__name__}: {error}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna only warns of a start value out of range
+        for point in space.start:
+            fixed = optuna.trial.FixedTrial(point)
+            _rehearse_one(space, base, fixed, f"START point {point}")
+            if unused := sorted(set(point) - set(fixed.params)):
+                raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
+        for _ in range(N_REHEARSALS):
+            _rehearse_one(space, base, study.ask(), "space(trial)")
+
+
+def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> None:
+    try:
+        suggested = space.suggest(trial)
+        if not isinstance(suggested, dict):
+            raise InputError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
+        config = to_trial_config(suggested, base)
+        check_layer(config.layer, config.model)
+    except InputError as error:
+        raise InputError(f"{space.path}: {error}") from None
+    except Exception as error:  # the file is the user's own code
+        raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
 
 
 def quiet_study(sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -142,6 +148,32 @@ def _find(name: str) -> Path:
     if name not in bundled:
         raise InputError(f"--space {name}: unknown; use {', '.join(bundled)} or the path of your own FILE.py")
     return folder / f"{name}.py"
+
+
+def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
+    """Return the optional values of a space file, checked."""
+    values = {"SAMPLER": "tpe", "START": (), "SEEDS": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS}
+    values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
+    points, seeds = values["START"], values["SEEDS"]
+    valid = {
+        f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
+        "a list of dicts": ("START", _is_list_of(dict, points)),
+        "a list of whole numbers": ("SEEDS", _is_list_of(int, seeds)),
+        "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
+        "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),
+    }
+    for expected, (name, good) in valid.items():
+        if not good:
+            raise InputError(f"{path}: {name} {values[name]!r}: must be {expected}")
+    return values
+
+
+def _is_list_of(kind: type, values: object) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is kind for value in values)
+
+
+def _is_whole(value: object, lowest: int) -> bool:
+    return type(value) is int and value >= lowest
 
 
 def _with_seeds(

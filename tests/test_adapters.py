@@ -352,12 +352,11 @@ def test_check_applied_refuses_the_pretrained_model(tiny_encoder: Encoder) -> No
         check_applied(tiny_encoder, tiny_encoder.copy_model().bert, "tuning")
 
 
-@pytest.mark.xfail(reason="bug: NaN is not 0, so it counts as a change", raises=pytest.fail.Exception, strict=True)
 def test_check_applied_refuses_embeddings_that_are_not_finite(tiny_encoder: Encoder) -> None:
-    model = adapted(tiny_encoder)
+    model = adapted(tiny_encoder, "v")  # torch's fused attention on a CPU turns NaN queries into 0, but not NaN values
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"^tuning: gives embeddings that are not finite"):
         check_applied(tiny_encoder, masked_lm(model).bert, "tuning")
 
 
@@ -381,11 +380,8 @@ def test_adapter_of_a_model_of_another_shape_is_refused(
     assert "\n" not in str(refused.value)
 
 
-# PEFT warns of the shallower one alone; a warning is no refusal.
+# PEFT warns of the shallower one; we refuse both.
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-@pytest.mark.xfail(
-    reason="bug: a deeper or shallower model's adapter is applied in part", raises=pytest.fail.Exception, strict=True
-)
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_adapter_of_a_model_of_another_depth_is_refused(
     n_layers: int, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
@@ -407,7 +403,6 @@ def test_adapter_without_its_weights_is_refused(trained: Trained, tiny_encoder: 
         load_adapter(tiny_encoder, tmp_path)
 
 
-@pytest.mark.xfail(reason="bug: SafetensorError and KeyError reach the user", strict=True)
 @pytest.mark.parametrize("damage", ["half the weights", "a configuration of nothing"])
 def test_damaged_adapter_is_refused(damage: str, trained: Trained, tiny_encoder: Encoder, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"

@@ -156,11 +156,8 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 
 def ended(*arguments: str) -> int:
-    """Run the command here and return its exit code, though it may leave instead of returning."""
-    try:
-        return run_app(analysis.app, list(arguments))
-    except SystemExit as left:
-        return int(str(left.code))
+    """Run the command here and return its exit code."""
+    return run_app(analysis.app, list(arguments))
 
 
 def test_the_table_is_printed_best_first(printed: Callable[..., str]) -> None:

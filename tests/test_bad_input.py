@@ -58,14 +58,20 @@ def command(lab: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFi
     return run_command
 
 
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is let through by mistake fails at once, instead of running a study."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("this input should have been refused before Ray starts")
+
+    monkeypatch.setattr(session_module, "local_ray", refuse)
+
+
 def ended_in_process(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
-    """Run the command line here; a test below asks that it returns its exit code instead of leaving."""
+    """Run the command line here."""
     capsys.readouterr()
-    try:
-        code = run_app(run.app, arguments)
-    except SystemExit as left:
-        code = int(str(left.code))
-    return Ended(code, *capsys.readouterr())
+    return Ended(run_app(run.app, arguments), *capsys.readouterr())
 
 
 def assert_refused(ended: Ended, *said: str) -> str:
@@ -417,6 +423,12 @@ def test_resume_without_a_study(arguments: list[str], command: Command, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_out_that_is_a_file_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("two years of work")
+    assert_refused(command("--out", str(tmp_path / "thesis.txt")), str(tmp_path / "thesis.txt"))
+    assert (tmp_path / "thesis.txt").read_text() == "two years of work"
+
+
 def test_no_space_on_disk(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
@@ -583,7 +595,7 @@ CHANGES: dict[str, tuple[Callable[[Made], list[str]], str]] = {
     "train stories": (lambda made: ["--train-stories", "5"], "changed from "),
     "outer folds": (lambda made: ["--outer-folds", "2"], "the number of outer folds changed from 1 to 2;"),
     "seed": (lambda made: ["--seed", "3"], "changed from "),
-    "model": (_other_model, "the setting model changed from "),
+    "model": (_other_model, "the model changed from "),
     "layer": (lambda made: ["--layer", "1"], "the setting layer changed from "),
     "epochs": (lambda made: ["--epochs", "2"], "the setting epochs changed from 1 to 2;"),
     "mlm text": (lambda made: ["--mlm-text", "all"], "the setting mlm_text changed from fit to all;"),

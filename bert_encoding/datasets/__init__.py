@@ -17,6 +17,8 @@ def open_dataset(path: Path) -> Dataset:
     """
     if not path.exists():
         raise InputError(f"{path}: no such data; give a folder, or 'demo'")
+    if path.name == lab.TEXT_FILE:
+        raise InputError(f"{path}: give its folder, {path.parent}")
     if path.is_dir() and lab.recognises(path):
         return lab.open_lab(path)
     raise InputError(f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy")

@@ -12,72 +12,17 @@ The published test stories are averages over repeated scans. Known defects: empt
 words, non-finite voxels in single stories.
 """
 
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bert_encoding.datasets.story import Dataset, Responses, Story, first_line
-from bert_encoding.errors import InputError
+from bert_encoding.datasets.safe_pickle import DataSequence, PickledArray, read_pickle
+from bert_encoding.datasets.story import Dataset, Responses, Story
+from bert_encoding.errors import InputError, first_line
 
 TEXT_FILE = "raw_text.pkl"
 PUBLISHED_TEST = ("wheretheressmoke", "fromboyhoodtofatherhood", "onapproachtopluto")
-
-_SEQUENCE_MODULES = {
-    "ridge_utils.DataSequence",
-    "utils_ridge.DataSequence",
-    "encoding.ridge_utils.DataSequence",
-    "neuro.data.data_sequence",
-    "neuro1.data.data_sequence",
-    "DataSequence",
-}
-
-
-class DataSequence:
-    """Stands in for the lab's class when its pickles are read; the lab's code is never imported."""
-
-    data: Any
-    data_times: Any
-    tr_times: Any
-
-
-def _numpy_names() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What NumPy's own pickles call, under the module spellings of NumPy 1 and 2."""
-    from numpy._core import multiarray, numeric
-
-    names: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        names[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
-        names[f"{core}.multiarray", "scalar"] = _plain_scalar
-        names[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer  # type: ignore[attr-defined]
-    return names
-
-
-def _plain_scalar(dtype: np.dtype, data: bytes = b"") -> Any:
-    """NumPy's scalar, without its way of unpickling the bytes of an object scalar."""
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("an object scalar is not allowed")
-    return np.frombuffer(data, dtype=dtype, count=1)[0]
-
-
-class AllowListUnpickler(pickle.Unpickler):
-    """Reads a transcript pickle; any name beyond DataSequence and NumPy arrays is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "DataSequence" and module in _SEQUENCE_MODULES:
-            return DataSequence
-        try:
-            return _numpy_names()[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a transcript does not need") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
 def recognises(path: Path) -> bool:
@@ -94,10 +39,10 @@ def open_lab(path: Path) -> Dataset:
         if a file is missing, malformed, or not safe to read.
     """
     sequences = read_transcripts(path / TEXT_FILE)
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and any(entry.glob("*.npy")))
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _response_files(entry))
     if not folders:
         raise InputError(f"{path}: no responses; expected <subject>/<story>.npy beside {TEXT_FILE}")
-    responses = {folder.name: {file.stem: file for file in sorted(folder.glob("*.npy"))} for folder in folders}
+    responses = {folder.name: _response_files(folder) for folder in folders}
     for folder in folders:
         unknown = sorted(set(responses[folder.name]) - set(sequences))
         if unknown:
@@ -116,6 +61,13 @@ def open_lab(path: Path) -> Dataset:
     )
 
 
+def _response_files(folder: Path) -> dict[str, Path]:
+    """Return story -> file, hidden folders and files left out (checkpoints of an editor, traces of a copy)."""
+    if folder.name.startswith("."):
+        return {}
+    return {file.stem: file for file in sorted(folder.glob("*.npy")) if not file.name.startswith(".")}
+
+
 def read_transcripts(path: Path) -> dict[str, DataSequence]:
     """Read ``raw_text.pkl`` through the allow-list.
 
@@ -126,7 +78,7 @@ def read_transcripts(path: Path) -> dict[str, DataSequence]:
     """
     try:
         with path.open("rb") as file:
-            content = AllowListUnpickler(file).load()
+            content = read_pickle(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
@@ -138,6 +90,9 @@ def read_transcripts(path: Path) -> dict[str, DataSequence]:
     for name, sequence in content.items():
         if not isinstance(name, str) or not isinstance(sequence, DataSequence):
             raise InputError(f"{path}: story {name!r} is {type(sequence).__name__}, expected DataSequence")
+        for attribute, value in vars(sequence).items():
+            if isinstance(value, PickledArray):
+                setattr(sequence, attribute, getattr(value, "array", None))
     return content
 
 
@@ -146,7 +101,9 @@ def _story(path: Path, name: str, sequence: DataSequence, responses: dict[str, R
     for attribute in ("data", "data_times", "tr_times"):
         if not hasattr(sequence, attribute):
             raise InputError(f"{where} has no {attribute}")
-    words = tuple(sequence.data)
+    words = sequence.data
+    if not isinstance(words, list | tuple | np.ndarray):
+        raise InputError(f"{where}: its words are {type(words).__name__}, expected a list")
     for at, word in enumerate(words):
         if not isinstance(word, str):
             raise InputError(f"{where}: word {at} is {type(word).__name__}, expected text")

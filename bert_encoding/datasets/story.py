@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_encoding.errors import InputError
+from bert_encoding.errors import InputError, first_line
 
 # Transcribers' marks for breaths, laughs and noise, with their mistyped brackets: {cg}, {ns], (br}.
 STRAY_TAG = re.compile(r"[{(\[][a-z_]{1,3}[})\]]", re.IGNORECASE)
@@ -45,11 +45,15 @@ class Responses:
             return self.array
         assert self.path is not None
         try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+            responses = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise InputError(f"{self.path}: no such file; the responses were there when the study began") from None
         except (ValueError, EOFError, OSError) as error:
             raise InputError(f"{self.path}: not a readable .npy array ({first_line(error)})") from None
+        if not isinstance(responses, np.ndarray):
+            responses.close()
+            raise InputError(f"{self.path}: not a readable .npy array (it is an archive of several)")
+        return responses
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,3 @@ class Dataset:
         responses = self.stories[story].responses[subject].open()
         kept = responses if mask.all() else responses[:, mask]
         return np.array(kept, dtype=np.float32)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, for use inside another one-line message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
