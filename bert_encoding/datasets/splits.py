@@ -86,7 +86,7 @@ def split_stories(train: list[str], test: list[str], seed: int, n_outer_folds: i
     Raises
     ------
     InputError
-        if there are too few stories for two fit stories and one validation story.
+        if there are too few stories for three fit stories and one validation story.
     """
     shuffled = [sorted(train)[i] for i in generator(seed, "split").permutation(len(train))]
     n_validation = max(1, round(VALIDATION_SHARE * len(train)))

@@ -56,12 +56,7 @@ def main(data: Path, model: str = "minilm-plain", train_stories: int | None = No
     theirs = RidgeCV(
         alphas=np.array(config.ridge_alphas),
         cv=PredefinedSplit(design.folds),
-        solver_params={
-            "score_func": correlation_score,
-            "local_alpha": True,
-            "n_targets_batch": 1000,
-            "n_alphas_batch": 1,
-        },
+        solver_params=solver,
     ).fit(design.fit.astype(np.float64), ZScore.learn(Y).apply(Y).astype(np.float64))
     Y_scored = stack_responses(dataset, subject, scored)
     cc = correlation_score(Y_scored.astype(np.float64), theirs.predict(design.scored.astype(np.float64)))
