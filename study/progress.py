@@ -24,14 +24,16 @@ class ProgressLine(tune.Callback):
         self, console: Console, searcher: StudySearcher, records: list[TrialRecord], n_jobs: int, n_epochs: int
     ) -> None:
         self.console, self.searcher = console, searcher
-        self.n_jobs, self.n_epochs, self.n_done, self.began = n_jobs, n_epochs, 0, time.monotonic()
-        self.seconds: list[float] = []
+        self.n_jobs, self.n_epochs, self.n_done, self.n_searched = n_jobs, n_epochs, 0, 0
+        self.search_began = time.monotonic()
         self.best: tuple[float, str] | None = None
         self.frozen: float | None = None
         for record in records:
             if record.status == COMPLETE:
                 self._note(record.phase, record.trial_id, record.method, record.scores["cc_mean"])
-        self.bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=console, transient=True)
+        self.bar = Progress(
+            BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=True
+        )
         self.task = self.bar.add_task("starting workers", total=n_jobs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,12 +53,15 @@ class ProgressLine(tune.Callback):
     ) -> None:
         if result.get("ended"):
             self._ended(self.searcher.jobs[trial.trial_id].config["method"], result)
-        elif self.console.is_terminal and self.seconds:
+        elif self.console.is_terminal:
             self._describe(f"trial {result['job']} epoch {result['epoch']:.0f}/{self.n_epochs}")
 
     def _ended(self, method: str, result: dict[str, Any]) -> None:
         self.n_done += 1
-        self.seconds.append(result.get("time_total_s", 0.0))
+        if result["phase"] == BASELINE:
+            self.search_began = time.monotonic()
+        else:
+            self.n_searched += 1
         name, status = result["job"], result["status"]
         if status == COMPLETE:
             self._note(result["phase"], name, method, result["cc"])
@@ -91,6 +96,7 @@ class ProgressLine(tune.Callback):
     def _time_left(self) -> str:
         if self.n_done == self.n_jobs:
             return "done"
-        elapsed = time.monotonic() - self.began
-        left = elapsed / max(self.n_done, 1) * (self.n_jobs - self.n_done)
+        if self.n_searched == 0:
+            return "time left: known after the first trial"
+        left = (time.monotonic() - self.search_began) / self.n_searched * (self.n_jobs - self.n_done)
         return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"

@@ -55,7 +55,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def some_windows(encoder: Encoder, n_words: int = 300, window_tokens: int = 32, seed: int = 0) -> list[Window]:
+def some_windows(encoder: Encoder, n_words: int = 295, window_tokens: int = 32, seed: int = 0) -> list[Window]:
     """Windows of one story, the last one shorter than the others."""
     tokens = tokenize(story_words(n_words, seed), encoder.tokenizer)
     return cut_windows(tokens, window_tokens, window_tokens - 2, encoder.tokenizer)
@@ -72,7 +72,7 @@ def probes(tiny_encoder: Encoder) -> Probes:
 
 
 def some_probes(encoder: Encoder, seed: int = 0) -> Probes:
-    train, heldout = some_windows(encoder, seed=1), some_windows(encoder, seed=2)
+    train, heldout = some_windows(encoder, n_words=400, seed=1), some_windows(encoder, n_words=400, seed=2)
     return make_probes(train, heldout, encoder.tokenizer, 60, seed)
 
 
@@ -211,7 +211,7 @@ def plain_training(
     return model
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (3, 2), (1, 5), (16, 1)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (3, 1), (4, 2), (3, 2), (1, 5), (16, 1)])
 @pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
 def test_training_equals_a_plain_loop_over_whole_batches(
     batch_size: int,
@@ -222,7 +222,7 @@ def test_training_equals_a_plain_loop_over_whole_batches(
     probes: Probes,
 ) -> None:
     windows = some_windows(tiny_encoder)
-    assert len(windows) == 10
+    assert [len(window.ids) for window in windows] == [32] * 9 + [27]
     training = replace(
         TRAINING, batch_size=batch_size, accumulation=accumulation, max_grad_norm=max_grad_norm, warmup_epochs=0
     )
@@ -311,6 +311,24 @@ def test_every_epoch_reads_every_window_once_in_another_order_with_other_masks(
         (2, 6, 2 * n_tokens),
         (3, 9, 3 * n_tokens),
     ]
+
+
+def test_masks_differ_between_epochs_even_where_the_order_cannot(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    (window,) = some_windows(tiny_encoder, n_words=100, window_tokens=102)
+    train(tiny_encoder, adapted(tiny_encoder), [window], probes, replace(TRAINING, epochs=3))
+    assert len({call.batch.chosen.tobytes() for call in masked_calls}) == 3
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_training_masks_the_share_asked_for(
+    probability: float, tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    training = replace(TRAINING, mask_probability=probability)
+    train(tiny_encoder, adapted(tiny_encoder), some_windows(tiny_encoder, n_words=2000), probes, training)
+    n_chosen, n = sum(int(call.batch.chosen.sum()) for call in masked_calls), 2 * 2000
+    assert abs(n_chosen - n * probability) <= 4.5 * np.sqrt(n * probability * (1 - probability))
 
 
 # --- same seed, same bits ---------------------------------------------------------------------------------------------
@@ -427,6 +445,15 @@ def test_probes_come_from_their_own_windows_and_predict_their_tokens(
         ids[batch.chosen] = batch.labels
         restored += [row[: n.sum()].tolist() for row, n in zip(ids, batch.attention, strict=True)]
     assert sorted(restored) == sorted(window.ids.tolist() for window in windows[smaller])
+    # Fewer tokens are the first of these, on the same masked windows.
+    n_left = 13
+    for few, all_ in zip(make_probes(*windows, tokenizer, n_left, seed=0)[smaller], probes[smaller], strict=False):
+        n = min(n_left, all_.labels.size)
+        assert np.array_equal(few.ids, all_.ids)
+        assert np.argwhere(few.chosen).tolist() == np.argwhere(all_.chosen)[:n].tolist()
+        assert few.labels.tolist() == all_.labels[:n].tolist()
+        n_left -= n
+    assert n_left == 0
 
 
 def test_probes_are_fixed_by_their_seed_alone(tiny_encoder: Encoder) -> None:
