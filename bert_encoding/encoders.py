@@ -169,12 +169,13 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 def checkpoint_fingerprint(name: str) -> str:
     """Return what tells a checkpoint from another of the same name: a hash of its files, or its hub commit."""
-    if name in BUNDLED:
+    if name == MINILM_PLAIN:
         return _MINILM_SHA256[:16]
-    if not Path(name).is_dir():
+    folder = _MINILM_MLM if name == MINILM else Path(name)  # minilm is the packaged encoder and what we add to it
+    if not folder.is_dir():
         return str(getattr(load_config(name), "_commit_hash", None))
-    digest = hashlib.sha256()
-    for file in sorted(Path(name).iterdir()):
+    digest = hashlib.sha256(_MINILM_SHA256.encode() if name == MINILM else b"")
+    for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt"):
             with file.open("rb") as content:
                 digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())

@@ -236,8 +236,10 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
     if record.method == LORA:
         row |= {name: record.config.get(name) for name in _LORA_ONLY}
+        if record.config.get("mlm_text") == "all":  # then no story is held out from fine-tuning
+            row["mlm_loss_heldout"] = None
         row["scaling"] = record.config["lora_alpha"] / record.config["rank"]
-    row |= {name: value for name, value in record.scores.items() if name in COLUMNS}
+    row |= {name: value for name, value in record.scores.items() if name in COLUMNS and name not in row}
     row |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
     row["peak_memory_gb"] = record.peak_memory_gb
     return row | {name: value for name, value in record.params.items() if name not in row}
@@ -246,7 +248,7 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
     """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
     frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == FROZEN) & (frame["status"] == COMPLETE)]
-    tuned = frame["method"] == LORA
+    tuned = (frame["method"] == LORA) & (frame["mlm_text"] != "all")
     if frozen.empty:
         return pd.Series(np.nan, index=frame.index)
     gain_seen = frame["cc_seen"].astype(float) - float(frozen["cc_seen"].iloc[0])

@@ -199,7 +199,7 @@ class _Fold:
         so_far: list[EpochLosses] = []
         for losses in self._finetune():
             so_far.append(losses)
-            if is_overfitting(so_far):
+            if self.chain.config.mlm_text == "fit" and is_overfitting(so_far):
                 self.notes.append(
                     f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
                     f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"

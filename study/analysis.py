@@ -42,6 +42,7 @@ class Standing(NamedTuple):
     word_rate_test: float | None
     best: float | None
     best_id: str | None
+    test_was_read: bool
     n_complete: int
     n_failed: int
 
@@ -77,7 +78,8 @@ def standing(trials: pd.DataFrame) -> Standing:
         word_rate_test=_score(baselines, WORD_RATE, "cc_test"),
         best=float(best["cc_mean"]) if best is not None else None,
         best_id=str(best["trial_id"]) if best is not None else None,
-        n_complete=len(searched),
+        test_was_read=bool(trials["cc_test"].notna().any() or (trials["mlm_text"] == "all").any()),
+        n_complete=int(searched["repeat_of"].isna().sum()),
         n_failed=int((trials["status"] == FAILED).sum()),
     )
 
@@ -89,8 +91,13 @@ def _score(baselines: pd.DataFrame, method: str, column: str) -> float | None:
 
 
 def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return count, mean and best ``cc_mean`` of complete searched trials, a row a rank."""
-    searched = trials[(trials["phase"] == SEARCH) & (trials["status"] == COMPLETE) & trials["rank"].notna()]
+    """Return count, mean and best ``cc_mean`` of complete searched trials, a row a rank; repeats are not counted."""
+    searched = trials[
+        (trials["phase"] == SEARCH)
+        & (trials["status"] == COMPLETE)
+        & trials["rank"].notna()
+        & trials["repeat_of"].isna()
+    ]
     grouped = searched.groupby("rank")["cc_mean"].agg(["count", "mean", "max"])
     return grouped.rename(columns={"count": "n_trials", "mean": "cc_mean", "max": "cc_max"}).reset_index()
 
@@ -131,7 +138,8 @@ def verdict_lines(found: Standing) -> list[str]:
     return [
         f"Best trial {found.best_id}: CC {found.best:.4f}; frozen baseline: CC {found.frozen:.4f}; "
         f"difference {found.gain:+.4f} on the validation stories.",
-        f"The best of {found.n_complete} noisy trials looks better than it is; the test stories have not been read.",
+        f"The best of {found.n_complete} noisy trials looks better than it is; "
+        + ("some trial has read the test stories." if found.test_was_read else "the test stories have not been read."),
     ]
 
 

@@ -104,7 +104,8 @@ def run_job(job: Job, task: Any, study: Path, report: Any = lambda scores: None)
 def _repeat(job: Job, study: Path) -> TrialRecord:
     assert job.repeat_of is not None
     record = read_record(study, job.repeat_of)
-    record.repeat_of = job.repeat_of
+    record.repeat_of = record.repeat_of or job.repeat_of
+    record.seconds = dict.fromkeys(record.seconds, 0.0)
     record.cc = read_cc(study, job.repeat_of)
     return record
 

@@ -1,5 +1,6 @@
 """What the user asked for: given options, what a resumed study recorded, and defaults, in that order."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -68,7 +69,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
     gpus = values.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
     cpus = values.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
     check_resources(cpus, gpus, n_cpus, n_gpus)
-    at_once = min(n_cpus // cpus, n_gpus // gpus if gpus else MAX_CONCURRENT, MAX_CONCURRENT)
+    at_once = min(n_cpus // cpus, n_gpus // gpus if gpus else math.inf)
     options = Options(
         space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
         data=data,
@@ -86,7 +87,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         mlm_text=values.get("mlm_text", "fit"),
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
-        max_concurrent=values.get("max_concurrent", max(1, int(at_once))),
+        max_concurrent=min(values.get("max_concurrent", MAX_CONCURRENT), max(1, int(at_once))),
     )
     _check(options)
     return options
@@ -143,6 +144,8 @@ def _layer(layer: str | int | None) -> int | None:
 
 def _names(values: list[str] | None) -> list[str] | None:
     """Accept ``--subjects A B``, ``--subjects A --subjects B`` and ``--subjects A,B``."""
+    if values is not None and not any(part.strip() for value in values for part in value.split(",")):
+        raise InputError("--subjects, --test-stories: name at least one, or leave the option out")
     names = [name for value in values or () for part in value.split(",") if (name := part.strip())]
     return names or None
 

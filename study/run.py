@@ -125,13 +125,7 @@ def main(
     try:
         run_session(study, resume, console)
     except KeyboardInterrupt:
-        console.print(
-            f"interrupted; go on with: python study/run.py --resume {_where(options)}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-        return INTERRUPTED
+        console.print("interrupted")
     return _finish(options, console)
 
 

@@ -11,6 +11,7 @@ import filelock
 from rich.console import Console
 
 from bert_encoding.config import TrialConfig
+from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.encoders import checkpoint_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
@@ -38,6 +39,7 @@ from study.prepare import Study
 from study.provenance import provenance
 
 BASELINES = (FROZEN, WORD_RATE)
+IDENTITY = ("options", "space", "data", "model", "splits", "config", "code", "precision", "versions")
 KEEP_ADAPTERS = 5
 RETRIES = 2  # of a trial whose worker died
 
@@ -185,6 +187,7 @@ def _identity(study: Study, task: Task) -> dict[str, Any]:
         "model": {"name": study.options.model, "weights": checkpoint_fingerprint(study.options.model)},
         "splits": [asdict(split) for split in study.splits],
         "config": asdict(study.base),
+        "precision": resolve_precision(study.base.precision, pick_device()),
         "options": options_record(study.options),
     }
 
@@ -221,7 +224,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterat
 
 def _check_same(file: Path, identity: dict[str, Any]) -> None:
     """Refuse to mix two studies, by name; a larger budget is no difference."""
-    recorded = read_json(file, required=("options", "space", "data", "model", "splits", "config"))
+    recorded = read_json(file, required=tuple(name for name in identity if name in IDENTITY))
     if recorded["data"]["fingerprint"] == identity["data"]["fingerprint"]:
         recorded["data"]["source"] = identity["data"]["source"]  # data may move
     before, now = _comparable(recorded), _comparable(identity)
@@ -245,6 +248,9 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
         "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
+        "the code of bert_encoding": str(identity["code"]),
+        "the precision of this machine": str(identity["precision"]),
+        **{f"the version of {name}": version for name, version in identity["versions"].items()},
         "the number of outer folds": str(len(identity["splits"])),
         **stories,
         **{f"the setting {name}": str(value) for name, value in settings.items()},

@@ -13,7 +13,6 @@ import optuna
 
 import search_spaces
 from bert_encoding.config import TrialConfig
-from bert_encoding.encoders import check_layer
 from bert_encoding.errors import InputError, first_line
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
@@ -21,6 +20,8 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 DEFAULT_TRIALS = 20
+# What the frozen baseline shares with every trial; a search over these would compare different things.
+SHARED_WITH_BASELINE = "model layer embed_stride embed_window_tokens delays ridge_alphas n_folds probe_tokens".split()
 N_REHEARSALS = 50  # random suggestions that are checked before anything runs
 
 
@@ -59,7 +60,7 @@ def load_space(name: str) -> Space:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's own code
+    except (Exception, SystemExit) as error:  # the file is the user's own code
         raise InputError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from None
     function = getattr(module, "space", None)
     if not callable(function):
@@ -69,8 +70,8 @@ def load_space(name: str) -> Space:
         name=path.stem,
         path=path,
         source_hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        question=(module.__doc__ or path.stem).strip().splitlines()[0],
-        suggest=_with_seeds(function, tuple(values["SEEDS"])),
+        question=((module.__doc__ or "").strip() or path.stem).splitlines()[0],
+        suggest=function,
         epochs=values["EPOCHS"],
         trials=values["TRIALS"],
         start=tuple(values["START"]),
@@ -87,6 +88,9 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
         if a name is no setting or a value is not allowed.
     """
     values = dict(suggested)
+    for short, long in (("log2_rank", "rank"), ("alpha_factor", "lora_alpha")):
+        if short in values and long in values:
+            raise InputError(f"{short} and {long}: give one of the two")
     if "log2_rank" in values:
         values["rank"] = 2 ** values.pop("log2_rank")
     if "alpha_factor" in values:
@@ -124,10 +128,15 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
         if not isinstance(suggested, dict):
             raise InputError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
         config = to_trial_config(suggested, base)
-        check_layer(config.layer, config.model)
+        for name in SHARED_WITH_BASELINE:
+            if getattr(config, name) != getattr(base, name):
+                raise InputError(
+                    f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
+                    "use the command line"
+                )
     except InputError as error:
         raise InputError(f"{space.path}: {error}") from None
-    except Exception as error:  # the file is the user's own code
+    except (Exception, SystemExit) as error:  # the file is the user's own code
         raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
 
 
@@ -152,13 +161,11 @@ def _find(name: str) -> Path:
 
 def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
     """Return the optional values of a space file, checked."""
-    values = {"SAMPLER": "tpe", "START": (), "SEEDS": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS}
+    values = {"SAMPLER": "tpe", "START": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS}
     values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
-    points, seeds = values["START"], values["SEEDS"]
     valid = {
         f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
-        "a list of dicts": ("START", _is_list_of(dict, points)),
-        "a list of whole numbers": ("SEEDS", _is_list_of(int, seeds)),
+        "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
         "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
         "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),
     }
@@ -168,18 +175,9 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
     return values
 
 
-def _is_list_of(kind: type, values: object) -> bool:
-    return isinstance(values, list | tuple) and all(type(value) is kind for value in values)
+def _is_list_of_dicts(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, dict) for value in values)
 
 
 def _is_whole(value: object, lowest: int) -> bool:
     return type(value) is int and value >= lowest
-
-
-def _with_seeds(
-    function: Callable[[Any], dict[str, Any]], seeds: tuple[int, ...]
-) -> Callable[[optuna.trial.BaseTrial], dict[str, Any]]:
-    """A space with SEEDS asks for replicates: the seed becomes one more parameter."""
-    if not seeds:
-        return function
-    return lambda trial: function(trial) | {"seed": trial.suggest_categorical("seed", seeds)}

@@ -349,6 +349,10 @@ def _lose_a_volume(text: LabSequence) -> None:
     text.tr_times = np.delete(text.tr_times, 20)
 
 
+def _tell_time_in_ms(text: LabSequence) -> None:
+    text.data_times = text.data_times * 1000
+
+
 def _forget_the_words(text: LabSequence) -> None:
     text.data = None  # type: ignore[assignment]
 
@@ -359,6 +363,7 @@ def _forget_the_words(text: LabSequence) -> None:
         (_drop_a_word, ["156 words but 157 word times"]),
         (_turn_back_time, ["word 10 (-7.5 s)"]),
         (_lose_a_volume, ["TR times must be evenly spaced"]),
+        (_tell_time_in_ms, ["of its words lie outside the scan", "must be in seconds"]),
         (_forget_the_words, ["NoneType"]),
     ],
 )
@@ -441,6 +446,8 @@ AS_NOBODY = """
 import json, os, sys
 import study.run, study.session
 from study.command import run_app
+run_app(study.run.app, json.loads(sys.argv[2]))  # loads what is loaded late: nobody may not read this checkout
+sys.stdout.flush()
 if os.geteuid() == 0:
     try:
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -488,9 +495,18 @@ def test_what_may_not_be_read_or_written_is_named(open_folder: Path) -> None:
         (open_folder / name / file).chmod(0)
     closed.chmod(0o555)
     private.chmod(0o000)
-    usual = {"--space": "smoke", "--data": open_folder / "lab", "--model": open_folder / "model", "--out": closed}
+    shutil.copy(ROOT / "search_spaces" / "smoke.py", open_folder / "smoke.py")
+    usual = {
+        "--space": open_folder / "smoke.py",
+        "--data": open_folder / "lab",
+        "--model": open_folder / "model",
+        "--out": closed,
+    }
     lines = [[str(text) for pair in (usual | changes).items() for text in pair] for changes, _ in cases.values()]
-    ended = in_a_process(json.dumps(lines), code=AS_NOBODY, HOME=str(open_folder), HF_HOME="/nonexistent")
+    rehearsal = ["--dry-run", *(str(text) for pair in usual.items() for text in pair)]
+    ended = in_a_process(
+        json.dumps(lines), json.dumps(rehearsal), code=AS_NOBODY, HOME=str(open_folder), HF_HOME="/nonexistent"
+    )
     if ended.code == 77:
         pytest.skip("this process is root and may not become nobody")
     said = ended.error.splitlines()
@@ -618,6 +634,27 @@ def test_the_weights_of_the_model_are_part_of_the_study(made: Made, capsys: pyte
     other = make_tiny_bert(made.lab.parent / "other", seed=1)
     shutil.copy(other / "model.safetensors", made.lab.parent / "model" / "model.safetensors")
     assert_refused(resume(made, capsys), "cannot resume: ", "model")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (("code",), "the code of bert_encoding changed from other to "),
+        (("precision",), "the precision of this machine changed from other to "),
+        (("versions", "torch"), "the version of torch changed from other to "),
+    ],
+)
+def test_what_results_depend_on_is_part_of_the_study(
+    path: tuple[str, ...], said: str, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = made.folder / "study.json"
+    recorded = read_json(file)
+    inner = recorded
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = "other"
+    file.write_text(json.dumps(recorded))
+    assert_refused(resume(made, capsys), f"{made.folder}: cannot resume: ", said)
 
 
 def test_a_difference_late_in_a_long_split_is_visible(made: Made) -> None:

@@ -126,7 +126,6 @@ def test_trials_share_the_machine(
     ("given", "expected"),
     [
         (None, None),
-        ([], None),
         (["a"], ["a"]),
         (["a", "b"], ["a", "b"]),
         (["a,b"], ["a", "b"]),
@@ -138,6 +137,12 @@ def test_trials_share_the_machine(
 def test_names_may_be_given_in_several_ways(given: list[str] | None, expected: list[str] | None, smoke: Space) -> None:
     assert resolve(smoke, subjects=given).subjects == expected
     assert resolve(smoke, test_stories=given).test_stories == expected
+
+
+@pytest.mark.parametrize("given", [[], [""], [" ,"]])
+def test_an_empty_list_of_names_is_refused(given: list[str], smoke: Space) -> None:
+    with pytest.raises(InputError, match="name at least one"):
+        resolve(smoke, test_stories=given)
 
 
 @pytest.mark.parametrize(("given", "layer"), [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None)])

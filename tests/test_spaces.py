@@ -151,17 +151,6 @@ def test_another_source_is_another_space(write: Callable[[str], str]) -> None:
     assert load_space(write(MINE.replace("1, 3", "1, 4"))).source_hash != one
 
 
-def test_seeds_add_the_seed_as_a_parameter(write: Callable[[str], str]) -> None:
-    source = MINE.replace("[{", "[{'seed': 5, ") + "\n\nSEEDS = [3, 5, 8]\n"
-    space = load_space(write(source))
-    rehearse(space, TrialConfig())
-    drawn = suggestions(space, 60)
-    assert {config.seed for config, _ in drawn} == {3, 5, 8}
-    assert all(params["seed"] == config.seed for config, params in drawn)
-    assert {params["rank"] for _, params in drawn} == {1, 2, 3}
-    assert to_trial_config(space.suggest(optuna.trial.FixedTrial(space.start[0])), TrialConfig()).seed == 5
-
-
 # --- from suggestions to settings -------------------------------------------------------------------------------------
 
 
@@ -216,7 +205,6 @@ SPACE = "def space(trial):\n    return {}\n"
         (SPACE + "SAMPLER = None\n", "SAMPLER None: must be one of"),
         (SPACE + "SAMPLER = ['tpe']\n", "SAMPLER"),
         (SPACE + "START = 5\n", "START"),
-        (SPACE + "SEEDS = 3\n", "SEEDS"),
     ],
     ids=short,
 )
@@ -247,6 +235,9 @@ def returning(value: str, more: str = "") -> str:
         (returning("{'learning_rate': 1e-4}"), "'learning_rate' is no setting of a trial"),
         (returning("{'method': 'prompt'}"), "method 'prompt': must be one of"),
         (returning("{'lora_dropout': 1.0}"), "lora_dropout 1.0"),
+        (returning("{'layer': 1}"), "layer 1: a space may not change it"),
+        (returning("{'n_folds': 4}"), "n_folds 4: a space may not change it"),
+        (returning("{'log2_rank': 2, 'rank': 8}"), "log2_rank and rank: give one of the two"),
         (returning("None"), r"space\(trial\) returned NoneType, expected a dict"),
         (returning("[8]"), r"space\(trial\) returned list, expected a dict"),
         (returning("{}['rank']"), r"space\(trial\) failed: KeyError"),

@@ -21,7 +21,7 @@ from make_data import make_lab
 from bert_encoding.records import COLUMNS, read_cc, read_records
 from study.analysis import load_trials
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 RUN = Path(__file__).resolve().parents[1] / "study" / "run.py"
 
@@ -79,7 +79,7 @@ def _environment(private_tmp: Path) -> dict[str, str]:
 
 
 def _run(command: list[str], private_tmp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=_environment(private_tmp), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=_environment(private_tmp), capture_output=True, text=True, timeout=500)
 
 
 def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
@@ -111,15 +111,16 @@ def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_
 def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "4")
     study = tmp_path / "out" / "s"
-    driver = subprocess.Popen(
-        command, env=_environment(private_tmp), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
-    assert driver.poll() is None, "the study ended before it could be killed"
-    (token,) = private_tmp.glob("bert-encoding-*/auth_token")
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    environment = _environment(private_tmp)
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
+        assert driver.poll() is None, "the study ended before it could be killed"
+        (token,) = private_tmp.glob("bert-encoding-*/auth_token")
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
     _wait_for(lambda: not _running_from(private_tmp))  # Ray's processes end with their driver
     finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
     assert {"baseline-frozen", "baseline-word_rate", "0001"} <= set(finished)
@@ -147,7 +148,7 @@ def _file(study: Path, trial_id: str) -> Path:
     return study / "trials" / trial_id / "record.json"
 
 
-def _wait_for(condition: object, timeout_s: float = 120) -> None:
+def _wait_for(condition: object, timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited in vain"

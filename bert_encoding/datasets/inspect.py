@@ -10,6 +10,7 @@ from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError
 
 ROWS_PER_BLOCK_BYTES = 64 * 2**20
+MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last TR
 CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
 
 
@@ -74,6 +75,13 @@ def _check_times(source: str, story: Story) -> None:
     steps = np.diff(story.tr_times_s)
     if steps.size == 0 or steps.min() <= 0 or steps.max() - steps.min() > 1e-3:
         raise InputError(f"{source}: story {story.name}: TR times must be evenly spaced, one volume after the other")
+    outside = np.mean((story.word_times_s < story.tr_times_s[0]) | (story.word_times_s > story.tr_times_s[-1]))
+    if outside > MAX_SHARE_OUTSIDE:
+        raise InputError(
+            f"{source}: story {story.name}: {outside:.0%} of its words lie outside the scan "
+            f"({story.tr_times_s[0]:g} to {story.tr_times_s[-1]:g} s; words {story.word_times_s[0]:g} to "
+            f"{story.word_times_s[-1]:g}); word times must be in seconds from the story's start"
+        )
 
 
 def _digest_text(digest: "hashlib._Hash", story: Story) -> None:

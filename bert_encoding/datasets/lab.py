@@ -31,7 +31,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_lab(path: Path) -> Dataset:
-    """Open a folder in the lab's format; stories without responses of every subject stay out.
+    """Open a folder in the lab's format; every story that has text, with the responses that it has.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import numpy as np
 from bert_encoding.errors import InputError, first_line
 
 # Transcribers' marks for breaths, laughs and noise, with their mistyped brackets: {cg}, {ns], (br}.
-STRAY_TAG = re.compile(r"[{(\[][a-z_]{1,3}[})\]]", re.IGNORECASE)
+STRAY_TAG = re.compile(r"\{[a-z_]*[})\]]|[(\[][a-z_]*\}|[{(\[](?:br|cg|ig|lg|ls|ns|sl|sp)[})\]]", re.IGNORECASE)
 
 
 class Trim(NamedTuple):
@@ -93,9 +93,9 @@ class Dataset:
     Attributes
     ----------
     stories : name -> story, in alphabetical order
-    subjects : subjects with responses to every story of ``stories``
+    subjects : subjects with responses to stories; after ``only``, to every one
     published_test : stories that are locked for the final score unless the user names others
-    voxel_masks : subject -> (n_voxels,) True where a voxel can be scored; empty until ``inspect`` has run
+    voxel_masks : subject -> (n_voxels,) True where a voxel can be scored; None until ``inspect`` has run
     fingerprint : hash of all content used; empty until ``inspect`` has run
     notes : what a user should know of this data, a line each
     """
