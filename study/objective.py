@@ -1,7 +1,9 @@
 """What a worker does with one job: run the trial, write its record, report to Ray Tune."""
 
+import ctypes
 import logging
 import os
+import sys
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +58,7 @@ def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu
 
     _limit_resources(n_threads, gpu_share)
     record = run_job(Job(**job), task, Path(study), lambda scores: tune.report({"job": job["trial_id"], **scores}))
+    _return_memory()
     tune.report(
         {
             "job": record.trial_id,  # Ray Tune writes its own id over "trial_id"
@@ -122,6 +125,14 @@ def _failure(job: Job, error: Exception) -> TrialRecord:
         scores={"is_user_error": True} if by_user else {},
         node=os.uname().nodename,
     )
+
+
+def _return_memory() -> None:
+    """Give freed pages back: a resident worker's heap is fragmented by training and would grow from trial to trial."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:

@@ -426,3 +426,5 @@ def test_saving_needs_no_network(tiny_encoder: Encoder, tmp_path: Path, monkeypa
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     save_adapter(adapted(tiny_encoder), tmp_path / "saved", "minilm")
     assert asked == []
+    content = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "minilm"
