@@ -98,10 +98,12 @@ def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
     try:
         with quiet():
             tuned = PeftModel.from_pretrained(base, str(folder))
-        saved = set(load_file(folder / "adapter_model.safetensors"))
+        saved = load_file(folder / "adapter_model.safetensors")
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"{folder}: does not fit {encoder.name}, or is damaged: {first_line(error)}") from None
-    if other := sorted(saved ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
+    if broken := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
+        raise InputError(f"{folder}: {broken[0]} is not finite")  # fused attention can hide it
+    if other := sorted(set(saved) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
         raise InputError(f"{folder}: does not fit {encoder.name}: {other[0]} is on one side only")
     bert: BertModel = masked_lm(tuned).eval().bert
     check_applied(encoder, bert, f"{folder}: the adapter")

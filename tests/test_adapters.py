@@ -16,6 +16,7 @@ import torch
 from make_data import story_words
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
 from bert_encoding.adapters import (
@@ -413,6 +414,19 @@ def test_damaged_adapter_is_refused(damage: str, trained: Trained, tiny_encoder:
     else:
         (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="damaged"):
+        load_adapter(tiny_encoder, folder)
+
+
+def test_adapter_with_a_weight_that_is_not_finite_is_refused(
+    trained: Trained, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    """Torch's fused attention turns a NaN query into 0, so that embeddings alone do not show it."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(trained.folder, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="is not finite"):
         load_adapter(tiny_encoder, folder)
 
 

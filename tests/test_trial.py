@@ -120,21 +120,57 @@ def without_seconds(record: TrialRecord) -> list[dict[str, float]]:
     return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record.epochs]
 
 
+class Heard:
+    """What ``finetune`` was called with, once a split."""
+
+    def __init__(self) -> None:
+        self.models: list[BertForMaskedLM] = []
+        self.windows: list[list[Window]] = []
+        self.probes: list[Probes] = []
+        self.dropouts: list[dict[str, float]] = []
+        self.adapters: list[dict[str, torch.Tensor]] = []  # as training found them
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """Listens to the real training, which goes on as it would."""
+    calls, real = Heard(), module.finetune
+
+    def listen(model: BertForMaskedLM, windows: list[Window], probes: Probes, *args: Any, **kwargs: Any) -> Any:
+        calls.models.append(model)
+        calls.windows.append(list(windows))
+        calls.probes.append(probes)
+        calls.adapters.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+        calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
+        return real(model, windows, probes, *args, **kwargs)
+
+    monkeypatch.setattr(module, "finetune", listen)
+    return calls
+
+
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
-def plain_word_vectors(words: tuple[str, ...], bert: BertModel | None, encoder: Encoder, layer: int) -> np.ndarray:
-    """Word vectors of a story that fits into one window and whose words are one token each; or the word rate."""
+def plain_word_vectors(
+    words: tuple[str, ...], bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
+) -> np.ndarray:
+    """Word vectors of a story whose words are one token each, window after window; or the word rate."""
     spoken = [at for at, word in enumerate(words) if word.isalpha()]
     if bert is None:
         return np.array([[float(at in spoken)] for at in range(len(words))])
-    ids = encoder.tokenizer.convert_tokens_to_ids(["[CLS]", *(words[at] for at in spoken), "[SEP]"])
-    assert encoder.tokenizer.unk_token_id not in ids
-    with torch.no_grad():
-        hidden = bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, 1:-1]
-    vectors = np.zeros((len(words), hidden.shape[1]))
-    vectors[spoken] = hidden.numpy()
-    return vectors
+    sums, counts = np.zeros((len(words), bert.config.hidden_size)), np.zeros(len(words))
+    start, n_inner = 0, window_tokens - 2
+    while True:
+        inside = spoken[start : start + n_inner]
+        ids = encoder.tokenizer.convert_tokens_to_ids(["[CLS]", *(words[at] for at in inside), "[SEP]"])
+        assert encoder.tokenizer.unk_token_id not in ids
+        with torch.no_grad():
+            hidden = bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, 1:-1]
+        sums[inside] += hidden.numpy()
+        counts[inside] += 1
+        if start + n_inner >= len(spoken):
+            return sums / np.maximum(counts, 1)[:, None]
+        start += stride
 
 
 def plain_features(vectors: np.ndarray, word_times: np.ndarray, tr_times: np.ndarray) -> np.ndarray:
@@ -165,10 +201,12 @@ def plain_cc(X: np.ndarray, Y: np.ndarray, X_scored: np.ndarray, Y_scored: np.nd
 class PlainChain:
     """Features and responses of all stories, without a line of our own package but the reading of files."""
 
-    def __init__(self, task: Task, bert: BertModel | None, encoder: Encoder, layer: int) -> None:
+    def __init__(
+        self, task: Task, bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
+    ) -> None:
         self.X, self.Y = {}, {}
         for name, story in task.dataset.stories.items():
-            vectors = plain_word_vectors(story.words, bert, encoder, layer)
+            vectors = plain_word_vectors(story.words, bert, encoder, layer, window_tokens, stride)
             self.X[name] = plain_features(vectors, story.word_times_s, story.tr_times_s)
             self.Y[name] = np.load(story.responses[SUBJECT].path)
 
@@ -190,12 +228,29 @@ class PlainChain:
         return np.array([np.corrcoef(Y[:, v], predicted[:, v])[0, 1] for v in range(Y.shape[1])])
 
 
-@pytest.mark.parametrize(("method", "layer"), [("word_rate", None), ("frozen", None), ("frozen", 1), ("lora", None)])
+@pytest.mark.parametrize(
+    ("method", "layer", "window_tokens", "stride"),
+    [
+        ("word_rate", None, 512, 256),
+        ("frozen", None, 512, 256),
+        ("frozen", 1, 40, 15),
+        ("lora", None, 512, 256),
+        ("lora", None, 50, 48),
+    ],
+)
 def test_scores_equal_a_plain_chain_of_other_libraries(
-    method: str, layer: int | None, uneven_task: Task, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+    method: str,
+    layer: int | None,
+    window_tokens: int,
+    stride: int,
+    uneven_task: Task,
+    tiny_encoder: Encoder,
+    tiny_bert: Path,
+    tmp_path: Path,
 ) -> None:
     alpha, (split,) = 300.0, uneven_task.splits
     settings = config(tiny_encoder, method=method, layer=layer, ridge_alphas=(alpha,))
+    settings = replace(settings, embed_window_tokens=window_tokens, embed_stride=stride)
     untuned = method != "lora"
     record = run_trial(settings, uneven_task, adapter_folder=tmp_path / "adapter", score_test=untuned)
 
@@ -205,7 +260,7 @@ def test_scores_equal_a_plain_chain_of_other_libraries(
     if method == "lora":  # the adapter that the trial saved, in transformers and PEFT alone
         whole = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(tiny_bert), tmp_path / "adapter")
         bert = whole.eval().get_base_model().bert
-    chain = PlainChain(uneven_task, bert, tiny_encoder, 2 if layer is None else layer)
+    chain = PlainChain(uneven_task, bert, tiny_encoder, 2 if layer is None else layer, window_tokens, stride)
     valid = np.array([v not in (3, 5) for v in range(12)])
     expected = np.full(12, np.nan)
     expected[valid] = chain.cc(split.fit, split.validation, alpha, valid)
@@ -263,6 +318,16 @@ def test_other_seed_gives_other_scores(task: Task, tiny_encoder: Encoder) -> Non
     first, other = (run_trial(config(tiny_encoder, seed=seed), task) for seed in (0, 1))
     assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
     assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
+
+
+def test_seed_settles_the_fresh_adapter(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+    for seed in (0, 0, 1):
+        run_trial(config(tiny_encoder, seed=seed, epochs=1), task)
+    first, again, other = heard.adapters
+    A = [name for name in first if "lora_A" in name]
+    assert len(A) == 4
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in A)
 
 
 IN_A_FRESH_PROCESS = """
@@ -327,32 +392,6 @@ def test_other_text_under_the_same_story_names_is_read_anew(
 
 
 # --- what training may read -------------------------------------------------------------------------------------------
-
-
-class Heard:
-    """What ``finetune`` was called with, once a split."""
-
-    def __init__(self) -> None:
-        self.models: list[BertForMaskedLM] = []
-        self.windows: list[list[Window]] = []
-        self.probes: list[Probes] = []
-        self.dropouts: list[dict[str, float]] = []
-
-
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
-    """Listens to the real training, which goes on as it would."""
-    calls, real = Heard(), module.finetune
-
-    def listen(model: BertForMaskedLM, windows: list[Window], probes: Probes, *args: Any, **kwargs: Any) -> Any:
-        calls.models.append(model)
-        calls.windows.append(list(windows))
-        calls.probes.append(probes)
-        calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
-        return real(model, windows, probes, *args, **kwargs)
-
-    monkeypatch.setattr(module, "finetune", listen)
-    return calls
 
 
 def own_ids(task: Task, encoder: Encoder, names: tuple[str, ...]) -> set[int]:
@@ -633,3 +672,8 @@ def test_training_that_diverges_raises(task: Task, tiny_encoder: Encoder, monkey
     monkeypatch.setattr(module, "resident_encoder", lambda name: broken)
     with pytest.raises(FloatingPointError, match="step 1"):
         run_trial(config(tiny_encoder), task)
+
+
+def test_training_that_changes_nothing_is_refused(task: Task, tiny_encoder: Encoder) -> None:
+    with pytest.raises(InputError, match="fine-tuning: changes nothing"):
+        run_trial(config(tiny_encoder, lr=1e-30, epochs=1), task)
