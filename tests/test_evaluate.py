@@ -21,8 +21,9 @@ from bert_encoding.baselines import word_rate
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import MIN_FIT_STORIES
-from bert_encoding.datasets.story import TRIMS, Dataset, Responses
+from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.evaluate import (
     SubjectScores,
     edge_notes,
@@ -190,7 +191,7 @@ def wreck(dataset: Dataset, vectors: Vectors, name: str) -> tuple[Dataset, dict[
     rng = np.random.default_rng(99)
     story = dataset.stories[name]
     responses = {
-        subject: Responses(array=1e4 + 1e3 * rng.standard_normal(old.open().shape))
+        subject: Responses(array=1e4 + 1e3 * rng.standard_normal(old.check()[0]))
         for subject, old in story.responses.items()
     }
     times_s = np.sort(rng.uniform(0, story.word_times_s[-1], len(story.words)))

@@ -14,10 +14,12 @@ from make_data import LabSequence, make_lab, pickle_as_lab
 
 from bert_encoding.datasets import inspect as inspect_module
 from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets import responses as responses_module
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.lab import read_transcripts
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
-from bert_encoding.datasets.story import TRIMS, Dataset, Responses, Story
+from bert_encoding.datasets.story import TRIMS, Dataset, Story
 from bert_encoding.errors import InputError
 
 STORIES = ("alpha", "beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta")
@@ -373,7 +375,7 @@ def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: 
 
     edit_responses(lab, "delta", step)
     whole = inspect(open_dataset(lab))
-    monkeypatch.setattr(inspect_module, "ROWS_PER_BLOCK_BYTES", n_bytes)
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", n_bytes)
     blocks = inspect(open_dataset(lab))
     assert blocks.fingerprint == whole.fingerprint
     assert blocks.notes == whole.notes
@@ -391,7 +393,7 @@ def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.
         return isfinite(values)
 
     monkeypatch.setattr(inspect_module.np, "isfinite", watch)
-    monkeypatch.setattr(inspect_module, "ROWS_PER_BLOCK_BYTES", 96 * 7)
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
     inspect(open_dataset(lab))
     assert max(sizes) == 7
 

@@ -18,7 +18,8 @@ from make_data import LabSequence, make_lab, pickle_as_lab
 
 from bert_encoding.datasets import open_dataset, safe_pickle
 from bert_encoding.datasets.lab import open_lab, read_transcripts
-from bert_encoding.datasets.story import Dataset, Responses, spoken_text
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.story import Dataset, spoken_text
 from bert_encoding.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -527,12 +528,12 @@ def test_what_is_not_a_lab_folder(there: str, tmp_path: Path) -> None:
 
 
 def test_responses_are_mapped_read_only(lab: Path) -> None:
-    responses = open_dataset(lab).stories["alpha"].responses["subject2"].open()
-    assert isinstance(responses, np.memmap)
-    assert responses.mode == "r"
-    np.testing.assert_array_equal(responses, np.load(lab / "subject2" / "alpha.npy"))
-    with pytest.raises(ValueError, match="read-only"):
-        responses[0, 0] = 1.0
+    with open_dataset(lab).stories["alpha"].responses["subject2"].open() as responses:
+        assert isinstance(responses, np.memmap)
+        assert responses.mode == "r"
+        np.testing.assert_array_equal(responses, np.load(lab / "subject2" / "alpha.npy"))
+        with pytest.raises(ValueError, match="read-only"):
+            responses[0, 0] = 1.0
 
 
 def _folder(path: Path) -> Path:
@@ -567,7 +568,7 @@ def test_a_damaged_npy_is_named(damage: str, lab: Path) -> None:
     file = lab / "subject2" / "alpha.npy"
     _break_npy(file, damage)
     with pytest.raises(InputError) as refused:
-        open_dataset(lab).stories["alpha"].responses["subject2"].open()
+        open_dataset(lab).stories["alpha"].responses["subject2"].check()
     assert str(refused.value).startswith(f"{file}: not a readable .npy array")
     assert "\n" not in str(refused.value)
 
@@ -576,7 +577,7 @@ def test_an_object_array_is_refused_without_effect(lab: Path) -> None:
     canary, file = lab / "canary", lab / "subject2" / "alpha.npy"
     np.save(file, np.array([_Calls(os.system, f"touch {canary}")], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match=r"alpha\.npy: not a readable \.npy array"):
-        open_dataset(lab).stories["alpha"].responses["subject2"].open()
+        open_dataset(lab).stories["alpha"].responses["subject2"].check()
     assert not canary.exists()
 
 
@@ -584,7 +585,7 @@ def test_a_vanished_npy_is_named(lab: Path) -> None:
     data = open_dataset(lab)
     (lab / "subject2" / "alpha.npy").unlink()
     with pytest.raises(InputError, match=r"alpha\.npy: no such file"):
-        data.stories["alpha"].responses["subject2"].open()
+        data.stories["alpha"].responses["subject2"].check()
 
 
 def test_a_data_set_travels_as_paths(tmp_path: Path) -> None:
@@ -592,15 +593,17 @@ def test_a_data_set_travels_as_paths(tmp_path: Path) -> None:
     data = open_dataset(folder)
     on_disk = sum(file.stat().st_size for file in (folder / "subject2").glob("*.npy"))
     for story in data.stories.values():
-        story.responses["subject2"].open().sum()  # mapping a file must not put it into the object
+        story.responses["subject2"].read(np.arange(5000)).sum()  # mapping a file must not put it into the object
     travels = pickle.dumps(data)
     assert len(travels) < 100_000 < on_disk / 10
     arrived: Dataset = pickle.loads(travels)  # noqa: S301  # our own bytes
     np.testing.assert_array_equal(
-        arrived.stories["beta"].responses["subject2"].open(), np.load(folder / "subject2" / "beta.npy")
+        arrived.stories["beta"].responses["subject2"].read(np.arange(5000)),
+        np.load(folder / "subject2" / "beta.npy").astype(np.float32),
     )
 
 
 def test_an_array_is_used_as_it_is() -> None:
     array = np.arange(6.0).reshape(2, 3)
-    assert Responses(array=array).open() is array
+    with Responses(array=array).open() as opened:
+        assert opened is array

@@ -7,8 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
-from bert_encoding.datasets.story import Dataset, Responses, Story
+from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError
 
 SUBJECTS = ("subject2", "subject3")

@@ -24,8 +24,9 @@ from bert_encoding import trial as module
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import choose_stories, split_stories
-from bert_encoding.datasets.story import Dataset, Responses
+from bert_encoding.datasets.story import Dataset
 from bert_encoding.encoders import Encoder, load_encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import Probes

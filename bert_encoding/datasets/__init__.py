@@ -1,14 +1,19 @@
 """Stories and responses on disk, in every format we read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from bert_encoding.datasets import lab
-from bert_encoding.datasets.story import Dataset
+from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 from bert_encoding.errors import InputError
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
     """Open a data set, whatever its format, by what lies at ``path``.
+
+    Parameters
+    ----------
+    trim : volumes by which the responses are shorter than the story, at its start and end
 
     Raises
     ------
@@ -20,5 +25,5 @@ def open_dataset(path: Path) -> Dataset:
     if path.name == lab.TEXT_FILE:
         raise InputError(f"{path}: give its folder, {path.parent}")
     if path.is_dir() and lab.recognises(path):
-        return lab.open_lab(path)
+        return replace(lab.open_lab(path), trim=trim)
     raise InputError(f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy")

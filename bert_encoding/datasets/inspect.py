@@ -9,7 +9,6 @@ import numpy as np
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError
 
-ROWS_PER_BLOCK_BYTES = 64 * 2**20
 MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last TR
 CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
 
@@ -106,23 +105,21 @@ def _subject_status(dataset: Dataset, subject: str, digest: "hashlib._Hash") -> 
 
 def _story_status(dataset: Dataset, story: Story, subject: str, digest: "hashlib._Hash") -> VoxelStatus:
     where = _where(dataset, story, subject)
-    responses = story.responses[subject].open()
-    if responses.ndim != 2 or responses.dtype.kind not in "fiu":
-        raise InputError(f"{where} is {responses.dtype} of shape {responses.shape}; expected numbers (rows, voxels)")
+    shape, dtype = story.responses[subject].check()
+    if len(shape) != 2 or dtype.kind not in "fiu":
+        raise InputError(f"{where} is {dtype} of shape {shape}; expected numbers (rows, voxels)")
     rows = dataset.trim.rows(len(story.tr_times_s))
     expected = rows.stop - rows.start
-    if responses.shape[0] != expected:
+    if shape[0] != expected:
         raise InputError(
-            f"{where} has {responses.shape[0]} rows; its {len(story.tr_times_s)} TR times less "
+            f"{where} has {shape[0]} rows; its {len(story.tr_times_s)} TR times less "
             f"{sum(dataset.trim)} trimmed make {expected}; text and responses must belong to the same cut"
         )
-    digest.update(f"{subject}/{story.name}/{responses.shape}/{responses.dtype.str}".encode())
-    n_rows = max(1, ROWS_PER_BLOCK_BYTES // max(1, responses[:1].nbytes))
-    finite = np.ones(responses.shape[1], bool)
-    low, high = np.full(responses.shape[1], np.inf), np.full(responses.shape[1], -np.inf)
-    for start in range(0, expected, n_rows):
-        block = np.ascontiguousarray(responses[start : start + n_rows])
-        digest.update(block.tobytes())
+    digest.update(f"{subject}/{story.name}/{shape}/{dtype.str}".encode())
+    finite = np.ones(shape[1], bool)
+    low, high = np.full(shape[1], np.inf), np.full(shape[1], -np.inf)
+    for block in story.responses[subject].blocks():
+        digest.update(np.ascontiguousarray(block).data)
         with np.errstate(over="ignore"):
             ok = np.isfinite(block.astype(np.float32))  # what exceeds float32 is not finite in our arithmetic
         finite &= ok.all(axis=0)

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.safe_pickle import DataSequence, PickledArray, read_pickle
-from bert_encoding.datasets.story import Dataset, Responses, Story
+from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError, first_line
 
 TEXT_FILE = "raw_text.pkl"

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from bert_encoding.errors import InputError, first_line
+from bert_encoding.datasets.responses import Responses
 
 # Transcribers' marks for breaths, laughs and noise, with their mistyped brackets: {cg}, {ns], (br}.
 STRAY_TAG = re.compile(r"\{[a-z_]*[})\]]|[(\[][a-z_]*\}|[{(\[](?:br|cg|ig|lg|ls|ns|sl|sp)[})\]]", re.IGNORECASE)
@@ -30,33 +29,6 @@ TRIMS = {"published": Trim(10, 5), "course": Trim(5, 10)}
 
 
 @dataclass(frozen=True)
-class Responses:
-    """The responses of one subject to one story, (n_rows, n_voxels): a ``.npy`` file, mapped when read, or an array.
-
-    Only the path travels between processes, never the mapped data.
-    """
-
-    path: Path | None = None
-    array: np.ndarray | None = None
-
-    def open(self) -> np.ndarray:
-        """Return the responses, (n_rows, n_voxels), read-only where they lie on disk."""
-        if self.array is not None:
-            return self.array
-        assert self.path is not None
-        try:
-            responses = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no such file; the responses were there when the study began") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{self.path}: not a readable .npy array ({first_line(error)})") from None
-        if not isinstance(responses, np.ndarray):
-            responses.close()
-            raise InputError(f"{self.path}: not a readable .npy array (it is an archive of several)")
-        return responses
-
-
-@dataclass(frozen=True)
 class Story:
     """One continuous stimulus.
 
@@ -66,6 +38,7 @@ class Story:
     word_times_s : (n_words,) middle of each word, in seconds from the start of the story
     tr_times_s : (n_trs,) middle of each volume, in seconds from the start of the story
     responses : subject -> responses to this story
+    repeats : subject -> responses to each time the story was heard, (n_repeats, n_rows, n_voxels), where kept
     """
 
     name: str
@@ -73,6 +46,7 @@ class Story:
     word_times_s: np.ndarray
     tr_times_s: np.ndarray
     responses: Mapping[str, Responses]
+    repeats: Mapping[str, Responses] = field(default_factory=dict)
 
     @property
     def spoken(self) -> tuple[str, ...]:
@@ -95,7 +69,8 @@ class Dataset:
     stories : name -> story, in alphabetical order
     subjects : subjects with responses to stories; after ``only``, to every one
     published_test : stories that are locked for the final score unless the user names others
-    voxel_masks : subject -> (n_voxels,) True where a voxel can be scored; None until ``inspect`` has run
+    rois : subject -> name of a region of interest -> indices of its voxels
+    voxel_masks : subject -> (n_voxels,) True where a voxel is scored; None until ``inspect`` has run
     fingerprint : hash of all content used; empty until ``inspect`` has run
     notes : what a user should know of this data, a line each
     """
@@ -105,6 +80,7 @@ class Dataset:
     subjects: tuple[str, ...]
     published_test: tuple[str, ...]
     trim: Trim = TRIMS["published"]
+    rois: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     voxel_masks: Mapping[str, np.ndarray] | None = None
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
@@ -113,10 +89,13 @@ class Dataset:
         """Return the data set restricted to some stories and subjects."""
         return replace(self, stories={name: self.stories[name] for name in sorted(story_names)}, subjects=subjects)
 
-    def valid_responses(self, story: str, subject: str) -> np.ndarray:
-        """Return the responses of the valid voxels, (n_rows, n_valid) float32, a copy."""
+    def valid_responses(self, story: str, subject: str, columns: slice = slice(None)) -> np.ndarray:
+        """Return responses of the valid voxels, (n_rows, n_columns) float32, a copy.
+
+        Parameters
+        ----------
+        columns : which of the valid voxels, counted among themselves
+        """
         assert self.voxel_masks is not None, "inspect the data set before reading its responses"
-        mask = self.voxel_masks[subject]
-        responses = self.stories[story].responses[subject].open()
-        kept = responses if mask.all() else responses[:, mask]
-        return np.array(kept, dtype=np.float32)
+        voxels = np.flatnonzero(self.voxel_masks[subject])[columns]
+        return self.stories[story].responses[subject].read(voxels)
