@@ -184,6 +184,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from study.command import run_app
+    from bert_encoding.command import run_app
 
     sys.exit(run_app(app))

@@ -6,16 +6,15 @@ python study/run.py --space lora_full
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
+from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text, Whole, run_app
 from bert_encoding.encoders import check_model
 from bert_encoding.records import FAILED, write_json
 from study.analysis import load_trials, print_study, read_notes, standing
-from study.command import INTERRUPTED, SOME_FAILED, run_app
 from study.options import Options, read_recorded, resolve_options
 from study.plan import check_space_on_disk, estimate, print_plan
 from study.prepare import prepare
@@ -25,16 +24,6 @@ from study.spaces import load_space
 WIDTH_OF_A_LOG = 240
 DEFAULT_SPACE = "lora_full"
 
-
-def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
-    """Return a converter for an option that may be absent; the word 'none' and half a trial are no values."""
-    return lambda type_, tokens: kind(tokens[0].value)
-
-
-Text = Annotated[str | None, Parameter(converter=_strictly(str))]
-Whole = Annotated[int | None, Parameter(converter=_strictly(int))]
-Number = Annotated[float | None, Parameter(converter=_strictly(float))]
-Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 app = cyclopts.App(
     name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative="")

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
 from bert_encoding.records import TrialRecord, trials_frame, write_json, write_record
 from study import analysis
 from study.analysis import Standing, cc_by_rank, load_trials, standing, verdict_lines
-from study.command import run_app
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 from make_data import LabSequence, make_lab, make_tiny_bert, pickle_as_lab
 
+from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.errors import InputError
 from bert_encoding.records import TrialRecord, read_json, write_record
 from study import plan, run
 from study import session as session_module
-from study.command import run_app
 from study.options import resolve_options
 from study.prepare import prepare
 from study.spaces import load_space
@@ -445,7 +445,7 @@ def test_no_space_on_disk(command: Command, tmp_path: Path, monkeypatch: pytest.
 AS_NOBODY = """
 import json, os, sys
 import study.run, study.session
-from study.command import run_app
+from bert_encoding.command import run_app
 run_app(study.run.app, json.loads(sys.argv[2]))  # loads what is loaded late: nobody may not read this checkout
 sys.stdout.flush()
 if os.geteuid() == 0:

@@ -1,12 +1,25 @@
-"""How a command of ours ends: a user's mistake is one line on standard error and exit code 2."""
+"""What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
 
 import sys
+from typing import Annotated, Any
 
 import cyclopts
+from cyclopts import Parameter
 
 from bert_encoding.errors import InputError
 
 BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 3, 130
+
+
+def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
+    """Return a converter for an option that may be absent; the word 'none' and half a trial are no values."""
+    return lambda type_, tokens: kind(tokens[0].value)
+
+
+Text = Annotated[str | None, Parameter(converter=_strictly(str))]
+Whole = Annotated[int | None, Parameter(converter=_strictly(int))]
+Number = Annotated[float | None, Parameter(converter=_strictly(float))]
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
 
 
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
