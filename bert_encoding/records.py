@@ -20,6 +20,7 @@ COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
 WORD_RATE, FROZEN, LORA = "word_rate", "frozen", "lora"
 BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
 STUDY_FILE, RECORD_FILE = "study.json", "record.json"
+ROI_PREFIX = "cc_roi_"  # mean CC of a region of interest
 
 # The documented columns of trials.parquet, in order; what does not apply is null.
 _TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
@@ -56,6 +57,7 @@ class TrialRecord:
     config : all settings; ``params`` is what the search space suggested
     notes : what a reader of the scores should know
     scores : of the last epoch, and of the trial as a whole
+    epochs, stories, subjects : rows of the tables of the same names
     cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
     """
 
@@ -71,6 +73,7 @@ class TrialRecord:
     scores: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     stories: list[dict[str, Any]] = field(default_factory=list)
+    subjects: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gb: float | None = None
     node: str = ""
@@ -153,11 +156,21 @@ def stories_frame(records: list[TrialRecord]) -> pd.DataFrame:
     return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **story} for r in records for story in r.stories])
 
 
+def subjects_frame(records: list[TrialRecord]) -> pd.DataFrame:
+    """Return one row a trial, role and subject."""
+    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **row} for r in records for row in r.subjects])
+
+
 def write_tables(study: Path) -> pd.DataFrame:
-    """Rebuild the three Parquet tables from the records and return the trials."""
+    """Rebuild the Parquet tables from the records and return the trials."""
     records = read_records(study)
     trials = trials_frame(records)
-    frames = {"trials": trials, "epochs": epochs_frame(records), "stories": stories_frame(records)}
+    frames = {
+        "trials": trials,
+        "epochs": epochs_frame(records),
+        "stories": stories_frame(records),
+        "subjects": subjects_frame(records),
+    }
     with naming_full_disk(study):
         for name, frame in frames.items():
             with atomic_path(study / f"{name}.parquet") as temporary:
@@ -239,10 +252,14 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
         if record.config.get("mlm_text") == "all":  # then no story is held out from fine-tuning
             row["mlm_loss_heldout"] = None
         row["scaling"] = record.config["lora_alpha"] / record.config["rank"]
-    row |= {name: value for name, value in record.scores.items() if name in COLUMNS and name not in row}
+    row |= {name: value for name, value in record.scores.items() if _is_column(name) and name not in row}
     row |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
     row["peak_memory_gb"] = record.peak_memory_gb
     return row | {name: value for name, value in record.params.items() if name not in row}
+
+
+def _is_column(score: str) -> bool:
+    return score in COLUMNS or score.startswith(ROI_PREFIX)
 
 
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:

@@ -43,37 +43,8 @@ def fit_ridge(
     form: str = "auto",
     device: torch.device | None = None,
 ) -> RidgeFit:
-    """Choose each voxel's alpha by the mean held-out CC over folds, then fit on all rows.
-
-    Parameters
-    ----------
-    X : (n_trs, n_features), z-scored
-    Y : (n_trs, n_voxels), z-scored
-    folds : (n_trs,) fold of each row; a story must lie in one fold
-    form : ``primal`` (n_features x n_features), ``kernel`` (n_trs x n_trs), or ``auto``: the smaller
-
-    Raises
-    ------
-    ValueError
-        if shapes disagree, values are not finite, or there are fewer than two folds.
-    """
-    rows = _rows_of_folds(X, Y, folds, n_least=2)
-    solver = _make_solver(X, rows, form, device)
-    every = tuple(range(len(rows)))
-    without = [_held_out_basis(solver, every, (fold,)) for fold in every]
-    full = solver.basis(every)
-    cv_cc = np.zeros((len(ridge_alphas), Y.shape[1]))
-    chosen = np.empty(Y.shape[1])
-    weights = np.empty((X.shape[1], Y.shape[1]), np.float32)
-    for columns in _blocks(Y.shape[1]):
-        targets = solver.prepare([Y[r, columns] for r in rows])
-        for fold, (basis, held_out) in enumerate(without):
-            truth = Y[rows[fold], columns]
-            cv_cc[:, columns] += _cc_by_alpha(solver, basis, held_out[0], targets, truth, ridge_alphas) / len(rows)
-        chosen[columns] = _best_alphas(cv_cc[:, columns], ridge_alphas)
-        shrunk = _shrink(full, solver.project(full, targets), chosen[columns])
-        weights[:, columns] = solver.weights(full, shrunk).cpu().numpy()
-    return RidgeFit(weights, chosen, cv_cc)
+    """Fit ridge on arrays at once; see ``CrossValidatedRidge``, which also takes voxels in parts."""
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, device).fit(Y)
 
 
 def cross_validated_predictions(
@@ -84,34 +55,109 @@ def cross_validated_predictions(
     form: str = "auto",
     device: torch.device | None = None,
 ) -> np.ndarray:
-    """Predict each fold from the others, (n_trs, n_voxels) float32; alphas are chosen inside those others alone.
+    """Predict each fold from the others; see ``CrossValidatedRidge.predict_left_out``."""
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, device).predict_left_out(Y)
 
-    Choosing alphas on the fold that is then scored raises the CC of pure noise. A fit without folds j and k serves
-    twice: it scores j when k is predicted, and k when j is.
+
+class CrossValidatedRidge:
+    """Ridge on given features, for any number of voxels: what depends on the features alone is computed once.
+
+    Parameters
+    ----------
+    X : (n_trs, n_features), z-scored
+    folds : (n_trs,) fold of each row; a story must lie in one fold
+    form : ``primal`` (n_features x n_features), ``kernel`` (n_trs x n_trs), or ``auto``: the smaller
 
     Raises
     ------
     ValueError
-        as ``fit_ridge``, and if there are fewer than three folds.
+        if shapes disagree, values are not finite, or there are fewer than two folds.
     """
-    rows = _rows_of_folds(X, Y, folds, n_least=3)
-    solver = _make_solver(X, rows, form, device)
-    every = tuple(range(len(rows)))
-    pairs = {pair: _held_out_basis(solver, every, pair) for pair in combinations(every, 2)}
-    singles = [_held_out_basis(solver, every, (fold,)) for fold in every]
-    predicted = np.empty(Y.shape, np.float32)
-    for columns in _blocks(Y.shape[1]):
-        targets = solver.prepare([Y[r, columns] for r in rows])
-        inner_cc = np.zeros((len(rows), len(ridge_alphas), columns.stop - columns.start))
-        for pair, (basis, held_out) in pairs.items():
-            for scored, left_out, X_scored in zip(pair, pair[::-1], held_out, strict=True):
-                truth = Y[rows[scored], columns]
-                inner_cc[left_out] += _cc_by_alpha(solver, basis, X_scored, targets, truth, ridge_alphas)
-        for fold, (basis, held_out) in enumerate(singles):
-            alphas = _best_alphas(inner_cc[fold], ridge_alphas)
-            shrunk = _shrink(basis, solver.project(basis, targets), alphas)
-            predicted[rows[fold], columns] = (held_out[0] @ shrunk).cpu().numpy()
-    return predicted
+
+    def __init__(
+        self,
+        X: np.ndarray,
+        folds: np.ndarray,
+        ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
+        form: str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        self.rows = _rows_of_folds(X, folds)
+        self.ridge_alphas, self.n_features = ridge_alphas, X.shape[1]
+        self.every = tuple(range(len(self.rows)))
+        self._solver = _make_solver(X, self.rows, form, device)
+        self._bases: dict[tuple[int, ...], Basis] = {}
+
+    def fit(self, Y: np.ndarray) -> RidgeFit:
+        """Choose each voxel's alpha by the mean held-out CC over folds, then fit on all rows.
+
+        Parameters
+        ----------
+        Y : (n_trs, n_voxels), z-scored
+
+        Raises
+        ------
+        ValueError
+            if rows disagree or values are not finite.
+        """
+        _check_responses(Y, self.rows)
+        cv_cc = np.zeros((len(self.ridge_alphas), Y.shape[1]))
+        chosen = np.empty(Y.shape[1])
+        weights = np.empty((self.n_features, Y.shape[1]), np.float32)
+        for columns in _blocks(Y.shape[1]):
+            targets = self._solver.prepare([Y[rows, columns] for rows in self.rows])
+            for fold in self.every:
+                cv_cc[:, columns] += self._cc_without(Y, columns, targets, (fold,))[0] / len(self.rows)
+            chosen[columns] = _best_alphas(cv_cc[:, columns], self.ridge_alphas)
+            full = self._basis(())
+            shrunk = _shrink(full, self._solver.project(full, targets), chosen[columns])
+            weights[:, columns] = self._solver.weights(full, shrunk).cpu().numpy()
+        return RidgeFit(weights, chosen, cv_cc)
+
+    def predict_left_out(self, Y: np.ndarray) -> np.ndarray:
+        """Predict each fold from the others, (n_trs, n_voxels) float32; alphas are chosen inside those others alone.
+
+        Choosing alphas on the fold that is then scored raises the CC of pure noise. A fit without folds j and k serves
+        twice: it scores j when k is predicted, and k when j is.
+
+        Raises
+        ------
+        ValueError
+            as ``fit``, and if there are fewer than three folds.
+        """
+        _check_responses(Y, self.rows)
+        _check_n_folds(len(self.rows), 3)
+        predicted = np.empty(Y.shape, np.float32)
+        for columns in _blocks(Y.shape[1]):
+            targets = self._solver.prepare([Y[rows, columns] for rows in self.rows])
+            inner_cc = np.zeros((len(self.rows), len(self.ridge_alphas), columns.stop - columns.start))
+            for pair in combinations(self.every, 2):
+                inner_cc[list(pair[::-1])] += self._cc_without(Y, columns, targets, pair)
+            for fold in self.every:
+                alphas, basis = _best_alphas(inner_cc[fold], self.ridge_alphas), self._basis((fold,))
+                shrunk = _shrink(basis, self._solver.project(basis, targets), alphas)
+                predicted[self.rows[fold], columns] = (self._solver.held_out(basis, fold) @ shrunk).cpu().numpy()
+        return predicted
+
+    def _basis(self, out: tuple[int, ...]) -> "Basis":
+        """Decompose all folds but ``out``, once."""
+        if out not in self._bases:
+            self._bases[out] = self._solver.basis(tuple(fold for fold in self.every if fold not in out))
+        return self._bases[out]
+
+    def _cc_without(
+        self, Y: np.ndarray, columns: slice, targets: list[torch.Tensor], out: tuple[int, ...]
+    ) -> np.ndarray:
+        """Fit without the folds ``out`` and return the CC in each of them, (n_out, n_alphas, n_columns); 0 where a
+        voxel is constant in a fold, so that the other folds choose for it."""
+        basis = self._basis(out)
+        projected = self._solver.project(basis, targets)
+        cc = np.empty((len(out), len(self.ridge_alphas), columns.stop - columns.start))
+        for at, fold in enumerate(out):
+            held_out, truth = self._solver.held_out(basis, fold), Y[self.rows[fold], columns]
+            for row, alpha in enumerate(self.ridge_alphas):
+                cc[at, row] = correlate(truth, (held_out @ _shrink(basis, projected, alpha)).cpu().numpy())
+        return np.nan_to_num(cc, nan=0.0)
 
 
 def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_ALPHAS) -> dict[str, float]:
@@ -207,28 +253,6 @@ def _make_solver(X: np.ndarray, rows: list[np.ndarray], form: str, device: torch
     return FORMS[form]([torch.from_numpy(X[r]).to(device or "cpu", torch.float64) for r in rows])
 
 
-def _held_out_basis(solver: Solver, every: tuple[int, ...], out: tuple[int, ...]) -> tuple[Basis, list[torch.Tensor]]:
-    """Decompose all folds but ``out``, and express the rows of each of ``out`` in that basis."""
-    basis = solver.basis(tuple(fold for fold in every if fold not in out))
-    return basis, [solver.held_out(basis, fold) for fold in out]
-
-
-def _cc_by_alpha(
-    solver: Solver,
-    basis: Basis,
-    held_out: torch.Tensor,
-    targets: list[torch.Tensor],
-    truth: np.ndarray,
-    ridge_alphas: tuple[float, ...],
-) -> np.ndarray:
-    """Return the held-out CC for every alpha, (n_alphas, n_voxels); 0 where a voxel is constant in the fold, so that
-    the other folds choose for it."""
-    projected = solver.project(basis, targets)
-    predictions = (held_out @ _shrink(basis, projected, alpha) for alpha in ridge_alphas)
-    cc = np.stack([correlate(truth, predicted.cpu().numpy()) for predicted in predictions])
-    return np.nan_to_num(cc, nan=0.0)
-
-
 def _shrink(basis: Basis, projected: torch.Tensor, alphas: np.ndarray | float) -> torch.Tensor:
     """Divide by ``eigenvalue + alpha``; alphas is one, or one a voxel."""
     return projected / (basis.eigenvalues[:, None] + torch.as_tensor(alphas).to(projected))
@@ -244,19 +268,28 @@ def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return eigenvalues.clamp(min=0), vectors
 
 
-def _rows_of_folds(X: np.ndarray, Y: np.ndarray, folds: np.ndarray, n_least: int) -> list[np.ndarray]:
-    """Return the row numbers of each fold, after checking the input."""
-    if not len(X) == len(Y) == len(folds):
-        raise ValueError(f"rows disagree: X {len(X)}, Y {len(Y)}, folds {len(folds)}")
-    for name, values in (("X", X), ("Y", Y)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} has non-finite values")
+def _rows_of_folds(X: np.ndarray, folds: np.ndarray) -> list[np.ndarray]:
+    """Return the row numbers of each fold, after checking the features."""
+    if len(X) != len(folds):
+        raise ValueError(f"rows disagree: X {len(X)}, folds {len(folds)}")
+    if not np.isfinite(X).all():
+        raise ValueError("X has non-finite values")
     labels = np.unique(folds)
-    if labels.size < n_least:
-        raise ValueError(
-            f"{labels.size} folds: at least {n_least} are needed to choose alphas on rows that are not scored"
-        )
+    _check_n_folds(labels.size, 2)
     return [np.flatnonzero(folds == label) for label in labels]
+
+
+def _check_n_folds(n_folds: int, n_least: int) -> None:
+    if n_folds < n_least:
+        raise ValueError(f"{n_folds} folds: at least {n_least} are needed to choose alphas on rows that are not scored")
+
+
+def _check_responses(Y: np.ndarray, rows: list[np.ndarray]) -> None:
+    n_rows = sum(len(fold) for fold in rows)
+    if len(Y) != n_rows:
+        raise ValueError(f"rows disagree: X {n_rows}, Y {len(Y)}")
+    if not np.isfinite(Y).all():
+        raise ValueError("Y has non-finite values")
 
 
 def _blocks(n_voxels: int) -> list[slice]:

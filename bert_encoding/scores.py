@@ -2,6 +2,8 @@
 
 import numpy as np
 
+VOXELS_PER_BLOCK = 1024  # float64 copies of so many at a time
+
 
 def correlate(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation of each column, (n_voxels,) float32.
@@ -14,6 +16,14 @@ def correlate(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     """
     if Y.shape != Y_predicted.shape:
         raise ValueError(f"responses {Y.shape} and predictions {Y_predicted.shape} must have one shape")
+    cc = np.empty(Y.shape[1], np.float32)
+    for start in range(0, Y.shape[1], VOXELS_PER_BLOCK):
+        block = slice(start, start + VOXELS_PER_BLOCK)
+        cc[block] = _correlate_block(Y[:, block], Y_predicted[:, block])
+    return cc
+
+
+def _correlate_block(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     y = Y - Y.mean(axis=0, dtype=np.float64)
     p = Y_predicted - Y_predicted.mean(axis=0, dtype=np.float64)
     product = np.einsum("tv,tv->v", y, p)
@@ -22,7 +32,7 @@ def correlate(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     flat = p_norm <= 1e-10 * np.sqrt(len(Y))
     cc = np.divide(product, y_norm * p_norm, out=np.zeros_like(product), where=~flat & (y_norm > 0))
     cc[y_norm == 0] = np.nan
-    return np.clip(cc, -1, 1).astype(np.float32)
+    return np.clip(cc, -1, 1)
 
 
 def summarise(cc: np.ndarray) -> dict[str, float]:

@@ -27,7 +27,15 @@ from bert_encoding.devices import pick_device
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
-from bert_encoding.evaluate import SubjectScores, edge_notes, make_design, merge_subjects, score_seen, score_subject
+from bert_encoding.evaluate import (
+    SubjectScores,
+    edge_notes,
+    make_design,
+    merge_subjects,
+    prepare_ridge,
+    score_subject,
+    seen_cc,
+)
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
 from bert_encoding.records import COMPLETE, FROZEN, LORA, STOPPED, WORD_RATE, TrialRecord
 from bert_encoding.seeds import derive_seed
@@ -94,9 +102,11 @@ def run_trial(
             status = STOPPED
             break
     seen = float(np.mean([fold.score_seen(last.vectors) for fold, last in zip(folds, results, strict=True)]))
+    tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
     scores = _final_scores(epochs) | {"cc_seen": seen, "layer": float(chain.layer) if chain.encoder else None}
     if score_test:
         test_scores = chain.score_test(task.splits[0])
+        tables.append((test_scores, 0, "test"))
         scores["cc_test"] = merge_subjects(test_scores, config.ridge_alphas)["cc_mean"]
     if adapter_folder is not None:
         for at, fold in enumerate(folds):
@@ -107,7 +117,8 @@ def run_trial(
         config=asdict(config),
         scores=scores | {"n_trainable": folds[0].n_trainable},
         epochs=epochs,
-        stories=_story_rows(results) + (_test_rows(test_scores) if score_test else []),
+        stories=[row for scored in tables for row in _story_rows(*scored)],
+        subjects=[row for scored in tables for row in _subject_rows(*scored)],
         seconds=chain.seconds | {"total": time.perf_counter() - started},
         peak_memory_gb=_peak_memory_gb(),
         node=socket.gethostname(),
@@ -165,7 +176,8 @@ class _Chain:
         with self.timed("ridge"):
             dataset, config = self.task.dataset, self.config
             design = make_design(vectors, dataset, fit, scored, config, self.task.split_seed)
-            return {s: score_subject(design, dataset, s, fit, scored, config, self.device) for s in dataset.subjects}
+            ridge = prepare_ridge(design, config, self.device)
+            return {s: score_subject(ridge, design, dataset, s, fit, scored) for s in dataset.subjects}
 
     def score_test(self, split: Split) -> dict[str, SubjectScores]:
         """Refit on fit + validation and score the test stories, for a model that was never tuned."""
@@ -212,7 +224,8 @@ class _Fold:
         with chain.timed("ridge"):
             dataset, fit = chain.task.dataset, self.split.fit
             design = make_design(vectors, dataset, fit, fit, chain.config, chain.task.split_seed)
-            seen = [score_seen(design, dataset, s, fit, chain.config, chain.device) for s in dataset.subjects]
+            ridge = prepare_ridge(design, chain.config, chain.device)
+            seen = [seen_cc(ridge, design, dataset, s, fit).astype(np.float64).mean() for s in dataset.subjects]
         return float(np.mean(seen))
 
     def save_adapter(self, folder: Path) -> None:
@@ -333,21 +346,16 @@ def _final_scores(epochs: list[dict[str, float]]) -> dict[str, Any]:
     return last | {"epochs_done": epochs[-1]["epoch"], "cc_best": best["cc_mean"], "epoch_best": best["epoch"]}
 
 
-def _story_rows(results: tuple[FoldEpoch, ...]) -> list[dict[str, Any]]:
+def _story_rows(scores: dict[str, SubjectScores], split: int, role: str) -> list[dict[str, Any]]:
     return [
-        {"split": at, "role": "validation", "subject": subject, "story": story, "cc_mean": cc}
-        for at, result in enumerate(results)
-        for subject, scores in result.scores.items()
-        for story, cc in scores.story_cc.items()
+        {"split": split, "role": role, "subject": subject, "story": story} | result.story_summary(story)
+        for subject, result in scores.items()
+        for story in result.story_cc
     ]
 
 
-def _test_rows(test_scores: dict[str, SubjectScores]) -> list[dict[str, Any]]:
-    return [
-        {"split": 0, "role": "test", "subject": subject, "story": story, "cc_mean": cc}
-        for subject, scores in test_scores.items()
-        for story, cc in scores.story_cc.items()
-    ]
+def _subject_rows(scores: dict[str, SubjectScores], split: int, role: str) -> list[dict[str, Any]]:
+    return [{"split": split, "role": role, "subject": subject} | result.summary() for subject, result in scores.items()]
 
 
 def _mean_cc(dataset: Dataset, subject: str, results: tuple[FoldEpoch, ...]) -> np.ndarray:

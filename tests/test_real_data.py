@@ -12,7 +12,7 @@ from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories
 from bert_encoding.datasets.story import TRIMS, Dataset
-from bert_encoding.evaluate import make_design, score_subject
+from bert_encoding.evaluate import make_design, prepare_ridge, score_subject
 from bert_encoding.records import WORD_RATE
 
 pytestmark = pytest.mark.data
@@ -50,5 +50,5 @@ def _word_rate_cc(dataset: Dataset) -> float:
     vectors = {name: word_rate(dataset.stories[name].spoken) for name in train + test}
     config = TrialConfig(method=WORD_RATE)
     design = make_design(vectors, dataset, train, test, config, fold_seed=0)
-    scores = score_subject(design, dataset, "uts02", train, test, config, torch.device("cpu"))
+    scores = score_subject(prepare_ridge(design, config, torch.device("cpu")), design, dataset, "uts02", train, test)
     return float(scores.cc.mean())

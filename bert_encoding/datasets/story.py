@@ -99,3 +99,16 @@ class Dataset:
         assert self.voxel_masks is not None, "inspect the data set before reading its responses"
         voxels = np.flatnonzero(self.voxel_masks[subject])[columns]
         return self.stories[story].responses[subject].read(voxels)
+
+    def n_valid(self, subject: str) -> int:
+        """Return how many voxels of a subject are scored."""
+        assert self.voxel_masks is not None, "inspect the data set before counting its voxels"
+        return int(np.count_nonzero(self.voxel_masks[subject]))
+
+    def valid_rois(self, subject: str) -> dict[str, np.ndarray]:
+        """Return each region of interest as positions among the valid voxels; regions without any are left out."""
+        assert self.voxel_masks is not None, "inspect the data set before asking for its regions"
+        mask = self.voxel_masks[subject]
+        place = np.cumsum(mask) - 1
+        rois = {name: place[voxels[mask[voxels]]] for name, voxels in self.rois.get(subject, {}).items()}
+        return {name: voxels for name, voxels in rois.items() if voxels.size}

@@ -19,7 +19,7 @@ from bert_encoding.datasets.splits import choose_stories
 from bert_encoding.devices import pick_device
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import load_encoder
-from bert_encoding.evaluate import make_design, score_subject, stack_responses
+from bert_encoding.evaluate import make_design, prepare_ridge, score_subject, stack_responses
 from bert_encoding.features import ZScore
 from bert_encoding.windows import tokenize
 
@@ -48,7 +48,7 @@ def main(data: Path, model: str = "minilm-plain", train_stories: int | None = No
     )
     design = make_design(vectors, dataset, fit, scored, config, seed)
     began = time.perf_counter()
-    ours = score_subject(design, dataset, subject, fit, scored, config, pick_device())
+    ours = score_subject(prepare_ridge(design, config, pick_device()), design, dataset, subject, fit, scored)
     print(f"ours      mean test CC {ours.cc.mean():.5f}  {time.perf_counter() - began:.0f} s")
     Y = stack_responses(dataset, subject, fit)
     began = time.perf_counter()
