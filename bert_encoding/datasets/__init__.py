@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bert_encoding.datasets import lab
+from bert_encoding.datasets.rois import read_rois
 from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 from bert_encoding.errors import InputError
 
@@ -25,5 +26,7 @@ def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
     if path.name == lab.TEXT_FILE:
         raise InputError(f"{path}: give its folder, {path.parent}")
     if path.is_dir() and lab.recognises(path):
-        return replace(lab.open_lab(path), trim=trim)
-    raise InputError(f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy")
+        dataset = lab.open_lab(path)
+    else:
+        raise InputError(f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy")
+    return replace(dataset, trim=trim, rois=read_rois(dataset))
