@@ -7,10 +7,10 @@ from bert_encoding.adapters import target_regex
 from bert_encoding.devices import PRECISIONS
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import SCHEDULES, Training
-from bert_encoding.records import FROZEN, LORA, WORD_RATE
+from bert_encoding.records import BAG_OF_WORDS, FROZEN, LORA, STATIC, WORD_RATE
 from bert_encoding.ridge import RIDGE_ALPHAS
 
-METHODS = (WORD_RATE, FROZEN, LORA)
+METHODS = (WORD_RATE, BAG_OF_WORDS, STATIC, FROZEN, LORA)
 MLM_TEXTS = ("fit", "all")
 
 
@@ -20,7 +20,7 @@ class TrialConfig:
 
     Attributes
     ----------
-    method : ``lora``, ``frozen`` (the base model as it is) or ``word_rate`` (no BERT at all)
+    method : ``lora``, ``frozen`` (the base model as it is); without BERT ``word_rate``, ``bag_of_words`` or ``static``
     model : ``minilm``, ``minilm-plain``, a folder or a hub name
     layer : whose hidden states are the word vectors; None is the last
     seed : of everything random in the trial
@@ -38,6 +38,8 @@ class TrialConfig:
     delays : FIR delays in TRs
     ridge_alphas, n_folds : penalties, and story folds inside fit that choose among them
     probe_tokens : masked tokens at most on which losses are read
+    vocabulary : size of the bag of words, the most frequent of the fit stories
+    static_vectors : file of GloVe or word2vec vectors, for ``static``
     """
 
     method: str = LORA
@@ -69,6 +71,8 @@ class TrialConfig:
     ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS
     n_folds: int = 5
     probe_tokens: int = 2000
+    vocabulary: int = 1000
+    static_vectors: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -84,6 +88,8 @@ class TrialConfig:
         for name in ("lr", "lora_alpha", "max_grad_norm", "mask_probability"):
             if getattr(self, name) == 0:
                 raise InputError(f"{name} 0: must be above 0")
+        if (self.method == STATIC) != bool(self.static_vectors) or not isinstance(self.static_vectors, str):
+            raise InputError(f"static_vectors {self.static_vectors!r}: a file for method {STATIC}, and for no other")
         target_regex(self.target_modules)
         _check_range("stride", self.stride, 1, self.window_tokens - 2)
         _check_range("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
@@ -127,6 +133,7 @@ _WHOLE = (
     "n_folds",
     "seed",
     "probe_tokens",
+    "vocabulary",
 )
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("layer", 0, 1000),
@@ -147,6 +154,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("attention_dropout", 0, 0.99),
     ("n_folds", 3, 1000),  # predicting one fold leaves two on which alphas are chosen
     ("probe_tokens", 1, 1_000_000_000),
+    ("vocabulary", 1, 100_000),
     ("seed", 0, 2**62),
 )
 

@@ -17,7 +17,8 @@ import pandas as pd
 from bert_encoding.errors import InputError, first_line
 
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
-WORD_RATE, FROZEN, LORA = "word_rate", "frozen", "lora"
+WORD_RATE, BAG_OF_WORDS, STATIC, FROZEN, LORA = "word_rate", "bag_of_words", "static", "frozen", "lora"
+BERT_METHODS = (FROZEN, LORA)
 BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
 STUDY_FILE, RECORD_FILE = "study.json", "record.json"
 ROI_PREFIX = "cc_roi_"  # mean CC of a region of interest

@@ -3,13 +3,11 @@
 ``run_trial`` runs alike in a notebook, a test and a Ray worker, and knows nothing of who listens.
 """
 
-import functools
 import resource
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,44 +17,18 @@ import torch
 from peft import PeftModel
 
 from bert_encoding.adapters import add_adapter, check_applied, masked_lm, save_adapter
-from bert_encoding.baselines import word_rate
+from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.devices import pick_device
-from bert_encoding.embed import embed_stories
-from bert_encoding.encoders import Encoder, load_encoder
-from bert_encoding.errors import InputError
-from bert_encoding.evaluate import (
-    SubjectScores,
-    edge_notes,
-    make_design,
-    merge_subjects,
-    prepare_ridge,
-    score_subject,
-    seen_cc,
-)
+from bert_encoding.encoders import Encoder
+from bert_encoding.evaluate import SubjectScores, edge_notes, merge_subjects
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
-from bert_encoding.records import COMPLETE, FROZEN, LORA, STOPPED, WORD_RATE, TrialRecord
+from bert_encoding.records import COMPLETE, FROZEN, LORA, STOPPED, TrialRecord
 from bert_encoding.seeds import derive_seed
-from bert_encoding.windows import Tokens, tokenize, training_windows
+from bert_encoding.windows import training_windows
 
 Report = Callable[[dict[str, float]], bool]
-
-
-class Task(NamedTuple):
-    """What all trials of a study share.
-
-    Attributes
-    ----------
-    dataset : inspected
-    splits : one, or several that rotate; scores are means over them
-    split_seed : settles ridge folds and probe masks, the same in every trial
-    """
-
-    dataset: Dataset
-    splits: tuple[Split, ...]
-    split_seed: int
 
 
 class FoldEpoch(NamedTuple):
@@ -91,7 +63,7 @@ def run_trial(
         if training diverged or a stage broke its promise.
     """
     started = time.perf_counter()
-    chain = _Chain(config, task)
+    chain = Chain(config, task)
     folds = [_Fold(chain, split) for split in task.splits]
     epochs: list[dict[str, float]] = []
     status = COMPLETE
@@ -128,70 +100,10 @@ def run_trial(
     )
 
 
-class _Chain:
-    """The stages of one trial with its settings, and the seconds that each took."""
-
-    def __init__(self, config: TrialConfig, task: Task) -> None:
-        self.config, self.task = config, task
-        self.device = pick_device()
-        self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
-        self.encoder = None if config.method == WORD_RATE else resident_encoder(config.model)
-        if self.encoder is not None:
-            _check_fits(config, self.encoder)
-
-    @property
-    def layer(self) -> int:
-        assert self.encoder is not None
-        return self.encoder.n_layers if self.config.layer is None else self.config.layer
-
-    def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
-        assert self.encoder is not None
-        return {name: _tokens(self.encoder, self.task.dataset, name) for name in names}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - began
-
-    def vectors(self, bert: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return word vectors, story -> (n_words, n_hidden); without an encoder, the word rate."""
-        if self.encoder is None:
-            return {name: word_rate(self.task.dataset.stories[name].spoken) for name in names}
-        with self.timed("embed"):
-            return embed_stories(
-                bert,
-                self.tokens(names),
-                self.encoder.tokenizer,
-                layer=self.layer,
-                window_tokens=self.config.embed_window_tokens,
-                stride=self.config.embed_stride,
-                precision="float32",
-                device=self.device,
-            )
-
-    def score(
-        self, vectors: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
-    ) -> dict[str, SubjectScores]:
-        with self.timed("ridge"):
-            dataset, config = self.task.dataset, self.config
-            design = make_design(vectors, dataset, fit, scored, config, self.task.split_seed)
-            ridge = prepare_ridge(design, config, self.device)
-            return {s: score_subject(ridge, design, dataset, s, fit, scored) for s in dataset.subjects}
-
-    def score_test(self, split: Split) -> dict[str, SubjectScores]:
-        """Refit on fit + validation and score the test stories, for a model that was never tuned."""
-        if self.config.method == LORA:
-            raise ValueError("a tuned model's test score belongs to the confirm phase")
-        fit = tuple(sorted(split.fit + split.validation))
-        bert = self.encoder.copy_model().bert if self.encoder is not None else None
-        return self.score(self.vectors(bert, fit + split.test), fit, split.test)
-
-
 class _Fold:
     """One split of one trial: its own model, trained and scored epoch by epoch."""
 
-    def __init__(self, chain: _Chain, split: Split) -> None:
+    def __init__(self, chain: Chain, split: Split) -> None:
         self.chain, self.split = chain, split
         self.model: Any = None
         self.notes: list[str] = []
@@ -220,13 +132,8 @@ class _Fold:
             yield self._score(losses)
 
     def score_seen(self, vectors: dict[str, np.ndarray]) -> float:
-        chain = self.chain
-        with chain.timed("ridge"):
-            dataset, fit = chain.task.dataset, self.split.fit
-            design = make_design(vectors, dataset, fit, fit, chain.config, chain.task.split_seed)
-            ridge = prepare_ridge(design, chain.config, chain.device)
-            seen = [seen_cc(ridge, design, dataset, s, fit).astype(np.float64).mean() for s in dataset.subjects]
-        return float(np.mean(seen))
+        seen = self.chain.score_seen(vectors, self.split.fit).values()
+        return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
 
     def save_adapter(self, folder: Path) -> None:
         if self._tuned:
@@ -235,7 +142,7 @@ class _Fold:
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
         bert = masked_lm(self.model).bert if self.model is not None else None
-        vectors = self.chain.vectors(bert, fit + validation)
+        vectors = self.chain.vectors(bert, fit + validation, fit)
         return FoldEpoch(losses, self.chain.score(vectors, fit, validation), vectors)
 
     def _finetune(self) -> Iterator[EpochLosses]:
@@ -278,33 +185,6 @@ class _Fold:
             for names in (self.split.fit, self.split.validation)
         )
         return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
-
-
-@functools.lru_cache(maxsize=2)
-def resident_encoder(name: str) -> Encoder:
-    """Load a model once a process; trials take copies of its pristine weights."""
-    return load_encoder(name)
-
-
-_TOKENS: dict[tuple[str, str, str], Tokens] = {}
-
-
-def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
-    """Tokenise a story once a process."""
-    key = (encoder.name, dataset.fingerprint, story)
-    if key not in _TOKENS:
-        _TOKENS[key] = tokenize(dataset.stories[story].spoken, encoder.tokenizer)
-    return _TOKENS[key]
-
-
-def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
-    if config.layer is not None and not 0 <= config.layer <= encoder.n_layers:
-        raise InputError(f"layer {config.layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
-    for name in ("window_tokens", "embed_window_tokens"):
-        if getattr(config, name) > encoder.max_tokens:
-            raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
-    if config.method == LORA and not encoder.has_head:
-        raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
 
 
 def _prepare_model(config: TrialConfig, encoder: Encoder) -> Any:

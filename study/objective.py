@@ -72,6 +72,16 @@ def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu
     )
 
 
+def choose(config: TrialConfig, task: Any, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
+    """Choose voxels in a Ray worker; see ``choose_voxels``."""
+    from bert_encoding.voxels import choose_voxels
+
+    _limit_resources(n_threads, gpu_share)
+    chosen = choose_voxels(config, task, n)
+    _return_memory()
+    return chosen
+
+
 def run_job(job: Job, task: Any, study: Path, report: Any = lambda scores: None) -> TrialRecord:
     """Run one job and write its record, or answer it from the record of an equal one.
 

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from bert_encoding.config import MLM_TEXTS
+from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo import DEMO
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
-from bert_encoding.records import STUDY_FILE, read_json
+from bert_encoding.records import BAG_OF_WORDS, STATIC, STUDY_FILE, read_json
 from study.cluster import check_resources, machine_cpus, machine_gpus
 from study.spaces import Space
 
 MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
 MAX_CPUS_BESIDE_GPU = 8
 MAX_CONCURRENT = 8
+EXTRA_BASELINES = (BAG_OF_WORDS, STATIC)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,10 @@ class Options:
     data: str
     model: str
     layer: int | None
+    trim: str
+    trust_alignment: bool
     subjects: list[str] | None
+    voxels: str
     train_stories: int | None
     test_stories: list[str] | None
     trials: int
@@ -37,6 +42,8 @@ class Options:
     out: str
     outer_folds: int
     mlm_text: str
+    baselines: list[str]
+    static_vectors: str
     cpus_per_trial: float
     gpus_per_trial: float
     max_concurrent: int
@@ -47,7 +54,11 @@ class Options:
 
 
 # What a study is about: a resumed one takes these from its record unless they are given again.
-SCIENCE = "space data model layer subjects train_stories test_stories trials epochs seed outer_folds mlm_text".split()
+SCIENCE = (
+    "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
+    "outer_folds mlm_text baselines static_vectors"
+).split()
+ALL = "all"
 
 
 def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Space) -> Options:
@@ -69,13 +80,17 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
     gpus = values.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
     cpus = values.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
     check_resources(cpus, gpus, n_cpus, n_gpus)
+    static = _file("--static-vectors", values["static_vectors"]) if values.get("static_vectors") else ""
     at_once = min(n_cpus // cpus, n_gpus // gpus if gpus else math.inf)
     options = Options(
         space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
         data=data,
         model=_model(values.get("model", MINILM if data == DEMO else DEFAULT_MODEL)),
         layer=_layer(values.get("layer", "last")),
+        trim=values.get("trim", "published"),
+        trust_alignment=values.get("trust_alignment", False),
         subjects=_names(values.get("subjects")),
+        voxels=_voxels(values.get("voxels", ALL)),
         train_stories=values.get("train_stories"),
         test_stories=_names(values.get("test_stories")),
         trials=values.get("trials", space.trials),
@@ -85,6 +100,8 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         out=str(Path(values.get("out", "results")).expanduser().resolve()),
         outer_folds=values.get("outer_folds", 1),
         mlm_text=values.get("mlm_text", "fit"),
+        baselines=_baselines(values.get("baselines"), static),
+        static_vectors=static,
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
         max_concurrent=min(values.get("max_concurrent", MAX_CONCURRENT), max(1, int(at_once))),
@@ -133,6 +150,36 @@ def _model(name: str) -> str:
     return str(path.resolve()) if name not in BUNDLED and path.exists() else name
 
 
+def _voxels(voxels: str) -> str:
+    """Return ``all``, a number, or the absolute path of a file."""
+    if voxels == ALL:
+        return voxels
+    if voxels.lstrip("+-").isdecimal():
+        if int(voxels) < 1:
+            raise InputError(f"--voxels {voxels}: must be at least 1, 'all', or a file")
+        return str(int(voxels))
+    if not voxels.endswith((".npy", ".npz")):
+        raise InputError(f"--voxels {voxels}: give 'all', a number, or a file that ends in .npy or .npz")
+    return _file("--voxels", voxels)
+
+
+def _file(option: str, name: str) -> str:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"{option} {name}: no such file")
+    return str(path)
+
+
+def _baselines(names: list[str] | None, static_vectors: str) -> list[str]:
+    chosen = [*(_names(names or None) or []), *([STATIC] if static_vectors else [])]
+    for name in chosen:
+        if name not in EXTRA_BASELINES:
+            raise InputError(f"--baselines {name}: must be one of {', '.join(EXTRA_BASELINES)}")
+    if STATIC in chosen and not static_vectors:
+        raise InputError(f"--baselines {STATIC}: name the file of vectors with --static-vectors FILE")
+    return list(dict.fromkeys(chosen))
+
+
 def _layer(layer: str | int | None) -> int | None:
     if layer in ("last", None):
         return None
@@ -156,6 +203,13 @@ def _check(options: Options) -> None:
         value = getattr(options, field.name)
         if field.name in lowest and value < lowest[field.name]:
             raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
+    if options.trim not in TRIMS:
+        raise InputError(f"--trim {options.trim}: must be one of {', '.join(TRIMS)}")
+    if options.voxels.isdecimal() and options.outer_folds > 1:
+        raise InputError(
+            f"--voxels {options.voxels}: with --outer-folds {options.outer_folds} every story is validated once and "
+            "none is left to choose voxels by; use one fold, or give a file of voxels"
+        )
     if options.mlm_text not in MLM_TEXTS:
         raise InputError(f"--mlm-text {options.mlm_text}: must be one of {', '.join(MLM_TEXTS)}")
     if not options.name or "/" in options.name or options.name.startswith("."):

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_encoding.chain import Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
-from bert_encoding.datasets.story import Dataset
+from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
 from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
-from bert_encoding.trial import Task
-from study.options import Options
+from bert_encoding.voxels import keep_voxels, read_voxels
+from study.options import ALL, Options
 from study.spaces import Space, rehearse
 
 
@@ -30,7 +31,9 @@ class Study:
 
     @property
     def n_voxels(self) -> dict[str, int]:
-        """Voxels that can be scored, by subject."""
+        """Voxels that will be scored, by subject."""
+        if self.options.voxels.isdecimal():
+            return dict.fromkeys(self.dataset.subjects, int(self.options.voxels))
         if self.dataset.voxel_masks is None:
             return dict.fromkeys(self.dataset.subjects, N_VOXELS)
         return {subject: int(np.sum(mask)) for subject, mask in self.dataset.voxel_masks.items()}
@@ -39,7 +42,7 @@ class Study:
         """Return what all trials share."""
         dataset = self.dataset
         if dataset.voxel_masks is None:
-            dataset = simulate_listener(dataset)[0]
+            dataset = _on_given_voxels(self.options, simulate_listener(dataset)[0])
         return Task(dataset, self.splits, self.options.seed)
 
 
@@ -56,18 +59,35 @@ def prepare(options: Options, space: Space) -> Study:
     if options.trials and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
     rehearse(space, base)
-    dataset = demo_stories() if options.data == DEMO else open_dataset(Path(options.data))
+    dataset = demo_stories() if options.data == DEMO else open_dataset(Path(options.data), TRIMS[options.trim])
     subjects = choose_subjects(dataset, options.subjects)
     if options.data == DEMO:  # whoever listens to the demo will have heard every story
         heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
         train, test = choose_stories(
             replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed
         )
-        return Study(options, space, dataset, split_stories(train, test, options.seed, options.outer_folds), base)
+        splits = split_stories(train, test, options.seed, options.outer_folds)
+        _check_choice(options, dict.fromkeys(dataset.subjects, N_VOXELS))
+        return Study(options, space, dataset, splits, base)
     train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
     used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
-    return Study(options, space, inspect(used), splits, base)
+    inspected = _on_given_voxels(options, inspect(used))
+    _check_choice(options, {subject: inspected.n_valid(subject) for subject in subjects})
+    return Study(options, space, inspected, splits, base)
+
+
+def _on_given_voxels(options: Options, dataset: Dataset) -> Dataset:
+    """Keep the voxels of a file; the choice of a number waits until the study runs."""
+    if options.voxels == ALL or options.voxels.isdecimal():
+        return dataset
+    return keep_voxels(dataset, read_voxels(Path(options.voxels), dataset))
+
+
+def _check_choice(options: Options, n_valid: dict[str, int]) -> None:
+    for subject, n in n_valid.items():
+        if options.voxels.isdecimal() and int(options.voxels) > n:
+            raise InputError(f"--voxels {options.voxels}: subject {subject} has {n} that can be scored; give fewer")
 
 
 def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str, ...]:

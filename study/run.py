@@ -35,9 +35,12 @@ def main(
     *,
     space: Text = None,
     data: Text = None,
+    trim: Text = None,
+    trust_alignment: bool = False,
     model: Text = None,
     layer: Text = None,
     subjects: Names = None,
+    voxels: Text = None,
     train_stories: Whole = None,
     test_stories: Names = None,
     trials: Whole = None,
@@ -47,6 +50,8 @@ def main(
     out: Text = None,
     outer_folds: Whole = None,
     mlm_text: Text = None,
+    baselines: Names = None,
+    static_vectors: Text = None,
     cpus_per_trial: Number = None,
     gpus_per_trial: Number = None,
     max_concurrent: Whole = None,
@@ -61,6 +66,11 @@ def main(
         What to search: a bundled space (lora_full, smoke) or your own FILE.py. [default: lora_full]
     data
         'demo', or the folder of your data; its format is recognised. [default: demo]
+    trim
+        Which volumes the responses lack: 'published' (10 at the start, 5 at the end) or 'course' (5, 10).
+        [default: published]
+    trust_alignment
+        Go on although word rate predicts the responses best at an impossible lag.
     model
         minilm, minilm-plain, a checkpoint folder or a hub name. [default: minilm for the demo, else
         bert-base-uncased]
@@ -68,6 +78,9 @@ def main(
         Whose hidden states are the word vectors: 'last' or a number. [default: last]
     subjects
         Subjects to predict. [default: all]
+    voxels
+        'all', a number (so many of each subject, those that the frozen encoder predicts best inside the fit stories),
+        or a FILE: .npy with indices or a mask, .npz with one array a subject. [default: all]
     train_stories
         Use only so many stories besides the test stories, chosen by the seed. [default: all]
     test_stories
@@ -86,6 +99,10 @@ def main(
         Rotate fit and validation stories over so many folds, one adapter each. [default: 1]
     mlm_text
         What fine-tuning reads: 'fit' (the fit stories) or 'all'. [default: fit]
+    baselines
+        Further rows beside frozen and word_rate: bag_of_words, static. [default: none]
+    static_vectors
+        FILE of GloVe or word2vec vectors for the baseline 'static', which it implies.
     cpus_per_trial
         Processors of one trial. [default: up to 2]
     gpus_per_trial
@@ -97,7 +114,8 @@ def main(
     resume
         Go on with a study from its finished records; --trials may grow. What is not given is taken from the study.
     """
-    given = {k: v for k, v in locals().items() if v is not None and k not in ("dry_run", "resume")}
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("dry_run", "resume", "trust_alignment")}
+    given |= {"trust_alignment": True} if trust_alignment else {}
     console = _console()
     recorded = read_recorded(out, name, resume)
     given.setdefault("name", recorded["name"]) if resume else None

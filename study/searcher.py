@@ -38,7 +38,7 @@ class StudySearcher(Searcher):
         baselines: list[Job],
         n_trials: int,
         records: list[TrialRecord],
-        make_key: Callable[[TrialConfig], str],
+        make_key: Callable[..., str],
         seed: int,
         first_id: int,
     ) -> None:

@@ -3,25 +3,23 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import filelock
 from rich.console import Console
 
-from bert_encoding.config import TrialConfig
+from bert_encoding.chain import Task
+from bert_encoding.datasets.story import Dataset
 from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.encoders import checkpoint_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
-    BASELINE,
     COMPLETE,
     FAILED,
-    FROZEN,
     SEARCH,
     STUDY_FILE,
-    WORD_RATE,
     TrialRecord,
     keep_best_adapters,
     naming_full_disk,
@@ -31,15 +29,16 @@ from bert_encoding.records import (
     write_record,
     write_tables,
 )
-from bert_encoding.trial import Task
+from bert_encoding.voxels import voxels_key
+from study.baselines import baseline_job, key_maker, missing_baselines
+from study.choice import on_chosen_voxels
 from study.cluster import local_ray, machine_cpus, machine_gpus
-from study.objective import Job, job_key, objective
+from study.objective import Job, objective
 from study.options import options_record
 from study.prepare import Study
 from study.provenance import provenance
 
-BASELINES = (FROZEN, WORD_RATE)
-IDENTITY = ("options", "space", "data", "model", "splits", "config", "code", "precision", "versions")
+IDENTITY = ("options", "space", "data", "voxels", "model", "splits", "config", "code", "precision", "versions")
 KEEP_ADAPTERS = 5
 RETRIES = 2  # of a trial whose worker died
 
@@ -77,13 +76,8 @@ def n_searched(folder: Path) -> int:
 def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, console: Console) -> None:
     options = study.options
     records = read_records(folder)
-
-    def make_key(config: TrialConfig, score_test: bool = False) -> str:
-        inputs = (identity["data"]["fingerprint"], identity["model"]["weights"])
-        return job_key(config, inputs, identity["splits"], identity["code"], score_test)
-
-    baselines = _missing_baselines(study, records, make_key)
-    if not baselines and n_searched(folder) >= options.trials:
+    lacking = missing_baselines(study, records)
+    if not lacking and n_searched(folder) >= options.trials:
         console.print(f"nothing to do: {options.trials} searched trials are on record; raise --trials to add some")
         return
     console.print("starting workers ...")
@@ -91,6 +85,9 @@ def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, 
         from study.progress import ProgressLine
         from study.searcher import StudySearcher
 
+        task = on_chosen_voxels(study, task, folder, console)
+        make_key = key_maker(identity | {"voxels": {"key": voxels_key(task.dataset)}})
+        baselines = [baseline_job(config, options.trials == 0, make_key) for config in lacking]
         searcher = StudySearcher(
             study.space, study.base, baselines, options.trials, records, make_key, options.seed, _next_id(folder)
         )
@@ -152,17 +149,9 @@ def _tune(
     return [job for job in dead if not (folder / "trials" / job.trial_id / "record.json").exists()]
 
 
-def _missing_baselines(study: Study, records: list[TrialRecord], make_key: Any) -> list[Job]:
-    """The base model frozen, and word rate: on the trials' own stories, layer and voxels."""
-    have = {r.method for r in records if r.phase == BASELINE and r.status == COMPLETE}
-    score_test = study.options.trials == 0
-    jobs = []
-    for method in BASELINES:
-        if method not in have:
-            config = replace(study.base, method=method)
-            key = make_key(config, score_test)
-            jobs.append(Job(f"baseline-{method}", BASELINE, key, asdict(config), score_test=score_test))
-    return jobs
+def _voxels_key(study: Study, dataset: Dataset) -> str | None:
+    """Identify the voxels that are scored; None if they are yet to be chosen."""
+    return None if study.options.voxels.isdecimal() else voxels_key(dataset)
 
 
 def _next_id(folder: Path) -> int:
@@ -184,6 +173,7 @@ def _identity(study: Study, task: Task) -> dict[str, Any]:
             "trim_trs": list(dataset.trim),
             "notes": list(dataset.notes),
         },
+        "voxels": {"asked": study.options.voxels, "key": _voxels_key(study, dataset)},
         "model": {"name": study.options.model, "weights": checkpoint_fingerprint(study.options.model)},
         "splits": [asdict(split) for split in study.splits],
         "config": asdict(study.base),
@@ -247,6 +237,8 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
     return {
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
+        "the trim": f"{identity['data']['trim_trs']}",
+        "the voxels": _voxels_text(identity["voxels"]),
         "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
         "the code of bert_encoding": str(identity["code"]),
         "the precision of this machine": str(identity["precision"]),
@@ -255,3 +247,9 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         **stories,
         **{f"the setting {name}": str(value) for name, value in settings.items()},
     }
+
+
+def _voxels_text(voxels: dict[str, Any]) -> str:
+    """Describe which voxels are scored; a choice that the study makes itself is checked when it is read."""
+    asked = str(voxels["asked"])
+    return asked if asked.isdecimal() else f"{Path(asked).name} ({voxels['key']})"

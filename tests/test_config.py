@@ -150,7 +150,7 @@ def test_from_dict_checks_values() -> None:
 
 
 OTHER: dict[str, Any] = {
-    "method": "frozen",
+    "method": "static",
     "model": "minilm",
     "layer": 3,
     "seed": 7,
@@ -179,6 +179,8 @@ OTHER: dict[str, Any] = {
     "ridge_alphas": (1.0, 10.0),
     "n_folds": 3,
     "probe_tokens": 99,
+    "vocabulary": 77,
+    "static_vectors": "glove.txt",
 }
 
 

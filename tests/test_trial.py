@@ -19,8 +19,10 @@ from peft import PeftModel
 from sklearn.linear_model import Ridge
 from transformers import BertForMaskedLM, BertModel
 
+from bert_encoding import chain as chain_module
 from bert_encoding import finetune as finetune_module
 from bert_encoding import trial as module
+from bert_encoding.chain import Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
@@ -31,7 +33,7 @@ from bert_encoding.encoders import Encoder, load_encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import Probes
 from bert_encoding.records import COMPLETE, STOPPED, TrialRecord
-from bert_encoding.trial import Task, resident_encoder, run_trial
+from bert_encoding.trial import run_trial
 from bert_encoding.windows import Window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,7 +343,8 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories, split_stories
-from bert_encoding.trial import Task, run_trial
+from bert_encoding.chain import Task
+from bert_encoding.trial import run_trial
 
 torch.set_num_threads(1)
 lab, out, settings = sys.argv[1:]
@@ -670,7 +673,7 @@ def test_training_that_diverges_raises(task: Task, tiny_encoder: Encoder, monkey
     broken = load_encoder(tiny_encoder.name)
     with torch.no_grad():
         broken.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
-    monkeypatch.setattr(module, "resident_encoder", lambda name: broken)
+    monkeypatch.setattr(chain_module, "resident_encoder", lambda name: broken)
     with pytest.raises(FloatingPointError, match="step 1"):
         run_trial(config(tiny_encoder), task)
 

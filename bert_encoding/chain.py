@@ -1,0 +1,170 @@
+"""The stages of a trial that do not train: words -> vectors -> features -> ridge -> scores, with one setting."""
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bert_encoding.baselines import (
+    StaticVectors,
+    bag_of_words,
+    choose_vocabulary,
+    distinct_words,
+    read_static_vectors,
+    static_vectors,
+    word_rate,
+)
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.devices import pick_device
+from bert_encoding.embed import embed_stories
+from bert_encoding.encoders import Encoder, load_encoder
+from bert_encoding.errors import InputError
+from bert_encoding.evaluate import SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
+from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, LORA, STATIC, WORD_RATE
+from bert_encoding.windows import Tokens, tokenize
+
+
+class Task(NamedTuple):
+    """What all trials of a study share.
+
+    Attributes
+    ----------
+    dataset : inspected
+    splits : one, or several that rotate; scores are means over them
+    split_seed : settles ridge folds and probe masks, the same in every trial
+    """
+
+    dataset: Dataset
+    splits: tuple[Split, ...]
+    split_seed: int
+
+
+class Chain:
+    """The stages of one trial with its settings, and the seconds that each took."""
+
+    def __init__(self, config: TrialConfig, task: Task) -> None:
+        self.config, self.task = config, task
+        self.device = pick_device()
+        self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
+        self.encoder = resident_encoder(config.model) if config.method in BERT_METHODS else None
+        if self.encoder is not None:
+            _check_fits(config, self.encoder)
+
+    @property
+    def layer(self) -> int:
+        assert self.encoder is not None
+        return self.encoder.n_layers if self.config.layer is None else self.config.layer
+
+    def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
+        assert self.encoder is not None
+        return {name: _tokens(self.encoder, self.task.dataset, name) for name in names}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - began
+
+    def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return word vectors, story -> (n_words, n_hidden).
+
+        Parameters
+        ----------
+        bert : what to embed with; None without an encoder
+        fit : the stories that may settle anything, such as a vocabulary
+        """
+        with self.timed("embed"):
+            if self.encoder is None:
+                return self._plain_vectors(names, fit)
+            return embed_stories(
+                bert,
+                self.tokens(names),
+                self.encoder.tokenizer,
+                layer=self.layer,
+                window_tokens=self.config.embed_window_tokens,
+                stride=self.config.embed_stride,
+                precision="float32",
+                device=self.device,
+            )
+
+    def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        dataset = self.task.dataset
+        spoken = {name: dataset.stories[name].spoken for name in names}
+        if self.config.method == WORD_RATE:
+            return {name: word_rate(words) for name, words in spoken.items()}
+        if self.config.method == BAG_OF_WORDS:
+            vocabulary = choose_vocabulary([dataset.stories[name].spoken for name in fit], self.config.vocabulary)
+            return {name: bag_of_words(words, vocabulary) for name, words in spoken.items()}
+        assert self.config.method == STATIC
+        table = _static_table(Path(self.config.static_vectors), dataset)
+        return {name: static_vectors(words, table) for name, words in spoken.items()}
+
+    def score(
+        self, vectors: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+    ) -> dict[str, SubjectScores]:
+        with self.timed("ridge"):
+            dataset, config = self.task.dataset, self.config
+            design = make_design(vectors, dataset, fit, scored, config, self.task.split_seed)
+            ridge = prepare_ridge(design, config, self.device)
+            return {s: score_subject(ridge, design, dataset, s, fit, scored) for s in dataset.subjects}
+
+    def score_seen(self, vectors: dict[str, np.ndarray], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,)."""
+        with self.timed("ridge"):
+            dataset, config = self.task.dataset, self.config
+            design = make_design(vectors, dataset, fit, fit, config, self.task.split_seed)
+            ridge = prepare_ridge(design, config, self.device)
+            return {subject: seen_cc(ridge, design, dataset, subject, fit) for subject in dataset.subjects}
+
+    def score_test(self, split: Split) -> dict[str, SubjectScores]:
+        """Refit on fit + validation and score the test stories, for a model that was never tuned."""
+        if self.config.method == LORA:
+            raise ValueError("a tuned model's test score belongs to the confirm phase")
+        fit = tuple(sorted(split.fit + split.validation))
+        bert = self.encoder.copy_model().bert if self.encoder is not None else None
+        return self.score(self.vectors(bert, fit + split.test, fit), fit, split.test)
+
+
+@functools.lru_cache(maxsize=2)
+def resident_encoder(name: str) -> Encoder:
+    """Load a model once a process; trials take copies of its pristine weights."""
+    return load_encoder(name)
+
+
+_TOKENS: dict[tuple[str, str, str], Tokens] = {}
+
+
+def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
+    """Tokenise a story once a process."""
+    key = (encoder.name, dataset.fingerprint, story)
+    if key not in _TOKENS:
+        _TOKENS[key] = tokenize(dataset.stories[story].spoken, encoder.tokenizer)
+    return _TOKENS[key]
+
+
+def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
+    if config.layer is not None and not 0 <= config.layer <= encoder.n_layers:
+        raise InputError(f"layer {config.layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
+    for name in ("window_tokens", "embed_window_tokens"):
+        if getattr(config, name) > encoder.max_tokens:
+            raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
+    if config.method == LORA and not encoder.has_head:
+        raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
+
+
+_STATIC: dict[tuple[Path, str], StaticVectors] = {}
+
+
+def _static_table(path: Path, dataset: Dataset) -> StaticVectors:
+    """Read the vectors of a data set's words once a process."""
+    key = (path, dataset.fingerprint)
+    if key not in _STATIC:
+        words = distinct_words(story.spoken for story in dataset.stories.values())
+        _STATIC[key] = read_static_vectors(path, words)
+    return _STATIC[key]
