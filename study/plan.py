@@ -16,11 +16,13 @@ from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.encoders import model_shape
 from bert_encoding.errors import InputError
+from study.memory import worker_bytes
 from study.options import Options
 from study.spaces import Space
 
 TOKENS_A_WORD = 1.2
 GPU_FLOPS = 1e14  # of one recent data-centre GPU in bfloat16, where it is not idle
+DOUBLE = 1.4  # float64 products, measured against float32 on a CPU
 MIN_FREE_BYTES = 200e6
 
 
@@ -33,32 +35,38 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    dataset: Dataset, splits: tuple[Split, ...], n_voxels: int, base: TrialConfig, options: Options
+    dataset: Dataset, splits: tuple[Split, ...], n_voxels: dict[str, int], base: TrialConfig, options: Options
 ) -> Estimate:
-    """Forecast time and memory from the number of words, voxels and weights; no model is loaded.
+    """Forecast time, memory and disk from the number of words, voxels and weights; no model is loaded.
 
     A forward pass costs 2 floating-point operations a weight and token; LoRA training twice that again for the
-    gradients of the activations. Ridge: the Gram matrix, an eigendecomposition and all alphas, for each fold.
+    gradients of the activations.
     """
     shape = model_shape(options.model)
     weights = shape["n_layers"] * (4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"])
     words = {name: len(story.words) for name, story in dataset.stories.items()}
     rows = {name: len(story.tr_times_s) - sum(dataset.trim) for name, story in dataset.stories.items()}
     p = shape["n_hidden"] * len(base.delays)
-    flops = 0.0
+    flops, v = 0.0, sum(n_voxels.values())
     for split in splits:
         overlap = ((base.window_tokens - 2) / base.stride, (base.embed_window_tokens - 2) / base.embed_stride)
         train = TOKENS_A_WORD * sum(words[name] for name in split.fit) * overlap[0]
         embed = TOKENS_A_WORD * sum(words[name] for name in split.fit + split.validation) * overlap[1]
-        n = sum(rows[name] for name in split.fit)
-        fits = options.epochs + base.n_folds  # one an epoch, and the nested ones of cc_seen
-        ridge = (2 * n * p * min(n, p) + 10 * min(n, p) ** 3 + 2 * n * n_voxels * min(n, p)) * (base.n_folds + 1)
-        flops += options.epochs * weights * (4 * train + 2 * embed) + fits * ridge
+        flops += options.epochs * weights * (4 * train + 2 * embed)
+        flops += _ridge_flops(sum(rows[name] for name in split.fit), p, v, base, options.epochs)
     model_bytes = 4 * (weights + shape["n_hidden"] * 31_000)
-    n_rows = sum(rows.values())
-    trial_bytes = 1.0e9 + 2 * model_bytes * len(splits) + n_rows * (n_voxels * 4 * 4 + p * 8 * 4)
-    disk_bytes = MIN_FREE_BYTES + max(options.trials, 1) * (n_voxels * 4 * 2 + 1e5) + 5 * 0.1 * model_bytes
+    trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
+    disk_bytes = MIN_FREE_BYTES + max(options.trials, 1) * (v * 4 * 2 + 1e5) + 5 * 0.1 * model_bytes
     return Estimate(flops / _flops_a_second(options), trial_bytes, disk_bytes)
+
+
+def _ridge_flops(n_fit: int, n_features: int, n_voxels: int, base: TrialConfig, epochs: int) -> float:
+    """One fit an epoch, and the nested ones of ``cc_seen``: eigendecompositions, and a prediction for every alpha."""
+    size = min(n_fit, n_features)
+    n_folds, n_alphas = base.n_folds, len(base.ridge_alphas)
+    decompositions = epochs * (n_folds + 1) + n_folds * (n_folds + 1) / 2
+    predictions = epochs * (n_alphas + 2) + (n_folds - 1) * n_alphas
+    return DOUBLE * (10 * size**3 * decompositions + 2 * n_fit * size * n_voxels * predictions)
 
 
 def check_space_on_disk(folder: Path, needed_bytes: float) -> None:
@@ -98,13 +106,17 @@ def print_plan(
 
     add("study", f"{options.name} -> {options.folder}")
     add("question", f"{space.question} ({space.name})")
-    add("data", f"{dataset.source}: " + ", ".join(f"{s} {n:,} voxels" for s, n in n_voxels.items()))
+    chosen = " (to be chosen by the frozen encoder)" if options.voxels.isdecimal() else ""
+    add("data", f"{dataset.source}: " + ", ".join(f"{s} {n:,} voxels" for s, n in n_voxels.items()) + chosen)
     for role in ("fit", "validation", "test"):
         add(role, _describe(dataset, splits, role))
     layer = "last layer" if options.layer is None else f"layer {options.layer}"
     add("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
     resumed = f", {n_done} of them done" if n_done else ""
-    add("trials", f"2 baselines, {options.trials} searched{resumed}; {options.epochs} epochs each")
+    add(
+        "trials",
+        f"{2 + len(options.baselines)} baselines, {options.trials} searched{resumed}; {options.epochs} epochs each",
+    )
     share = f"{options.cpus_per_trial:g} CPU" + (f", {options.gpus_per_trial:g} GPU" if options.gpus_per_trial else "")
     add("workers", f"up to {options.max_concurrent} at once, {share} each")
     left = max(0, options.trials - n_done)

@@ -12,12 +12,13 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text, Whole, run_app
-from bert_encoding.encoders import check_model
+from bert_encoding.encoders import check_model, model_shape
 from bert_encoding.records import FAILED, write_json
 from study.analysis import load_trials, print_study, read_notes, standing
+from study.memory import check_memory, worker_bytes
 from study.options import Options, read_recorded, resolve_options
 from study.plan import check_space_on_disk, estimate, print_plan
-from study.prepare import prepare
+from study.prepare import Study, prepare
 from study.session import n_searched, run_session
 from study.spaces import load_space
 
@@ -122,18 +123,30 @@ def main(
     chosen = load_space(given.setdefault("space", recorded.get("space", DEFAULT_SPACE)))
     options = resolve_options(given, recorded, chosen)
     study = prepare(options, chosen)
-    forecast = estimate(study.dataset, study.splits, sum(study.n_voxels.values()), study.base, options)
+    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options)
     n_done = n_searched(options.folder) if resume else 0
     print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
     if dry_run:
         return 0
     check_model(options.model, options.layer)
     check_space_on_disk(options.folder, forecast.disk_bytes)
+    _check_memory(study)
     try:
         run_session(study, resume, console)
     except KeyboardInterrupt:
         console.print("interrupted")
     return _finish(options, console)
+
+
+def _check_memory(study: Study) -> None:
+    """Refuse what cannot fit; the largest subject decides, since subjects are scored one after the other."""
+    shape, trains = model_shape(study.options.model), study.options.trials > 0
+    heard = study.dataset
+    check_memory(
+        lambda n: worker_bytes(heard, study.splits, n, shape, study.base, trains),
+        max(study.n_voxels.values()),
+        study.options,
+    )
 
 
 def _finish(options: Options, console: Console) -> int:
