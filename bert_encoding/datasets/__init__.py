@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from bert_encoding.datasets import lab
+from bert_encoding.datasets import lab, lebel2023
 from bert_encoding.datasets.rois import read_rois
 from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 from bert_encoding.errors import InputError
@@ -27,6 +27,11 @@ def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
         raise InputError(f"{path}: give its folder, {path.parent}")
     if path.is_dir() and lab.recognises(path):
         dataset = lab.open_lab(path)
+    elif path.is_dir() and lebel2023.recognises(path):
+        dataset = lebel2023.open_lebel(path)
     else:
-        raise InputError(f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy")
+        raise InputError(
+            f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy, "
+            "OpenNeuro ds003020 holds derivative/TextGrids"
+        )
     return replace(dataset, trim=trim, rois=read_rois(dataset))

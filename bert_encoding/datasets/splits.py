@@ -50,7 +50,7 @@ def choose_stories(
 ) -> tuple[list[str], list[str]]:
     """Return (training stories, test stories); training stories are later divided into fit and validation.
 
-    Stories that lack responses of a chosen subject stay out. ``n_train_stories`` is a seeded choice among the rest.
+    Stories that lack responses of a chosen subject stay out, also among the published test stories. ``n_train_stories`` is a seeded choice among the rest.
 
     Raises
     ------
@@ -58,7 +58,8 @@ def choose_stories(
         if a test story is unknown or lacks responses, none is known, or fewer stories exist than asked for.
     """
     with_responses = [n for n, story in dataset.stories.items() if all(s in story.responses for s in subjects)]
-    test = list(dict.fromkeys(test_stories)) if test_stories else list(dataset.published_test)
+    published = [name for name in dataset.published_test if name in with_responses]
+    test = list(dict.fromkeys(test_stories)) if test_stories else published
     for name in test:
         if name not in dataset.stories:
             raise InputError(f"{dataset.source}: no story {name}, which is to be a test story")
@@ -67,7 +68,8 @@ def choose_stories(
             raise InputError(f"{dataset.source}: test story {name} has no responses of subject {lacking}")
     if not test:
         raise InputError(
-            f"{dataset.source}: it holds none of the published test stories; name yours with --test-stories"
+            f"{dataset.source}: it holds none of the published test stories that {', '.join(subjects)} heard; "
+            "name yours with --test-stories"
         )
     rest = [name for name in with_responses if name not in test]
     if n_train_stories is None:
