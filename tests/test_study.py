@@ -1,29 +1,25 @@
 """Whole studies through the real command line and real Ray processes."""
 
 import json
-import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 from make_data import make_lab
+from study_process import RUN, environment_of, private_tmp, run_command, running_from
 
 from bert_encoding.records import COLUMNS, read_cc, read_records
 from study.analysis import load_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-RUN = Path(__file__).resolve().parents[1] / "study" / "run.py"
+__all__ = ["private_tmp"]  # a fixture
 
 SPACE = '''"""Does a study survive?"""
 EPOCHS = 2
@@ -43,24 +39,6 @@ TOO_LONG = GOOD | {"window_tokens": 600}  # the tiny BERT reads 512
 OTHERS = [{"rank": 2, "window_tokens": 128, "lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
 
 
-@pytest.fixture
-def private_tmp() -> Iterator[Path]:
-    """A short folder for Ray's sockets; whatever still runs from it afterwards is ended, by id."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))
-    yield folder
-    for process in _running_from(folder):
-        process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _running_from(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in part for part in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
-
-
 def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> list[str]:
     if not (folder / "lab").exists():
         make_lab(folder / "lab")
@@ -74,16 +52,8 @@ def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> li
     return [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair), "--name", "s", *more]
 
 
-def _environment(private_tmp: Path) -> dict[str, str]:
-    return os.environ | {"TMPDIR": str(private_tmp), "HF_HUB_OFFLINE": "1"}
-
-
-def _run(command: list[str], private_tmp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=_environment(private_tmp), capture_output=True, text=True, timeout=500)
-
-
 def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
-    done = _run(_command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3"), private_tmp)
+    done = run_command(_command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3"), private_tmp)
     assert done.returncode == 3, done.stderr + done.stdout  # one trial failed
     assert done.stderr == ""
     study = tmp_path / "out" / "s"
@@ -111,7 +81,7 @@ def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_
 def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "4")
     study = tmp_path / "out" / "s"
-    environment = _environment(private_tmp)
+    environment = environment_of(private_tmp)
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
@@ -121,17 +91,19 @@ def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_ber
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    _wait_for(lambda: not _running_from(private_tmp))  # Ray's processes end with their driver
+    _wait_for(lambda: not running_from(private_tmp))  # Ray's processes end with their driver
     finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
     assert {"baseline-frozen", "baseline-word_rate", "0001"} <= set(finished)
     for record in finished.values():
         json.loads(record)
 
-    refused = _run(command, private_tmp)
+    refused = run_command(command, private_tmp)
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
 
-    resumed = _run([sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out"), "--trials", "5"], private_tmp)
+    resumed = run_command(
+        [sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out"), "--trials", "5"], private_tmp
+    )
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     trials = load_trials(study)
     searched = trials[trials["phase"] == "search"]

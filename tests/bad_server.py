@@ -1,0 +1,223 @@
+"""An HTTP server on this machine that misbehaves as told, once a request or always."""
+
+import re
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Act = Callable[["Handler", bytes, int], None]  # handler, whole body, first byte asked for
+
+
+class BadServer:
+    """Serves ``files`` (path -> bytes) with ranges; a path's acts come first, one a request, then ``always``.
+
+    Attributes
+    ----------
+    sent : path -> bytes of body sent so far
+    asked : (path, first byte asked for) of every request
+    go : what a server that hangs is waiting for
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.acts: dict[str, list[Act]] = {}
+        self.always: dict[str, Act] = {}
+        self.sent: Counter[str] = Counter()
+        self.asked: list[tuple[str, int]] = []
+        self.go = threading.Event()
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "BadServer":
+        self.server = _Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"bad": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.go.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def behave(self) -> None:
+        """Forget all misbehaviour and all counts."""
+        self.acts.clear()
+        self.always.clear()
+        self.sent.clear()
+        self.asked.clear()
+
+    def n_asked(self, path: str) -> int:
+        return sum(at == path for at, _ in self.asked)
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    bad: BadServer
+
+    def do_GET(self) -> None:
+        bad, path = self.bad, self.path.lstrip("/")
+        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(found[1]) if found else 0
+        with bad.lock:
+            bad.asked.append((path, start))
+            acts = bad.acts.get(path)
+            act = acts.pop(0) if acts else bad.always.get(path, serve)
+        body = bad.files.get(path)
+        if body is None and act is serve:
+            act = answer(404)
+        act(self, body or b"", start)
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def body(self, content: bytes) -> None:
+        with self.bad.lock:
+            self.bad.sent[self.path.lstrip("/")] += len(content)
+        self.wfile.write(content)
+
+    def drop(self, hard: bool = False) -> None:
+        """End the connection; hard: with a reset."""
+        if hard:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def _begin(handler: Handler, body: bytes, start: int) -> bytes | None:
+    """Send the head of an honest answer and return what its body must be."""
+    if start >= len(body) > 0:
+        handler.head(416, Content_Range=f"bytes */{len(body)}", Content_Length=0)
+        return None
+    if "Range" in handler.headers:
+        said = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        handler.head(206, Content_Range=said, Content_Length=len(body) - start)
+    else:
+        handler.head(200, Content_Length=len(body))
+    return body[start:]
+
+
+def serve(handler: Handler, body: bytes, start: int) -> None:
+    """Answer as a good server does."""
+    handler.body(_begin(handler, body, start) or b"")
+
+
+def answer(status: int, **headers: object) -> Act:
+    """Answer with a status and a short text."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.head(status, Content_Length=5, **headers)
+        handler.wfile.write(b"sorry")
+
+    return act
+
+
+def cut(n_bytes: int, hard: bool = False) -> Act:
+    """Announce all, send some bytes, and drop the connection."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.body((_begin(handler, body, start) or b"")[:n_bytes])
+        handler.drop(hard)
+
+    return act
+
+
+def drop(handler: Handler, body: bytes, start: int) -> None:
+    """Drop the connection without an answer."""
+    handler.drop()
+
+
+def short(n_bytes: int) -> Act:
+    """Announce and send some bytes only, as if they were all."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.head(200, Content_Length=n_bytes)
+        handler.body(body[:n_bytes])
+
+    return act
+
+
+def whole(handler: Handler, body: bytes, start: int) -> None:
+    """Ignore the range asked for."""
+    handler.head(200, Content_Length=len(body))
+    handler.body(body)
+
+
+def whole_then_cut(n_bytes: int) -> Act:
+    """Ignore the range asked for, and drop the connection after some bytes."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.head(200, Content_Length=len(body))
+        handler.body(body[:n_bytes])
+        handler.drop()
+
+    return act
+
+
+def corrupt(at: int) -> Act:
+    """Serve with one byte changed."""
+    return lambda handler, body, start: serve(handler, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :], start)
+
+
+def other(content: bytes) -> Act:
+    """Serve another file."""
+    return lambda handler, body, start: serve(handler, content, start)
+
+
+def unbounded(content: bytes) -> Act:
+    """Send some content without saying how much it is."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.head(200, Connection="close")
+        handler.body(content)
+        handler.drop()
+
+    return act
+
+
+def misplaced(said: str) -> Act:
+    """Answer with the rest of the file under a wrong Content-Range."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.head(206, Content_Range=said, Content_Length=len(body) - start)
+        handler.body(body[start:])
+
+    return act
+
+
+def hang_after(n_bytes: int) -> Act:
+    """Send some bytes, then nothing until ``go``; then drop the connection."""
+
+    def act(handler: Handler, body: bytes, start: int) -> None:
+        handler.body((_begin(handler, body, start) or b"")[:n_bytes])
+        handler.wfile.flush()
+        handler.bad.go.wait(60)
+        handler.drop()
+
+    return act
+
+
+def hang(handler: Handler, body: bytes, start: int) -> None:
+    """Say nothing until ``go``; then drop the connection."""
+    handler.bad.go.wait(60)
+    handler.drop()
