@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_encoding.alignment import LagSums, check_alignment
 from bert_encoding.chain import Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
@@ -72,9 +73,19 @@ def prepare(options: Options, space: Space) -> Study:
     train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
     used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
-    inspected = _on_given_voxels(options, inspect(used))
+    inspected = _on_given_voxels(options, _inspect_aligned(used, train, options.trust_alignment))
     _check_choice(options, {subject: inspected.n_valid(subject) for subject in subjects})
     return Study(options, space, inspected, splits, base)
+
+
+def _inspect_aligned(dataset: Dataset, train: list[str], trust: bool) -> Dataset:
+    """Inspect the data, and in the same pass see whether responses follow the words; test stories have no say."""
+    sums = LagSums(dataset.only(train, dataset.subjects))
+    inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
+    assert inspected.voxel_masks is not None
+    profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
+    notes = [note for profile in profiles for note in check_alignment(profile, trust)]
+    return replace(inspected, notes=(*inspected.notes, *notes))
 
 
 def _on_given_voxels(options: Options, dataset: Dataset) -> Dataset:
@@ -95,8 +106,10 @@ def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str
     names = [n for n, story in dataset.stories.items() if any(s not in story.responses for s in subjects)]
     if not names:
         return ()
+    lost = [name for name in dataset.published_test if name in names]
+    tests = (f"published test stories that a subject did not hear stay out: {', '.join(lost)}",) if lost else ()
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return (f"{len(names)} stories lack responses of a subject and stay out: {shown}",)
+    return (f"{len(names)} stories lack responses of a subject and stay out: {shown}", *tests)
 
 
 def base_config(options: Options) -> TrialConfig:

@@ -316,7 +316,18 @@ def test_responses_without_text_are_an_error(lab: Path, command: Command) -> Non
 
 def test_a_test_story_without_responses_is_an_error(lab: Path, command: Command) -> None:
     (lab / "subject2" / "wheretheressmoke.npy").unlink()
-    assert_refused(command(), "test story wheretheressmoke has no responses of subject subject2")
+    assert_refused(command(), "holds none of the published test stories that subject2 heard", "--test-stories")
+    named = command("--test-stories", "wheretheressmoke")
+    assert_refused(named, "test story wheretheressmoke has no responses of subject subject2")
+
+
+def test_a_published_test_story_that_a_subject_lacks_stays_out_and_is_named(tmp_path: Path, command: Command) -> None:
+    names = ("a", "b", "c", "d", "e", "wheretheressmoke", "onapproachtopluto")
+    folder = make_lab(tmp_path / "other", stories=names)
+    (folder / "subject2" / "onapproachtopluto.npy").unlink()
+    done = command("--data", str(folder), "--dry-run")
+    assert done.code == 0
+    assert "note: published test stories that a subject did not hear stay out: onapproachtopluto" in done.out
 
 
 def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, command: Command) -> None:

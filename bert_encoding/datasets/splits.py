@@ -50,7 +50,8 @@ def choose_stories(
 ) -> tuple[list[str], list[str]]:
     """Return (training stories, test stories); training stories are later divided into fit and validation.
 
-    Stories that lack responses of a chosen subject stay out, also among the published test stories. ``n_train_stories`` is a seeded choice among the rest.
+    Stories that lack responses of a chosen subject stay out, also among the published test stories.
+    ``n_train_stories`` is a seeded choice among the rest.
 
     Raises
     ------
