@@ -9,15 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bert_encoding.baselines import (
-    StaticVectors,
-    bag_of_words,
-    choose_vocabulary,
-    distinct_words,
-    read_static_vectors,
-    static_vectors,
-    word_rate,
-)
+from bert_encoding.baselines import bag_of_words, choose_vocabulary, distinct_words, word_rate
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
@@ -27,6 +19,7 @@ from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
 from bert_encoding.evaluate import SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
 from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, LORA, STATIC, WORD_RATE
+from bert_encoding.static_vectors import StaticVectors, coverage, read_static_vectors, static_vectors
 from bert_encoding.windows import Tokens, tokenize
 
 
@@ -52,6 +45,7 @@ class Chain:
         self.config, self.task = config, task
         self.device = pick_device()
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
+        self.notes: list[str] = []
         self.encoder = resident_encoder(config.model) if config.method in BERT_METHODS else None
         if self.encoder is not None:
             _check_fits(config, self.encoder)
@@ -103,6 +97,8 @@ class Chain:
             return {name: bag_of_words(words, vocabulary) for name, words in spoken.items()}
         assert self.config.method == STATIC
         table = _static_table(Path(self.config.static_vectors), dataset)
+        share = coverage([word for words in spoken.values() for word in words], table)
+        self.notes = [f"{table.path.name} has a vector for {share:.1%} of the spoken words; the others are zero"]
         return {name: static_vectors(words, table) for name, words in spoken.items()}
 
     def score(

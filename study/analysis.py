@@ -19,6 +19,7 @@ from bert_encoding.records import (
     COMPLETE,
     FAILED,
     FROZEN,
+    ROI_PREFIX,
     SEARCH,
     STUDY_FILE,
     WORD_RATE,
@@ -109,7 +110,8 @@ def read_notes(path: str | Path) -> dict[str, list[str]]:
 
 def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]]) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
-    columns = [name for name in SHOWN if trials[name].notna().any()]
+    regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
+    columns = [name for name in (*SHOWN, *regions) if trials[name].notna().any()]
     order = trials["cc_mean"].astype(float).sort_values(ascending=False, na_position="last").index
     console.print(_table(trials.loc[order, columns]))
     ranks = cc_by_rank(trials)
@@ -119,7 +121,7 @@ def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[st
     found = standing(trials)
     for line in verdict_lines(found):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for trial_id in ("baseline-frozen", found.best_id or ""):
+    for trial_id in (*trials.loc[trials["phase"] == BASELINE, "trial_id"], found.best_id or ""):
         for note in notes.get(trial_id, []):
             console.print(f"note on {trial_id}: {note}", soft_wrap=True, highlight=False, markup=False)
     for _, row in trials[trials["status"] == FAILED].iterrows():
