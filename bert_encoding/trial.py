@@ -94,7 +94,9 @@ def run_trial(
         seconds=chain.seconds | {"total": time.perf_counter() - started},
         peak_memory_gb=_peak_memory_gb(),
         node=socket.gethostname(),
-        notes=chain.notes + [note for fold in folds for note in fold.notes] + edge_notes(results[0].scores, config.ridge_alphas),
+        notes=chain.notes
+        + [note for fold in folds for note in fold.notes]
+        + edge_notes(results[0].scores, config.ridge_alphas),
         cc={subject: _mean_cc(task.dataset, subject, results) for subject in task.dataset.subjects},
         cc_test={s: _whole_brain(task.dataset, s, test.cc) for s, test in test_scores.items()} if score_test else {},
     )

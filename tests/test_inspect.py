@@ -3,6 +3,7 @@
 Also the choice of stories and subjects, and reading the valid voxels.
 """
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 from make_data import LabSequence, make_lab, pickle_as_lab
 
-from bert_encoding.datasets import inspect as inspect_module
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets import responses as responses_module
-from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.inspect import Block, ResponseCheck, Survey, inspect, survey
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
@@ -175,10 +175,10 @@ def test_a_wrong_number_of_rows_is_refused(change: int, lab: Path) -> None:
 def test_transposed_responses_are_refused(lab: Path) -> None:
     n_rows = len(np.load(lab / "subject2" / "beta.npy"))
     file = edit_responses(lab, "beta", lambda rows: rows.T)
-    message = refused(lab)
-    assert message.startswith(f"{file}: story beta, subject subject2:")
-    assert "has 12 rows" in message
-    assert str(n_rows) in message
+    assert refused(lab) == (
+        f"{file}: story beta, subject subject2: has 12 rows and {n_rows} columns; its {n_rows + 15} TR times less 15 "
+        f"trimmed make {n_rows}: it looks transposed; save (rows, voxels)"
+    )
 
 
 def test_another_number_of_voxels_in_one_story_is_refused(lab: Path) -> None:
@@ -283,11 +283,175 @@ def test_a_story_shorter_than_its_trim_is_refused(lab: Path) -> None:
     assert "story beta" in refused(lab)
 
 
+# --- the survey goes on -----------------------------------------------------------------------------------------------
+
+
+def surveyed(lab: Path) -> tuple[Survey, dict[str, ResponseCheck]]:
+    found = survey(open_dataset(lab))
+    return found, {check.story: check for check in found.responses}
+
+
+def test_every_defect_is_told_and_the_first_is_raised(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    edit_text(lab, "epsilon", _set_time("data_times", 20, np.nan))
+    edit_responses(lab, "alpha", lambda rows: rows[:-1])
+    edit_responses(lab, "beta", lambda rows: rows.T)
+    edit_responses(lab, "delta", lambda rows: rows[:, :11])
+    edit_responses(lab, "gamma", put(slice(None), np.nan))
+    (lab / "subject2" / "zeta.npy").write_bytes(b"not an array")
+    found = survey(open_dataset(lab))
+    parts = ["epsilon has non-finite word times", "alpha, subject subject2: has", "transposed", "has 11 voxels"]
+    parts += ["gamma, subject subject2: has no finite voxel", "zeta.npy: not a readable .npy array"]
+    assert len(found.problems) == 6
+    for part, problem in zip(parts, found.problems, strict=True):
+        assert part in problem
+        assert "\n" not in problem
+    with pytest.raises(InputError) as error:
+        inspect(open_dataset(lab))
+    assert str(error.value) == found.problems[0]
+    usable = {(check.story, check.subject) for check in found.responses if not check.problems}
+    assert usable == {(s, "subject3") for s in STORIES} | {("epsilon", "subject2"), ("wheretheressmoke", "subject2")}
+    assert [text.story for text in found.texts if text.problem] == ["epsilon"]
+    assert found.dataset.fingerprint == ""
+    assert found.dataset.voxel_masks is not None
+    assert found.dataset.voxel_masks["subject3"].all()
+
+
+def test_the_odd_story_is_named_even_if_it_is_the_first(lab: Path) -> None:
+    file = edit_responses(lab, "alpha", lambda rows: rows[:, :11])
+    found, checks = surveyed(lab)
+    assert found.problems == (
+        f"{file}: story alpha, subject subject2: has 11 voxels, other stories of subject2 have 12; all must agree",
+    )
+    assert [name for name, check in checks.items() if check.problems] == ["alpha"]
+
+
+def test_a_story_that_a_subject_did_not_hear_is_no_defect(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    (lab / "subject3" / "beta.npy").unlink()
+    found = survey(open_dataset(lab))
+    assert found.problems == ()
+    assert ("beta", "subject3") not in {(check.story, check.subject) for check in found.responses}
+
+
+def test_transcripts_are_counted(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.data[3], text.data[10] = "", "{cg}"
+        text.data_times[:5] = -20.0
+
+    edit_text(lab, "gamma", edit)
+    text = next(text for text in surveyed(lab)[0].texts if text.story == "gamma")
+    sequence = read_transcripts(lab / "raw_text.pkl")["gamma"]
+    assert (text.n_words, text.n_trs, text.n_silent) == (len(sequence.data), len(sequence.tr_times), 2)
+    assert text.share_outside == pytest.approx(5 / len(sequence.data))
+    assert text.problem is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ">f8", "int16"])
+@pytest.mark.parametrize(("scale", "level"), [(1.0, 0.0), (30.0, 900.0)])
+def test_means_and_deviations_are_numpys(scale: float, level: float, dtype: str, lab: Path) -> None:
+    edit_responses(lab, "beta", lambda rows: (rows * scale + level).astype(dtype))
+    edit_responses(lab, "beta", put((slice(None), 4), 1.0))
+    check = surveyed(lab)[1]["beta"]
+    rows = np.delete(np.load(lab / "subject2" / "beta.npy"), 4, axis=1).astype(float)
+    assert check.max_abs_mean == pytest.approx(np.abs(rows.mean(axis=0)).max(), rel=1e-6, abs=1e-6)
+    assert check.sd_range == pytest.approx((rows.std(axis=0).min(), rows.std(axis=0).max()), rel=1e-5)
+    assert check.is_z_scored == (level == 0 and dtype != "int16")
+    assert (check.n_nonfinite, check.n_constant, check.n_voxels, check.n_rows) == (0, 1, 12, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_z_scored"),
+    [
+        (lambda rows: rows + 0.04, True),
+        (lambda rows: rows - 0.06, False),
+        (lambda rows: rows * 1.09, True),
+        (lambda rows: rows * 1.11, False),
+        (lambda rows: rows * 0.89, False),
+        (lambda rows: np.hstack([rows[:, :7], 50 * rows[:, 7:]]), True),  # half of the voxels decide
+    ],
+)
+def test_what_counts_as_z_scored(change: Callable[[np.ndarray], np.ndarray], is_z_scored: bool, lab: Path) -> None:
+    edit_responses(lab, "beta", change)
+    found, checks = surveyed(lab)
+    assert checks["beta"].is_z_scored == is_z_scored
+    assert checks["alpha"].is_z_scored
+    assert found.problems == ()
+
+
+def test_what_float32_cannot_hold_is_not_finite(lab: Path) -> None:
+    edit_responses(lab, "beta", put((5, 3), 1e39))
+    edit_responses(lab, "beta", put((0, 4), -1e39))
+    edit_responses(lab, "beta", put((5, 7), 1e30))
+    seen: list[np.ndarray] = []
+    found = survey(open_dataset(lab), lambda block: seen.append(block.values))
+    mask = (found.dataset.voxel_masks or {})["subject2"]
+    np.testing.assert_array_equal(np.flatnonzero(~mask), [3, 4])
+    assert all(np.isfinite(values).all() for values in seen)
+
+
+def test_the_observer_sees_every_usable_response_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
+    monkeypatch.setattr("bert_encoding.datasets.inspect.VOXELS_AT_A_TIME", 5)
+    edit_responses(lab, "gamma", put((6, 3), np.nan))
+    edit_responses(lab, "beta", lambda rows: rows[:-1])
+    blocks: dict[str, list[Block]] = {}
+    survey(open_dataset(lab), lambda block: blocks.setdefault(block.story.name, []).append(block))
+    assert sorted(blocks) == [name for name in STORIES if name != "beta"]
+    for name, parts in blocks.items():
+        rows = np.load(lab / "subject2" / f"{name}.npy")
+        seen = np.full(rows.shape, np.nan, np.float32)
+        for block in parts:
+            assert (block.subject, block.shape) == ("subject2", rows.shape)
+            assert np.isnan(seen[block.rows, block.voxels]).all()
+            assert not np.isnan(seen[: block.rows.start]).any()
+            seen[block.rows, block.voxels] = block.values
+        expected = rows - rows[0]
+        expected[np.isnan(rows)] = 0
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_repeats", "said"),
+    [
+        ((5, 30, 4), 5, None),
+        ((5, 29, 4), None, "its repeats are float64 of shape (5, 29, 4); expected numbers (repeats, 30, 4)"),
+        ((5, 30, 3), None, "of shape (5, 30, 3)"),
+        ((30, 4), None, "of shape (30, 4)"),
+    ],
+)
+def test_repeats_must_fit_the_responses(shape: tuple[int, ...], n_repeats: int | None, said: str | None) -> None:
+    rng = np.random.default_rng(0)
+    repeats = {"s": Responses(array=rng.standard_normal(shape))}
+    words = ("a", "b", "c")
+    story = Story(
+        "m", words, np.arange(3.0), np.arange(45) * 2.0, {"s": Responses(array=rng.standard_normal((30, 4)))}, repeats
+    )
+    found = survey(Dataset("here", {"m": story}, ("s",), ()))
+    assert found.responses[0].n_repeats == n_repeats
+    assert len(found.problems) == (said is not None)
+    assert said is None or said in found.problems[0]
+
+
 # --- the fingerprint --------------------------------------------------------------------------------------------------
 
 
 def fingerprint(lab: Path) -> str:
     return inspect(open_dataset(lab)).fingerprint
+
+
+def test_the_fingerprint_is_a_plain_hash_of_all_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    digest, sequences = hashlib.sha256(), read_transcripts(lab / "raw_text.pkl")
+    for name in STORIES:
+        digest.update("\0".join((name, *sequences[name].data)).encode())
+        digest.update(np.array(sequences[name].data_times).tobytes() + np.array(sequences[name].tr_times).tobytes())
+    for subject in ("subject2", "subject3"):
+        for name in STORIES:
+            rows = np.load(lab / subject / f"{name}.npy")
+            digest.update(f"{subject}/{name}/{rows.shape}/<f8".encode() + rows.tobytes())
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 1000)
+    assert fingerprint(lab) == digest.hexdigest()[:16]
 
 
 def _word(text: LabSequence) -> None:
@@ -385,16 +549,8 @@ def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: 
 
 def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: set[int] = set()
-    isfinite = np.isfinite
-
-    def watch(values: np.ndarray) -> np.ndarray:
-        if np.ndim(values) == 2:
-            sizes.add(len(values))
-        return isfinite(values)
-
-    monkeypatch.setattr(inspect_module.np, "isfinite", watch)
     monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
-    inspect(open_dataset(lab))
+    inspect(open_dataset(lab), watch=lambda block: sizes.add(len(block.values)))
     assert max(sizes) == 7
 
 

@@ -1,30 +1,120 @@
-"""One pass over all responses before any fit: shapes, valid voxels, fingerprint."""
+"""One pass over transcripts and responses before any fit: what is wrong, which voxels are valid, a fingerprint.
+
+``survey`` goes on after a problem and tells all of them, ``inspect`` raises the first.
+"""
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError
 
 MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last TR
 CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
+MAX_ABS_MEAN, MAX_SD_ERROR = 0.05, 0.1  # medians over voxels, above which responses do not count as z-scored
+VOXELS_AT_A_TIME = 4096  # so that some rows of them stay in the processor's cache
+MAX_VALUE = 1e15  # squares and their sums still fit float32; for sums only, no response is changed
 
 
-class VoxelStatus(NamedTuple):
-    """(n_voxels,) flags of one story."""
+class TextCheck(NamedTuple):
+    """One story's transcript.
 
-    finite: np.ndarray
-    varies: np.ndarray
+    Attributes
+    ----------
+    n_silent : rows without a spoken word
+    share_outside : share of the words before the first or after the last TR; NaN if times are unusable
+    problem : why it is unusable, or None
+    """
+
+    story: str
+    n_words: int
+    n_trs: int
+    n_silent: int
+    share_outside: float
+    problem: str | None
 
 
-def inspect(dataset: Dataset) -> Dataset:
+class ResponseCheck(NamedTuple):
+    """One subject's responses to one story; what could not be measured is None.
+
+    Attributes
+    ----------
+    n_rows, n_voxels : as found
+    max_abs_mean, sd_range : over the voxels that are finite and vary, each over its rows
+    is_z_scored : whether half of these voxels have about mean 0 and standard deviation 1
+    n_repeats : of the story, where they are kept
+    problems : why it is unusable
+    """
+
+    story: str
+    subject: str
+    n_rows_expected: int
+    n_rows: int | None = None
+    n_voxels: int | None = None
+    n_nonfinite: int | None = None
+    n_constant: int | None = None
+    max_abs_mean: float | None = None
+    sd_range: tuple[float, float] | None = None
+    is_z_scored: bool | None = None
+    n_repeats: int | None = None
+    problems: tuple[str, ...] = ()
+
+
+class Survey(NamedTuple):
+    """What one pass found.
+
+    Attributes
+    ----------
+    dataset : with its voxel masks and notes, and its fingerprint if nothing is wrong
+    left_out : which voxels are masked, a line a subject; also among the data set's notes
+    problems : why the data are unusable, a line each, in the order in which they were met
+    """
+
+    dataset: Dataset
+    texts: tuple[TextCheck, ...]
+    responses: tuple[ResponseCheck, ...]
+    left_out: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+class Block(NamedTuple):
+    """Some responses as they pass by.
+
+    Attributes
+    ----------
+    shape : (n_rows, n_voxels) of the whole story
+    rows, voxels : which part of it this is; rows come in order, voxels in order within rows
+    values : (rows, voxels) float32, less the voxel's first response to this story; 0 where not finite
+    """
+
+    story: Story
+    subject: str
+    shape: tuple[int, int]
+    rows: slice
+    voxels: slice
+    values: np.ndarray
+
+
+Watch = Callable[[Block], None]
+
+
+def inspect(dataset: Dataset, watch: Watch | None = None) -> Dataset:
     """Return the data set with its voxel masks, fingerprint and notes.
 
     A voxel is valid if its responses are finite and not constant in every story of the data set, so that the mask
     follows from the responses alone and is the same for every trial.
+
+    Parameters
+    ----------
+    watch : sees every block of responses as it is read
 
     Raises
     ------
@@ -32,104 +122,318 @@ def inspect(dataset: Dataset) -> Dataset:
         if a story has the wrong number of rows or voxels, words and times of different length, or no finite
         voxel at all.
     """
-    digest = hashlib.sha256()
-    masks: dict[str, np.ndarray] = {}
-    notes = list(dataset.notes)
-    for story in dataset.stories.values():
-        _check_times(dataset.source, story)
-        _digest_text(digest, story)
-    for subject in dataset.subjects:
-        finite, varies = _subject_status(dataset, subject, digest)
-        masks[subject] = finite & varies
-        if not masks[subject].any():
-            raise InputError(
-                f"{dataset.source}: subject {subject} has no voxel that is finite and varies in every story"
-            )
-        if not masks[subject].all():
-            notes.append(
-                f"{subject}: {(~masks[subject]).sum()} of {masks[subject].size} voxels left out "
-                f"({(~finite).sum()} non-finite, {(finite & ~varies).sum()} constant in a story)"
-            )
-    silent = sum(word == "" for story in dataset.stories.values() for word in story.spoken)
-    if silent:
-        notes.append(f"{silent} rows of the transcripts hold no spoken word (empty or a tag): zero vectors")
-    return replace(dataset, voxel_masks=masks, fingerprint=digest.hexdigest()[:16], notes=tuple(notes))
+    found = survey(dataset, watch)
+    if found.problems:
+        raise InputError(found.problems[0])
+    return found.dataset
 
 
-def _check_times(source: str, story: Story) -> None:
+def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
+    """Look at every transcript and every response once, whatever is wrong with them.
+
+    Stories without responses of a subject are no problem of that subject. What is unusable is not shown to ``watch``
+    and has no say in the masks.
+    """
+    texts = tuple(_check_text(dataset.source, story) for story in dataset.stories.values())
+    problems = [text.problem for text in texts if text.problem]
+    left_out: list[str] = []
+    checks, masks = [], {}
+    usable = {text.story for text in texts if not text.problem}
+    with _Hasher() as hasher:
+        for story in dataset.stories.values():
+            hasher.add_text(story)
+        for subject in dataset.subjects:
+            found, finite, varies = _check_subject(dataset, subject, hasher, watch, usable)
+            checks += found
+            problems += [problem for check in found for problem in check.problems]
+            masks[subject] = finite & varies
+            if masks[subject].size and not masks[subject].any():
+                problems.append(
+                    f"{dataset.source}: subject {subject} has no voxel that is finite and varies in every story"
+                )
+            left_out += _mask_note(subject, finite, varies)
+        fingerprint = "" if problems else hasher.result()
+    notes = (*dataset.notes, *left_out, *_silence_note(texts))
+    surveyed = replace(dataset, voxel_masks=masks, fingerprint=fingerprint, notes=notes)
+    return Survey(surveyed, texts, tuple(checks), tuple(left_out), tuple(problems))
+
+
+def _silence_note(texts: tuple[TextCheck, ...]) -> list[str]:
+    n_silent = sum(text.n_silent for text in texts)
+    if not n_silent:
+        return []
+    return [f"{n_silent} rows of the transcripts hold no spoken word (empty or a tag): zero vectors"]
+
+
+def _mask_note(subject: str, finite: np.ndarray, varies: np.ndarray) -> list[str]:
+    n_valid = int((finite & varies).sum())
+    if n_valid == finite.size:
+        return []
+    return [
+        f"{subject}: {finite.size - n_valid} of {finite.size} voxels left out "
+        f"({(~finite).sum()} non-finite, {(finite & ~varies).sum()} constant in a story)"
+    ]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _check_text(source: str, story: Story) -> TextCheck:
+    spoken, share_outside = story.spoken, _share_outside(story)
+    complaint = _text_complaint(story, spoken, share_outside)
+    return TextCheck(
+        story.name,
+        len(story.words),
+        len(story.tr_times_s),
+        sum(word == "" for word in spoken),
+        share_outside,
+        f"{source}: story {story.name}{complaint}" if complaint else None,
+    )
+
+
+def _share_outside(story: Story) -> float:
+    words, trs = story.word_times_s, story.tr_times_s
+    if not words.size or not trs.size or not np.isfinite(words).all() or not np.isfinite(trs).all():
+        return float("nan")
+    return float(np.mean((words < trs[0]) | (words > trs[-1])))
+
+
+def _text_complaint(story: Story, spoken: Sequence[str], share_outside: float) -> str:
+    """Return the first thing that is wrong, to follow the story's name, or nothing."""
     n_words, n_times = len(story.words), len(story.word_times_s)
     if n_words != n_times:
-        raise InputError(f"{source}: story {story.name} has {n_words} words but {n_times} word times")
-    if not any(story.spoken):
-        raise InputError(f"{source}: story {story.name} has no spoken word; leave it out")
+        return f" has {n_words} words but {n_times} word times"
+    if not any(spoken):
+        return " has no spoken word; leave it out"
     for what, times in (("word", story.word_times_s), ("TR", story.tr_times_s)):
         if not np.isfinite(times).all():
-            raise InputError(f"{source}: story {story.name} has non-finite {what} times; mend or leave it out")
+            return f" has non-finite {what} times; mend or leave it out"
         if (np.diff(times) < 0).any():
             at = int(np.argmax(np.diff(times) < 0)) + 1
-            raise InputError(
-                f"{source}: story {story.name}: {what} times must not decrease, "
+            return (
+                f": {what} times must not decrease, "
                 f"but {what} {at} ({times[at]:g} s) comes before {what} {at - 1} ({times[at - 1]:g} s)"
             )
     steps = np.diff(story.tr_times_s)
     if steps.size == 0 or steps.min() <= 0 or steps.max() - steps.min() > 1e-3:
-        raise InputError(f"{source}: story {story.name}: TR times must be evenly spaced, one volume after the other")
-    outside = np.mean((story.word_times_s < story.tr_times_s[0]) | (story.word_times_s > story.tr_times_s[-1]))
-    if outside > MAX_SHARE_OUTSIDE:
-        raise InputError(
-            f"{source}: story {story.name}: {outside:.0%} of its words lie outside the scan "
+        return ": TR times must be evenly spaced, one volume after the other"
+    if share_outside > MAX_SHARE_OUTSIDE:
+        return (
+            f": {share_outside:.0%} of its words lie outside the scan "
             f"({story.tr_times_s[0]:g} to {story.tr_times_s[-1]:g} s; words {story.word_times_s[0]:g} to "
             f"{story.word_times_s[-1]:g}); word times must be in seconds from the story's start"
         )
+    return ""
 
 
-def _digest_text(digest: "hashlib._Hash", story: Story) -> None:
-    digest.update("\0".join((story.name, *story.words)).encode())
-    digest.update(np.ascontiguousarray(story.word_times_s, dtype="<f8").tobytes())
-    digest.update(np.ascontiguousarray(story.tr_times_s, dtype="<f8").tobytes())
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
-def _subject_status(dataset: Dataset, subject: str, digest: "hashlib._Hash") -> VoxelStatus:
-    totals: VoxelStatus | None = None
-    for story in dataset.stories.values():
-        status = _story_status(dataset, story, subject, digest)
-        if totals is not None and totals.finite.size != status.finite.size:
-            raise InputError(
-                f"{_where(dataset, story, subject)} has {status.finite.size} voxels, "
-                f"other stories of {subject} have {totals.finite.size}; all must agree"
-            )
-        totals = status if totals is None else VoxelStatus(*(a & b for a, b in zip(totals, status, strict=True)))
-    assert totals is not None
-    return totals
+def _check_subject(
+    dataset: Dataset, subject: str, hasher: "_Hasher", watch: Watch | None, usable: set[str]
+) -> tuple[list[ResponseCheck], np.ndarray, np.ndarray]:
+    """Return what was found story by story, and (n_voxels,) flags: finite, and not constant, in every usable story."""
+    stories = [story for story in dataset.stories.values() if subject in story.responses]
+    checks = {story.name: _check_shape(dataset, story, subject) for story in stories}
+    sizes = Counter(check.n_voxels for check in checks.values() if not check.problems)
+    n_voxels = sizes.most_common(1)[0][0] if sizes else 0
+    finite, varies = np.ones(n_voxels or 0, bool), np.ones(n_voxels or 0, bool)
+    for story in stories:
+        check = _check_n_voxels(dataset, story, checks[story.name], n_voxels)
+        if not check.problems:
+            check, totals = _read(dataset, story, check, hasher, watch if story.name in usable else None)
+            if not check.problems and story.name in usable:
+                finite &= totals.finite
+                varies &= totals.varies()
+        checks[story.name] = _check_repeats(dataset, story, check)
+    return list(checks.values()), finite, varies
 
 
-def _story_status(dataset: Dataset, story: Story, subject: str, digest: "hashlib._Hash") -> VoxelStatus:
+def _check_shape(dataset: Dataset, story: Story, subject: str) -> ResponseCheck:
     where = _where(dataset, story, subject)
-    shape, dtype = story.responses[subject].check()
-    if len(shape) != 2 or dtype.kind not in "fiu":
-        raise InputError(f"{where} is {dtype} of shape {shape}; expected numbers (rows, voxels)")
     rows = dataset.trim.rows(len(story.tr_times_s))
     expected = rows.stop - rows.start
-    if shape[0] != expected:
-        raise InputError(
-            f"{where} has {shape[0]} rows; its {len(story.tr_times_s)} TR times less "
-            f"{sum(dataset.trim)} trimmed make {expected}; text and responses must belong to the same cut"
+    check = ResponseCheck(story.name, subject, expected)
+    try:
+        shape, dtype = story.responses[subject].check()
+    except InputError as error:
+        return check._replace(problems=(str(error),))
+    if len(shape) != 2 or dtype.kind not in "fiu":
+        return check._replace(problems=(f"{where} is {dtype} of shape {shape}; expected numbers (rows, voxels)",))
+    check = check._replace(n_rows=shape[0], n_voxels=shape[1])
+    if shape[0] == expected:
+        return check
+    made = f"its {len(story.tr_times_s)} TR times less {sum(dataset.trim)} trimmed make {expected}"
+    if shape[1] == expected:
+        problem = (
+            f"{where} has {shape[0]} rows and {shape[1]} columns; {made}: it looks transposed; save (rows, voxels)"
         )
-    digest.update(f"{subject}/{story.name}/{shape}/{dtype.str}".encode())
-    finite = np.ones(shape[1], bool)
-    low, high = np.full(shape[1], np.inf), np.full(shape[1], -np.inf)
-    for block in story.responses[subject].blocks():
-        digest.update(np.ascontiguousarray(block).data)
-        with np.errstate(over="ignore"):
-            ok = np.isfinite(block.astype(np.float32))  # what exceeds float32 is not finite in our arithmetic
-        finite &= ok.all(axis=0)
-        clean = np.where(ok, block, 0)
-        low, high = np.minimum(low, clean.min(axis=0)), np.maximum(high, clean.max(axis=0))
-    if not finite.any():
-        raise InputError(f"{where} has no finite voxel; leave the story out or mend the file")
-    return VoxelStatus(finite, high - low > CONSTANT_RANGE)
+    else:
+        problem = f"{where} has {shape[0]} rows; {made}; text and responses must belong to the same cut"
+    return check._replace(problems=(problem,))
 
 
-def _where(dataset: Dataset, story: Story, subject: str) -> str:
-    path = story.responses[subject].path
+def _check_n_voxels(dataset: Dataset, story: Story, check: ResponseCheck, usual: int | None) -> ResponseCheck:
+    if check.problems or check.n_voxels == usual:
+        return check
+    problem = (
+        f"{_where(dataset, story, check.subject)} has {check.n_voxels} voxels, "
+        f"other stories of {check.subject} have {usual}; all must agree"
+    )
+    return check._replace(problems=(problem,))
+
+
+def _check_repeats(dataset: Dataset, story: Story, check: ResponseCheck) -> ResponseCheck:
+    """Count the repeats; their mean belongs to the responses, so rows and voxels must be the same."""
+    if check.subject not in story.repeats:
+        return check
+    where = _where(dataset, story, check.subject, story.repeats[check.subject])
+    try:
+        shape, dtype = story.repeats[check.subject].check()
+    except InputError as error:
+        return check._replace(problems=(*check.problems, str(error)))
+    expected = f"(repeats, {check.n_rows_expected}, {check.n_voxels or 'voxels'})"
+    fits = len(shape) == 3 and shape[1] == check.n_rows_expected and check.n_voxels in (None, shape[2])
+    if not fits or dtype.kind not in "fiu":
+        problem = f"{where} its repeats are {dtype} of shape {shape}; expected numbers {expected}"
+        return check._replace(problems=(*check.problems, problem))
+    return check._replace(n_repeats=shape[0])
+
+
+def _read(
+    dataset: Dataset, story: Story, check: ResponseCheck, hasher: "_Hasher", watch: Watch | None
+) -> tuple[ResponseCheck, "_Totals"]:
+    """Read all responses of a story, a block at a time."""
+    assert check.n_rows is not None and check.n_voxels is not None
+    shape = (check.n_rows, check.n_voxels)
+    totals = _Totals(check.n_voxels)
+    hasher.add_header(check.subject, story.name, shape, story.responses[check.subject].check()[1])
+    first_row = 0
+    try:
+        for block in story.responses[check.subject].blocks():
+            rows = slice(first_row, first_row + len(block))
+            with hasher.adding(block):
+                for voxels, values in totals.add(block):
+                    if watch is not None:
+                        watch(Block(story, check.subject, shape, rows, voxels, values))
+            first_row = rows.stop
+    except InputError as error:
+        return check._replace(problems=(str(error),)), totals
+    check = totals.describe(check)
+    if check.n_nonfinite == check.n_voxels:
+        where = _where(dataset, story, check.subject)
+        return check._replace(problems=(f"{where} has no finite voxel; leave the story out or mend the file",)), totals
+    return check, totals
+
+
+def _where(dataset: Dataset, story: Story, subject: str, responses: Responses | None = None) -> str:
+    path = (responses or story.responses[subject]).path
     return f"{path or dataset.source}: story {story.name}, subject {subject}:"
+
+
+class _Totals:
+    """Sums over the rows of one story, (n_voxels,) each, of responses less the first one: of z-scored data this
+    changes little, of raw data it keeps float32 exact enough."""
+
+    def __init__(self, n_voxels: int) -> None:
+        self.n_rows = 0
+        self.first = np.zeros(0)
+        self.finite = np.ones(n_voxels, bool)
+        self.low, self.high = np.zeros(n_voxels, np.float32), np.zeros(n_voxels, np.float32)
+        self.sum, self.squares = np.zeros(n_voxels), np.zeros(n_voxels)
+
+    def add(self, block: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Add rows; yield (voxels, values) a few thousand voxels at a time, as ``Block`` has them."""
+        if self.n_rows == 0:
+            self.first = _first_responses(block[0])
+        self.n_rows += len(block)
+        for start in range(0, block.shape[1], VOXELS_AT_A_TIME):
+            voxels = slice(start, min(start + VOXELS_AT_A_TIME, block.shape[1]))
+            values = self._settle(block[:, voxels], voxels)
+            np.minimum(self.low[voxels], values.min(axis=0), out=self.low[voxels])
+            np.maximum(self.high[voxels], values.max(axis=0), out=self.high[voxels])
+            self.sum[voxels] += values.sum(axis=0)
+            yield voxels, values
+
+    def _settle(self, part: np.ndarray, voxels: slice) -> np.ndarray:
+        """Return values less the first, (rows, voxels) float32, and note which voxels are not finite."""
+        values = np.empty(part.shape, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(part, self.first[voxels], out=values, casting="same_kind")
+            squares = np.einsum("tv,tv->v", values, values)
+            if not np.isfinite(squares).all():
+                is_finite = np.isfinite(part.astype(np.float32))  # what exceeds float32 is not finite in our arithmetic
+                self.finite[voxels] &= is_finite.all(axis=0)
+                values = np.where(is_finite, values, np.float32(0)).clip(-MAX_VALUE, MAX_VALUE)
+                squares = np.einsum("tv,tv->v", values, values)
+        self.squares[voxels] += squares
+        return values
+
+    def varies(self) -> np.ndarray:
+        """Return (n_voxels,) False where all rows are equal."""
+        return self.high - self.low > CONSTANT_RANGE
+
+    def describe(self, check: ResponseCheck) -> ResponseCheck:
+        """Fill in counts, means and standard deviations."""
+        varies = self.varies()
+        check = check._replace(
+            n_nonfinite=int((~self.finite).sum()), n_constant=int((self.finite & ~varies).sum()), is_z_scored=False
+        )
+        good = self.finite & varies
+        if not good.any():
+            return check
+        shifted = self.sum[good] / self.n_rows
+        mean = np.abs(shifted + self.first[good])
+        sd = np.sqrt(np.maximum(self.squares[good] / self.n_rows - shifted**2, 0))
+        is_z_scored = np.median(mean) <= MAX_ABS_MEAN and np.median(np.abs(sd - 1)) <= MAX_SD_ERROR
+        return check._replace(
+            max_abs_mean=float(mean.max()),
+            sd_range=(float(sd.min()), float(sd.max())),
+            is_z_scored=bool(is_z_scored),
+        )
+
+
+def _first_responses(row: np.ndarray) -> np.ndarray:
+    """Return what to subtract, (n_voxels,): 0 where the first response is not finite. In float32 if the file is, so
+    that nothing is converted twice."""
+    kind = np.float32 if row.dtype.kind == "f" and row.dtype.itemsize <= 4 else np.float64
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(row.astype(np.float32))
+    return np.where(is_finite, row, 0).astype(kind)
+
+
+# --- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+class _Hasher:
+    """The hash of all content, in order; responses are hashed in a thread while the block is looked at."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_Hasher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def add_text(self, story: Story) -> None:
+        self._digest.update("\0".join((story.name, *story.words)).encode())
+        self._digest.update(np.ascontiguousarray(story.word_times_s, dtype="<f8").tobytes())
+        self._digest.update(np.ascontiguousarray(story.tr_times_s, dtype="<f8").tobytes())
+
+    def add_header(self, subject: str, story: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self._digest.update(f"{subject}/{story}/{shape}/{dtype.str}".encode())
+
+    @contextmanager
+    def adding(self, block: np.ndarray) -> Iterator[None]:
+        """Hash a block while the body runs."""
+        hashing = self._pool.submit(lambda: self._digest.update(np.ascontiguousarray(block).data))
+        try:
+            yield
+        finally:
+            hashing.result()
+
+    def result(self) -> str:
+        return self._digest.hexdigest()[:16]
