@@ -23,6 +23,8 @@ from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.errors import InputError, first_line
 
 TEXT_FILE = "raw_text.pkl"
+MAX_BYTES = 256 * 2**20  # of all words and times, unfolded; those of the lab's stories take 5
+MAX_SHOWN = 40  # characters of a wrong value in a message
 PUBLISHED_TEST = ("wheretheressmoke", "fromboyhoodtofatherhood", "onapproachtopluto")
 
 
@@ -47,7 +49,8 @@ def open_lab(path: Path) -> Dataset:
     for folder in folders:
         unknown = sorted(set(responses[folder.name]) - set(sequences))
         if unknown:
-            raise InputError(f"{folder / (unknown[0] + '.npy')}: story {unknown[0]} has no text in {TEXT_FILE}")
+            file = folder / f"{unknown[0]}.npy"
+            raise InputError(f"{file}: story {shown_name(unknown[0])} has no text in {TEXT_FILE}")
     stories = {
         name: _story(
             path, name, sequences[name], {s: Responses(files[name]) for s, files in responses.items() if name in files}
@@ -66,7 +69,30 @@ def _response_files(folder: Path) -> dict[str, Path]:
     """Return story -> file, hidden folders and files left out (checkpoints of an editor, traces of a copy)."""
     if folder.name.startswith("."):
         return {}
-    return {file.stem: file for file in sorted(folder.glob("*.npy")) if not file.name.startswith(".")}
+    try:
+        found = sorted(file for file in folder.iterdir() if file.suffix == ".npy" and not file.name.startswith("."))
+    except PermissionError:
+        raise InputError(f"{folder}: cannot be read (Permission denied); grant access, or move it away") from None
+    for entry in (folder, *found) if found else ():
+        check_name(entry)
+    return {file.stem: file for file in found}
+
+
+def check_name(path: Path) -> None:
+    """Refuse a file or folder whose name cannot be printed or recorded.
+
+    Raises
+    ------
+    InputError
+        if its last part is not UTF-8.
+    """
+    if not _is_unicode(path.name):
+        raise InputError(f"{path.parent}: the name {path.name!a} in it is not UTF-8; rename it")
+
+
+def shown_name(name: str) -> str:
+    """Return a story's name for a message; in quotes if white space or something invisible is part of it."""
+    return name if name.isprintable() and name == name.strip() else repr(name)
 
 
 def read_transcripts(path: Path) -> dict[str, DataSequence]:
@@ -84,17 +110,40 @@ def read_transcripts(path: Path) -> dict[str, DataSequence]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except EOFError:
+        raise InputError(f"{path}: refused: it is empty or ends too early; get it anew") from None
     except Exception as error:  # a damaged pickle raises almost anything
         raise InputError(f"{path}: refused: {first_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: expected a dict of stories, found {type(content).__name__}")
     for name, sequence in content.items():
         if not isinstance(name, str) or not isinstance(sequence, DataSequence):
-            raise InputError(f"{path}: story {name!r} is {type(sequence).__name__}, expected DataSequence")
+            raise InputError(f"{path}: story {name!r:.80} is {type(sequence).__name__}, expected DataSequence")
+        if not _is_unicode(name):
+            raise InputError(f"{path}: story {name!a:.80}: its name holds half a character; mend its encoding")
         for attribute, value in vars(sequence).items():
             if isinstance(value, PickledArray):
                 setattr(sequence, attribute, getattr(value, "array", None))
+    _check_size(path, content)
     return content
+
+
+def _check_size(path: Path, sequences: dict[str, DataSequence]) -> None:
+    """Refuse a small file that unfolds to a huge one, by naming one text or array again and again."""
+    n_bytes = 0
+    for name, sequence in sequences.items():
+        n_bytes += sum(map(_n_bytes, vars(sequence).values()))
+        if n_bytes > MAX_BYTES:
+            raise InputError(
+                f"{path}: story {name:.80}: up to it the words and times take more than {MAX_BYTES // 2**20} MiB, "
+                "which no transcripts do; are some repeated?"
+            )
+
+
+def _n_bytes(value: Any) -> int:
+    if isinstance(value, list | tuple):
+        return sum(8 + (len(item) if isinstance(item, str) else 0) for item in value)
+    return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
 def _story(path: Path, name: str, sequence: DataSequence, responses: dict[str, Responses]) -> Story:
@@ -108,16 +157,33 @@ def _story(path: Path, name: str, sequence: DataSequence, responses: dict[str, R
     for at, word in enumerate(words):
         if not isinstance(word, str):
             raise InputError(f"{where}: word {at} is {type(word).__name__}, expected text")
-    return Story(
-        name, tuple(map(str, words)), _times(where, sequence.data_times), _times(where, sequence.tr_times), responses
-    )
+        if not _is_unicode(word):
+            raise InputError(f"{where}: word {at} ({word[:MAX_SHOWN]!a}) holds half a character; mend its encoding")
+    word_times_s = _times(f"{where}: its word times", sequence.data_times)
+    tr_times_s = _times(f"{where}: its TR times", sequence.tr_times)
+    return Story(name, tuple(map(str, words)), word_times_s, tr_times_s, responses)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written to a file: a pickle may hold surrogates, which alone are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _times(where: str, values: Any) -> np.ndarray:
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "iuf":
+        raise InputError(f"{where} are not numbers but {values.dtype}")
+    for at, value in enumerate(values if isinstance(values, list | tuple) else ()):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            shown = f"{value[:MAX_SHOWN]!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise InputError(f"{where} are not numbers: number {at} is {shown}")
     try:
         times = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: times are not numbers") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where} are not numbers") from None
     if times.ndim != 1:
-        raise InputError(f"{where}: times have shape {times.shape}, expected one a word or TR")
+        raise InputError(f"{where} have shape {times.shape}, expected one a word or TR")
     return times

@@ -35,8 +35,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from bert_encoding.datasets.lab import PUBLISHED_TEST
-from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.lab import PUBLISHED_TEST, check_name, shown_name
+from bert_encoding.datasets.responses import Responses, check_regular
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.datasets.textgrid import INTERVALS, Interval, Tier, read_textgrid
 from bert_encoding.errors import InputError, first_line
@@ -110,7 +110,11 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     found = sorted(file for file in folder.iterdir() if file.name.endswith(ending) and not file.is_dir())
-    return {file.name.removesuffix(ending): file for file in found if not file.name.startswith(".")}
+    files = {file.name.removesuffix(ending): file for file in found if not file.name.startswith(".")}
+    for file in files.values():
+        check_name(file)
+        check_regular(file)
+    return files
 
 
 def is_fetched(file: Path) -> bool:
@@ -126,6 +130,8 @@ def is_fetched(file: Path) -> bool:
 def _responses(folder: Path) -> tuple[dict[str, Files], list[str]]:
     """Return subject -> story -> file, and notes of what was not fetched."""
     people = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    for person in people:
+        check_name(person)
     named = {person.name: _files(person, ".hf5") for person in people if not person.name.startswith(".")}
     here = {subject: {s: file for s, file in files.items() if is_fetched(file)} for subject, files in named.items()}
     if not any(here.values()):
@@ -142,7 +148,9 @@ def _responses(folder: Path) -> tuple[dict[str, Files], list[str]]:
 def _check_text(folder: Path, files: Files, grids: Files, volumes: Mapping[str, int]) -> None:
     for name, file in files.items():
         if name not in grids:
-            raise InputError(f"{file}: story {name} has no text; expected {folder / 'TextGrids' / name}.TextGrid")
+            raise InputError(
+                f"{file}: story {shown_name(name)} has no text; expected {folder / 'TextGrids' / name}.TextGrid"
+            )
         if name not in volumes:
             raise InputError(f"{file}: story {name} has no length in {folder / 'respdict.json'}; add its volumes")
         if not is_fetched(grids[name]):
@@ -188,6 +196,7 @@ def read_volumes(path: Path) -> dict[str, int]:
     InputError
         if the file is missing, is not JSON, or a value is not a whole number that leaves at least one row.
     """
+    check_regular(path)
     if not is_fetched(path):
         raise InputError(f"{path}: {FETCH}")
     try:

@@ -1,5 +1,6 @@
 """Measured responses where they lie: an array, a ``.npy`` file or an HDF5 data set, read in blocks of voxels."""
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,16 +116,17 @@ class Responses:
     def _naming_damage(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.path}: cannot be read to its end ({first_line(error)}); get it anew") from None
 
 
 def _map_npy(path: Path) -> np.ndarray:
+    check_regular(path)
     try:
         responses = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the responses were there when the study began") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged header is read as Python, and raises almost anything
         raise InputError(f"{path}: not a readable .npy array ({first_line(error)})") from None
     if not isinstance(responses, np.ndarray):
         responses.close()
@@ -132,8 +134,19 @@ def _map_npy(path: Path) -> np.ndarray:
     return responses
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is there and neither file nor folder: reading a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # whoever opens it will say why it cannot
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: not a file but a {'pipe' if stat.S_ISFIFO(mode) else 'device or socket'}")
+
+
 @contextmanager
 def _open_hdf5(path: Path) -> Iterator[h5py.File]:
+    check_regular(path)
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
@@ -145,16 +158,26 @@ def _open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 def _hdf5_dataset(file: h5py.File, path: Path, key: str) -> h5py.Dataset:
+    try:
+        found = _own_dataset(file, path, key)
+        shape, _ = found.shape, found.dtype
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file raises almost anything
+        raise InputError(f"{path}: {key!r} cannot be read ({first_line(error)}); get it anew") from None
+    if shape is None:
+        raise InputError(f"{path}: {key!r} is an empty data set without a shape, expected an array")
+    return found
+
+
+def _own_dataset(file: h5py.File, path: Path, key: str) -> h5py.Dataset:
     """Return a data set that lies in this file alone: links and external storage could point anywhere."""
     link = file.get(key, getlink=True)
     if link is None:
         raise InputError(f"{path}: no data set {key!r}; it holds {', '.join(sorted(file)) or 'nothing'}")
     if not isinstance(link, h5py.HardLink):
         raise InputError(f"{path}: {key!r} is a link to somewhere else, which is not followed; copy the data in")
-    try:
-        found = file[key]
-    except (OSError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: {key!r} cannot be read ({first_line(error)}); get it anew") from None
+    found = file[key]
     if not isinstance(found, h5py.Dataset):
         raise InputError(f"{path}: {key!r} is a {type(found).__name__.lower()}, expected an array")
     if found.external or found.is_virtual:

@@ -6,7 +6,6 @@ Indices count all voxels of the responses from 0.
 """
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def read_arrays(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises almost anything
         raise InputError(f"{file}: not a readable .npz file ({first_line(error)})") from None
 
 
@@ -94,7 +93,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _settle(regions: dict[str, Any], file: Path, responses: Responses) -> dict[str, np.ndarray]:
-    n_voxels = responses.check()[0][-1]
+    shape, _ = responses.check()
+    n_voxels = shape[-1] if shape else 0
     return {name: as_voxels(values, n_voxels, f"{file}: region {name}") for name, values in regions.items()}
 
 
@@ -105,7 +105,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected {{region: [indices]}}, found {type(content).__name__}")
