@@ -35,8 +35,8 @@ def check(
     clean: bool = False,
     examples: Whole = None,
 ) -> int:
-    """Look at all of a data set and say whether it can be trusted: usable (exit code 0), usable with these masks (1:
-    voxels left out, or something unconfirmed), or not usable (2), and why.
+    """Look at all of a data set and say whether it can be trusted: usable (exit code 0), usable with these masks or
+    with doubts (1: voxels left out, or something unconfirmed), or not usable (2), and why.
 
     Parameters
     ----------
@@ -110,13 +110,18 @@ def fetch(
 
 
 def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as_json: bool, figure: str | None) -> int:
-    from bert_encoding.check import check_dataset, choose_heard, default_figure, print_report, to_json
+    from bert_encoding.check import NOT_USABLE, check_dataset, choose_heard, default_figure, print_report, to_json
 
     file = Path(figure) if figure is not None else default_figure(path)
     if file.suffix.lower() not in FIGURES:
         raise InputError(f"--figure {figure}: give a name that ends in {', '.join(FIGURES)}")
-    dataset = choose_heard(_open(path, trim), subjects)
     console = _console()
+    try:
+        dataset = choose_heard(_open(path, trim), subjects)
+    except InputError as error:
+        if as_json:
+            _print_json({"kind": "responses", "source": path, "verdict": NOT_USABLE, "reasons": [str(error)]})
+        raise
     with _waiting(console, f"reading {path}", quietly=as_json):
         report = check_dataset(dataset)
     failure = _draw(report, file)

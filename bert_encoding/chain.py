@@ -31,11 +31,13 @@ class Task(NamedTuple):
     dataset : inspected
     splits : one, or several that rotate; scores are means over them
     split_seed : settles ridge folds and probe masks, the same in every trial
+    voxels_are_chosen : by the frozen encoder's own ``cc_seen``, which is then the best of many for it
     """
 
     dataset: Dataset
     splits: tuple[Split, ...]
     split_seed: int
+    voxels_are_chosen: bool = False
 
 
 class Chain:

@@ -14,14 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from bert_encoding.alignment import SHIFTS, USABLE, LagProfile, LagSums, check_alignment, in_trs
+from bert_encoding.command import absolute
 from bert_encoding.datasets.inspect import ResponseCheck, Survey, survey
 from bert_encoding.datasets.splits import choose_subjects
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.errors import InputError
 from bert_encoding.records import atomic_path
 
-VERDICTS = USABLE_AS_IT_IS, USABLE_WITH_MASKS, NOT_USABLE = "usable", "usable with these masks", "not usable"
+USABLE_AS_IT_IS, USABLE_WITH_MASKS, NOT_USABLE = "usable", "usable with these masks", "not usable"
+USABLE_WITH_DOUBTS = "usable, with doubts"
+EXIT_CODES = {USABLE_AS_IT_IS: 0, USABLE_WITH_MASKS: 1, USABLE_WITH_DOUBTS: 1, NOT_USABLE: 2}
 BAR_COLUMNS = 50
+COLUMNS_MEAN = (
+    "silent: rows of the transcript without a spoken word; outside: words before the first or after the last TR; "
+    "max|mean| and SDs: over the voxels of a story, of which the medians decide whether it counts as z-scored"
+)
 SHOWN_NAMES = 8
 
 
@@ -33,27 +40,29 @@ class Report:
     ----------
     profiles : a lag profile a subject
     reasons : why the data are not usable, a line each
-    caveats : what speaks against them without ruling them out, a line each; voxels left out are among them
+    doubts : what speaks against them without ruling them out, a line each
     notes : what else a user should know, a line each
     """
 
     survey: Survey
     profiles: tuple[LagProfile, ...]
     reasons: tuple[str, ...]
-    caveats: tuple[str, ...]
+    doubts: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
-        """One of ``VERDICTS``."""
+        """One of ``EXIT_CODES``."""
         if self.reasons:
             return NOT_USABLE
-        return USABLE_WITH_MASKS if self.caveats else USABLE_AS_IT_IS
+        if self.doubts:
+            return USABLE_WITH_DOUBTS
+        return USABLE_WITH_MASKS if self.survey.left_out else USABLE_AS_IT_IS
 
     @property
     def exit_code(self) -> int:
-        """Return 0, 1 or 2, in the order of ``VERDICTS``."""
-        return VERDICTS.index(self.verdict)
+        """Return 0, 1 or 2."""
+        return EXIT_CODES[self.verdict]
 
 
 def check_dataset(dataset: Dataset) -> Report:
@@ -63,14 +72,15 @@ def check_dataset(dataset: Dataset) -> Report:
     masks = found.dataset.voxel_masks
     assert masks is not None
     profiles = tuple(sums.profile(subject, masks[subject]) for subject in dataset.subjects)
-    reasons, caveats = list(found.problems), _scale_caveats(found)
+    reasons, doubts = list(found.problems), list(found.doubts)
     for profile in profiles:
         try:
-            caveats += check_alignment(profile)
+            doubts += check_alignment(profile)
         except InputError as error:
             reasons.append(str(error))
-    notes = tuple(note for note in found.dataset.notes if note not in found.left_out)
-    return Report(found, profiles, tuple(reasons), (*found.left_out, *caveats), notes)
+    told = (*found.left_out, *found.doubts)
+    notes = (*(note for note in found.dataset.notes if note not in told), *_region_notes(dataset))
+    return Report(found, profiles, tuple(reasons), tuple(doubts), notes)
 
 
 def choose_heard(dataset: Dataset, subjects: list[str] | None) -> Dataset:
@@ -99,17 +109,11 @@ def choose_heard(dataset: Dataset, subjects: list[str] | None) -> Dataset:
     return replace(used, notes=tuple(notes))
 
 
-def _scale_caveats(found: Survey) -> list[str]:
-    caveats = []
-    for subject in found.dataset.subjects:
-        measured = [c for c in found.responses if c.subject == subject and c.is_z_scored is not None]
-        others = [check.story for check in measured if not check.is_z_scored]
-        if others:
-            caveats.append(
-                f"{subject}: {len(others)} of {len(measured)} stories are not z-scored (mean 0 and SD 1 of each "
-                f"voxel in each story are expected): {_some(others)}"
-            )
-    return caveats
+def _region_notes(dataset: Dataset) -> list[str]:
+    return [
+        f"regions of {subject}: " + ", ".join(f"{name} ({voxels.size} voxels)" for name, voxels in regions.items())
+        for subject, regions in dataset.rois.items()
+    ]
 
 
 def _some(names: list[str]) -> str:
@@ -122,10 +126,11 @@ def _some(names: list[str]) -> str:
 def print_report(console: Console, report: Report, *remarks: str) -> None:
     """Print a line a story and subject, the lag profiles, remarks and notes, and the verdict."""
     console.print(_table(report))
+    _say(console, "", COLUMNS_MEAN)
     for profile in report.profiles:
         _say(console, "", *lag_lines(profile))
-    _say(console, "", *remarks, *(f"note: {note}" for note in (*report.notes, *report.caveats)))
-    _say(console, f"verdict: {report.verdict}", *(f"  because {reason}" for reason in report.reasons))
+    _say(console, "", *remarks, *(f"note: {note}" for note in (*report.notes, *report.survey.left_out)))
+    _say(console, f"verdict: {report.verdict}", *(f"  because {reason}" for reason in report.reasons or report.doubts))
 
 
 def _say(console: Console, *lines: str) -> None:
@@ -137,7 +142,18 @@ def _table(report: Report) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("story", "subject"):
         table.add_column(name, no_wrap=True)
-    for name in ("words", "silent", "outside", "rows", "voxels", "non-finite", "constant", "|mean|", "SD", "repeats"):
+    for name in (
+        "words",
+        "silent",
+        "outside",
+        "rows",
+        "voxels",
+        "non-finite",
+        "constant",
+        "max|mean|",
+        "SDs",
+        "repeats",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     texts = {text.story: text for text in report.survey.texts}
@@ -216,7 +232,7 @@ def draw_lags(report: Report, file: Path) -> None:
 
 def default_figure(source: str) -> Path:
     """Return where the figure of a data set goes, under the current folder."""
-    return Path("results") / "check" / f"{Path(source).resolve().name or 'data'}-lag.png"
+    return Path("results") / "check" / f"{absolute('', source).name or 'data'}-lag.png"
 
 
 # --- for programs -----------------------------------------------------------------------------------------------------
@@ -225,7 +241,8 @@ def default_figure(source: str) -> Path:
 def to_json(report: Report) -> dict[str, Any]:
     """Return a report as plain values.
 
-    ``kind``: "responses". ``source``, ``verdict``, ``reasons``, ``caveats``, ``notes`` as in ``Report``.
+    ``kind``: "responses". ``source``, ``verdict``, ``reasons``, ``doubts``, ``notes`` as in ``Report``.
+    ``left_out``: masks, a line a subject.
     ``fingerprint``: of the content, null if the data are not usable. ``trim``: TRs at start and end.
     ``stories``: one object a story, the fields of ``TextCheck``. ``responses``: one a story and subject, the fields of
     ``ResponseCheck``. ``voxels``: subject -> ``{"all": n, "valid": n}``. ``lags``: one object a subject with
@@ -239,7 +256,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "source": dataset.source,
         "verdict": report.verdict,
         "reasons": list(report.reasons),
-        "caveats": list(report.caveats),
+        "doubts": list(report.doubts),
+        "left_out": list(report.survey.left_out),
         "notes": list(report.notes),
         "fingerprint": dataset.fingerprint or None,
         "trim": list(dataset.trim),

@@ -1,6 +1,7 @@
 """What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
@@ -20,6 +21,20 @@ Text = Annotated[str | None, Parameter(converter=_strictly(str))]
 Whole = Annotated[int | None, Parameter(converter=_strictly(int))]
 Number = Annotated[float | None, Parameter(converter=_strictly(float))]
 Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
+
+
+def absolute(option: str, name: str | Path) -> Path:
+    """Return a path that does not depend on the current folder.
+
+    Raises
+    ------
+    InputError
+        if its links go round in a circle, or ``~`` is nobody's.
+    """
+    try:
+        return Path(name).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{option} {name}: {error}") from None
 
 
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:

@@ -143,6 +143,8 @@ def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
     frame = pd.DataFrame([_trial_row(record) for record in records])
     frame = frame.reindex(columns=COLUMNS + [name for name in frame.columns if name not in COLUMNS])
     frame["adaptation_gap"] = _adaptation_gap(frame)
+    if any(record.scores.get("voxels_are_chosen") for record in records):
+        frame["adaptation_gap"] = np.nan  # the frozen cc_seen chose the voxels, and flatters itself there
     types = {name: "string" if name in _TEXT else "Int64" if name in _WHOLE else "Float64" for name in COLUMNS}
     return frame.astype(types)
 

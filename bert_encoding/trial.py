@@ -76,6 +76,7 @@ def run_trial(
     seen = float(np.mean([fold.score_seen(last.vectors) for fold, last in zip(folds, results, strict=True)]))
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
     scores = _final_scores(epochs) | {"cc_seen": seen, "layer": float(chain.layer) if chain.encoder else None}
+    scores["voxels_are_chosen"] = task.voxels_are_chosen
     if score_test:
         test_scores = chain.score_test(task.splits[0])
         tables.append((test_scores, 0, "test"))

@@ -88,5 +88,5 @@ def _read_npy(file: Path, subjects: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as raw:
             return {subjects[0]: np.lib.format.read_array(raw, allow_pickle=False)}
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is read as Python, and raises almost anything
         raise InputError(f"{file}: not a readable .npy array ({first_line(error)})") from None

@@ -29,7 +29,7 @@ def on_chosen_voxels(study: Study, task: Task, folder: Path, console: Console) -
     if not file.exists():
         console.print(f"choosing {study.options.voxels} voxels by the frozen encoder's CC inside the fit stories ...")
         write_voxels(file, _choose(study, task))
-    chosen = task._replace(dataset=keep_voxels(task.dataset, read_voxels(file, task.dataset)))
+    chosen = task._replace(dataset=keep_voxels(task.dataset, read_voxels(file, task.dataset)), voxels_are_chosen=True)
     _check_kept(folder, file, voxels_key(chosen.dataset))
     return chosen
 

@@ -4,7 +4,9 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,10 +46,25 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
             _temp_dir=str(folder),
             _node_ip_address="127.0.0.1",
         )
-        yield folder
+        folder.chmod(0o700)  # Ray opens it to everybody
+        with _ending_on_sigterm():
+            yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """End like Ctrl-C when asked to terminate, as kill and batch systems ask: Ray's own handler leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @functools.cache

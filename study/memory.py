@@ -1,5 +1,6 @@
 """How much memory a trial needs, said before it runs; what cannot fit is refused with the option that would."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,8 @@ from study.options import Options
 PROCESS_BYTES = 0.6e9  # Python with torch, transformers, peft and Ray
 DRIVER_BYTES = 1.5e9  # the driver and Ray's own processes
 VOCABULARY = 31_000
-CGROUPS = (  # limit and use of a container or a Slurm job, in both versions of control groups
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+CGROUP_ROOT, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def worker_bytes(
@@ -69,12 +68,34 @@ def _training_bytes(shape: dict[str, int], config: TrialConfig) -> float:
 def free_bytes() -> float:
     """Return the memory that may still be used on this machine, or in this container or job."""
     free = float(psutil.virtual_memory().available)
-    for limit, used in CGROUPS:
-        try:
-            free = min(free, float(limit.read_text()) - float(used.read_text()))
-        except (OSError, ValueError):  # no such control group, or no limit ("max")
-            continue
+    for folder in _control_groups():
+        free = min(free, *(_left(folder, limit, used) for limit, used in LIMITS))
     return free
+
+
+def _control_groups() -> list[Path]:
+    """Return the control groups of this process up to the root: a Slurm job, a service or a container may limit any."""
+    try:
+        own = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        return []
+    folders = []
+    for _, controllers, path in own:
+        if controllers in ("", "memory"):  # version 2; version 1
+            root = CGROUP_ROOT / controllers
+            inner = Path(path.strip("/"))
+            folders += [root / inner, *(root / parent for parent in inner.parents)]
+    return folders
+
+
+def _left(folder: Path, limit: str, used: str) -> float:
+    """Return what a control group leaves; pages of files that it counts can be given back."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(float(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+        return float((folder / limit).read_text()) - float((folder / used).read_text()) + cached
+    except (OSError, ValueError):  # none here, or no limit ("max")
+        return math.inf
 
 
 def check_memory(need: Callable[[int], float], n_voxels: int, options: Options) -> None:

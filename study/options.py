@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bert_encoding.command import absolute
 from bert_encoding.config import MLM_TEXTS
 from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo import DEMO
@@ -75,7 +76,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
             raise InputError(f"--{name}: must not be empty")
     data = values.get("data", DEMO)
     if data != DEMO:
-        data = str(Path(data).expanduser().resolve())
+        data = str(absolute("--data", data))
     n_cpus, n_gpus = machine_cpus(), machine_gpus()
     gpus = values.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
     cpus = values.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
@@ -97,7 +98,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         epochs=values.get("epochs", space.epochs or 3),
         seed=values.get("seed", 0),
         name=values.get("name", f"{space.name}-{date.today():%Y-%m-%d}"),
-        out=str(Path(values.get("out", "results")).expanduser().resolve()),
+        out=str(absolute("--out", values.get("out", "results"))),
         outer_folds=values.get("outer_folds", 1),
         mlm_text=values.get("mlm_text", "fit"),
         baselines=_baselines(values.get("baselines"), static),
@@ -120,7 +121,7 @@ def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, 
     """
     if not resume:
         return {}
-    root = Path(out or "results").expanduser().resolve()
+    root = absolute("--out", out or "results")
     if name is None:
         begun = sorted(root.glob(f"*/{STUDY_FILE}"), key=lambda file: file.stat().st_mtime)
         if not begun:
@@ -164,7 +165,7 @@ def _voxels(voxels: str) -> str:
 
 
 def _file(option: str, name: str) -> str:
-    path = Path(name).expanduser().resolve()
+    path = absolute(option, name)
     if not path.is_file():
         raise InputError(f"{option} {name}: no such file")
     return str(path)

@@ -27,9 +27,10 @@ MIN_FREE_BYTES = 200e6
 
 
 class Estimate(NamedTuple):
-    """A rough forecast: of one trial with the base settings, and of what the study leaves on disk."""
+    """A rough forecast: of one trial with the base settings, of the frozen baseline, and of what is left on disk."""
 
     trial_seconds: float
+    baseline_seconds: float
     trial_bytes: float
     disk_bytes: float
 
@@ -47,17 +48,20 @@ def estimate(
     words = {name: len(story.words) for name, story in dataset.stories.items()}
     rows = {name: len(story.tr_times_s) - sum(dataset.trim) for name, story in dataset.stories.items()}
     p = shape["n_hidden"] * len(base.delays)
-    flops, v = 0.0, sum(n_voxels.values())
+    flops, frozen, v = 0.0, 0.0, sum(n_voxels.values())
     for split in splits:
         overlap = ((base.window_tokens - 2) / base.stride, (base.embed_window_tokens - 2) / base.embed_stride)
         train = TOKENS_A_WORD * sum(words[name] for name in split.fit) * overlap[0]
         embed = TOKENS_A_WORD * sum(words[name] for name in split.fit + split.validation) * overlap[1]
         flops += options.epochs * weights * (4 * train + 2 * embed)
-        flops += _ridge_flops(sum(rows[name] for name in split.fit), p, v, base, options.epochs)
+        n_fit = sum(rows[name] for name in split.fit)
+        flops += _ridge_flops(n_fit, p, v, base, options.epochs)
+        frozen += weights * 2 * embed + _ridge_flops(n_fit, p, v, base, 1)
     model_bytes = 4 * (weights + shape["n_hidden"] * 31_000)
     trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
     disk_bytes = MIN_FREE_BYTES + max(options.trials, 1) * (v * 4 * 2 + 1e5) + 5 * 0.1 * model_bytes
-    return Estimate(flops / _flops_a_second(options), trial_bytes, disk_bytes)
+    speed = _flops_a_second(options)
+    return Estimate(flops / speed, frozen / speed, trial_bytes, disk_bytes)
 
 
 def _ridge_flops(n_fit: int, n_features: int, n_voxels: int, base: TrialConfig, epochs: int) -> float:
@@ -120,11 +124,12 @@ def print_plan(
     share = f"{options.cpus_per_trial:g} CPU" + (f", {options.gpus_per_trial:g} GPU" if options.gpus_per_trial else "")
     add("workers", f"up to {options.max_concurrent} at once, {share} each")
     left = max(0, options.trials - n_done)
-    hours = forecast.trial_seconds * left / options.max_concurrent / 3600
+    n_frozen = 1 + options.voxels.isdecimal() if not n_done else 0  # to choose voxels is one more
+    seconds = forecast.baseline_seconds * n_frozen + forecast.trial_seconds * left / options.max_concurrent
     add(
         "estimate",
         f"about {_duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
-        f"{_duration(hours * 3600)} in all (rough: from words, voxels and weights)",
+        f"{_duration(seconds)} in all (rough: from words, voxels and weights)",
     )
     console.print(table, soft_wrap=True)
     for note in dataset.notes:

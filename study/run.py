@@ -5,6 +5,7 @@ python study/run.py --space lora_full
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cyclopts
@@ -13,13 +14,14 @@ from rich.console import Console
 
 from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text, Whole, run_app
 from bert_encoding.encoders import check_model, model_shape
+from bert_encoding.errors import InputError
 from bert_encoding.records import FAILED, write_json
 from study.analysis import load_trials, print_study, read_notes, standing
 from study.memory import check_memory, worker_bytes
 from study.options import Options, read_recorded, resolve_options
 from study.plan import check_space_on_disk, estimate, print_plan
 from study.prepare import Study, prepare
-from study.session import n_searched, run_session
+from study.session import check_new, n_searched, run_session
 from study.spaces import load_space
 
 WIDTH_OF_A_LOG = 240
@@ -126,11 +128,11 @@ def main(
     forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options)
     n_done = n_searched(options.folder) if resume else 0
     print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
+    check_new(options.folder, resume)
     if dry_run:
-        return 0
+        return _rehearse(console, lambda: _check_machine(study, forecast.disk_bytes))
     check_model(options.model, options.layer)
-    check_space_on_disk(options.folder, forecast.disk_bytes)
-    _check_memory(study)
+    _check_machine(study, forecast.disk_bytes)
     try:
         run_session(study, resume, console)
     except KeyboardInterrupt:
@@ -138,8 +140,18 @@ def main(
     return _finish(options, console)
 
 
-def _check_memory(study: Study) -> None:
-    """Refuse what cannot fit; the largest subject decides, since subjects are scored one after the other."""
+def _rehearse(console: Console, check: Callable[[], None]) -> int:
+    """Say what this machine would refuse; the study may be meant for another."""
+    try:
+        check()
+    except InputError as error:
+        console.print(f"note: not on this machine: {error}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def _check_machine(study: Study, disk_bytes: float) -> None:
+    """Refuse what cannot fit on disk or in memory; of subjects, scored one after the other, the largest decides."""
+    check_space_on_disk(study.options.folder, disk_bytes)
     shape, trains = model_shape(study.options.model), study.options.trials > 0
     heard = study.dataset
     check_memory(

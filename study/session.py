@@ -182,6 +182,18 @@ def _identity(study: Study, task: Task) -> dict[str, Any]:
     }
 
 
+def check_new(folder: Path, resume: bool) -> None:
+    """Refuse to begin a study where something lies.
+
+    Raises
+    ------
+    InputError
+        if the folder exists and the study is not to be resumed.
+    """
+    if folder.exists() and not resume:
+        raise InputError(f"{folder}: exists already; add --resume to go on with it, or choose another --name")
+
+
 @contextmanager
 def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterator[Path]:
     """Yield the study's folder, held by this process alone.
@@ -192,8 +204,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> Iterat
         if it exists already, is in use, or holds another study than the one to resume.
     """
     file = folder / STUDY_FILE
-    if folder.exists() and not resume:
-        raise InputError(f"{folder}: exists already; add --resume to go on with it, or choose another --name")
+    check_new(folder, resume)
     with naming_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", blocking=False)

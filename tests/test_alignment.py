@@ -341,3 +341,115 @@ def test_a_real_listener() -> None:
     assert found.peak in (2, 3)
     assert 0.03 < found.cc.max() < 0.045
     assert np.abs(found.cc[np.abs(SHIFTS - found.peak) > 5]).max() < 0.01
+
+
+# --- single stories ---------------------------------------------------------------------------------------------------
+
+
+def shift_stories(dataset: Dataset, lags: dict[str, int]) -> Dataset:
+    """Return the data set with some stories' responses later by so many TRs."""
+    stories = dict(dataset.stories)
+    for name, lag in lags.items():
+        rows = stories[name].responses["s"].array
+        assert rows is not None
+        stories[name] = replace(stories[name], responses={"s": Responses(array=np.roll(rows, lag, axis=0))})
+    return replace(dataset, stories=stories)
+
+
+def many() -> Dataset:
+    return listener(2, n_stories=12, n_voxels=60, noise=2.0)
+
+
+def test_a_storys_lag_equals_a_plain_loop() -> None:
+    """The other stories' slopes at their best shift weigh the voxels; the weighted sum is correlated shift by shift."""
+    dataset = shift_stories(many(), {"s3": 5})
+    lags = {lag.story: lag for lag in profile_of(dataset).stories}
+    parts = {}
+    for name, story in dataset.stories.items():
+        X, used = shifted_word_rate(story, PUBLISHED)
+        rows = story.responses["s"].array
+        assert rows is not None
+        parts[name] = (X.astype(np.float64), (rows[used] - rows[used].mean(axis=0)))
+    for name in ("s0", "s3"):
+        others = [parts[other] for other in parts if other != name]
+        X, Y = np.vstack([x for x, _ in others]), np.vstack([y for _, y in others])
+        slopes = np.array([np.linalg.lstsq(X[:, [s]], Y, rcond=None)[0][0] for s in range(21)])
+        power = [(slopes[s] ** 2).sum() * (X[:, s] ** 2).sum() for s in range(21)]
+        x, y = parts[name]
+        profile = [(x[:, s] @ (y @ slopes[int(np.argmax(power))])) / np.linalg.norm(x[:, s]) for s in range(21)]
+        profile -= np.median(profile)
+        height = profile / (1.4826 * np.median(np.abs(profile)))
+        assert lags[name].peak == SHIFTS[np.argmax(height)]
+        assert lags[name].height == pytest.approx(height.max(), rel=1e-4)
+        assert lags[name].height_here == pytest.approx(height[10:15].max(), rel=1e-4)  # 0 to +4, near the peak at +2
+
+
+@pytest.mark.parametrize("lag", [5, -5, 4])
+def test_stories_cut_otherwise_are_named(lag: int) -> None:
+    dataset = shift_stories(many(), dict.fromkeys(("s1", "s4", "s9"), lag))
+    profile = profile_of(dataset)
+    assert [(story.story, story.peak) for story in profile.elsewhere] == [(n, 2 + lag) for n in ("s1", "s4", "s9")]
+    with pytest.raises(InputError) as refused:
+        check_alignment(profile)
+    assert "3 of 12 stories do not follow their words at +2 TR" in str(refused.value)
+    assert f"elsewhere: s1 ({2 + lag:+d} TR), s4 ({2 + lag:+d} TR), s9" in str(refused.value)
+    (note,) = check_alignment(profile, trust=True)
+    assert note.endswith("trusted all the same, as asked")
+
+
+def test_half_the_stories_cut_otherwise_are_no_reason_to_cut_all_so() -> None:
+    profile = profile_of(shift_stories(many(), dict.fromkeys(("s0", "s2", "s4", "s6", "s8", "s10"), 5)))
+    with pytest.raises(InputError, match="stories do not follow their words at") as refused:
+        check_alignment(profile)
+    assert "--trim" not in str(refused.value)
+
+
+def test_stories_under_each_others_names_are_noted() -> None:
+    dataset = many()
+    rng = np.random.default_rng(5)
+    stories = dict(dataset.stories)
+    for name in ("s2", "s7"):
+        shape = stories[name].responses["s"].check()[0]
+        stories[name] = replace(stories[name], responses={"s": Responses(array=rng.standard_normal(shape))})
+    profile = profile_of(replace(dataset, stories=stories))
+    assert {story.story for story in profile.lost} <= {"s2", "s7"}
+    assert profile.lost
+    assert "leave no trace of their words" in check_alignment(profile)[0]
+
+
+def test_right_stories_raise_no_alarm() -> None:
+    profile = profile_of(many())
+    assert {story.peak for story in profile.stories} == {2}
+    assert (profile.elsewhere, profile.lost, check_alignment(profile)) == ([], [], [])
+
+
+def test_single_stories_have_no_say_where_they_show_little() -> None:
+    faint = listener(2, n_stories=12, n_voxels=6, noise=12.0)
+    for lags in ({}, dict.fromkeys(("s1", "s4"), 5)):
+        profile = profile_of(shift_stories(faint, lags))
+        assert (profile.elsewhere, profile.lost) == ([], [])
+
+
+def test_few_stories_have_no_lags_of_their_own() -> None:
+    assert profile_of(listener(2, n_stories=4)).stories == ()
+
+
+@pytest.mark.parametrize(("lag", "noted"), [(1, True), (2, False), (3, False), (4, True)])
+def test_an_unusual_lag_is_noted(lag: int, noted: bool) -> None:
+    notes = check_alignment(profile_of(listener(lag)))
+    assert [f"best at {lag:+d} TR" in note for note in notes] == [True] * noted
+
+
+@pytest.mark.data
+def test_shifted_stories_of_a_real_listener_are_found() -> None:
+    dataset = open_dataset(REAL_DATA)
+    names = sorted(dataset.stories)[::12]
+    stories = dict(dataset.stories)
+    for name in names:
+        rows = stories[name].responses["uts02"].read(np.arange(100))
+        stories[name] = replace(stories[name], responses={"uts02": Responses(array=np.roll(rows, 5, axis=0))})
+    profile = profile_of(replace(dataset, stories=stories), "uts02")
+    found = {story.story for story in profile.elsewhere}
+    assert found <= set(names)
+    assert len(found) >= len(names) - 1
+    assert profile_of(dataset, "uts02").elsewhere == []

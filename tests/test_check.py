@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,36 +70,72 @@ def printed(report: Report) -> str:
 def test_good_data_are_usable(good: Path) -> None:
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("usable", 0)
-    assert (report.reasons, report.caveats, report.notes) == ((), (), ())
+    assert (report.reasons, report.doubts, report.notes) == ((), (), ())
     (profile,) = report.profiles
     assert profile.peak in (2, 3)
     assert report.survey.dataset.fingerprint == inspect(open_dataset(good)).fingerprint
 
 
-def test_masked_voxels_are_a_caveat(good: Path) -> None:
+def test_masked_voxels_are_left_out(good: Path) -> None:
     edit(good, "beta", with_nan)
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("usable with these masks", 1)
-    assert report.caveats == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
+    assert report.survey.left_out == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
 
 
-def test_other_scales_are_a_caveat(good: Path) -> None:
+def test_other_scales_are_a_doubt(good: Path) -> None:
     edit(good, "beta", lambda rows: 3 * rows)
     edit(good, "zeta", lambda rows: rows + 100)
     report = check_dataset(open_dataset(good))
-    assert report.verdict == "usable with these masks"
-    assert report.caveats == (
-        "subject2: 2 of 7 stories are not z-scored (mean 0 and SD 1 of each voxel in each story are expected): "
-        "beta, zeta",
+    assert (report.verdict, report.exit_code) == ("usable, with doubts", 1)
+    assert report.doubts == (
+        "subject2: 2 of 7 stories are not z-scored (mean 0 and SD 1 of each voxel in each story are expected, or "
+        "differences between stories drown the words): beta, zeta",
     )
+    assert report.doubts[0] in inspect(open_dataset(good)).notes, "a study says so too"
 
 
-def test_no_clear_peak_is_a_caveat(good: Path) -> None:
-    for file in (good / "subject2").glob("*.npy"):
-        edit(good, file.stem, lambda rows: np.random.default_rng(len(rows)).standard_normal(rows.shape))
+def test_no_clear_peak_is_a_doubt(good: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in sorted((good / "subject2").glob("*.npy")):
+        edit(good, file.stem, lambda rows: rng.standard_normal(rows.shape))
     report = check_dataset(open_dataset(good))
-    assert report.verdict == "usable with these masks"
-    assert "alignment could not be confirmed" in report.caveats[-1]
+    assert report.verdict == "usable, with doubts"
+    assert "alignment could not be confirmed" in report.doubts[-1]
+
+
+def test_a_copy_of_a_story_or_of_a_listener_is_not_usable(good: Path) -> None:
+    shutil.copytree(good / "subject2", good / "subject2_backup")
+    report = check_dataset(open_dataset(good))
+    assert (report.verdict, report.exit_code) == ("not usable", 2)
+    assert len(report.reasons) == 7
+    assert report.reasons[0] == (
+        f"{good}: subject subject2_backup's responses to alpha are those of subject subject2 to alpha, number for "
+        "number; take out the copy"
+    )
+    with pytest.raises(InputError, match="subject2_backup's responses to alpha are those of subject subject2"):
+        inspect(open_dataset(good))
+
+
+def test_the_regions_found_are_told(good: Path) -> None:
+    (good / "subject2" / "rois.json").write_text('{"AC": [1, 2], "V1": [7]}')
+    assert "regions of subject2: AC (2 voxels), V1 (1 voxels)" in check_dataset(open_dataset(good)).notes
+
+
+@pytest.mark.parametrize(
+    ("lost", "value", "complaint"),
+    [
+        ([4, 7], np.nan, "has no finite voxel: in row 4, 7 no value is finite; interpolate there"),
+        (slice(None), 0.0, "has no voxel that is finite and varies; leave the story out or mend the file"),
+    ],
+    ids=["lost volumes", "zeros"],
+)
+def test_a_story_without_a_valid_voxel_is_named(good: Path, lost: Any, value: float, complaint: str) -> None:
+    rows = np.load(good / "subject2" / "beta.npy")
+    rows[lost] = value
+    np.save(good / "subject2" / "beta.npy", rows)
+    (reason,) = check_dataset(open_dataset(good)).reasons
+    assert f"beta.npy: story beta, subject subject2: {complaint}" in reason
 
 
 def test_the_wrong_trim_is_not_usable(good: Path) -> None:
@@ -224,12 +261,12 @@ def test_json_holds_the_numbers(good: Path) -> None:
     report = check_dataset(open_dataset(good))
     read = json.loads(json.dumps(to_json(report), allow_nan=False))
     assert set(read) == set(
-        "kind source verdict reasons caveats notes fingerprint trim stories responses voxels lags".split()
+        "kind source verdict reasons doubts left_out notes fingerprint trim stories responses voxels lags".split()
     )
     assert (read["kind"], read["source"], read["verdict"]) == ("responses", str(good), "usable with these masks")
     assert read["trim"] == [10, 5]
     assert read["voxels"] == {"subject2": {"all": 12, "valid": 11}}
-    assert read["caveats"] == list(report.caveats)
+    assert read["left_out"] == list(report.survey.left_out)
     assert [story["story"] for story in read["stories"]] == sorted(report.survey.dataset.stories)
     beta = next(row for row in read["responses"] if row["story"] == "beta")
     assert (beta["n_nonfinite"], beta["n_rows"], beta["problems"]) == (1, beta["n_rows_expected"], [])

@@ -92,11 +92,16 @@ def test_then_fewer_voxels_then_fewer_stories(options: Options, monkeypatch: pyt
 
 def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = free_bytes()
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(memory, "CGROUPS", ((limit, used),))
+    (tmp_path / "own").write_text("0::/slurm/job7/step\n")
+    job = tmp_path / "slurm" / "job7"
+    (job / "step").mkdir(parents=True)
+    limit, used = job / "memory.max", job / "memory.current"
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path)
     limit.write_text("3000000\n")
     used.write_text("1000000\n")
-    assert free_bytes() == 2_000_000
+    (job / "memory.stat").write_text("anon 300000\nactive_file 100000\ninactive_file 600000\n")
+    assert free_bytes() == 2_700_000, "pages of files can be given back"
     limit.write_text("max\n")
     assert free_bytes() == pytest.approx(machine, rel=0.5)
     limit.unlink()

@@ -94,9 +94,7 @@ def test_voxels_that_cannot_be_scored_stay_out(dataset: Dataset) -> None:
 
 def test_the_key_tells_subsets_apart(dataset: Dataset) -> None:
     subsets = [{"a": [1, 2], "b": [1]}, {"a": [1, 2], "b": [2]}, {"a": [2, 3], "b": [1]}]
-    keys = [
-        voxels_key(keep_voxels(dataset, {subject: np.array(v) for subject, v in kept.items()})) for kept in subsets
-    ]
+    keys = [voxels_key(keep_voxels(dataset, {subject: np.array(v) for subject, v in kept.items()})) for kept in subsets]
     assert len({*keys, voxels_key(dataset)}) == 4
     assert keys[0] == voxels_key(keep_voxels(dataset, {"a": np.array([2, 1]), "b": np.array([1])}))
 

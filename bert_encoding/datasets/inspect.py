@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last
 CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
 MAX_ABS_MEAN, MAX_SD_ERROR = 0.05, 0.1  # medians over voxels, above which responses do not count as z-scored
 VOXELS_AT_A_TIME = 4096  # so that some rows of them stay in the processor's cache
+MAX_SHOWN = 8  # stories in a note
 MAX_VALUE = 1e15  # squares and their sums still fit float32; for sums only, no response is changed
 
 
@@ -75,6 +77,7 @@ class Survey(NamedTuple):
     ----------
     dataset : with its voxel masks and notes, and its fingerprint if nothing is wrong
     left_out : which voxels are masked, a line a subject; also among the data set's notes
+    doubts : what speaks against the responses without ruling them out, a line each; also among the notes
     problems : why the data are unusable, a line each, in the order in which they were met
     """
 
@@ -82,6 +85,7 @@ class Survey(NamedTuple):
     texts: tuple[TextCheck, ...]
     responses: tuple[ResponseCheck, ...]
     left_out: tuple[str, ...]
+    doubts: tuple[str, ...]
     problems: tuple[str, ...]
 
 
@@ -153,9 +157,35 @@ def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
                 )
             left_out += _mask_note(subject, finite, varies)
         fingerprint = "" if problems else hasher.result()
-    notes = (*dataset.notes, *left_out, *_silence_note(texts))
+        problems += _same_responses(dataset.source, hasher.stories)
+    doubts = [doubt for subject in dataset.subjects for doubt in _scale_doubt(subject, checks)]
+    notes = (*dataset.notes, *left_out, *doubts, *_silence_note(texts))
     surveyed = replace(dataset, voxel_masks=masks, fingerprint=fingerprint, notes=notes)
-    return Survey(surveyed, texts, tuple(checks), tuple(left_out), tuple(problems))
+    return Survey(surveyed, texts, tuple(checks), tuple(left_out), tuple(doubts), tuple(problems))
+
+
+def _scale_doubt(subject: str, checks: list[ResponseCheck]) -> list[str]:
+    measured = [check for check in checks if check.subject == subject and check.is_z_scored is not None]
+    others = [check.story for check in measured if not check.is_z_scored]
+    if not others:
+        return []
+    shown = ", ".join(others[:MAX_SHOWN]) + (", ..." if len(others) > MAX_SHOWN else "")
+    return [
+        f"{subject}: {len(others)} of {len(measured)} stories are not z-scored (mean 0 and SD 1 of each voxel in each "
+        f"story are expected, or differences between stories drown the words): {shown}"
+    ]
+
+
+def _same_responses(source: str, stories: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """Refuse copies: one scan cannot be of two stories, or of two people."""
+    problems = []
+    for same in stories.values():
+        for (subject, story), (other, twin) in pairwise(same):
+            problems.append(
+                f"{source}: subject {other}'s responses to {twin} are those of subject {subject} to {story}, number "
+                "for number; take out the copy"
+            )
+    return problems
 
 
 def _silence_note(texts: tuple[TextCheck, ...]) -> list[str]:
@@ -320,10 +350,27 @@ def _read(
     except InputError as error:
         return check._replace(problems=(str(error),)), totals
     check = totals.describe(check)
-    if check.n_nonfinite == check.n_voxels:
-        where = _where(dataset, story, check.subject)
-        return check._replace(problems=(f"{where} has no finite voxel; leave the story out or mend the file",)), totals
+    assert check.n_nonfinite is not None and check.n_constant is not None
+    if check.n_nonfinite + check.n_constant == check.n_voxels:
+        complaint = _no_voxel(story.responses[check.subject], check)
+        return check._replace(problems=(f"{_where(dataset, story, check.subject)} {complaint}",)), totals
+    hasher.stories.setdefault(totals.key(), []).append((check.subject, story.name))
     return check, totals
+
+
+def _no_voxel(responses: Responses, check: ResponseCheck) -> str:
+    """Say why a story has no valid voxel; lost volumes are told by their rows."""
+    if check.n_nonfinite != check.n_voxels:
+        return "has no voxel that is finite and varies; leave the story out or mend the file"
+    lost: list[int] = []
+    first_row = 0
+    for block in responses.blocks():
+        lost += (first_row + np.flatnonzero(~np.isfinite(block).any(axis=1))).tolist()
+        first_row += len(block)
+    if not 0 < len(lost) < first_row:
+        return "has no finite voxel; leave the story out or mend the file"
+    shown = ", ".join(map(str, lost[:MAX_SHOWN])) + (", ..." if len(lost) > MAX_SHOWN else "")
+    return f"has no finite voxel: in row {shown} no value is finite; interpolate there, or leave the story out"
 
 
 def _where(dataset: Dataset, story: Story, subject: str, responses: Responses | None = None) -> str:
@@ -369,6 +416,10 @@ class _Totals:
         self.squares[voxels] += squares
         return values
 
+    def key(self) -> str:
+        """Return what equal responses have in common, and others have not but by a miracle."""
+        return hashlib.sha256(b"".join((self.first.tobytes(), self.sum.tobytes(), self.squares.tobytes()))).hexdigest()
+
     def varies(self) -> np.ndarray:
         """Return (n_voxels,) False where all rows are equal."""
         return self.high - self.low > CONSTANT_RANGE
@@ -411,6 +462,7 @@ class _Hasher:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
+        self.stories: dict[str, list[tuple[str, str]]] = {}  # hash of responses -> the (subject, story) that have them
 
     def __enter__(self) -> "_Hasher":
         return self

@@ -50,7 +50,8 @@ def open_lab(path: Path) -> Dataset:
         unknown = sorted(set(responses[folder.name]) - set(sequences))
         if unknown:
             file = folder / f"{unknown[0]}.npy"
-            raise InputError(f"{file}: story {shown_name(unknown[0])} has no text in {TEXT_FILE}")
+            more = f" (nor have {', '.join(map(shown_name, unknown[1:6]))})" if unknown[1:] else ""
+            raise InputError(f"{file}: story {shown_name(unknown[0])} has no text in {TEXT_FILE}{more}; move it away")
     stories = {
         name: _story(
             path, name, sequences[name], {s: Responses(files[name]) for s, files in responses.items() if name in files}

@@ -52,6 +52,8 @@ def as_voxels(values: Any, n_voxels: int, what: str) -> np.ndarray:
         raise InputError(f"{what}: expected voxel indices or a mask, found {array.dtype} of shape {array.shape}")
     if array.dtype.kind == "b" and array.size != n_voxels:
         raise InputError(f"{what}: the mask has {array.size} voxels, the responses have {n_voxels}")
+    if array.dtype.kind != "b" and array.size == n_voxels and set(array.tolist()) <= {0, 1}:
+        raise InputError(f"{what}: looks like a mask of 0 and 1; save it as booleans")
     voxels = np.flatnonzero(array) if array.dtype.kind == "b" else np.sort(array.astype(np.int64))
     if not voxels.size:
         raise InputError(f"{what}: the mask selects no voxel")
@@ -89,7 +91,10 @@ def _first_responses(dataset: Dataset) -> dict[str, Responses]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in FILES if (folder / name).is_file()]
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{found[0]}: there is also {found[1].name}; keep one of the two")
+    return found
 
 
 def _settle(regions: dict[str, Any], file: Path, responses: Responses) -> dict[str, np.ndarray]:
