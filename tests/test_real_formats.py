@@ -61,7 +61,10 @@ def test_ds003020_with_chosen_voxels_regions_and_baselines(tmp_path: Path, priva
     again = run_command([sys.executable, str(RUN), "--resume", "--out", str(out)], private_tmp)
     assert again.returncode == 0, again.stderr
     assert "nothing to do" in again.stdout
-    for option, message in ((("--voxels", "6"), "the voxels changed"), (("--trim", "course"), "the trim changed")):
+    for option, message in (
+        (("--voxels", "6"), "the voxels changed"),
+        (("--trim", "course", "--trust-alignment"), "the trim changed"),
+    ):
         refused = run_command([sys.executable, str(RUN), "--resume", "--out", str(out), *option], private_tmp)
         assert refused.returncode == 2
         assert message in refused.stderr

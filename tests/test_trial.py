@@ -577,6 +577,7 @@ SCORES = {
     "share_above_0",
     "alpha_edge_share",
     "n_constant_predictions",
+    "voxels_are_chosen",
     "epochs_done",
     "cc_best",
     "epoch_best",
