@@ -955,7 +955,7 @@ import bert_encoding.__main__
 from bert_encoding.command import run_app
 rehearsal, cases = json.loads(sys.argv[1])
 def both(data, model):
-    shared = ["--space", "smoke", "--model", model, "--out", "out"]
+    shared = ["--space", "smoke.py", "--model", model, "--out", "out"]
     yield run_app, study.run.app, ["--dry-run", "--data", data, *shared]
     yield run_app, bert_encoding.__main__.app, ["check", data]
 for data, model in rehearsal:  # loads what is loaded late: nobody may not read this checkout
@@ -1007,6 +1007,7 @@ def test_what_may_not_be_read_is_named(open_folder: Path) -> None:
     """The permissions of a root user do not bind: as root, this runs as nobody."""
     model = make_tiny_bert(open_folder / "model")
     (open_folder / "work").mkdir()
+    shutil.copy(ROOT / "search_spaces" / "smoke.py", open_folder / "work")
     made = {
         "lab": make_lab(open_folder / "lab", subjects=("subject2", "subject3")),
         "ds": make_lebel(open_folder / "ds"),
