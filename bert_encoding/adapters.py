@@ -1,6 +1,9 @@
-"""LoRA adapters in PEFT format: add, save, load, and prove that what was loaded is applied."""
+"""LoRA adapters in PEFT format, and whole tuned models: add, save, load, and prove that what was loaded is applied."""
 
+import copy
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import BertForMaskedLM, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertForMaskedLM, BertModel
 
 from bert_encoding.encoders import Encoder, quiet
 from bert_encoding.errors import InputError, first_line
@@ -24,12 +27,28 @@ TARGETS = {
     "d": "output.dense",
 }
 ALL_TARGETS = "all"
+REWRITING = ("pissa", "olora")  # initialisations that take what they put into B A out of the base weights
+_INITS = {"zero": True, "gaussian": "gaussian"} | {name: name for name in REWRITING}  # our word -> PEFT's
+_SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_NEXT_SENTENCE = ("bert.pooler.", "cls.seq_relationship.")  # what pre-training has beyond a masked LM
 
 
-def target_regex(targets: str) -> str:
+def target_regex(targets: str, blocks: Sequence[int] | None = None) -> str:
     """Return the full-match pattern for e.g. ``"q,v"`` or ``"all"``, anchored to encoder blocks.
 
-    PEFT matches plain names by suffix, so that ``dense`` would also adapt the masked-LM head.
+    PEFT matches plain names by suffix, so that ``dense`` would also adapt the masked-LM head; and it takes no list of
+    blocks beside a pattern, so they are part of it.
+
+    Parameters
+    ----------
+    blocks : the encoder blocks meant, from 0; None is all
 
     Raises
     ------
@@ -47,26 +66,76 @@ def target_regex(targets: str) -> str:
             )
     if len(set(names)) < len(names):
         raise InputError(f"target_modules {targets!r}: a module is named twice")
-    return r".*\bencoder\.layer\.\d+\.(" + "|".join(re.escape(TARGETS[name]) for name in names) + ")"
+    numbers = r"\d+" if blocks is None else "(" + "|".join(str(block) for block in blocks) + ")"
+    return rf".*\bencoder\.layer\.{numbers}\.(" + "|".join(re.escape(TARGETS[name]) for name in names) + ")"
 
 
 def add_adapter(
-    model: BertForMaskedLM, *, rank: int, lora_alpha: float, targets: str, dropout: float, seed: int
+    model: BertForMaskedLM,
+    *,
+    rank: int,
+    lora_alpha: float,
+    targets: str,
+    dropout: float,
+    seed: int,
+    scaling: str = "standard",
+    init: str = "zero",
+    bias: str = "none",
+    blocks: Sequence[int] | None = None,
+    dora: bool = False,
 ) -> PeftModel:
-    """Add a fresh adapter to ``model``, in place; only the adapter trains. The update W + (lora_alpha / rank) B A
-    starts at W, since B starts at 0 (Hu et al. 2022, section 4.1)."""
+    """Add a fresh adapter to ``model``, in place; only the adapter trains. It starts as no change.
+
+    W + s B A with s = lora_alpha / rank (Hu et al. 2022, section 4.1), or lora_alpha / sqrt(rank) with ``rslora``
+    (Kalajdzievski 2023, arXiv 2312.03732). B starts at 0; but ``pissa`` and ``olora`` start B A as a part of W and
+    take s B A out of the base weights (Meng et al. 2024, arXiv 2404.02948; Büyükakyüz 2024, arXiv 2406.01775).
+
+    Parameters
+    ----------
+    scaling, init, bias, dora : as ``TrialConfig`` says
+    blocks : encoder blocks that get an adapter, from 0; None is all
+
+    Raises
+    ------
+    InputError
+        if ``init`` cannot fill so high a rank.
+    """
+    pattern = target_regex(targets, blocks)
+    if init in REWRITING:
+        _check_rank(model, pattern, rank, init)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,  # PEFT divides it; an integer is not required
-        target_modules=target_regex(targets),
+        target_modules=pattern,
         lora_dropout=dropout,
-        bias="none",
+        bias=bias,
+        use_rslora=scaling == "rslora",
+        use_dora=dora,
+        init_lora_weights=_INITS[init],
     )
     with quiet():
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    if init in REWRITING:
+        adapted.adapter_at_start = _factors(adapted)  # without it nobody can tell what the base weights were
     return adapted
+
+
+def _check_rank(model: BertForMaskedLM, pattern: str, rank: int, init: str) -> None:
+    widths = [min(part.weight.shape) for name, part in model.named_modules() if re.fullmatch(pattern, name)]
+    if widths and rank > min(widths):
+        raise InputError(f"rank {rank}: lora_init {init!r} needs at most {min(widths)}, a side of an adapted matrix")
+
+
+def _factors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return a CPU copy of all A and B by the names that PEFT saves them under."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if _is_factor(name)}
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def masked_lm(model: PeftModel | BertForMaskedLM) -> BertForMaskedLM:
@@ -76,9 +145,33 @@ def masked_lm(model: PeftModel | BertForMaskedLM) -> BertForMaskedLM:
 
 
 def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``."""
-    model.peft_config["default"].base_model_name_or_path = base_model
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``.
+
+    What was saved always goes onto the pristine model. An adapter whose initialisation rewrote the base weights is
+    saved as the plain LoRA of twice the rank that makes the same change: s B A - s B0 A0 = s [B, -B0] [A; A0]
+    (B0 and A0 at the start).
+    """
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_model
+    if hasattr(model, "adapter_at_start"):
+        _save_converted(model, folder)
+    else:
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def _save_converted(model: PeftModel, folder: Path) -> None:
+    """Only the factors change; DoRA's magnitudes and trained biases stay as they are."""
+    config = copy.copy(model.peft_config["default"])
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    config.r = 2 * config.r
+    config.lora_alpha, config.use_rslora = scale * config.r, False
+    config.init_lora_weights, config.inference_mode = True, True
+    tensors = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    for name, start in model.adapter_at_start.items():
+        is_a = ".lora_A." in name
+        tensors[name] = torch.cat([tensors[name], start if is_a else -start], dim=0 if is_a else 1)
+    config.save_pretrained(str(folder))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
@@ -107,6 +200,45 @@ def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
         raise InputError(f"{folder}: does not fit {encoder.name}: {other[0]} is on one side only")
     bert: BertModel = masked_lm(tuned).eval().bert
     check_applied(encoder, bert, f"{folder}: the adapter")
+    return bert
+
+
+def save_whole(model: BertForMaskedLM, folder: Path) -> None:
+    """Write all weights (``model.safetensors``) and ``config.json``, for ``BertForMaskedLM.from_pretrained``."""
+    with quiet():
+        model.save_pretrained(str(folder))
+
+
+def load_whole(encoder: Encoder, folder: Path) -> BertModel:
+    """Return a saved whole model's encoder: the same embeddings as in the trial that saved it.
+
+    Raises
+    ------
+    InputError
+        if there is no such model, it has another shape than ``encoder``, or its embeddings are the pretrained ones.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name}; give a folder with a whole tuned BERT")
+    try:
+        with quiet():
+            found = AutoConfig.from_pretrained(folder)
+            for name in _SHAPE:
+                here, there = getattr(encoder.model.config, name), getattr(found, name, None)
+                if here != there:
+                    raise ValueError(f"{name} is {there}, not {here}")
+            tuned, info = BertForMaskedLM.from_pretrained(
+                folder, config=found, use_safetensors=True, output_loading_info=True
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: does not fit {encoder.name}, or is damaged: {first_line(error)}") from None
+    unexpected = {name for name in info["unexpected_keys"] if not name.startswith(_NEXT_SENTENCE)}
+    if other := sorted(unexpected | set(info["missing_keys"])):
+        raise InputError(f"{folder}: does not fit {encoder.name}: {other[0]} is on one side only")
+    if broken := [name for name, tensor in tuned.named_parameters() if not torch.isfinite(tensor).all()]:
+        raise InputError(f"{folder}: {broken[0]} is not finite")
+    bert: BertModel = tuned.float().eval().bert
+    check_applied(encoder, bert, f"{folder}: the model")
     return bert
 
 

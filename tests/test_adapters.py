@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers they touch, what they compute, and that a loaded one is really applied."""
+"""LoRA adapters and whole tuned models: what they touch and compute, and that a loaded one is really applied."""
 
 import json
 import re
@@ -24,15 +24,16 @@ from bert_encoding.adapters import (
     add_adapter,
     check_applied,
     load_adapter,
+    load_whole,
     masked_lm,
     save_adapter,
+    save_whole,
     target_regex,
 )
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
-from bert_encoding.finetune import Training, finetune, make_probes
-from bert_encoding.windows import cut_windows, tokenize
+from bert_encoding.windows import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -83,29 +84,37 @@ class Trained(NamedTuple):
     folder: Path
 
 
+class Whole(NamedTuple):
+    """A model of which everything was trained, and where it was saved."""
+
+    model: BertForMaskedLM
+    folder: Path
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A real, short training."""
     model = adapted(tiny_encoder, "q,v,d", rank=4)
-    tokens = tokenize(story_words(200, seed=0), tiny_encoder.tokenizer)
-    windows = cut_windows(tokens, 64, 40, tiny_encoder.tokenizer)
-    probes = make_probes(windows, windows, tiny_encoder.tokenizer, 20, seed=0)
-    training = Training(
-        lr=2e-2,
-        epochs=2,
-        batch_size=4,
-        accumulation=1,
-        weight_decay=0.0,
-        warmup_epochs=0.0,
-        schedule="constant",
-        max_grad_norm=1.0,
-        mask_probability=0.15,
-        precision="float32",
-    )
-    list(finetune(masked_lm(model), windows, probes, tiny_encoder.tokenizer, training, 0, CPU))
+    train(model, tiny_encoder)
     folder = tmp_path_factory.mktemp("adapter") / "saved"
     save_adapter(model.eval(), folder, tiny_encoder.name)
     return Trained(model, folder)
+
+
+def train(model: Any, encoder: Encoder, n_steps: int = 5) -> Any:
+    """Train on telling every third word of some sentences, and return the model in eval mode."""
+    sentences = [" ".join(story_words(20, seed)) for seed in range(8)]
+    ids = encoder.tokenizer(sentences, return_tensors="pt")["input_ids"]
+    hidden = torch.arange(ids.shape[1]) % 3 == 1
+    masked, labels = ids.masked_fill(hidden, encoder.tokenizer.mask_token_id), ids.masked_fill(~hidden, -100)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    model.train()
+    for _ in range(n_steps):
+        model(masked, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 def adapted(
@@ -165,6 +174,18 @@ def test_neither_pooler_nor_heads_are_adapted_where_a_model_has_them(targets: st
     model = get_peft_model(whole, LoraConfig(r=2, target_modules=target_regex(targets)))
     expected = [f"bert.encoder.layer.{n}.{layer}" for n in range(11) for layer in LAYERS_BY_TARGETS[targets]]
     assert adapted_modules(model) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [(None, list(range(12))), ((0,), [0]), ((1,), [1]), ((10, 2, 1), [1, 2, 10]), (tuple(range(12)), list(range(12)))],
+)
+def test_pattern_names_exactly_these_blocks(blocks: tuple[int, ...] | None, expected: list[int]) -> None:
+    pattern = target_regex("o,d", blocks)
+    found = [n for n in range(12) if re.fullmatch(pattern, f"bert.encoder.layer.{n}.output.dense")]
+    assert found == expected
+    assert re.fullmatch(pattern, "bert.encoder.layer.1.attention.output.dense") or 1 not in expected
+    assert not re.fullmatch(pattern, "bert.encoder.layer.1.intermediate.dense")
 
 
 @pytest.mark.parametrize("targets", LAYERS_BY_TARGETS)
@@ -227,6 +248,47 @@ def test_update_is_alpha_over_rank_times_b_a(rank: int, lora_alpha: float, tiny_
         expected = x @ (W + lora_alpha / rank * B @ A).T + bias
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
         assert (layer(x) - x @ W.T - bias).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("rank", "lora_alpha"), [(4, 16.0), (9, 5.0)])
+def test_rslora_update_is_alpha_over_root_rank_times_b_a(rank: int, lora_alpha: float, tiny_encoder: Encoder) -> None:
+    settings: dict[str, Any] = {"rank": rank, "lora_alpha": lora_alpha, "targets": "i", "dropout": 0.0, "seed": 0}
+    model = disturbed(add_adapter(tiny_encoder.copy_model(), **settings, scaling="rslora"))
+    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    W, bias = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.parameters()
+    x = torch.randn(50, 32)
+    with torch.no_grad():
+        expected = x @ (W + lora_alpha / rank**0.5 * B @ A).T + bias
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+def test_dora_update_is_magnitude_times_direction(tiny_encoder: Encoder) -> None:
+    settings: dict[str, Any] = {"rank": 4, "lora_alpha": 8.0, "targets": "i", "dropout": 0.0, "seed": 0}
+    model = disturbed(add_adapter(tiny_encoder.copy_model(), **settings, dora=True))
+    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    W, bias = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.parameters()
+    x, magnitude = torch.randn(50, 32), torch.rand(64)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.copy_(magnitude)
+        V = W + 2.0 * B @ A
+        expected = x @ (magnitude[:, None] * V / V.square().sum(dim=1, keepdim=True).sqrt()).T + bias
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+
+
+def test_pissa_starts_with_the_largest_singular_vectors(tiny_encoder: Encoder) -> None:
+    """At first s B A is the best approximation of W of its rank; the base weights keep the rest."""
+    settings: dict[str, Any] = {"rank": 4, "lora_alpha": 8.0, "targets": "i", "dropout": 0.0, "seed": 0}
+    model = add_adapter(tiny_encoder.copy_model(), **settings, init="pissa")
+    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
+    W = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.weight.detach()
+    U, values, Vt = np.linalg.svd(W.numpy().astype(float), full_matrices=False)
+    best = torch.from_numpy((U[:, :4] * values[:4]) @ Vt[:4]).float()
+    with torch.no_grad():
+        update = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(update, best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.base_layer.weight, W - best, rtol=0, atol=1e-6)
 
 
 def test_seed_settles_a_and_b_starts_at_zero(tiny_encoder: Encoder) -> None:
@@ -325,6 +387,174 @@ def test_loading_leaves_the_encoder_as_it_was(trained: Trained, tiny_encoder: En
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not tiny_encoder.model.training
+
+
+@pytest.mark.parametrize("init", ["zero", "gaussian", "pissa", "olora"])
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@pytest.mark.parametrize(("bias", "dora"), [("lora_only", False), ("none", True)])
+def test_every_kind_of_adapter_loads_onto_the_pristine_model(
+    init: str, scaling: str, bias: str, dora: bool, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+) -> None:
+    kind: dict[str, Any] = {"init": init, "scaling": scaling, "bias": bias, "dora": dora, "blocks": (1,)}
+    base = tiny_encoder.copy_model()
+    model = add_adapter(base, rank=3, lora_alpha=6.0, targets="q,d", dropout=0.1, seed=0, **kind)
+    train(model, tiny_encoder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_adapter(model, tmp_path / "saved", tiny_encoder.name)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    expected = embeddings(tiny_encoder, masked_lm(model).bert)
+    assert np.abs(expected - embeddings(tiny_encoder, tiny_encoder.copy_model().bert)).max() > 0.01
+    np.testing.assert_allclose(
+        embeddings(tiny_encoder, load_adapter(tiny_encoder, tmp_path / "saved")), expected, rtol=0, atol=1e-5
+    )
+    plain = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(tiny_bert), tmp_path / "saved").eval()
+    np.testing.assert_allclose(embeddings(tiny_encoder, masked_lm(plain).bert), expected, rtol=0, atol=1e-5)
+    content = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    converted = init in ("pissa", "olora")
+    assert (content["r"], content["base_model_name_or_path"]) == (6 if converted else 3, tiny_encoder.name)
+    assert content["init_lora_weights"] in (True, "gaussian")
+    assert not (converted and content["use_rslora"])
+    assert (content["bias"], content["use_dora"]) == (bias, dora)
+
+
+def test_trained_biases_are_saved_and_checked(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rank": 2, "lora_alpha": 2.0, "targets": "q", "dropout": 0.0, "seed": 0}
+    model = train(add_adapter(tiny_encoder.copy_model(), **settings, bias="lora_only"), tiny_encoder)
+    save_adapter(model, tmp_path, tiny_encoder.name)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    biases = [name for name in saved if name.endswith("query.base_layer.bias")]
+    assert (len(biases), len(saved)) == (2, 6)
+    loaded = load_adapter(tiny_encoder, tmp_path).encoder.layer[0].attention.self.query.base_layer.bias
+    assert torch.equal(loaded, saved[min(biases)])
+    save_file(
+        {name: value for name, value in saved.items() if name != biases[0]}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"query\.base_layer\.bias is on one side only"):
+        load_adapter(tiny_encoder, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_rank_that_an_initialisation_cannot_fill_is_refused(init: str, tiny_encoder: Encoder) -> None:
+    base = tiny_encoder.copy_model()
+    with pytest.raises(InputError, match=f"rank 33: lora_init '{init}' needs at most 32"):
+        add_adapter(base, rank=33, lora_alpha=1.0, targets="i", dropout=0.0, seed=0, init=init)
+    assert adapted_modules(base) == []
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    model = train(tiny_encoder.copy_model(), tiny_encoder)
+    folder = tmp_path_factory.mktemp("whole") / "saved"
+    save_whole(model, folder)
+    return Whole(model, folder)
+
+
+def test_loaded_model_gives_the_embeddings_of_the_trained_one(whole: Whole, tiny_encoder: Encoder) -> None:
+    loaded = load_whole(tiny_encoder, whole.folder)
+    assert not loaded.training
+    assert np.array_equal(embeddings(tiny_encoder, loaded), embeddings(tiny_encoder, whole.model.bert))
+    pretrained = embeddings(tiny_encoder, tiny_encoder.copy_model().bert)
+    assert np.abs(embeddings(tiny_encoder, loaded) - pretrained).max() > 0.01
+
+
+def test_whole_model_loads_with_plain_transformers(whole: Whole, tiny_encoder: Encoder) -> None:
+    plain = BertForMaskedLM.from_pretrained(whole.folder).eval()
+    here, there = whole.model.state_dict(), plain.state_dict()
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert plain.cls.predictions.decoder.weight is plain.bert.embeddings.word_embeddings.weight
+    assert sorted(file.name for file in whole.folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_loading_a_whole_model_leaves_the_encoder_as_it_was(whole: Whole, tiny_encoder: Encoder) -> None:
+    before = {name: value.clone() for name, value in tiny_encoder.model.state_dict().items()}
+    load_whole(tiny_encoder, whole.folder)
+    assert all(torch.equal(before[name], value) for name, value in tiny_encoder.model.state_dict().items())
+
+
+def test_model_with_a_next_sentence_head_loads_too(tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig.from_pretrained(tiny_bert)).eval()
+    save_whole(model, tmp_path)
+    assert np.array_equal(
+        embeddings(tiny_encoder, load_whole(tiny_encoder, tmp_path)), embeddings(tiny_encoder, model.bert)
+    )
+
+
+def test_pretrained_model_itself_is_refused(tiny_encoder: Encoder, tiny_bert: Path) -> None:
+    with pytest.raises(InputError, match="tiny: the model: changes nothing"):
+        load_whole(tiny_encoder, tiny_bert)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_without_a_whole_model_is_refused(
+    name: str, whole: Whole, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "part")
+    (tmp_path / "part" / name).unlink()
+    with pytest.raises(InputError, match=f"part: no {re.escape(name)}"):
+        load_whole(tiny_encoder, tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": 64}, "hidden_size is 64, not 32"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, not 2"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, not 2"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, not 2"),  # all weights have the same shapes
+        ({"intermediate_size": 48}, "intermediate_size is 48, not 64"),
+        ({"vocab_size": 200}, "vocab_size is 200, not 103"),
+    ],
+)
+def test_whole_model_of_another_shape_is_refused(
+    changes: dict[str, int], named: str, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+) -> None:
+    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
+    save_whole(other.model, tmp_path / "saved")
+    with pytest.raises(InputError, match=f"saved: does not fit .*tiny, or is damaged: {named}") as refused:
+        load_whole(tiny_encoder, tmp_path / "saved")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("half the weights", "does not fit"),
+        ("no JSON", "does not fit"),
+        ("a weight left out", "does not fit .*: bert.encoder.layer.1.output.dense.bias is on one side only"),
+        ("a weight too many", "does not fit .*: bert.encoder.layer.1.output.more is on one side only"),
+        ("another shape", "does not fit"),
+        ("nan", "bert.encoder.layer.1.output.dense.bias is not finite"),
+    ],
+)
+def test_damaged_whole_model_is_refused(
+    damage: str, named: str, whole: Whole, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "damaged", "bert.encoder.layer.1.output.dense.bias"
+    shutil.copytree(whole.folder, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if damage == "half the weights":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "no JSON":
+        (folder / "config.json").write_text("{")
+    else:
+        weights |= {
+            "a weight left out": {},
+            "a weight too many": {"bert.encoder.layer.1.output.more": torch.ones(3)},
+            "another shape": {name: torch.ones(31)},
+            "nan": {name: torch.full((32,), torch.nan)},
+        }[damage]
+        if damage == "a weight left out":
+            del weights[name]
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=named) as refused:
+        load_whole(tiny_encoder, folder)
+    assert "\n" not in str(refused.value)
 
 
 # --- check_applied ----------------------------------------------------------------------------------------------------
