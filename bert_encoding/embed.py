@@ -1,6 +1,7 @@
-"""Words to vectors: one a word, from any layer of BERT."""
+"""Words to vectors: one a word, from any layer of BERT, from several at once, or from their mean."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ def embed_stories(
     stories: Mapping[str, Tokens],
     tokenizer: BertTokenizerFast,
     *,
-    layer: int,
+    layer: int | tuple[int, ...],
     window_tokens: int,
     stride: int,
     precision: str,
@@ -27,7 +28,7 @@ def embed_stories(
 
     Parameters
     ----------
-    layer : 0 is the embedding output, ``n_layers`` the last block, as in ``hidden_states``
+    layer : 0 is the embedding output, ``n_layers`` the last block, as in ``hidden_states``; of several the mean
     window_tokens, stride : as in ``cut_windows``
 
     Returns
@@ -36,57 +37,181 @@ def embed_stories(
 
     Raises
     ------
+    ValueError
+        if there is no such layer.
     RuntimeError
         if a word with tokens got no vector, or a vector is not finite.
     """
-    jobs = [(name, w) for name, t in stories.items() for w in cut_windows(t, window_tokens, stride, tokenizer)]
+    layers = (layer,) if isinstance(layer, int) else layer
+    arrays = _embed(bert, stories, tokenizer, (layers,), _Reading(window_tokens, stride, precision, device, batch_size))
+    return {name: vectors[0] for name, vectors in arrays.items()}
+
+
+def embed_layers(
+    bert: BertModel,
+    stories: Mapping[str, Tokens],
+    tokenizer: BertTokenizerFast,
+    *,
+    layers: Sequence[int],
+    window_tokens: int,
+    stride: int,
+    precision: str,
+    device: torch.device,
+    batch_size: int = 8,
+) -> dict[int, dict[str, np.ndarray]]:
+    """Return what ``embed_stories`` returns for each of several layers, layer -> story -> (n_words, n_hidden), from
+    one forward pass.
+
+    The result takes 4 bytes a layer, word and hidden unit: 13 layers of BERT-base over 190,000 words are 7.6 GB, so
+    score a few layers at a time where that is too much. While it works, sums of float64 are held only for stories
+    whose windows are not all read.
+
+    Parameters, errors
+        as of ``embed_stories``; ``layers`` are different.
+    """
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers {list(layers)}: one is named twice")
+    groups = tuple((layer,) for layer in layers)
+    arrays = _embed(bert, stories, tokenizer, groups, _Reading(window_tokens, stride, precision, device, batch_size))
+    return {layer: {name: vectors[at] for name, vectors in arrays.items()} for at, layer in enumerate(layers)}
+
+
+class _Reading(NamedTuple):
+    """How BERT reads."""
+
+    window_tokens: int
+    stride: int
+    precision: str
+    device: torch.device
+    batch_size: int
+
+
+def _embed(
+    bert: BertModel,
+    stories: Mapping[str, Tokens],
+    tokenizer: BertTokenizerFast,
+    groups: tuple[tuple[int, ...], ...],
+    reading: _Reading,
+) -> dict[str, list[np.ndarray]]:
+    """Return story -> word vectors a group of layers, each (n_words, n_hidden); a group is its layers' mean."""
+    _check_layers(groups, bert.config.num_hidden_layers)
+    cut = {n: cut_windows(t, reading.window_tokens, reading.stride, tokenizer) for n, t in stories.items()}
+    jobs = [(name, window) for name, windows in cut.items() for window in windows]
     jobs.sort(key=lambda job: len(job[1].ids))  # alike lengths together: little padding
-    n_hidden = bert.config.hidden_size
-    sums = {name: np.zeros((tokens.n_words, n_hidden), np.float64) for name, tokens in stories.items()}
-    counts = {name: np.zeros(tokens.n_words, int) for name, tokens in stories.items()}
-    bert.to(device).eval()
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        hidden = _forward(bert, [window for _, window in batch], tokenizer.pad_token_id, layer, precision, device)
+    sums = {name: _Sums(tokens.n_words) for name, tokens in stories.items()}
+    done = {}
+    for name, means in _read(bert, jobs, tokenizer.pad_token_id, groups, reading):
+        sums[name].add(means)
+        if sums[name].n_windows == len(cut[name]):
+            done[name] = _averages(name, stories[name], sums.pop(name))
+    return {name: done[name] for name in stories}
+
+
+def _check_layers(groups: tuple[tuple[int, ...], ...], n_layers: int) -> None:
+    if not groups or not all(groups):
+        raise ValueError("no layer to embed with")
+    for layer in (layer for group in groups for layer in group):
+        if not 0 <= layer <= n_layers:
+            raise ValueError(f"layer {layer}: this BERT has layers 0 (embeddings) to {n_layers}")
+
+
+class _Means(NamedTuple):
+    """The words of one window, (n_words_here,), and their means, (n_groups, n_words_here, n_hidden) float64."""
+
+    words: np.ndarray
+    means: np.ndarray
+
+
+class _Sums:
+    """Adds up the windows of one story.
+
+    The shorter last windows of all stories are read first; so the array is made at a story's second window, or every
+    story's would be held from the start.
+    """
+
+    def __init__(self, n_words: int) -> None:
+        self.n_windows = 0
+        self.counts = np.zeros(n_words, int)
+        self._first: _Means | None = None
+        self._sums: np.ndarray | None = None
+
+    def add(self, window: _Means) -> None:
+        self.n_windows += 1
+        self.counts[window.words] += 1
+        if self.n_windows == 1:
+            self._first = window
+        else:
+            self.total()[:, window.words] += window.means
+
+    def total(self) -> np.ndarray:
+        """Return the sums so far, (n_groups, n_words, n_hidden)."""
+        if self._sums is None:
+            assert self._first is not None
+            words, means = self._first
+            self._sums = np.zeros((len(means), len(self.counts), means.shape[2]))
+            self._sums[:, words] += means
+            self._first = None
+        return self._sums
+
+
+def _read(
+    bert: BertModel,
+    jobs: Sequence[tuple[str, Window]],
+    pad_id: int,
+    groups: tuple[tuple[int, ...], ...],
+    reading: _Reading,
+) -> Iterator[tuple[str, _Means]]:
+    """Yield the word means of each window, window by window."""
+    bert.to(reading.device).eval()
+    for start in range(0, len(jobs), reading.batch_size):
+        batch = jobs[start : start + reading.batch_size]
+        hidden = _forward(bert, [window for _, window in batch], pad_id, groups, reading)
         for row, (name, window) in enumerate(batch):
-            words, means = _word_means(hidden[row, 1 : 1 + len(window.word_ids)], window)
-            sums[name][words] += means
-            counts[name][words] += 1
-    return {name: _averages(name, stories[name], sums[name], counts[name]) for name in stories}
+            yield name, _word_means([states[row, 1 : 1 + len(window.word_ids)] for states in hidden], window)
 
 
 def _forward(
-    bert: BertModel, windows: list[Window], pad_id: int, layer: int, precision: str, device: torch.device
-) -> np.ndarray:
-    """Return the hidden states of one layer, (n_windows, longest, n_hidden)."""
+    bert: BertModel, windows: list[Window], pad_id: int, groups: tuple[tuple[int, ...], ...], reading: _Reading
+) -> list[np.ndarray]:
+    """Return the hidden states a group of layers, each (n_windows, longest, n_hidden)."""
     ids, mask = pad(windows, pad_id)
-    last = layer == bert.config.num_hidden_layers
-    with torch.inference_mode(), autocast(precision, device):
+    only_last = all(layer == bert.config.num_hidden_layers for group in groups for layer in group)
+    with torch.inference_mode(), autocast(reading.precision, reading.device):
         output = bert(
-            torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
-            output_hidden_states=not last,
+            torch.from_numpy(ids).to(reading.device),
+            attention_mask=torch.from_numpy(mask).to(reading.device),
+            output_hidden_states=not only_last,
         )
-    hidden: torch.Tensor = output.last_hidden_state if last else output.hidden_states[layer]
-    if hidden.shape[-1] != bert.config.hidden_size:
-        raise RuntimeError(f"the encoder gave {hidden.shape[-1]} numbers a token, expected {bert.config.hidden_size}")
-    return hidden.float().cpu().numpy()
+    if (width := output.last_hidden_state.shape[-1]) != bert.config.hidden_size:
+        raise RuntimeError(f"the encoder gave {width} numbers a token, expected {bert.config.hidden_size}")
+    states = {bert.config.num_hidden_layers: output.last_hidden_state} if only_last else output.hidden_states
+    return [_mean([states[layer] for layer in group]) for group in groups]
 
 
-def _word_means(hidden: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Return the words of a window and the mean over each one's tokens, (n_words_here, n_hidden)."""
+def _mean(states: Sequence[torch.Tensor]) -> np.ndarray:
+    if len(states) == 1:
+        return states[0].float().cpu().numpy()
+    return torch.stack([state.double() for state in states]).mean(dim=0).cpu().numpy()
+
+
+def _word_means(hidden: Sequence[np.ndarray], window: Window) -> _Means:
+    """Return the words of a window and the mean over each one's tokens."""
     words, starts, sizes = np.unique(window.word_ids, return_index=True, return_counts=True)
     if words.size == 0:
-        return words, np.empty((0, hidden.shape[1]))
-    return words, np.add.reduceat(hidden.astype(np.float64), starts, axis=0) / sizes[:, None]
+        return _Means(words, np.empty((len(hidden), 0, hidden[0].shape[1])))
+    sums = [np.add.reduceat(states.astype(np.float64), starts, axis=0) for states in hidden]
+    return _Means(words, np.stack(sums) / sizes[:, None])
 
 
-def _averages(name: str, tokens: Tokens, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _averages(name: str, tokens: Tokens, windows: _Sums) -> list[np.ndarray]:
+    """Return the mean over the windows that each word appears in, (n_words, n_hidden) a group."""
     spoken = np.zeros(tokens.n_words, bool)
     spoken[tokens.word_ids] = True
-    if (counts[spoken] == 0).any():
-        raise RuntimeError(f"story {name}: word {int(np.nonzero(spoken & (counts == 0))[0][0])} got no vector")
-    vectors = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)  # (n_words, n_hidden)
-    if not np.isfinite(vectors).all():
+    lost = np.flatnonzero(spoken & (windows.counts == 0))
+    if lost.size:
+        raise RuntimeError(f"story {name}: word {lost[0]} got no vector")
+    scale = np.maximum(windows.counts, 1)[:, None]
+    vectors = [(sums / scale).astype(np.float32) for sums in windows.total()]  # (n_words, n_hidden) each
+    if not all(np.isfinite(array).all() for array in vectors):
         raise RuntimeError(f"story {name}: word vectors are not finite")
     return vectors

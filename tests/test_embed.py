@@ -1,5 +1,6 @@
 """Word vectors against a slow plain loop: own windows, one at a time, own averages."""
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from make_data import story_words
 from transformers import BertModel, BertTokenizerFast
 
-from bert_encoding.embed import embed_stories
+from bert_encoding.embed import embed_layers, embed_stories
 from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.windows import tokenize
 
@@ -168,3 +169,101 @@ def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> No
             precision="float32",
             device=CPU,
         )
+
+
+# --- several layers ---------------------------------------------------------------------------------------------------
+
+ALL_LAYERS = [0, 1, 2]
+
+
+def embed_several(encoder: Encoder, layers: list[int], **changes: Any) -> dict[int, dict[str, np.ndarray]]:
+    settings = {"window_tokens": 32, "stride": 12, "precision": "float32", "device": CPU} | changes
+    tokens = {name: tokenize(words, encoder.tokenizer) for name, words in STORIES.items()}
+    return embed_layers(encoder.model.bert, tokens, encoder.tokenizer, layers=layers, **settings)
+
+
+@pytest.mark.parametrize(("window_tokens", "stride"), WINDOWS)
+def test_layers_together_equal_a_plain_loop(
+    window_tokens: int, stride: int, tiny_encoder: Encoder, plain_bert: BertModel
+) -> None:
+    found = embed_several(tiny_encoder, [2, 0, 1], window_tokens=window_tokens, stride=stride)
+    assert list(found) == [2, 0, 1]
+    for layer, stories in found.items():
+        assert list(stories) == list(STORIES)
+        for name, words in STORIES.items():
+            expected = plain_vectors(words, plain_bert, tiny_encoder.tokenizer, layer, window_tokens, stride)
+            assert stories[name].dtype == np.float32
+            np.testing.assert_allclose(stories[name], expected, rtol=0, atol=1e-5, err_msg=f"{layer} {name}")
+
+
+@pytest.mark.parametrize("layers", [[0], [2], ALL_LAYERS])
+def test_layers_together_have_the_bits_of_each_alone(layers: list[int], tiny_encoder: Encoder) -> None:
+    found = embed_several(tiny_encoder, layers)
+    for layer in layers:
+        alone = embed(tiny_encoder, layer=layer)
+        assert all(np.array_equal(found[layer][name], alone[name]) for name in STORIES)
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (2, 1), (0, 1, 2), (1,)])
+def test_mean_of_layers_is_the_mean_of_single_ones(layers: tuple[int, ...], tiny_encoder: Encoder) -> None:
+    found = embed(tiny_encoder, layer=layers)
+    single = embed_several(tiny_encoder, ALL_LAYERS)
+    assert list(found) == list(STORIES)
+    for name in STORIES:
+        expected = np.mean([single[layer][name].astype(np.float64) for layer in layers], axis=0)
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_all_layers_come_from_one_pass(tiny_encoder: Encoder) -> None:
+    """As many forward calls as for one layer, for several and for their mean."""
+    bert, batches = tiny_encoder.model.bert, []
+    hook = bert.register_forward_hook(lambda module, given, output: batches.append(len(given[0])))
+    try:
+        embed(tiny_encoder)
+        one = len(batches)
+        embed_several(tiny_encoder, ALL_LAYERS)
+        several = len(batches) - one
+        embed(tiny_encoder, layer=(0, 1, 2))
+        mean = len(batches) - one - several
+    finally:
+        hook.remove()
+    n_windows = sum(batches[:one])
+    assert n_windows > 8 * (one - 1)  # full batches but for the last
+    assert (several, mean) == (one, one)
+    assert sum(batches) == 3 * n_windows
+
+
+def test_stories_come_back_in_their_order_and_own_their_memory(tiny_encoder: Encoder) -> None:
+    found = embed_several(tiny_encoder, ALL_LAYERS)
+    arrays = [found[layer][name] for layer in ALL_LAYERS for name in STORIES if len(STORIES[name])]
+    assert not any(np.shares_memory(a, b) for at, a in enumerate(arrays) for b in arrays[:at])
+
+
+@pytest.mark.parametrize(("layer", "message"), [(3, "layer 3: this BERT has"), (-1, "layer -1"), ((), "no layer")])
+def test_a_layer_that_is_not_there(layer: Any, message: str, tiny_encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match=message):
+        embed(tiny_encoder, layer=layer)
+    if layer:
+        with pytest.raises(ValueError, match=message):
+            embed_several(tiny_encoder, [layer])
+
+
+def test_a_layer_named_twice(tiny_encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 1\]: one is named twice"):
+        embed_several(tiny_encoder, [1, 2, 1])
+
+
+def test_sums_are_held_only_while_a_story_is_read(tiny_encoder: Encoder) -> None:
+    """The float64 sums of 24 stories in three layers would be 6 times what comes back in a single layer."""
+    words = story_words(800, seed=0)
+    tokens = {f"{at:02d}": tokenize(words, tiny_encoder.tokenizer) for at in range(24)}
+    settings: dict[str, Any] = {"window_tokens": 512, "stride": 256, "precision": "float32", "device": CPU}
+    tracemalloc.start()
+    try:
+        found = embed_layers(tiny_encoder.model.bert, tokens, tiny_encoder.tokenizer, layers=ALL_LAYERS, **settings)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    returned = sum(array.nbytes for stories in found.values() for array in stories.values())
+    assert peak < 2.2 * returned
