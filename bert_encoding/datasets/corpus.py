@@ -118,7 +118,7 @@ def open_corpus(path: Path, *, clean: bool = False, n_examples: int | None = Non
     """
     if n_examples is not None and n_examples < 1:
         raise InputError(f"{path}: {n_examples} examples asked for; it must be 1 or more")
-    _check_path(path)
+    check_path(path)
     whole, n_left_out = _Tally(), 0
     for example in _kept(path, clean):
         if example is None:
@@ -195,7 +195,7 @@ def _used(path: Path, clean: bool, mask: bytes | None) -> Iterator[Example]:
 def _kept(path: Path, clean: bool) -> Iterator[Example | None]:
     """Yield every example, or None in place of one whose text is empty."""
     first: Row | None = None
-    for row in _rows(path):
+    for row in read_rows(path):
         text = clean_text(row.text) if clean else row.text
         if not text.strip():
             yield None
@@ -215,7 +215,7 @@ def _sample(n_texts: int, n_examples: int | None, seed: int) -> bytes | None:
     return mask.tobytes()
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give {FORMATS}")
     if path.is_dir():
@@ -258,7 +258,7 @@ def _notes(whole: _Tally, used: _Tally, n_left_out: int, n_examples: int | None,
         yield f"the sample holds no text of {', '.join(missed)}; ask for more examples"
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     return _folder_rows(path) if path.is_dir() else _READERS[path.suffix.lower()](path)
 
 

@@ -1,0 +1,97 @@
+"""The command ``predict``: what a trained classifier says of texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert_encoding.command import Text
+from bert_encoding.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLES = (".csv", ".parquet")
+
+
+def predict(folder: str, /, *texts: str, file: Text = None, to: Text = None) -> int:
+    """Say which class a trained classifier gives to texts, and how probable it holds that.
+
+    Parameters
+    ----------
+    folder
+        The folder of a classifier, trials/ID/adapter in a study's results.
+    texts
+        Texts, each in quotes.
+    file
+        Texts from a file: .txt with one a line, or .csv or .parquet with a column 'text'; or a folder with a
+        sub-folder of .txt files for each class.
+    to
+        Write a table (.csv or .parquet) instead of printing.
+    """
+    if to is not None and Path(to).suffix.lower() not in TABLES:
+        raise InputError(f"--to {to}: give a name that ends in {' or '.join(TABLES)}")
+    given = [*texts, *(read_file(Path(file)) if file is not None else [])]
+    if not given:
+        raise InputError("predict: give texts in quotes, or --file FILE")
+    if empty := [at for at, text in enumerate(given, 1) if not text.strip()]:
+        raise InputError(f"predict: text {empty[0]} of {len(given)} is empty; leave it out")
+    table = predict_texts(Path(folder), given)
+    if to is None:
+        for row in table.itertuples():
+            print(f"{row.label}\t{row.probability:.4f}\t{' '.join(str(row.text).split())}")
+    else:
+        write_table(table, Path(to))
+        print(f"{len(table)} predictions lie in {to}")
+    return 0
+
+
+def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
+    """Return a row for each text: ``text``, ``label``, the most probable class, and its ``probability``.
+
+    Raises
+    ------
+    InputError
+        if the folder holds no classifier, or a damaged one.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from bert_encoding.saved_classifier import class_probabilities, load_classifier
+
+    classifier = load_classifier(folder)
+    probabilities = class_probabilities(classifier, texts)  # (n_texts, n_labels)
+    best = probabilities.argmax(axis=1)
+    return pd.DataFrame(
+        {
+            "text": list(texts),
+            "label": [classifier.reading.labels[at] for at in best],
+            "probability": probabilities[np.arange(len(best)), best],
+        }
+    )
+
+
+def read_file(path: Path) -> list[str]:
+    """Return the texts of a file in order; lines of a .txt file that are blank separate, as elsewhere.
+
+    Raises
+    ------
+    InputError
+        if it cannot be read.
+    """
+    from bert_encoding.datasets import corpus
+
+    corpus.check_path(path)
+    return [row.text for row in corpus.read_rows(path)]
+
+
+def write_table(table: "pd.DataFrame", path: Path) -> None:
+    """Write a table, whole or not at all."""
+    from bert_encoding.records import atomic_path
+
+    if not path.parent.is_dir():
+        raise InputError(f"--to {path}: no such folder {path.parent}; make it first")
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
