@@ -13,15 +13,19 @@ import optuna
 
 import search_spaces
 from bert_encoding.config import TrialConfig
+from bert_encoding.encoders import check_layer
 from bert_encoding.errors import InputError, first_line
+from bert_encoding.records import ENCODING, FROZEN, METRICS
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: _grid_sampler(seed),
 }
 DEFAULT_TRIALS = 20
 # What the frozen baseline shares with every trial; a search over these would compare different things.
 SHARED_WITH_BASELINE = "model layer embed_stride embed_window_tokens delays ridge_alphas n_folds probe_tokens".split()
+MAX_GRID = 10_000
 N_REHEARSALS = 50  # random suggestions that are checked before anything runs
 
 
@@ -44,10 +48,15 @@ class Space:
     trials: int
     start: tuple[dict[str, Any], ...]
     sampler: str
+    task: str = ENCODING
 
 
-def load_space(name: str) -> Space:
+def load_space(name: str, n_layers: int | None = None) -> Space:
     """Load a bundled space by name, or a user's file.
+
+    Parameters
+    ----------
+    n_layers : of the model; a file that asks for them has a value ``N_LAYERS``
 
     Raises
     ------
@@ -65,7 +74,11 @@ def load_space(name: str) -> Space:
     function = getattr(module, "space", None)
     if not callable(function):
         raise InputError(f"{path}: no function space(trial)")
+    if n_layers is not None and hasattr(module, "N_LAYERS"):
+        module.N_LAYERS = n_layers  # type: ignore[attr-defined]
     values = _module_values(path, module)
+    if values["SAMPLER"] == "grid":
+        values["TRIALS"] = min(values["TRIALS"], _grid_size(path, function))
     return Space(
         name=path.stem,
         path=path,
@@ -76,6 +89,7 @@ def load_space(name: str) -> Space:
         trials=values["TRIALS"],
         start=tuple(values["START"]),
         sampler=values["SAMPLER"],
+        task=values["TASK"],
     )
 
 
@@ -129,6 +143,9 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
             raise InputError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
         config = to_trial_config(suggested, base)
         for name in SHARED_WITH_BASELINE:
+            if name == "layer" and config.method == FROZEN:
+                check_layer(config.layer, base.model)
+                continue  # another layer of the untuned encoder is a row of its own
             if getattr(config, name) != getattr(base, name):
                 raise InputError(
                     f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
@@ -140,10 +157,41 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
         raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
 
 
-def quiet_study(sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    """Return an in-memory Optuna study that maximises, without Optuna's log lines."""
+def _grid_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """Return a sampler that visits every point once, in random order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.BruteForceSampler(seed=seed)
+    sampler.after_trial = lambda *ended: None  # type: ignore[method-assign]  # it would stop a study that nobody runs
+    return sampler
+
+
+def _grid_size(path: Path, suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]]) -> int:
+    """Count the points of a grid by visiting them, up to ``MAX_GRID``."""
+    study, seen = quiet_study(_grid_sampler(0)), set()
+    for _ in range(MAX_GRID):
+        trial = study.ask()
+        try:
+            suggest(trial)
+        except Exception:  # the rehearsal says what is wrong with it
+            return MAX_GRID
+        point = tuple(sorted((name, repr(value)) for name, value in trial.params.items()))
+        if point in seen:
+            break
+        seen.add(point)
+        study.tell(trial, 0.0)
+    return max(1, len(seen))
+
+
+def quiet_study(sampler: optuna.samplers.BaseSampler, is_gain: bool = True) -> optuna.Study:
+    """Return an in-memory Optuna study, without Optuna's log lines.
+
+    Parameters
+    ----------
+    is_gain : whether more is better
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(direction="maximize", sampler=sampler)
+    return optuna.create_study(direction="maximize" if is_gain else "minimize", sampler=sampler)
 
 
 def _find(name: str) -> Path:
@@ -161,10 +209,11 @@ def _find(name: str) -> Path:
 
 def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
     """Return the optional values of a space file, checked."""
-    values = {"SAMPLER": "tpe", "START": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS}
+    values = {"SAMPLER": "tpe", "START": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS, "TASK": ENCODING}
     values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
     valid = {
         f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
+        f"one of {', '.join(METRICS)}": ("TASK", values["TASK"] in tuple(METRICS)),
         "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
         "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
         "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),

@@ -201,7 +201,7 @@ SPACE = "def space(trial):\n    return {}\n"
         ("1 / 0\n", "cannot be loaded: ZeroDivisionError"),
         ("x = 1\n", r"no function space\(trial\)"),
         ("space = {'rank': 8}\n", r"no function space\(trial\)"),
-        (SPACE + "SAMPLER = 'grid'\n", "SAMPLER 'grid': must be one of tpe, random"),
+        (SPACE + "SAMPLER = 'cube'\n", "SAMPLER 'cube': must be one of tpe, random, grid"),
         (SPACE + "SAMPLER = None\n", "SAMPLER None: must be one of"),
         (SPACE + "SAMPLER = ['tpe']\n", "SAMPLER"),
         (SPACE + "START = 5\n", "START"),
