@@ -14,11 +14,12 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.devices import pick_device
-from bert_encoding.embed import embed_stories
+from bert_encoding.embed import embed_layers, embed_stories
 from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
-from bert_encoding.evaluate import SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
-from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, LORA, STATIC, WORD_RATE
+from bert_encoding.evaluate import SubjectScores, design_on_trs, prepare_ridge, score_subject, seen_cc
+from bert_encoding.features import downsample_story
+from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, FROZEN, STATIC, TUNED, WORD_RATE
 from bert_encoding.static_vectors import StaticVectors, coverage, read_static_vectors, static_vectors
 from bert_encoding.windows import Tokens, tokenize
 
@@ -31,12 +32,15 @@ class Task(NamedTuple):
     dataset : inspected
     splits : one, or several that rotate; scores are means over them
     split_seed : settles ridge folds and probe masks, the same in every trial
+    probe_text, control_text : files of text that is not stories, instead of the bundled ones
     voxels_are_chosen : by the frozen encoder's own ``cc_seen``, which is then the best of many for it
     """
 
     dataset: Dataset
     splits: tuple[Split, ...]
     split_seed: int
+    probe_text: Path | None = None
+    control_text: Path | None = None
     voxels_are_chosen: bool = False
 
 
@@ -53,7 +57,7 @@ class Chain:
             _check_fits(config, self.encoder)
 
     @property
-    def layer(self) -> int:
+    def layer(self) -> int | tuple[int, ...]:
         assert self.encoder is not None
         return self.encoder.n_layers if self.config.layer is None else self.config.layer
 
@@ -67,27 +71,50 @@ class Chain:
         yield
         self.seconds[stage] += time.perf_counter() - began
 
-    def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return word vectors, story -> (n_words, n_hidden).
+    def on_trs(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return word vectors on the scanner's clock, story -> (n_trs, n_hidden).
 
         Parameters
         ----------
         bert : what to embed with; None without an encoder
         fit : the stories that may settle anything, such as a vocabulary
         """
+        stories = self.task.dataset.stories
+        if self.config.keep_layers and self.config.method == FROZEN:
+            with self.timed("embed"):
+                return {name: self._kept_layers(bert, name) for name in names}
+        vectors = self.vectors(bert, names, fit)
+        with self.timed("embed"):
+            return {name: downsample_story(vectors[name], stories[name]) for name in names}
+
+    def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return word vectors, story -> (n_words, n_hidden); parameters as ``on_trs``."""
         with self.timed("embed"):
             if self.encoder is None:
                 return self._plain_vectors(names, fit)
-            return embed_stories(
-                bert,
-                self.tokens(names),
-                self.encoder.tokenizer,
-                layer=self.layer,
-                window_tokens=self.config.embed_window_tokens,
-                stride=self.config.embed_stride,
-                precision="float32",
-                device=self.device,
-            )
+            return embed_stories(bert, self.tokens(names), self.encoder.tokenizer, layer=self.layer, **self._windows)
+
+    @property
+    def _windows(self) -> dict[str, Any]:
+        return {
+            "window_tokens": self.config.embed_window_tokens,
+            "stride": self.config.embed_stride,
+            "precision": "float32",
+            "device": self.device,
+        }
+
+    def _kept_layers(self, bert: Any, name: str) -> np.ndarray:
+        """Return one story on the scanner's clock in the layer asked for; all layers are computed at once and kept."""
+        assert self.encoder is not None
+        windows = (self.config.embed_window_tokens, self.config.embed_stride)
+        key = (self.encoder.name, self.task.dataset.fingerprint, windows, name)
+        if key not in _LAYERS:
+            every = range(self.encoder.n_layers + 1)
+            found = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=every, **self._windows)
+            story = self.task.dataset.stories[name]
+            _LAYERS[key] = np.stack([downsample_story(found[at][name], story) for at in every]).astype(np.float32)
+        chosen = (self.layer,) if isinstance(self.layer, int) else self.layer
+        return _LAYERS[key][list(chosen)].mean(axis=0, dtype=np.float64)
 
     def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
         dataset = self.task.dataset
@@ -104,29 +131,29 @@ class Chain:
         return {name: static_vectors(words, table) for name, words in spoken.items()}
 
     def score(
-        self, vectors: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
     ) -> dict[str, SubjectScores]:
+        """Fit ridge on some stories and score others."""
         with self.timed("ridge"):
             dataset, config = self.task.dataset, self.config
-            design = make_design(vectors, dataset, fit, scored, config, self.task.split_seed)
+            design = design_on_trs(on_trs, dataset, fit, scored, config, self.task.split_seed)
             ridge = prepare_ridge(design, config, self.device)
             return {s: score_subject(ridge, design, dataset, s, fit, scored) for s in dataset.subjects}
 
-    def score_seen(self, vectors: dict[str, np.ndarray], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def score_seen(self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return the cross-validated CC inside the fit stories, subject -> (n_valid,)."""
         with self.timed("ridge"):
             dataset, config = self.task.dataset, self.config
-            design = make_design(vectors, dataset, fit, fit, config, self.task.split_seed)
+            design = design_on_trs(on_trs, dataset, fit, fit, config, self.task.split_seed)
             ridge = prepare_ridge(design, config, self.device)
             return {subject: seen_cc(ridge, design, dataset, subject, fit) for subject in dataset.subjects}
 
-    def score_test(self, split: Split) -> dict[str, SubjectScores]:
+    def score_test(self, bert: Any, split: Split) -> dict[str, SubjectScores]:
         """Refit on fit + validation and score the test stories, for a model that was never tuned."""
-        if self.config.method == LORA:
+        if self.config.method in TUNED:
             raise ValueError("a tuned model's test score belongs to the confirm phase")
         fit = tuple(sorted(split.fit + split.validation))
-        bert = self.encoder.copy_model().bert if self.encoder is not None else None
-        return self.score(self.vectors(bert, fit + split.test, fit), fit, split.test)
+        return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test)
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,13 +173,17 @@ def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
     return _TOKENS[key]
 
 
+_LAYERS: dict[tuple[str, str, tuple[int, int], str], np.ndarray] = {}  # -> (n_layers + 1, n_trs, n_hidden)
+
+
 def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
-    if config.layer is not None and not 0 <= config.layer <= encoder.n_layers:
-        raise InputError(f"layer {config.layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
+    for layer in () if config.layer is None else np.atleast_1d(config.layer):
+        if layer > encoder.n_layers:
+            raise InputError(f"layer {layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
     for name in ("window_tokens", "embed_window_tokens"):
         if getattr(config, name) > encoder.max_tokens:
             raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
-    if config.method == LORA and not encoder.has_head:
+    if config.method in TUNED and not encoder.has_head:
         raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
 
 

@@ -7,11 +7,15 @@ from bert_encoding.adapters import target_regex
 from bert_encoding.devices import PRECISIONS
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import SCHEDULES, Training
-from bert_encoding.records import BAG_OF_WORDS, FROZEN, LORA, STATIC, WORD_RATE
+from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, LORA, STATIC, WORD_RATE
 from bert_encoding.ridge import RIDGE_ALPHAS
 
-METHODS = (WORD_RATE, BAG_OF_WORDS, STATIC, FROZEN, LORA)
-MLM_TEXTS = ("fit", "all")
+METHODS = (WORD_RATE, BAG_OF_WORDS, STATIC, *BERT_METHODS)
+MLM_TEXTS = ("fit", "all", "control")
+OBJECTIVES = ("mlm", "mlm_nsp")
+LORA_SCALINGS = ("standard", "rslora")
+LORA_INITS = ("zero", "gaussian", "pissa", "olora")
+LORA_BIASES = ("none", "lora_only")
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,34 @@ class TrialConfig:
 
     Attributes
     ----------
-    method : ``lora``, ``frozen`` (the base model as it is); without BERT ``word_rate``, ``bag_of_words`` or ``static``
+    method : ``lora``, ``full`` (all weights), ``partial`` (all but the embeddings and the first blocks), ``frozen``
+        (the base model as it is), ``random`` (its architecture with weights drawn anew, frozen); without BERT
+        ``word_rate``, ``bag_of_words`` or ``static``
     model : ``minilm``, ``minilm-plain``, a folder or a hub name
-    layer : whose hidden states are the word vectors; None is the last
+    keep_layers : of ``frozen``: embed with all layers in one pass and keep them for the next trials
+    layer : whose hidden states are the word vectors; None is the last, several (4, 5, 6) are averaged
     seed : of everything random in the trial
     rank, lora_alpha, target_modules, lora_dropout : the adapter; the update is scaled by lora_alpha / rank
+    lora_scaling : ``standard``, or ``rslora``: lora_alpha / sqrt(rank)
+    lora_init : ``zero`` (B starts at 0), ``gaussian``, ``pissa`` or ``olora`` (both rewrite the base weights)
+    lora_bias : ``none``, or ``lora_only`` to train the biases of adapted modules too
+    lora_layers : blocks that get an adapter, from 0; None is all
+    dora : weight-decomposed LoRA
+    train_embeddings : ``full`` trains the word, position and segment embeddings too
+    frozen_blocks : ``partial`` keeps the embeddings and so many first blocks
+    objective : ``mlm``, or ``mlm_nsp``: with next-sentence prediction
+    whole_words : mask all pieces of a chosen word
     lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
-    schedule, warmup_epochs : ``constant`` or ``linear`` after a warm-up of so many epochs
+    schedule, warmup_epochs : ``constant``, ``linear`` or ``cosine`` after a warm-up of so many epochs
+    patience : stop after so many epochs without a lower held-out loss and restore the best epoch; None never does
+    l2_sp : penalty l2_sp / 2 * ||W - W_pretrained||^2 on what is trained
+    replay : share of the windows of a step that are general text, against forgetting
+    match_steps : train as many steps an epoch as non-overlapping windows would give, whatever the stride
     window_tokens, stride : length of a training window with [CLS] and [SEP], and tokens from one start to the next
     embed_window_tokens, embed_stride : the same for embedding windows; leave them equal in all trials and baselines
     mask_probability : share of tokens to predict
-    mlm_text : ``fit`` stories alone, or ``all`` stories (the words of validation and test included)
+    mlm_text : ``fit`` stories alone, ``all`` stories (the words of validation and test included), or ``control``: as
+        many tokens of unrelated text
     hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
         With 0 on attention probabilities the fused attention kernel can be used, about 4 times faster on a CPU.
     precision : of the fine-tuning's matrix products; embeddings are always computed in float32, since bfloat16
@@ -44,12 +65,22 @@ class TrialConfig:
 
     method: str = LORA
     model: str = "bert-base-uncased"
-    layer: int | None = None
+    layer: int | tuple[int, ...] | None = None
+    keep_layers: bool = False
     seed: int = 0
     rank: int = 8
     lora_alpha: float = 16.0
     target_modules: str = "q,v"
     lora_dropout: float = 0.1
+    lora_scaling: str = "standard"
+    lora_init: str = "zero"
+    lora_bias: str = "none"
+    lora_layers: tuple[int, ...] | None = None
+    dora: bool = False
+    train_embeddings: bool = True
+    frozen_blocks: int = 6
+    objective: str = "mlm"
+    whole_words: bool = False
     lr: float = 2e-4
     epochs: int = 3
     batch_size: int = 8
@@ -58,6 +89,10 @@ class TrialConfig:
     max_grad_norm: float = 1.0
     schedule: str = "constant"
     warmup_epochs: float = 0.3
+    patience: int | None = None
+    l2_sp: float = 0.0
+    replay: float = 0.0
+    match_steps: bool = False
     stride: int = 256
     window_tokens: int = 512
     embed_stride: int = 256
@@ -80,9 +115,14 @@ class TrialConfig:
                 raise InputError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         if not self.model or not isinstance(self.model, str):
             raise InputError(f"model {self.model!r}: must be a name or a folder")
-        for name in _WHOLE if self.layer is None else (*_WHOLE, "layer"):
+        for name in (*_WHOLE, *(["patience"] if self.patience is not None else [])):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise InputError(f"{name} {getattr(self, name)!r}: must be a whole number")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} {getattr(self, name)!r}: must be True or False")
+        for name in ("layer", "lora_layers"):
+            _check_layers(name, getattr(self, name))
         for name, lowest, highest in _RANGES:
             _check_range(name, getattr(self, name), lowest, highest)
         for name in ("lr", "lora_alpha", "max_grad_norm", "mask_probability"):
@@ -120,7 +160,18 @@ class TrialConfig:
         return cls(**tuples)
 
 
-CHOICES = {"method": METHODS, "schedule": SCHEDULES, "mlm_text": MLM_TEXTS, "precision": PRECISIONS}
+CHOICES = {
+    "method": METHODS,
+    "schedule": SCHEDULES,
+    "mlm_text": MLM_TEXTS,
+    "precision": PRECISIONS,
+    "objective": OBJECTIVES,
+    "lora_scaling": LORA_SCALINGS,
+    "lora_init": LORA_INITS,
+    "lora_bias": LORA_BIASES,
+}
+_FLAGS = ("keep_layers", "dora", "train_embeddings", "whole_words", "match_steps")
+_OPTIONAL = ("layer", "hidden_dropout", "attention_dropout", "patience")
 _WHOLE = (
     "rank",
     "epochs",
@@ -134,9 +185,9 @@ _WHOLE = (
     "seed",
     "probe_tokens",
     "vocabulary",
+    "frozen_blocks",
 )
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("layer", 0, 1000),
     ("rank", 1, 4096),
     ("lora_alpha", 0, 1e6),
     ("lora_dropout", 0, 0.99),
@@ -155,8 +206,23 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("n_folds", 3, 1000),  # predicting one fold leaves two on which alphas are chosen
     ("probe_tokens", 1, 1_000_000_000),
     ("vocabulary", 1, 100_000),
+    ("frozen_blocks", 0, 1000),
+    ("patience", 1, 1000),
+    ("l2_sp", 0, 1e6),
+    ("replay", 0, 0.9),
     ("seed", 0, 2**62),
 )
+
+
+def _check_layers(name: str, value: object) -> None:
+    """Layers are None, a number, or several different ones."""
+    several = value if isinstance(value, tuple) else () if value is None else (value,)
+    if value == () or any(type(layer) is not int or not 0 <= layer <= 1000 for layer in several):
+        raise InputError(f"{name} {value!r}: must be a whole number from 0 to 1000, or several")
+    if len(set(several)) < len(several):
+        raise InputError(f"{name} {value!r}: a layer is named twice")
+    if name == "lora_layers" and isinstance(value, int):
+        raise InputError(f"{name} {value!r}: must be several, such as ({value},)")
 
 
 def _differ(values: tuple[int, ...]) -> bool:
@@ -164,7 +230,7 @@ def _differ(values: tuple[int, ...]) -> bool:
 
 
 def _check_range(name: str, value: object, lowest: float, highest: float) -> None:
-    if value is None and name in ("layer", "hidden_dropout", "attention_dropout"):
+    if value is None and name in _OPTIONAL:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
         raise InputError(f"{name} {value!r}: must be a number from {lowest:g} to {highest:g}")

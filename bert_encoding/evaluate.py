@@ -11,7 +11,7 @@ import torch
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.features import ZScore, story_features
+from bert_encoding.features import ZScore, downsample_story, lagged_rows
 from bert_encoding.records import ROI_PREFIX
 from bert_encoding.ridge import CrossValidatedRidge, alpha_edge_share
 from bert_encoding.scores import VOXELS_PER_BLOCK, correlate, summarise
@@ -69,14 +69,30 @@ def make_design(
     config: TrialConfig,
     fold_seed: int,
 ) -> Design:
-    """Turn word vectors, story -> (n_words, n_hidden), into features.
+    """Turn word vectors, story -> (n_words, n_hidden), into features; see ``design_on_trs``."""
+    downsampled = {name: downsample_story(vectors[name], dataset.stories[name]) for name in (*fit, *scored)}
+    return design_on_trs(downsampled, dataset, fit, scored, config, fold_seed)
+
+
+def design_on_trs(
+    downsampled: Mapping[str, np.ndarray],
+    dataset: Dataset,
+    fit: Sequence[str],
+    scored: Sequence[str],
+    config: TrialConfig,
+    fold_seed: int,
+) -> Design:
+    """Turn word vectors on the scanner's clock, story -> (n_trs, n_hidden), into features.
 
     Raises
     ------
     RuntimeError
         if a story's features are not finite.
     """
-    X = {name: _features(vectors[name], name, dataset, config) for name in (*fit, *scored)}
+    X = {name: lagged_rows(downsampled[name], config.delays, dataset.trim) for name in (*fit, *scored)}
+    for name, features in X.items():
+        if not np.isfinite(features).all():
+            raise RuntimeError(f"story {name}: its features are not finite")
     constants = ZScore.learn(np.vstack([X[name] for name in fit]))
     folds = story_folds({name: len(X[name]) for name in fit}, config.n_folds, fold_seed)
     fold_of = {name: label for label, names in enumerate(folds) for name in names}
@@ -194,10 +210,3 @@ def edge_notes(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[float, .
                 f"{subject}: {share['high']:.0%} of voxels chose the largest ridge_alpha: nothing predicts them"
             )
     return notes
-
-
-def _features(vectors: np.ndarray, name: str, dataset: Dataset, config: TrialConfig) -> np.ndarray:
-    X = story_features(vectors, dataset.stories[name], config.delays, dataset.trim)
-    if not np.isfinite(X).all():
-        raise RuntimeError(f"story {name}: its features are not finite")
-    return X

@@ -21,9 +21,18 @@ def story_features(vectors: np.ndarray, story: Story, delays: Sequence[int], tri
     vectors : (n_words, n_hidden)
     delays : in TRs
     """
+    return lagged_rows(downsample_story(vectors, story), delays, trim)
+
+
+def downsample_story(vectors: np.ndarray, story: Story) -> np.ndarray:
+    """Return word vectors, (n_words, n_hidden), on the scanner's clock, (n_trs, n_hidden) float64."""
     if len(vectors) != len(story.words):
         raise ValueError(f"story {story.name}: {len(vectors)} vectors for {len(story.words)} words")
-    downsampled = lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)  # (n_trs, n_hidden)
+    return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
+
+
+def lagged_rows(downsampled: np.ndarray, delays: Sequence[int], trim: Trim) -> np.ndarray:
+    """Return the delayed features of the rows that responses cover, (n_rows, n_delays * n_hidden) float32."""
     delayed = delay(downsampled, delays)  # (n_trs, n_delays * n_hidden)
     return delayed[trim.rows(len(delayed))].astype(np.float32)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,33 @@ import pandas as pd
 from bert_encoding.errors import InputError, first_line
 
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
-WORD_RATE, BAG_OF_WORDS, STATIC, FROZEN, LORA = "word_rate", "bag_of_words", "static", "frozen", "lora"
-BERT_METHODS = (FROZEN, LORA)
+WORD_RATE, BAG_OF_WORDS, STATIC = "word_rate", "bag_of_words", "static"
+FROZEN, RANDOM, LORA, FULL, PARTIAL = "frozen", "random", "lora", "full", "partial"
+TUNED = (LORA, FULL, PARTIAL)  # methods that train BERT
+BERT_METHODS = (FROZEN, RANDOM, *TUNED)
 BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
 STUDY_FILE, RECORD_FILE = "study.json", "record.json"
 ROI_PREFIX = "cc_roi_"  # mean CC of a region of interest
+ENCODING, CLASSIFICATION, ADAPT = "encoding", "classification", "adapt"
+
+
+class Metric(NamedTuple):
+    """What a study searches for: a score's name and label, and whether more of it is better."""
+
+    column: str
+    label: str
+    is_gain: bool
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether one value is better than another."""
+        return one > other if self.is_gain else one < other
+
+
+METRICS = {  # by task
+    ENCODING: Metric("cc_mean", "CC", True),
+    CLASSIFICATION: Metric("accuracy", "accuracy", True),
+    ADAPT: Metric("mlm_loss_heldout", "held-out loss", False),
+}
 
 # The documented columns of trials.parquet, in order; what does not apply is null.
 _TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
@@ -43,7 +65,8 @@ COLUMNS = (
     "cc_best epoch_best cc_norm cc_test alpha_edge_share accuracy macro_f1 seconds_train seconds_embed seconds_ridge "
     "seconds_total peak_memory_gb node"
 ).split()
-_LORA_ONLY = ("rank", "lora_alpha", "target_modules", "lr", "stride", "mlm_text")
+_LORA_ONLY = ("rank", "lora_alpha", "target_modules")
+_TUNED_ONLY = ("lr", "stride", "mlm_text")
 
 
 @dataclass
@@ -56,6 +79,7 @@ class TrialRecord:
     key : hash of configuration, data, splits and code; equal keys mean equal results
     repeat_of : the trial whose record answered this one
     config : all settings; ``params`` is what the search space suggested
+    examples : of a text task, some held-out texts with what was predicted before and after
     notes : what a reader of the scores should know
     scores : of the last epoch, and of the trial as a whole
     epochs, stories, subjects : rows of the tables of the same names
@@ -74,6 +98,7 @@ class TrialRecord:
     scores: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     stories: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
     subjects: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gb: float | None = None
@@ -123,16 +148,19 @@ def read_record(study: Path, trial_id: str) -> TrialRecord:
 
 
 def read_cc(study: Path, trial_id: str) -> dict[str, np.ndarray]:
-    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored."""
+    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored; nothing of a trial
+    on text."""
+    if not (trial_folder(study, trial_id) / "cc.npz").exists():
+        return {}
     with np.load(trial_folder(study, trial_id) / "cc.npz", allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def keep_best_adapters(study: Path, n: int) -> None:
+def keep_best_adapters(study: Path, n: int, metric: Metric = METRICS[ENCODING]) -> None:
     """Delete the adapters of all but the ``n`` best complete trials; their records stay."""
     tuned = [r for r in read_records(study) if adapter_folder(study, r.trial_id).is_dir()]
     complete = [record for record in tuned if record.status == COMPLETE]
-    best = sorted(complete, key=lambda record: record.scores["cc_mean"], reverse=True)[:n]
+    best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
     for record in tuned:
         if record not in best:
             shutil.rmtree(adapter_folder(study, record.trial_id))
@@ -250,15 +278,23 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
         name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")
     }
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
-    if record.method == LORA:
-        row |= {name: record.config.get(name) for name in _LORA_ONLY}
+    if record.method in TUNED:
+        row |= {name: record.config.get(name) for name in _TUNED_ONLY}
         if record.config.get("mlm_text") == "all":  # then no story is held out from fine-tuning
             row["mlm_loss_heldout"] = None
-        row["scaling"] = record.config["lora_alpha"] / record.config["rank"]
+    if record.method == LORA:
+        row |= {name: record.config.get(name) for name in _LORA_ONLY}
+        row["scaling"] = lora_scaling(record.config)
     row |= {name: value for name, value in record.scores.items() if _is_column(name) and name not in row}
     row |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
     row["peak_memory_gb"] = record.peak_memory_gb
     return row | {name: value for name, value in record.params.items() if name not in row}
+
+
+def lora_scaling(config: dict[str, Any]) -> float:
+    """Return the factor of B A: lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
+    rank = float(config["rank"])
+    return float(config["lora_alpha"]) / (rank**0.5 if config.get("lora_scaling") == "rslora" else rank)
 
 
 def _is_column(score: str) -> bool:
@@ -268,7 +304,7 @@ def _is_column(score: str) -> bool:
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
     """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
     frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == FROZEN) & (frame["status"] == COMPLETE)]
-    tuned = (frame["method"] == LORA) & (frame["mlm_text"] != "all")
+    tuned = frame["method"].isin(TUNED) & (frame["mlm_text"] != "all")
     if frozen.empty:
         return pd.Series(np.nan, index=frame.index)
     gain_seen = frame["cc_seen"].astype(float) - float(frozen["cc_seen"].iloc[0])

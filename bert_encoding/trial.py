@@ -14,29 +14,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 
-from bert_encoding.adapters import add_adapter, check_applied, masked_lm, save_adapter
+from bert_encoding.adapters import check_applied, masked_lm, save_adapter
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.encoders import Encoder
 from bert_encoding.evaluate import SubjectScores, edge_notes, merge_subjects
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
-from bert_encoding.records import COMPLETE, FROZEN, LORA, STOPPED, TrialRecord
-from bert_encoding.seeds import derive_seed
+from bert_encoding.material import Material, general_probe
+from bert_encoding.methods import count_parameters, measure_change, prepare_model, restore_state, tuned_state
+from bert_encoding.records import COMPLETE, LORA, RANDOM, STOPPED, TUNED, TrialRecord
 from bert_encoding.windows import training_windows
 
 Report = Callable[[dict[str, float]], bool]
 
 
 class FoldEpoch(NamedTuple):
-    """One split after one epoch."""
+    """One split after one epoch; ``on_trs`` is story -> (n_trs, n_hidden)."""
 
     losses: EpochLosses | None
     scores: dict[str, SubjectScores]
-    vectors: dict[str, np.ndarray]
+    on_trs: dict[str, np.ndarray]
 
 
 def run_trial(
@@ -63,22 +62,26 @@ def run_trial(
         if training diverged or a stage broke its promise.
     """
     started = time.perf_counter()
+    if score_test and config.method in TUNED:
+        raise ValueError("a tuned model's test score belongs to the confirm phase")
     chain = Chain(config, task)
     folds = [_Fold(chain, split) for split in task.splits]
     epochs: list[dict[str, float]] = []
     status = COMPLETE
-    for results in zip(*(fold.epochs() for fold in folds), strict=True):
+    for results in _side_by_side([fold.epochs() for fold in folds]):
         epochs.append(_mean_scores(results, config) | {"seconds": time.perf_counter() - started})
         keep_going = report(epochs[-1])
-        if not keep_going and config.method == LORA and epochs[-1]["epoch"] < config.epochs:
+        if not keep_going and config.method in TUNED and epochs[-1]["epoch"] < config.epochs:
             status = STOPPED
             break
-    seen = float(np.mean([fold.score_seen(last.vectors) for fold, last in zip(folds, results, strict=True)]))
+    results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
-    scores = _final_scores(epochs) | {"cc_seen": seen, "layer": float(chain.layer) if chain.encoder else None}
+    scores = _final_scores(epochs, _mean_scores(results, config)) | _mean_of([fold.traits() for fold in folds])
+    scores["cc_seen"] = float(np.mean([fold.score_seen(r.on_trs) for fold, r in zip(folds, results, strict=True)]))
+    test_scores: dict[str, SubjectScores] = {}
     scores["voxels_are_chosen"] = task.voxels_are_chosen
     if score_test:
-        test_scores = chain.score_test(task.splits[0])
+        test_scores = chain.score_test(folds[0].bert, task.splits[0])
         tables.append((test_scores, 0, "test"))
         scores["cc_test"] = merge_subjects(test_scores, config.ridge_alphas)["cc_mean"]
     if adapter_folder is not None:
@@ -88,19 +91,32 @@ def run_trial(
         status=status,
         method=config.method,
         config=asdict(config),
-        scores=scores | {"n_trainable": folds[0].n_trainable},
+        scores=scores,
         epochs=epochs,
         stories=[row for scored in tables for row in _story_rows(*scored)],
         subjects=[row for scored in tables for row in _subject_rows(*scored)],
         seconds=chain.seconds | {"total": time.perf_counter() - started},
-        peak_memory_gb=_peak_memory_gb(),
+        peak_memory_gb=peak_memory_gb(),
         node=socket.gethostname(),
-        notes=chain.notes
-        + [note for fold in folds for note in fold.notes]
-        + edge_notes(results[0].scores, config.ridge_alphas),
+        notes=[
+            *chain.notes,
+            *(note for fold in folds for note in fold.notes),
+            *edge_notes(results[0].scores, config.ridge_alphas),
+        ],
         cc={subject: _mean_cc(task.dataset, subject, results) for subject in task.dataset.subjects},
-        cc_test={s: _whole_brain(task.dataset, s, test.cc) for s, test in test_scores.items()} if score_test else {},
+        cc_test={s: _whole_brain(task.dataset, s, test.cc) for s, test in test_scores.items()},
     )
+
+
+def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoch, ...]]:
+    """Yield the epochs of all splits together; one that stopped early waits with its last."""
+    latest: list[FoldEpoch | None] = [None] * len(streams)
+    while True:
+        fresh = [next(stream, None) for stream in streams]
+        if not any(result is not None for result in fresh):
+            return
+        latest = [new or old for new, old in zip(fresh, latest, strict=True)]
+        yield tuple(result for result in latest if result is not None)
 
 
 class _Fold:
@@ -109,20 +125,30 @@ class _Fold:
     def __init__(self, chain: Chain, split: Split) -> None:
         self.chain, self.split = chain, split
         self.model: Any = None
+        self.trained: Any = None  # with the further heads of an objective
         self.notes: list[str] = []
+        self.best: tuple[FoldEpoch, dict[str, torch.Tensor]] | None = None
+        self._loss_before: float | None = None
         if chain.encoder is not None:
-            self.model = _prepare_model(chain.config, chain.encoder)
-        self.n_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self._tuned else 0
+            self.model = prepare_model(chain.config, chain.encoder)
+            if isinstance(chain.config.layer, tuple):
+                self.notes.append(f"word vectors are the mean of layers {', '.join(map(str, chain.config.layer))}")
 
     @property
-    def _tuned(self) -> bool:
-        return isinstance(self.model, PeftModel)
+    def _is_tuned(self) -> bool:
+        return self.chain.config.method in TUNED
+
+    @property
+    def bert(self) -> Any:
+        """The encoder as it is now; None without one."""
+        return None if self.model is None else masked_lm(self.model).bert
 
     def epochs(self) -> Iterator[FoldEpoch]:
-        if not self._tuned:
+        if not self._is_tuned:
             yield self._score(self._frozen_losses())
             return
         assert self.chain.encoder is not None
+        self._loss_before = self._general_loss()
         so_far: list[EpochLosses] = []
         for losses in self._finetune():
             so_far.append(losses)
@@ -131,37 +157,67 @@ class _Fold:
                     f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
                     f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"
                 )
-            check_applied(self.chain.encoder, masked_lm(self.model).bert, "fine-tuning")
-            yield self._score(losses)
+            check_applied(self.chain.encoder, self.bert, "fine-tuning")
+            scored = self._score(losses)
+            if self.chain.config.patience is not None and losses.is_best:
+                self.best = (scored, tuned_state(self.model))
+            yield scored
 
-    def score_seen(self, vectors: dict[str, np.ndarray]) -> float:
-        seen = self.chain.score_seen(vectors, self.split.fit).values()
+    def settle(self, last: FoldEpoch) -> FoldEpoch:
+        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored."""
+        if self.best is None:
+            return last
+        best, state = self.best
+        restore_state(self.model, state)
+        assert best.losses is not None
+        self.notes.append(f"epoch {best.losses.epoch} of the lowest held-out loss is restored")
+        return best
+
+    def score_seen(self, on_trs: dict[str, np.ndarray]) -> float:
+        seen = self.chain.score_seen(on_trs, self.split.fit).values()
         return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
 
+    def traits(self) -> dict[str, float | None]:
+        """Return what is told of the tuned model beside its scores."""
+        chain = self.chain
+        layer = chain.layer if chain.encoder is not None else None
+        known: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
+        if self.model is None or not self._is_tuned:
+            return known | {"n_trainable": 0.0}
+        assert chain.encoder is not None
+        counts, change = count_parameters(self.trained), measure_change(self.model, chain.encoder)
+        return known | {
+            "n_trainable": float(counts.n_trainable),
+            "share_trainable": counts.share,
+            "delta_norm": change.delta_norm,
+            "stable_rank": change.stable_rank,
+            "probe_loss_before": self._loss_before,
+            "probe_loss_after": self._general_loss(),
+        }
+
     def save_adapter(self, folder: Path) -> None:
-        if self._tuned:
+        if self.chain.config.method == LORA:
             save_adapter(self.model, folder, self.chain.config.model)
 
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
-        bert = masked_lm(self.model).bert if self.model is not None else None
-        vectors = self.chain.vectors(bert, fit + validation, fit)
-        return FoldEpoch(losses, self.chain.score(vectors, fit, validation), vectors)
+        on_trs = self.chain.on_trs(self.bert, fit + validation, fit)
+        return FoldEpoch(losses, self.chain.score(on_trs, fit, validation), on_trs)
 
     def _finetune(self) -> Iterator[EpochLosses]:
-        chain, config, encoder = self.chain, self.chain.config, self.chain.encoder
-        assert encoder is not None
-        names = self.split.fit if config.mlm_text == "fit" else self.split.fit + self.split.validation + self.split.test
-        stories = list(chain.tokens(names).values())
-        windows = training_windows(stories, config.window_tokens, config.stride, encoder.tokenizer)
+        chain = self.chain
+        material = Material(chain, self.split)
+        self.trained, objective = material.objective(self.model)
+        self.notes += material.notes
         steps = finetune(
-            masked_lm(self.model),
-            windows,
+            self.trained,
+            objective,
             self._probes(),
-            encoder.tokenizer,
-            config.training,
-            config.seed,
+            chain.config.training,
+            chain.config.seed,
             chain.device,
+            patience=chain.config.patience,
+            steps_an_epoch=material.steps_an_epoch(),
         )
         while True:
             with chain.timed("train"):
@@ -172,11 +228,11 @@ class _Fold:
 
     def _frozen_losses(self) -> EpochLosses | None:
         chain = self.chain
-        if chain.encoder is None or not chain.encoder.has_head:
+        if chain.encoder is None or not chain.encoder.has_head or chain.config.method == RANDOM:
             return None
         model, probes = self.model.to(chain.device), self._probes()
-        losses = [probe_loss(model, batches, chain.config.precision, chain.device) for batches in probes]
-        return EpochLosses(0, 0, 0, *losses)
+        train, heldout = (probe_loss(model, batches, chain.config.precision, chain.device) for batches in probes)
+        return EpochLosses(0, 0, 0, train, heldout)
 
     def _probes(self) -> Probes:
         """Losses are read on the same masked tokens in every trial, whatever it trains with."""
@@ -189,25 +245,23 @@ class _Fold:
         )
         return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
 
+    def _general_loss(self) -> float:
+        """Return the masked-LM loss on text that is no story: what tuning makes the model forget."""
+        chain = self.chain
+        assert chain.encoder is not None
+        config, task = chain.config, chain.task
+        batches = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed)
+        model = masked_lm(self.model).to(chain.device)
+        return probe_loss(model, batches, chain.config.precision, chain.device)
 
-def _prepare_model(config: TrialConfig, encoder: Encoder) -> Any:
-    """Return a copy of the pristine model, for LoRA with a fresh adapter."""
-    model = encoder.copy_model()
-    if config.method == FROZEN:
-        return model.eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            is_attention = module in {m.dropout for m in model.modules() if hasattr(m, "attention_head_size")}
-            rate = config.attention_dropout if is_attention else config.hidden_dropout
-            module.p = module.p if rate is None else rate
-    return add_adapter(
-        model,
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
-        targets=config.target_modules,
-        dropout=config.lora_dropout,
-        seed=derive_seed(config.seed, "adapter"),
-    )
+
+def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
+    """Return the mean over splits; None where a value is None."""
+    means: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        means[name] = None if None in values else float(np.mean([v for v in values if v is not None]))
+    return means
 
 
 def _mean_scores(results: tuple[FoldEpoch, ...], config: TrialConfig) -> dict[str, float]:
@@ -222,11 +276,21 @@ def _mean_scores(results: tuple[FoldEpoch, ...], config: TrialConfig) -> dict[st
     return merged
 
 
-def _final_scores(epochs: list[dict[str, float]]) -> dict[str, Any]:
-    """The last epoch's scores are the trial's; its best epoch is noted beside them."""
+def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> dict[str, Any]:
+    """The trial's scores are those of the epoch that counts; its best epoch is noted beside them."""
     best = max(epochs, key=lambda epoch: epoch["cc_mean"])
-    last = {name: value for name, value in epochs[-1].items() if name not in ("epoch", "seconds")}
-    return last | {"epochs_done": epochs[-1]["epoch"], "cc_best": best["cc_mean"], "epoch_best": best["epoch"]}
+    kept = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
+    spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
+    return (
+        kept
+        | spent
+        | {
+            "epochs_done": epochs[-1]["epoch"],
+            "epoch_kept": final["epoch"],
+            "cc_best": best["cc_mean"],
+            "epoch_best": best["epoch"],
+        }
+    )
 
 
 def _story_rows(scores: dict[str, SubjectScores], split: int, role: str) -> list[dict[str, Any]]:
@@ -253,7 +317,7 @@ def _whole_brain(dataset: Dataset, subject: str, cc: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _peak_memory_gb() -> float:
+def peak_memory_gb() -> float:
     """Peak of this process so far: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9

@@ -15,14 +15,19 @@ from rich.text import Text
 
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
+    ADAPT,
     BASELINE,
+    CLASSIFICATION,
     COMPLETE,
+    ENCODING,
     FAILED,
     FROZEN,
+    METRICS,
     ROI_PREFIX,
     SEARCH,
     STUDY_FILE,
     WORD_RATE,
+    read_json,
     read_records,
     trials_frame,
     write_tables,
@@ -30,8 +35,10 @@ from bert_encoding.records import (
 
 SHOWN = (
     "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
-    "cc_mean cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap cc_test seconds_total"
+    "probe_loss_before probe_loss_after delta_norm cc_mean cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap "
+    "cc_test accuracy macro_f1 seconds_total"
 ).split()
+HELD_OUT = {ENCODING: "validation stories", CLASSIFICATION: "held-out texts", ADAPT: "held-out texts"}
 
 
 class Standing(NamedTuple):
@@ -47,8 +54,11 @@ class Standing(NamedTuple):
     n_complete: int
     n_failed: int
 
+    task: str = ENCODING
+
     @property
     def gain(self) -> float | None:
+        """Best less frozen."""
         return None if self.best is None or self.frozen is None else self.best - self.frozen
 
 
@@ -66,22 +76,30 @@ def load_trials(path: str | Path) -> pd.DataFrame:
     return trials_frame(read_records(folder))
 
 
-def standing(trials: pd.DataFrame) -> Standing:
-    """Compare the best complete searched trial with the frozen baseline, both on the validation stories."""
+def load_task(path: str | Path) -> str:
+    """Return what a study is about: ``encoding``, or a task on text alone."""
+    return str(read_json(Path(path) / STUDY_FILE).get("task", ENCODING))
+
+
+def standing(trials: pd.DataFrame, task: str = ENCODING) -> Standing:
+    """Compare the best complete searched trial with the frozen baseline, both on what was held out."""
+    metric = METRICS[task]
     complete = trials[trials["status"] == COMPLETE]
     baselines = complete[complete["phase"] == BASELINE].set_index("method")
     searched = complete[complete["phase"] == SEARCH]
-    best = searched.sort_values("cc_mean", ascending=False).iloc[0] if len(searched) else None
+    ordered = searched.sort_values(metric.column, ascending=not metric.is_gain)
+    best = ordered.iloc[0] if len(searched) else None
     return Standing(
-        frozen=_score(baselines, FROZEN, "cc_mean"),
+        frozen=_score(baselines, FROZEN, metric.column),
         frozen_test=_score(baselines, FROZEN, "cc_test"),
-        word_rate=_score(baselines, WORD_RATE, "cc_mean"),
+        word_rate=_score(baselines, WORD_RATE, metric.column),
         word_rate_test=_score(baselines, WORD_RATE, "cc_test"),
-        best=float(best["cc_mean"]) if best is not None else None,
+        best=float(best[metric.column]) if best is not None else None,
         best_id=str(best["trial_id"]) if best is not None else None,
         test_was_read=bool(trials["cc_test"].notna().any() or (trials["mlm_text"] == "all").any()),
         n_complete=int(searched["repeat_of"].isna().sum()),
         n_failed=int((trials["status"] == FAILED).sum()),
+        task=task,
     )
 
 
@@ -108,17 +126,19 @@ def read_notes(path: str | Path) -> dict[str, list[str]]:
     return {record.trial_id: record.notes for record in read_records(Path(path)) if record.notes}
 
 
-def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]]) -> None:
+def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]], task: str = ENCODING) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
     regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
     columns = [name for name in (*SHOWN, *regions) if trials[name].notna().any()]
-    order = trials["cc_mean"].astype(float).sort_values(ascending=False, na_position="last").index
+    metric = METRICS[task]
+    scores = trials[metric.column].astype(float)
+    order = scores.sort_values(ascending=not metric.is_gain, na_position="last").index
     console.print(_table(trials.loc[order, columns]))
     ranks = cc_by_rank(trials)
-    if len(ranks) > 1:
+    if task == ENCODING and len(ranks) > 1:
         console.print("CC by rank (searched trials; exploratory: rank, lr and alpha vary together)")
         console.print(_table(ranks))
-    found = standing(trials)
+    found = standing(trials, task)
     for line in verdict_lines(found):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     for trial_id in (*trials.loc[trials["phase"] == BASELINE, "trial_id"], found.best_id or ""):
@@ -133,6 +153,10 @@ def verdict_lines(found: Standing) -> list[str]:
     """Say in words what the comparison can and cannot tell."""
     if found.frozen is None:
         return ["No frozen baseline yet: nothing to compare with."]
+    label, held_out = METRICS[found.task].label, HELD_OUT[found.task]
+    if found.task != ENCODING:
+        beside = "" if found.best is None else f"; best trial {found.best_id}: {found.best:.4f} ({found.gain:+.4f})"
+        return [f"Frozen encoder: {label} {found.frozen:.4f} on the {held_out}{beside}."]
     if found.best is None or found.gain is None:
         return [_baseline_line("validation", found.frozen, found.word_rate)] + (
             [_baseline_line("test", found.frozen_test, found.word_rate_test)] if found.frozen_test is not None else []
@@ -179,10 +203,10 @@ def main(folder: Path) -> None:
     folder
         The study, e.g. results/lora_full-2026-01-31.
     """
-    trials = load_trials(folder)
+    trials, task = load_trials(folder), load_task(folder)
     write_tables(folder)
     width = None if sys.stdout.isatty() else 240
-    print_study(Console(width=width), trials, read_notes(folder))
+    print_study(Console(width=width), trials, read_notes(folder), task)
 
 
 if __name__ == "__main__":

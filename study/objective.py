@@ -14,6 +14,7 @@ from bert_encoding.errors import InputError
 from bert_encoding.records import (
     FAILED,
     SEARCH,
+    Metric,
     TrialRecord,
     adapter_folder,
     content_key,
@@ -52,7 +53,7 @@ def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str
     return content_key(asdict(config), inputs, splits, code, score_test)
 
 
-def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu_share: float) -> None:
+def objective(job: dict[str, Any], *, task: Any, study: str, metric: Metric, n_threads: int, gpu_share: float) -> None:
     """Run one job in a Ray worker. A failure is recorded and reported, not raised: the worker stays usable."""
     from ray import tune
 
@@ -65,7 +66,7 @@ def objective(job: dict[str, Any], *, task: Any, study: str, n_threads: int, gpu
             "phase": record.phase,
             "status": record.status,
             "error": record.error,
-            "cc": record.scores.get("cc_mean"),
+            "value": record.scores.get(metric.column),
             "is_user_error": record.scores.get("is_user_error", False),
             "ended": True,
         }
@@ -90,6 +91,8 @@ def run_job(job: Job, task: Any, study: Path, report: Any = lambda scores: None)
     InputError
         if the record cannot be written.
     """
+    from bert_encoding.text_task import TextTask
+    from bert_encoding.text_trial import run_text_trial
     from bert_encoding.trial import run_trial
 
     logging.getLogger("bert_encoding").setLevel(logging.WARNING)
@@ -100,13 +103,11 @@ def run_job(job: Job, task: Any, study: Path, report: Any = lambda scores: None)
         keep_adapter = adapter_folder(study, job.trial_id) if job.phase == SEARCH else None
         try:
             with naming_full_disk(study):
-                record = run_trial(
-                    config,
-                    task,
-                    lambda scores: report(scores) is not False,
-                    adapter_folder=keep_adapter,
-                    score_test=job.score_test,
-                )
+                keep_going = lambda scores: report(scores) is not False  # noqa: E731
+                if isinstance(task, TextTask):
+                    record = run_text_trial(config, task, keep_going, adapter_folder=keep_adapter)
+                else:
+                    record = run_trial(config, task, keep_going, adapter_folder=keep_adapter, score_test=job.score_test)
         except Exception as error:
             record = _failure(job, error)
     record.trial_id, record.phase, record.key, record.params = job.trial_id, job.phase, job.key, job.params

@@ -29,7 +29,7 @@ class Options:
     space: str
     data: str
     model: str
-    layer: int | None
+    layer: int | tuple[int, ...] | None
     trim: str
     trust_alignment: bool
     subjects: list[str] | None
@@ -45,6 +45,12 @@ class Options:
     mlm_text: str
     baselines: list[str]
     static_vectors: str
+    probe: str
+    control_text: str
+    train_examples: int | None
+    examples: int | None
+    max_length: int | None
+    clean: bool
     cpus_per_trial: float
     gpus_per_trial: float
     max_concurrent: int
@@ -57,7 +63,7 @@ class Options:
 # What a study is about: a resumed one takes these from its record unless they are given again.
 SCIENCE = (
     "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
-    "outer_folds mlm_text baselines static_vectors"
+    "outer_folds mlm_text baselines static_vectors probe control_text train_examples examples max_length clean"
 ).split()
 ALL = "all"
 
@@ -86,7 +92,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
     options = Options(
         space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
         data=data,
-        model=_model(values.get("model", MINILM if data == DEMO else DEFAULT_MODEL)),
+        model=model_of(given, recorded),
         layer=_layer(values.get("layer", "last")),
         trim=values.get("trim", "published"),
         trust_alignment=values.get("trust_alignment", False),
@@ -103,12 +109,24 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         mlm_text=values.get("mlm_text", "fit"),
         baselines=_baselines(values.get("baselines"), static),
         static_vectors=static,
+        probe=_file("--probe", values["probe"]) if values.get("probe") else "",
+        control_text=_file("--control-text", values["control_text"]) if values.get("control_text") else "",
+        train_examples=values.get("train_examples"),
+        examples=values.get("examples"),
+        max_length=values.get("max_length"),
+        clean=values.get("clean", False),
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
         max_concurrent=min(values.get("max_concurrent", MAX_CONCURRENT), max(1, int(at_once))),
     )
     _check(options)
     return options
+
+
+def model_of(given: dict[str, Any], recorded: dict[str, Any]) -> str:
+    """Return the model that is given, recorded, or the data's default."""
+    values = recorded | given
+    return _model(values.get("model") or (MINILM if values.get("data", DEMO) == DEMO else DEFAULT_MODEL))
 
 
 def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, Any]:
@@ -181,13 +199,36 @@ def _baselines(names: list[str] | None, static_vectors: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _layer(layer: str | int | None) -> int | None:
+def _layer(layer: str | int | list[int] | None) -> int | tuple[int, ...] | None:
+    """Return None for ``last``, a number, or several whose vectors are averaged: ``4,5`` or ``4-6``."""
     if layer in ("last", None):
         return None
+    if isinstance(layer, list | tuple):
+        return tuple(layer)
     try:
-        return int(layer)
+        return parse_layers(str(layer))
     except ValueError:
-        raise InputError(f"--layer {layer}: give 'last' or a number; 0 is the embedding output") from None
+        raise InputError(
+            f"--layer {layer}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
+        ) from None
+
+
+def parse_layers(text: str) -> int | tuple[int, ...]:
+    """Read ``4``, ``4,5`` or ``4-6``.
+
+    Raises
+    ------
+    ValueError
+        if it is none of these.
+    """
+    first, dash, last = text.partition("-")
+    if dash and first:
+        several = tuple(range(int(first), int(last) + 1))
+        if not several:
+            raise ValueError(text)
+        return several
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _names(values: list[str] | None) -> list[str] | None:
@@ -204,6 +245,8 @@ def _check(options: Options) -> None:
         value = getattr(options, field.name)
         if field.name in lowest and value < lowest[field.name]:
             raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
+    if options.probe and options.probe == options.control_text:
+        raise InputError(f"--probe, --control-text: both are {options.probe}; what is trained on cannot be the probe")
     if options.trim not in TRIMS:
         raise InputError(f"--trim {options.trim}: must be one of {', '.join(TRIMS)}")
     if options.voxels.isdecimal() and options.outer_folds > 1:

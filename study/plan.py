@@ -114,7 +114,8 @@ def print_plan(
     add("data", f"{dataset.source}: " + ", ".join(f"{s} {n:,} voxels" for s, n in n_voxels.items()) + chosen)
     for role in ("fit", "validation", "test"):
         add(role, _describe(dataset, splits, role))
-    layer = "last layer" if options.layer is None else f"layer {options.layer}"
+    several = isinstance(options.layer, tuple)
+    layer = "last layer" if options.layer is None else f"{'mean of layers' if several else 'layer'} {options.layer}"
     add("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
     resumed = f", {n_done} of them done" if n_done else ""
     add(

@@ -1,7 +1,10 @@
 """From options to everything a study needs, checked; nothing is run or written."""
 
-from dataclasses import dataclass, replace
+import functools
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +18,7 @@ from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
 from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
-from bert_encoding.voxels import keep_voxels, read_voxels
+from bert_encoding.voxels import keep_voxels, read_voxels, voxels_key
 from study.options import ALL, Options
 from study.spaces import Space, rehearse
 
@@ -39,12 +42,29 @@ class Study:
             return dict.fromkeys(self.dataset.subjects, N_VOXELS)
         return {subject: int(np.sum(mask)) for subject, mask in self.dataset.voxel_masks.items()}
 
+    def about(self, task: Task) -> dict[str, Any]:
+        """Return what ``study.json`` says of data, voxels and split."""
+        dataset, is_open = task.dataset, self.options.voxels.isdecimal() and not task.voxels_are_chosen
+        return {
+            "data": {
+                "source": dataset.source,
+                "fingerprint": dataset.fingerprint,
+                "n_voxels": self.n_voxels,
+                "trim_trs": list(dataset.trim),
+                "notes": list(dataset.notes),
+            },
+            "voxels": {"asked": self.options.voxels, "key": None if is_open else voxels_key(dataset)},
+            "splits": [asdict(split) for split in self.splits],
+            "general_text": general_text(self.options),
+        }
+
     def task(self) -> Task:
         """Return what all trials share."""
         dataset = self.dataset
         if dataset.voxel_masks is None:
             dataset = _on_given_voxels(self.options, simulate_listener(dataset)[0])
-        return Task(dataset, self.splits, self.options.seed)
+        probe, control = given_files(self.options)
+        return Task(dataset, self.splits, self.options.seed, probe_text=probe, control_text=control)
 
 
 def prepare(options: Options, space: Space) -> Study:
@@ -86,6 +106,27 @@ def _inspect_aligned(dataset: Dataset, train: list[str], trust: bool) -> Dataset
     profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
     notes = [note for profile in profiles for note in check_alignment(profile, trust)]
     return replace(inspected, notes=(*inspected.notes, *notes))
+
+
+def general_text(options: Options) -> dict[str, str]:
+    """Return hashes of the files of general text that were given."""
+    given = {"probe": options.probe, "control": options.control_text}
+    return {name: file_hash(file) for name, file in given.items() if file}
+
+
+def given_files(options: Options) -> tuple[Path | None, Path | None]:
+    """Return the files of general text: probe and control, None where the bundled one is used."""
+    return (
+        Path(options.probe) if options.probe else None,
+        Path(options.control_text) if options.control_text else None,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def file_hash(path: str) -> str:
+    """Return a hash of a file's content, computed once a process."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _on_given_voxels(options: Options, dataset: Dataset) -> Dataset:

@@ -30,7 +30,7 @@ class ProgressLine(tune.Callback):
         self.frozen: float | None = None
         for record in records:
             if record.status == COMPLETE:
-                self._note(record.phase, record.trial_id, record.method, record.scores["cc_mean"])
+                self._note(record.phase, record.trial_id, record.method, record.scores[searcher.measure.column])
         self.bar = Progress(
             BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=True
         )
@@ -64,8 +64,8 @@ class ProgressLine(tune.Callback):
             self.n_searched += 1
         name, status = result["job"], result["status"]
         if status == COMPLETE:
-            self._note(result["phase"], name, method, result["cc"])
-            said = f"{name}: CC {result['cc']:.4f}"
+            self._note(result["phase"], name, method, result["value"])
+            said = f"{name}: {self.searcher.measure.label} {result['value']:.4f}"
         else:
             said = f"{name}: {status}: {(result['error'] or '').splitlines()[-1]}"
         self._describe(said)
@@ -77,11 +77,11 @@ class ProgressLine(tune.Callback):
                 markup=False,
             )
 
-    def _note(self, phase: str, name: str, method: str, cc: float) -> None:
+    def _note(self, phase: str, name: str, method: str, value: float) -> None:
         if phase == BASELINE:
-            self.frozen = cc if method == "frozen" else self.frozen
-        elif self.best is None or cc > self.best[0]:
-            self.best = (cc, name)
+            self.frozen = value if method == "frozen" else self.frozen
+        elif self.best is None or self.searcher.measure.better(value, self.best[0]):
+            self.best = (value, name)
 
     def _describe(self, said: str) -> None:
         self.bar.update(
@@ -89,7 +89,8 @@ class ProgressLine(tune.Callback):
         )
 
     def _standing(self) -> str:
-        best = f"best CC {self.best[0]:.4f} ({self.best[1]})" if self.best else "best CC -"
+        label = self.searcher.measure.label
+        best = f"best {label} {self.best[0]:.4f} ({self.best[1]})" if self.best else f"best {label} -"
         frozen = f"frozen {self.frozen:.4f}" if self.frozen is not None else "frozen -"
         return f"{best}, {frozen} | {self._time_left()}"
 

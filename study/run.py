@@ -15,17 +15,19 @@ from rich.console import Console
 from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text, Whole, run_app
 from bert_encoding.encoders import check_model, model_shape
 from bert_encoding.errors import InputError
-from bert_encoding.records import FAILED, write_json
-from study.analysis import load_trials, print_study, read_notes, standing
+from bert_encoding.records import ENCODING, FAILED, write_json
+from study.analysis import load_task, load_trials, print_study, read_notes, standing
 from study.memory import check_memory, worker_bytes
-from study.options import Options, read_recorded, resolve_options
-from study.plan import check_space_on_disk, estimate, print_plan
+from study.options import Options, model_of, read_recorded, resolve_options
+from study.plan import MIN_FREE_BYTES, check_space_on_disk, estimate, print_plan
 from study.prepare import Study, prepare
 from study.session import check_new, n_searched, run_session
-from study.spaces import load_space
+from study.spaces import Space, load_space
+from study.text import TextStudy, prepare_text, print_text_plan
 
 WIDTH_OF_A_LOG = 240
 DEFAULT_SPACE = "lora_full"
+FLAGS = ("trust_alignment", "clean")
 
 
 app = cyclopts.App(
@@ -55,6 +57,12 @@ def main(
     mlm_text: Text = None,
     baselines: Names = None,
     static_vectors: Text = None,
+    probe: Text = None,
+    control_text: Text = None,
+    train_examples: Whole = None,
+    examples: Whole = None,
+    max_length: Whole = None,
+    clean: bool = False,
     cpus_per_trial: Number = None,
     gpus_per_trial: Number = None,
     max_concurrent: Whole = None,
@@ -78,7 +86,7 @@ def main(
         minilm, minilm-plain, a checkpoint folder or a hub name. [default: minilm for the demo, else
         bert-base-uncased]
     layer
-        Whose hidden states are the word vectors: 'last' or a number. [default: last]
+        Whose hidden states are the word vectors: 'last', a number, or several to average, as in 4-6. [default: last]
     subjects
         Subjects to predict. [default: all]
     voxels
@@ -101,11 +109,23 @@ def main(
     outer_folds
         Rotate fit and validation stories over so many folds, one adapter each. [default: 1]
     mlm_text
-        What fine-tuning reads: 'fit' (the fit stories) or 'all'. [default: fit]
+        What fine-tuning reads: 'fit' (the fit stories), 'all', or 'control' (unrelated text). [default: fit]
     baselines
         Further rows beside frozen and word_rate: bag_of_words, static. [default: none]
     static_vectors
         FILE of GloVe or word2vec vectors for the baseline 'static', which it implies.
+    probe
+        FILE of text that is not stories, on which forgetting is measured. [default: bundled]
+    control_text
+        FILE of unrelated text, for mlm_text 'control' and replay. [default: bundled, a few thousand words]
+    train_examples
+        Of a text task: train on so many texts and judge on the others. [default: four fifths]
+    examples
+        Of a text task: use a sample of so many texts. [default: all]
+    max_length
+        Of a text task: tokens read of a text, from its end. [default: 512]
+    clean
+        Of a text task: take emoji and all other non-ASCII characters out.
     cpus_per_trial
         Processors of one trial. [default: up to 2]
     gpus_per_trial
@@ -117,27 +137,40 @@ def main(
     resume
         Go on with a study from its finished records; --trials may grow. What is not given is taken from the study.
     """
-    given = {k: v for k, v in locals().items() if v is not None and k not in ("dry_run", "resume", "trust_alignment")}
-    given |= {"trust_alignment": True} if trust_alignment else {}
+    given = {k: v for k, v in locals().items() if v is not None and k not in (*FLAGS, "dry_run", "resume")}
+    given |= {flag: True for flag, is_set in zip(FLAGS, (trust_alignment, clean), strict=True) if is_set}
     console = _console()
     recorded = read_recorded(out, name, resume)
     given.setdefault("name", recorded["name"]) if resume else None
-    chosen = load_space(given.setdefault("space", recorded.get("space", DEFAULT_SPACE)))
+    space_name = given.setdefault("space", recorded.get("space", DEFAULT_SPACE))
+    chosen = load_space(space_name, model_shape(model_of(given, recorded))["n_layers"])
     options = resolve_options(given, recorded, chosen)
-    study = prepare(options, chosen)
-    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options)
     n_done = n_searched(options.folder) if resume else 0
-    print_plan(console, options, chosen, study.dataset, study.splits, study.n_voxels, forecast, n_done)
+    study, check_machine = _plan(console, options, chosen, n_done)
     check_new(options.folder, resume)
     if dry_run:
-        return _rehearse(console, lambda: _check_machine(study, forecast.disk_bytes))
+        return _rehearse(console, check_machine)
     check_model(options.model, options.layer)
-    _check_machine(study, forecast.disk_bytes)
+    check_machine()
     try:
         run_session(study, resume, console)
     except KeyboardInterrupt:
         console.print("interrupted")
     return _finish(options, console)
+
+
+def _plan(
+    console: Console, options: Options, space: Space, n_done: int
+) -> tuple[Study | TextStudy, Callable[[], None]]:
+    """Prepare and print what will be done; return it, and the check whether this machine can."""
+    if space.task != ENCODING:
+        text = prepare_text(options, space)
+        print_text_plan(console, text, n_done)
+        return text, lambda: check_space_on_disk(options.folder, MIN_FREE_BYTES)
+    study = prepare(options, space)
+    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options)
+    print_plan(console, options, space, study.dataset, study.splits, study.n_voxels, forecast, n_done)
+    return study, lambda: _check_machine(study, forecast.disk_bytes)
 
 
 def _rehearse(console: Console, check: Callable[[], None]) -> int:
@@ -166,9 +199,10 @@ def _finish(options: Options, console: Console) -> int:
         console.print("interrupted before any trial had ended; nothing was kept")
         return INTERRUPTED
     trials = load_trials(options.folder)
-    found = standing(trials)
+    task = load_task(options.folder)
+    found = standing(trials, task)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
-    print_study(console, trials, read_notes(options.folder))
+    print_study(console, trials, read_notes(options.folder), task)
     console.print(
         f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True
     )

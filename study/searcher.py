@@ -9,7 +9,7 @@ from ray.tune.search import Searcher
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from bert_encoding.records import BASELINE, COMPLETE, FAILED, SEARCH, TrialRecord
+from bert_encoding.records import BASELINE, COMPLETE, ENCODING, FAILED, METRICS, SEARCH, Metric, TrialRecord
 from bert_encoding.seeds import derive_seed
 from study.objective import Job
 from study.spaces import SAMPLERS, Space, quiet_study, to_trial_config
@@ -29,6 +29,7 @@ class StudySearcher(Searcher):
     n_trials : how many searched trials the study shall have, those of ``records`` included
     records : of earlier sessions
     make_key : configuration -> identity
+    metric : what Optuna is told of a trial
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class StudySearcher(Searcher):
         make_key: Callable[..., str],
         seed: int,
         first_id: int,
+        metric: Metric = METRICS[ENCODING],
     ) -> None:
         super().__init__()
         self.error: str | None = None
-        self.space, self.base, self.make_key = space, base, make_key
+        self.space, self.base, self.make_key, self.measure = space, base, make_key, metric
         self.waiting_baselines = list(baselines)
         self.open_baselines = {job.trial_id for job in baselines}
         searched = [record for record in records if record.phase == SEARCH]
@@ -90,7 +92,7 @@ class StudySearcher(Searcher):
         elif status == COMPLETE:
             assert result is not None
             self.done[job.key] = job.trial_id
-            self.study.tell(self.asked.pop(trial_id), float(result["cc"]))
+            self.study.tell(self.asked.pop(trial_id), float(result["value"]))
         else:
             self.study.tell(self.asked.pop(trial_id), state=optuna.trial.TrialState.FAIL)
 
@@ -115,7 +117,7 @@ class StudySearcher(Searcher):
 
     def _warm_study(self, searched: list[TrialRecord], seed: int) -> optuna.Study:
         sampler_seed = derive_seed(seed, "sampler", len(searched)) % SAMPLER_SEEDS
-        study = quiet_study(SAMPLERS[self.space.sampler](sampler_seed))
+        study = quiet_study(SAMPLERS[self.space.sampler](sampler_seed), self.measure.is_gain)
         for record in searched:
             replay = optuna.trial.FixedTrial(record.params)
             self.space.suggest(replay)
@@ -123,7 +125,7 @@ class StudySearcher(Searcher):
                 optuna.trial.create_trial(
                     params=replay.params,
                     distributions=replay.distributions,
-                    value=record.scores["cc_mean"] if record.status == COMPLETE else None,
+                    value=record.scores[self.measure.column] if record.status == COMPLETE else None,
                     state=optuna.trial.TrialState.COMPLETE
                     if record.status == COMPLETE
                     else optuna.trial.TrialState.FAIL,

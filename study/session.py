@@ -10,14 +10,14 @@ from typing import Any
 import filelock
 from rich.console import Console
 
-from bert_encoding.chain import Task
-from bert_encoding.datasets.story import Dataset
 from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.encoders import checkpoint_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
     COMPLETE,
+    ENCODING,
     FAILED,
+    METRICS,
     SEARCH,
     STUDY_FILE,
     TrialRecord,
@@ -29,7 +29,6 @@ from bert_encoding.records import (
     write_record,
     write_tables,
 )
-from bert_encoding.voxels import voxels_key
 from study.baselines import baseline_job, key_maker, missing_baselines
 from study.choice import on_chosen_voxels
 from study.cluster import local_ray, machine_cpus, machine_gpus
@@ -37,13 +36,15 @@ from study.objective import Job, objective
 from study.options import options_record
 from study.prepare import Study
 from study.provenance import provenance
+from study.text import TextStudy
 
+AnyStudy = Study | TextStudy
 IDENTITY = ("options", "space", "data", "voxels", "model", "splits", "config", "code", "precision", "versions")
 KEEP_ADAPTERS = 5
 RETRIES = 2  # of a trial whose worker died
 
 
-def run_session(study: Study, resume: bool, console: Console) -> None:
+def run_session(study: AnyStudy, resume: bool, console: Console) -> None:
     """Run what the study still lacks.
 
     Raises
@@ -58,7 +59,7 @@ def run_session(study: Study, resume: bool, console: Console) -> None:
             _run_jobs(study, task, identity, folder, console)
         finally:
             if any(record.status == COMPLETE for record in read_records(folder)):
-                keep_best_adapters(folder, KEEP_ADAPTERS)
+                keep_best_adapters(folder, KEEP_ADAPTERS, METRICS[study.space.task])
                 write_tables(folder)
             elif not resume and not any(_has_traceback(record) for record in read_records(folder)):
                 shutil.rmtree(folder)  # nothing to keep, and nothing in the way of the next try
@@ -73,7 +74,7 @@ def n_searched(folder: Path) -> int:
     return sum(record.phase == SEARCH for record in read_records(folder))
 
 
-def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, console: Console) -> None:
+def _run_jobs(study: AnyStudy, task: Any, identity: dict[str, Any], folder: Path, console: Console) -> None:
     options = study.options
     records = read_records(folder)
     lacking = missing_baselines(study, records)
@@ -85,11 +86,21 @@ def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, 
         from study.progress import ProgressLine
         from study.searcher import StudySearcher
 
-        task = on_chosen_voxels(study, task, folder, console)
-        make_key = key_maker(identity | {"voxels": {"key": voxels_key(task.dataset)}})
-        baselines = [baseline_job(config, options.trials == 0, make_key) for config in lacking]
+        if isinstance(study, Study):
+            task = on_chosen_voxels(study, task, folder, console)
+        make_key = key_maker(identity | study.about(task))
+        score_test = options.trials == 0 and study.space.task == ENCODING
+        baselines = [baseline_job(config, score_test, make_key) for config in lacking]
         searcher = StudySearcher(
-            study.space, study.base, baselines, options.trials, records, make_key, options.seed, _next_id(folder)
+            study.space,
+            study.base,
+            baselines,
+            options.trials,
+            records,
+            make_key,
+            options.seed,
+            _next_id(folder),
+            METRICS[study.space.task],
         )
         n_jobs = searcher.n_jobs
         with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
@@ -113,7 +124,7 @@ def _run_jobs(study: Study, task: Task, identity: dict[str, Any], folder: Path, 
 
 
 def _tune(
-    study: Study, task: Task, folder: Path, searcher: Any, progress: Any, private: Path, n_jobs: int
+    study: AnyStudy, task: Any, folder: Path, searcher: Any, progress: Any, private: Path, n_jobs: int
 ) -> list[Job]:
     """Run ``n_jobs`` jobs on resident workers; return those whose worker died for good."""
     from ray import tune
@@ -124,6 +135,7 @@ def _tune(
             objective,
             task=task,
             study=str(folder),
+            metric=METRICS[study.space.task],
             n_threads=max(1, int(options.cpus_per_trial)),
             gpu_share=options.gpus_per_trial,
         ),
@@ -149,37 +161,28 @@ def _tune(
     return [job for job in dead if not (folder / "trials" / job.trial_id / "record.json").exists()]
 
 
-def _voxels_key(study: Study, dataset: Dataset) -> str | None:
-    """Identify the voxels that are scored; None if they are yet to be chosen."""
-    return None if study.options.voxels.isdecimal() else voxels_key(dataset)
-
-
 def _next_id(folder: Path) -> int:
     """Return a number that no trial has had, those included that a killed driver left without a record."""
     used = [int(path.name) for path in (folder / "trials").glob("*") if path.name.isdigit()]
     return max(used, default=0) + 1
 
 
-def _identity(study: Study, task: Task) -> dict[str, Any]:
+def _identity(study: AnyStudy, task: Any) -> dict[str, Any]:
     """What makes this study this study; ``study.json`` keeps it and a resumed study must match it."""
-    space, dataset = study.space, task.dataset
-    return provenance() | {
-        "name": study.options.name,
-        "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
-        "data": {
-            "source": dataset.source,
-            "fingerprint": dataset.fingerprint,
-            "n_voxels": study.n_voxels,
-            "trim_trs": list(dataset.trim),
-            "notes": list(dataset.notes),
-        },
-        "voxels": {"asked": study.options.voxels, "key": _voxels_key(study, dataset)},
-        "model": {"name": study.options.model, "weights": checkpoint_fingerprint(study.options.model)},
-        "splits": [asdict(split) for split in study.splits],
-        "config": asdict(study.base),
-        "precision": resolve_precision(study.base.precision, pick_device()),
-        "options": options_record(study.options),
-    }
+    space = study.space
+    return (
+        provenance()
+        | {
+            "name": study.options.name,
+            "task": space.task,
+            "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
+            "model": {"name": study.options.model, "weights": checkpoint_fingerprint(study.options.model)},
+            "config": asdict(study.base),
+            "precision": resolve_precision(study.base.precision, pick_device()),
+            "options": options_record(study.options),
+        }
+        | study.about(task)
+    )
 
 
 def check_new(folder: Path, resume: bool) -> None:
@@ -248,8 +251,9 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
     return {
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
-        "the trim": f"{identity['data']['trim_trs']}",
+        "the trim": str(identity["data"].get("trim_trs")),
         "the voxels": _voxels_text(identity["voxels"]),
+        "the text that is not stories": str(identity.get("general_text")),
         "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
         "the code of bert_encoding": str(identity["code"]),
         "the precision of this machine": str(identity["precision"]),

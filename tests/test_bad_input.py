@@ -211,7 +211,7 @@ def test_brackets_in_a_folder_s_name_are_kept(name: str, lab: Path, command: Com
         (["--layer", "99"], ["--layer 99", "layers 0 (embeddings) to 2"]),
         (["--layer", "3"], ["--layer 3", "to 2"]),
         (["--layer", "-1"], ["--layer -1", "to 2"]),
-        (["--layer", "foo"], ["--layer foo: give 'last' or a number"]),
+        (["--layer", "foo"], ["--layer foo: give 'last', a number"]),
         (["--train-stories", "0"], ["--train-stories 0", "has 6 that are not test stories"]),
         (["--train-stories", "7"], ["--train-stories 7", "has 6 that are not test stories"]),
         (["--train-stories", "2"], ["too few stories to split: 2 training stories"]),

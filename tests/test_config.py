@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 BAD: list[tuple[str, Any]] = [
     ("method", "bert"),
     ("method", None),
-    ("schedule", "cosine"),
+    ("schedule", "step"),
     ("mlm_text", "test"),
     ("precision", "float16"),
     ("model", ""),
@@ -152,7 +152,21 @@ def test_from_dict_checks_values() -> None:
 OTHER: dict[str, Any] = {
     "method": "static",
     "model": "minilm",
-    "layer": 3,
+    "layer": (3, 4),
+    "keep_layers": True,
+    "lora_scaling": "rslora",
+    "lora_init": "pissa",
+    "lora_bias": "lora_only",
+    "lora_layers": (0, 2),
+    "dora": True,
+    "train_embeddings": False,
+    "frozen_blocks": 2,
+    "objective": "mlm_nsp",
+    "whole_words": True,
+    "patience": 2,
+    "l2_sp": 0.1,
+    "replay": 0.25,
+    "match_steps": True,
     "seed": 7,
     "rank": 4,
     "lora_alpha": 6.5,
@@ -207,8 +221,8 @@ def test_training_part_holds_the_same_values() -> None:
         "warmup_epochs": 1.0,
         "schedule": "linear",
         "max_grad_norm": 0.5,
-        "mask_probability": 0.2,
         "precision": "bfloat16",
+        "l2_sp": 0.1,
     }
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from bert_encoding.chain import Task
-from bert_encoding.config import FROZEN, WORD_RATE, TrialConfig
+from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.demo import N_VOXELS, SUBJECT, TEST, Truth, demo_stories, simulate_listener
+from bert_encoding.records import FROZEN, WORD_RATE
 from bert_encoding.trial import run_trial
 
 pytestmark = pytest.mark.demo

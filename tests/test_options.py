@@ -60,6 +60,12 @@ def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
         mlm_text="fit",
         baselines=[],
         static_vectors="",
+        probe="",
+        control_text="",
+        train_examples=None,
+        examples=None,
+        max_length=None,
+        clean=False,
         cpus_per_trial=2.0,
         gpus_per_trial=0.0,
         max_concurrent=2,
@@ -157,7 +163,7 @@ def test_layers(given: str | int | None, layer: int | None, smoke: Space) -> Non
 
 @pytest.mark.parametrize("given", ["foo", "", "1.5", "first"])
 def test_a_layer_that_is_no_number_is_refused(given: str, smoke: Space) -> None:
-    with pytest.raises(InputError, match=f"--layer {given}: give 'last' or a number"):
+    with pytest.raises(InputError, match=f"--layer {given}: give 'last', a number"):
         resolve(smoke, layer=given)
 
 

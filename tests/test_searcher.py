@@ -15,7 +15,7 @@ from study.spaces import Space, load_space, to_trial_config
 
 BASE = TrialConfig(model="tiny")
 COURSE = {"log2_rank": 3, "alpha_factor": 2.0, "target_modules": "q,v", "lr": 2e-4, "stride": 256}
-OK = {"status": "COMPLETE", "cc": 0.1}
+OK = {"status": "COMPLETE", "value": 0.1}
 
 
 def key_of(config: TrialConfig) -> str:
@@ -60,7 +60,7 @@ def ask_all(found: StudySearcher, cc: float = 0.1) -> list[dict[str, Any]]:
             return jobs
         assert job is not None
         jobs.append(job)
-        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "cc": cc + at / 1000})
+        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": cc + at / 1000})
     raise AssertionError("the search has no end")
 
 
@@ -136,14 +136,14 @@ def states(found: StudySearcher) -> list[tuple[str, float | None]]:
 def test_a_complete_trial_is_told_with_its_score() -> None:
     found = searcher()
     found.suggest("a")
-    found.on_trial_complete("a", {"status": "COMPLETE", "cc": 0.25})
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.25})
     assert states(found) == [("COMPLETE", 0.25)]
     assert found.study.best_value == 0.25
 
 
 @pytest.mark.parametrize(
     ("result", "error"),
-    [(None, True), (None, False), ({"status": "FAILED", "error": "nan", "cc": None}, False), ({"epoch": 1}, False)],
+    [(None, True), (None, False), ({"status": "FAILED", "error": "nan", "value": None}, False), ({"epoch": 1}, False)],
 )
 def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(result: dict[str, Any] | None, error: bool) -> None:
     found = searcher()
@@ -158,7 +158,7 @@ def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(result: dict[st
 def test_a_crash_counts_even_beside_an_earlier_report() -> None:
     found = searcher()
     found.suggest("a")
-    found.on_trial_complete("a", {"status": "COMPLETE", "cc": 0.5}, error=True)
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.5}, error=True)
     assert states(found) == [("FAIL", None)]
 
 

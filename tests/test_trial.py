@@ -139,13 +139,13 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """Listens to the real training, which goes on as it would."""
     calls, real = Heard(), module.finetune
 
-    def listen(model: BertForMaskedLM, windows: list[Window], probes: Probes, *args: Any, **kwargs: Any) -> Any:
+    def listen(model: BertForMaskedLM, objective: Any, probes: Probes, *args: Any, **kwargs: Any) -> Any:
         calls.models.append(model)
-        calls.windows.append(list(windows))
+        calls.windows.append(list(objective.windows))
         calls.probes.append(probes)
         calls.adapters.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
         calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
-        return real(model, windows, probes, *args, **kwargs)
+        return real(model, objective, probes, *args, **kwargs)
 
     monkeypatch.setattr(module, "finetune", listen)
     return calls
@@ -492,7 +492,7 @@ def test_search_never_reads_test_responses(method: str, task: Task, tiny_encoder
 def test_last_epoch_is_the_score_and_the_best_is_noted(task: Task, tiny_encoder: Encoder) -> None:
     reported: list[dict[str, float]] = []
     best_was_not_last = 0
-    for seed in range(4):
+    for seed in range(8):
         reported.clear()
         settings = config(tiny_encoder, epochs=3, lr=0.05, seed=seed)
         record = run_trial(settings, task, lambda scores: reported.append(scores) is None)
@@ -569,6 +569,7 @@ def test_scores_over_outer_folds_are_means_of_single_splits(
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
+TRAITS = {"share_trainable", "delta_norm", "stable_rank", "probe_loss_before", "probe_loss_after"}
 SCORES = {
     "cc_mean",
     "cc_median",
@@ -579,6 +580,7 @@ SCORES = {
     "n_constant_predictions",
     "voxels_are_chosen",
     "epochs_done",
+    "epoch_kept",
     "cc_best",
     "epoch_best",
     "cc_seen",
@@ -617,7 +619,7 @@ def test_frozen_record(task: Task, tiny_encoder: Encoder) -> None:
 def test_lora_record(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
     settings = config(tiny_encoder, target_modules="q,d", batch_size=3, accumulation=2)
     record = run_trial(settings, task)
-    assert set(record.scores) == SCORES | LOSSES
+    assert set(record.scores) == SCORES | LOSSES | TRAITS
     assert record.scores["n_trainable"] == 2 * (4 * (32 + 32) + 4 * (64 + 32))  # two blocks, rank 4
     (windows,) = heard.windows
     assert record.scores["optimizer_steps"] == 2 * math.ceil(len(windows) / 6)

@@ -12,7 +12,7 @@ from himalaya.ridge import RidgeCV
 from himalaya.scoring import correlation_score
 from sklearn.model_selection import PredefinedSplit
 
-from bert_encoding.config import FROZEN, TrialConfig
+from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories
@@ -21,6 +21,7 @@ from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import load_encoder
 from bert_encoding.evaluate import make_design, prepare_ridge, score_subject, stack_responses
 from bert_encoding.features import ZScore
+from bert_encoding.records import FROZEN
 from bert_encoding.windows import tokenize
 
 app = cyclopts.App()

@@ -18,13 +18,14 @@ import h5py
 import numpy as np
 
 from bert_encoding.chain import Chain, Task
-from bert_encoding.config import FROZEN, TrialConfig
+from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import split_stories
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.demo import TR_S, demo_stories
 from bert_encoding.features import ZScore, story_features
+from bert_encoding.records import FROZEN
 
 N_STORIES, N_DIRECTIONS, SUBJECT = 60, 8, "large"
 PLANTED_EVERY = 50  # one voxel in so many, spread over the whole brain
@@ -85,15 +86,15 @@ def score(folder: Path, *, trs: int, voxels: int, seed: int, hdf5: bool = False,
     chain = Chain(TrialConfig(method=FROZEN, model=MODEL), Task(dataset, (split,), seed))
     assert chain.encoder is not None
     began = time.perf_counter()
-    vectors = chain.vectors(chain.encoder.copy_model().bert, split.fit + split.validation, split.fit)
+    on_trs = chain.on_trs(chain.encoder.copy_model().bert, split.fit + split.validation, split.fit)
     print(f"embedded  {report(began)}")
     began = time.perf_counter()
-    cc = chain.score(vectors, split.fit, split.validation)[SUBJECT].cc
+    cc = chain.score(on_trs, split.fit, split.validation)[SUBJECT].cc
     print(f"scored    {report(began)}")
     judge("validation", cc, planted_ceiling(voxels, seed))
     if seen:
         began = time.perf_counter()
-        cc = chain.score_seen(vectors, split.fit)[SUBJECT]
+        cc = chain.score_seen(on_trs, split.fit)[SUBJECT]
         print(f"seen      {report(began)}")
         judge("inside fit", cc, planted_ceiling(voxels, seed))
     if peak_gb() > MAX_GB:
