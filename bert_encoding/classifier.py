@@ -20,7 +20,7 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.devices import autocast
 from bert_encoding.encoders import Encoder, quiet
 from bert_encoding.methods import prepare_model
-from bert_encoding.records import FULL, PARTIAL
+from bert_encoding.records import FULL, PARTIAL, RANDOM
 from bert_encoding.seeds import derive_seed
 from bert_encoding.windows import Tokens, Window, pad
 
@@ -53,7 +53,7 @@ def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[s
     """
     prepared = prepare_model(replace(config, layer=None), encoder)
     model = assemble(masked_lm(prepared).bert, labels, config.seed)
-    pretrained = pooler_weights(encoder)
+    pretrained = {} if config.method == RANDOM else pooler_weights(encoder)
     if pretrained:
         model.bert.pooler.dense.load_state_dict(pretrained)
     model.bert.pooler.requires_grad_(not pretrained or config.method in (FULL, PARTIAL))

@@ -22,7 +22,7 @@ from bert_encoding.classifier import (
 )
 from bert_encoding.config import TrialConfig
 from bert_encoding.devices import pick_device, resolve_precision
-from bert_encoding.records import TUNED
+from bert_encoding.records import RANDOM, TUNED
 from bert_encoding.saved_classifier import Reading, save_classifier
 from bert_encoding.seeds import generator
 from bert_encoding.text_task import TextTask, class_names, pick, read_texts, resolve_max_length
@@ -59,7 +59,11 @@ class ClassifyRun:
         n_cut = sum(len(tokens.ids) > self.max_length - 2 for tokens in self.texts.tokens)
         if n_cut:
             yield f"{n_cut} of {len(self.windows)} texts are longer than {self.max_length} tokens: their end is read"
-        yield f"the pooler is that of {name}" if pooler_weights(self.encoder) else "the pooler is new and trains"
+        yield (
+            f"the pooler is that of {name}"
+            if pooler_weights(self.encoder) and self.config.method != RANDOM
+            else "the pooler is new and trains"
+        )
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train and yield scores; with patience, until so many epochs were no better than one before."""

@@ -43,7 +43,8 @@ class TrialConfig:
     whole_words : mask all pieces of a chosen word
     lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
     schedule, warmup_epochs : ``constant``, ``linear`` or ``cosine`` after a warm-up of so many epochs
-    patience : stop after so many epochs without a lower held-out loss and restore the best epoch; None never does
+    patience : stop after so many epochs without a lower held-out loss (in a classification: a higher accuracy) and
+        restore the best epoch; None never does
     l2_sp : penalty l2_sp / 2 * ||W - W_pretrained||^2 on what is trained
     replay : share of the windows of a step that are general text, against forgetting
     match_steps : train as many steps an epoch as non-overlapping windows would give, whatever the stride
@@ -128,6 +129,7 @@ class TrialConfig:
         for name in ("lr", "lora_alpha", "max_grad_norm", "mask_probability"):
             if getattr(self, name) == 0:
                 raise InputError(f"{name} 0: must be above 0")
+        self._check_objective()
         if (self.method == STATIC) != bool(self.static_vectors) or not isinstance(self.static_vectors, str):
             raise InputError(f"static_vectors {self.static_vectors!r}: a file for method {STATIC}, and for no other")
         target_regex(self.target_modules)
@@ -137,6 +139,17 @@ class TrialConfig:
             raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
         if not self.ridge_alphas or not all(0 < alpha < float("inf") for alpha in self.ridge_alphas):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
+
+    def _check_objective(self) -> None:
+        """Refuse settings that would do nothing, or not what their names say."""
+        if self.objective == "mlm_nsp":
+            for name, value in (("mlm_text", "fit"), ("replay", 0), ("match_steps", False)):
+                if getattr(self, name) != value:
+                    raise InputError(
+                        f"{name} {getattr(self, name)!r}: not with objective 'mlm_nsp'; leave it {value!r}"
+                    )
+        if self.patience is not None and self.mlm_text == "all":
+            raise InputError("patience: with mlm_text 'all' no story is held out to stop by; leave it None")
 
     @property
     def training(self) -> Training:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -125,7 +126,7 @@ def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
 
 def model_shape(name: str) -> dict[str, int]:
     """Return n_layers, n_hidden, n_intermediate from the configuration alone; BERT-base's where it is out of reach."""
-    file = _minilm_folder() / "config.json" if name in BUNDLED and _minilm_installed() else Path(name) / "config.json"
+    file = _config_file(name)
     try:
         content = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError:  # whoever loads it will say what is wrong
@@ -134,6 +135,19 @@ def model_shape(name: str) -> dict[str, int]:
     default = minilm if name in BUNDLED else {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}
     keys = {"n_layers": "num_hidden_layers", "n_hidden": "hidden_size", "n_intermediate": "intermediate_size"}
     return {ours: int(content.get(theirs, default[ours])) for ours, theirs in keys.items()}
+
+
+def _config_file(name: str) -> Path:
+    """Return where a configuration lies: in the package, a folder, or the hub's cache."""
+    if name in BUNDLED and _minilm_installed():
+        return _minilm_folder() / "config.json"
+    if name in BUNDLED or Path(name).exists():
+        return Path(name) / "config.json"
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        cached = None
+    return Path(cached) if isinstance(cached, str) else Path(name) / "config.json"
 
 
 def check_layer(layer: int | tuple[int, ...] | None, name: str) -> None:

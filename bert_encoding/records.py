@@ -65,6 +65,9 @@ COLUMNS = (
     "cc_best epoch_best cc_norm cc_test alpha_edge_share accuracy macro_f1 seconds_train seconds_embed seconds_ridge "
     "seconds_total peak_memory_gb node"
 ).split()
+FURTHER_COLUMNS = (
+    "share_trainable epoch_kept accuracy_before macro_f1_before loss_train loss_heldout perplexity".split()
+)
 _LORA_ONLY = ("rank", "lora_alpha", "target_modules")
 _TUNED_ONLY = ("lr", "stride", "mlm_text")
 
@@ -174,6 +177,8 @@ def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
     if any(record.scores.get("voxels_are_chosen") for record in records):
         frame["adaptation_gap"] = np.nan  # the frozen cc_seen chose the voxels, and flatters itself there
     types = {name: "string" if name in _TEXT else "Int64" if name in _WHOLE else "Float64" for name in COLUMNS}
+    for name in _WHOLE:  # means over folds need not be whole
+        frame[name] = frame[name].astype("Float64").round()
     return frame.astype(types)
 
 
@@ -218,7 +223,7 @@ def code_fingerprint() -> str:
     """Return a hash of the sources of ``bert_encoding``: what a result depends on besides its settings."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted([*root.rglob("*.py"), *root.glob("data/general/*.txt")]):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -298,7 +303,7 @@ def lora_scaling(config: dict[str, Any]) -> float:
 
 
 def _is_column(score: str) -> bool:
-    return score in COLUMNS or score.startswith(ROI_PREFIX)
+    return score in COLUMNS or score in FURTHER_COLUMNS or score.startswith(ROI_PREFIX)
 
 
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:

@@ -17,6 +17,7 @@ import optuna
 TASK = "classification"
 EPOCHS = 3
 TRIALS = 20
+BASELINE = {"lr": 1e-3, "batch_size": 8, "weight_decay": 0.01}  # of the head on the frozen model
 START = [
     {"method": "lora", "log2_rank": 2, "lora_alpha": 32, "target_modules": "q,k", "lr_lora": 1e-3},
     {"method": "full", "lr_full": 5e-5},

@@ -18,16 +18,19 @@ from bert_encoding.records import (
     ADAPT,
     BASELINE,
     CLASSIFICATION,
+    COLUMNS,
     COMPLETE,
     ENCODING,
     FAILED,
     FROZEN,
+    FURTHER_COLUMNS,
     METRICS,
     ROI_PREFIX,
     SEARCH,
     STUDY_FILE,
     WORD_RATE,
     read_json,
+    read_record,
     read_records,
     trials_frame,
     write_tables,
@@ -36,7 +39,7 @@ from bert_encoding.records import (
 SHOWN = (
     "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
     "probe_loss_before probe_loss_after delta_norm cc_mean cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap "
-    "cc_test accuracy macro_f1 seconds_total"
+    "cc_test accuracy_before accuracy macro_f1 seconds_total"
 ).split()
 HELD_OUT = {ENCODING: "validation stories", CLASSIFICATION: "held-out texts", ADAPT: "held-out texts"}
 
@@ -129,7 +132,10 @@ def read_notes(path: str | Path) -> dict[str, list[str]]:
 def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]], task: str = ENCODING) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
     regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
-    columns = [name for name in (*SHOWN, *regions) if trials[name].notna().any()]
+    suggested = [name for name in trials.columns if name not in (*COLUMNS, *FURTHER_COLUMNS, *regions)]
+    varied = [name for name in ("layer", "seed") if trials.loc[trials["phase"] == SEARCH, name].nunique() > 1]
+    shown = (*SHOWN[:4], *varied, *suggested, *SHOWN[4:], *regions)
+    columns = [name for name in shown if name in trials and trials[name].notna().any()]
     metric = METRICS[task]
     scores = trials[metric.column].astype(float)
     order = scores.sort_values(ascending=not metric.is_gain, na_position="last").index
@@ -149,6 +155,15 @@ def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[st
         console.print(f"trial {row['trial_id']} FAILED: {reason}", soft_wrap=True, highlight=False, markup=False)
 
 
+def print_examples(console: Console, folder: Path, trials: pd.DataFrame, task: str) -> None:
+    """Print some held-out texts of the best trial of a classification: label, and prediction before and after."""
+    best = standing(trials, task).best_id
+    if task != CLASSIFICATION or best is None:
+        return
+    console.print(f"Examples of trial {best}, before and after training:")
+    console.print(_table(pd.DataFrame(read_record(folder, best).examples)))
+
+
 def verdict_lines(found: Standing) -> list[str]:
     """Say in words what the comparison can and cannot tell."""
     if found.frozen is None:
@@ -156,7 +171,9 @@ def verdict_lines(found: Standing) -> list[str]:
     label, held_out = METRICS[found.task].label, HELD_OUT[found.task]
     if found.task != ENCODING:
         beside = "" if found.best is None else f"; best trial {found.best_id}: {found.best:.4f} ({found.gain:+.4f})"
-        return [f"Frozen encoder: {label} {found.frozen:.4f} on the {held_out}{beside}."]
+        caveat = [f"The best of {found.n_complete} trials, chosen on the texts that judge it, looks better than it is."]
+        told = [f"Frozen encoder: {label} {found.frozen:.4f} on the {held_out}{beside}."]
+        return told if found.best is None else told + caveat
     if found.best is None or found.gain is None:
         return [_baseline_line("validation", found.frozen, found.word_rate)] + (
             [_baseline_line("test", found.frozen_test, found.word_rate_test)] if found.frozen_test is not None else []
@@ -205,8 +222,10 @@ def main(folder: Path) -> None:
     """
     trials, task = load_trials(folder), load_task(folder)
     write_tables(folder)
-    width = None if sys.stdout.isatty() else 240
-    print_study(Console(width=width), trials, read_notes(folder), task)
+    width = None if sys.stdout.isatty() else 400
+    console = Console(width=width)
+    print_study(console, trials, read_notes(folder), task)
+    print_examples(console, folder, trials, task)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.records import BASELINE, COMPLETE, ENCODING, FROZEN, STATIC, WORD_RATE, TrialRecord
 from study.objective import Job, job_key
 from study.prepare import Study, file_hash
+from study.spaces import to_trial_config
 from study.text import TextStudy
 
 MakeKey = Callable[[TrialConfig, bool], str]
@@ -32,7 +33,8 @@ def missing_baselines(study: Study | TextStudy, records: list[TrialRecord]) -> l
     """
     have = {record.method for record in records if record.phase == BASELINE and record.status == COMPLETE}
     if study.space.task != ENCODING:
-        return [replace(study.base, method=FROZEN)] if FROZEN not in have else []
+        head = to_trial_config(study.space.baseline, study.base)  # a head alone wants a rate of its own
+        return [replace(head, method=FROZEN)] if FROZEN not in have else []
     methods = (FROZEN, WORD_RATE, *study.options.baselines)
     vectors = {STATIC: study.options.static_vectors}
     return [replace(study.base, method=m, static_vectors=vectors.get(m, "")) for m in methods if m not in have]

@@ -1,5 +1,6 @@
 """What the user asked for: given options, what a resumed study recorded, and defaults, in that order."""
 
+import filecmp
 import math
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -12,14 +13,14 @@ from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo import DEMO
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
-from bert_encoding.records import BAG_OF_WORDS, STATIC, STUDY_FILE, read_json
+from bert_encoding.records import BAG_OF_WORDS, RANDOM, STATIC, STUDY_FILE, read_json
 from study.cluster import check_resources, machine_cpus, machine_gpus
 from study.spaces import Space
 
 MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
 MAX_CPUS_BESIDE_GPU = 8
 MAX_CONCURRENT = 8
-EXTRA_BASELINES = (BAG_OF_WORDS, STATIC)
+EXTRA_BASELINES = (BAG_OF_WORDS, STATIC, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,21 @@ SCIENCE = (
     "outer_folds mlm_text baselines static_vectors probe control_text train_examples examples max_length clean"
 ).split()
 ALL = "all"
+# What means nothing in the other kind of study, with the value that says nothing.
+ENCODING_OPTIONS: dict[str, Any] = {
+    "trim": "published",
+    "trust_alignment": False,
+    "layer": None,
+    "subjects": None,
+    "voxels": ALL,
+    "train_stories": None,
+    "test_stories": None,
+    "outer_folds": 1,
+    "mlm_text": "fit",
+    "baselines": [],
+    "static_vectors": "",
+}
+TEXT_OPTIONS: dict[str, Any] = {"train_examples": None, "examples": None, "max_length": None, "clean": False}
 
 
 def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Space) -> Options:
@@ -239,14 +255,30 @@ def _names(values: list[str] | None) -> list[str] | None:
     return names or None
 
 
+def check_meaning(options: Options, is_text: bool) -> None:
+    """Refuse options that would do nothing in this kind of study.
+
+    Raises
+    ------
+    InputError
+        naming the first.
+    """
+    for name, silent in (ENCODING_OPTIONS if is_text else TEXT_OPTIONS).items():
+        if getattr(options, name) != silent:
+            kind = "text alone" if is_text else "stories and responses"
+            raise InputError(f"--{name.replace('_', '-')}: means nothing in a study of {kind}; leave it out")
+
+
 def _check(options: Options) -> None:
     lowest = {"trials": 0, "epochs": 1, "seed": 0, "outer_folds": 1, "max_concurrent": 1}
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name in lowest and value < lowest[field.name]:
             raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
-    if options.probe and options.probe == options.control_text:
-        raise InputError(f"--probe, --control-text: both are {options.probe}; what is trained on cannot be the probe")
+    if options.probe and options.control_text and filecmp.cmp(options.probe, options.control_text, shallow=False):
+        raise InputError(f"--probe, --control-text: both hold {options.probe}; what is trained on cannot be the probe")
+    if options.probe and options.probe == options.data:
+        raise InputError(f"--probe {options.probe}: is the text to learn; give other text")
     if options.trim not in TRIMS:
         raise InputError(f"--trim {options.trim}: must be one of {', '.join(TRIMS)}")
     if options.voxels.isdecimal() and options.outer_folds > 1:

@@ -19,7 +19,7 @@ from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
 from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.voxels import keep_voxels, read_voxels, voxels_key
-from study.options import ALL, Options
+from study.options import ALL, Options, check_meaning
 from study.spaces import Space, rehearse
 
 
@@ -75,11 +75,12 @@ def prepare(options: Options, space: Space) -> Study:
     InputError
         if anything asked for does not exist or does not fit.
     """
+    check_meaning(options, is_text=False)
     check_model_name(options.model)
     base = base_config(options)
-    if options.trials and options.model == MINILM_PLAIN:
+    trains = rehearse(space, base)
+    if options.trials and trains and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
-    rehearse(space, base)
     dataset = demo_stories() if options.data == DEMO else open_dataset(Path(options.data), TRIMS[options.trim])
     subjects = choose_subjects(dataset, options.subjects)
     if options.data == DEMO:  # whoever listens to the demo will have heard every story

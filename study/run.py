@@ -16,7 +16,7 @@ from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text,
 from bert_encoding.encoders import check_model, model_shape
 from bert_encoding.errors import InputError
 from bert_encoding.records import ENCODING, FAILED, write_json
-from study.analysis import load_task, load_trials, print_study, read_notes, standing
+from study.analysis import load_task, load_trials, print_examples, print_study, read_notes, standing
 from study.memory import check_memory, worker_bytes
 from study.options import Options, model_of, read_recorded, resolve_options
 from study.plan import MIN_FREE_BYTES, check_space_on_disk, estimate, print_plan
@@ -25,7 +25,7 @@ from study.session import check_new, n_searched, run_session
 from study.spaces import Space, load_space
 from study.text import TextStudy, prepare_text, print_text_plan
 
-WIDTH_OF_A_LOG = 240
+WIDTH_OF_A_LOG = 400
 DEFAULT_SPACE = "lora_full"
 FLAGS = ("trust_alignment", "clean")
 
@@ -74,7 +74,8 @@ def main(
     Parameters
     ----------
     space
-        What to search: a bundled space (lora_full, smoke) or your own FILE.py. [default: lora_full]
+        What to search: a bundled space (lora_full, smoke, layers, full_vs_lora, nsp, sentiment_lora) or your own
+        FILE.py. [default: lora_full]
     data
         'demo', or the folder of your data; its format is recognised. [default: demo]
     trim
@@ -111,7 +112,8 @@ def main(
     mlm_text
         What fine-tuning reads: 'fit' (the fit stories), 'all', or 'control' (unrelated text). [default: fit]
     baselines
-        Further rows beside frozen and word_rate: bag_of_words, static. [default: none]
+        Further rows beside frozen and word_rate: bag_of_words, static, random (BERT with weights drawn anew).
+        [default: none]
     static_vectors
         FILE of GloVe or word2vec vectors for the baseline 'static', which it implies.
     probe
@@ -203,6 +205,7 @@ def _finish(options: Options, console: Console) -> int:
     found = standing(trials, task)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
     print_study(console, trials, read_notes(options.folder), task)
+    print_examples(console, options.folder, trials, task)
     console.print(
         f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True
     )

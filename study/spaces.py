@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import search_spaces
 from bert_encoding.config import TrialConfig
 from bert_encoding.encoders import check_layer
 from bert_encoding.errors import InputError, first_line
-from bert_encoding.records import ENCODING, FROZEN, METRICS
+from bert_encoding.records import ENCODING, FROZEN, METRICS, TUNED
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -37,6 +37,7 @@ class Space:
     ----------
     suggest : Optuna trial -> all values that the space sets, suggested and constant
     start : points tried first, each name -> value
+    baseline : settings of the frozen baseline of a text task, whose head trains too
     """
 
     name: str
@@ -49,6 +50,7 @@ class Space:
     start: tuple[dict[str, Any], ...]
     sampler: str
     task: str = ENCODING
+    baseline: dict[str, Any] = field(default_factory=dict)
 
 
 def load_space(name: str, n_layers: int | None = None) -> Space:
@@ -90,6 +92,7 @@ def load_space(name: str, n_layers: int | None = None) -> Space:
         start=tuple(values["START"]),
         sampler=values["SAMPLER"],
         task=values["TASK"],
+        baseline=values["BASELINE"],
     )
 
 
@@ -116,8 +119,8 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
     return replace(base, **values)
 
 
-def rehearse(space: Space, base: TrialConfig) -> None:
-    """Check the start points and many random suggestions before anything runs.
+def rehearse(space: Space, base: TrialConfig) -> bool:
+    """Check the start points and many random suggestions before anything runs; return whether any of them trains BERT.
 
     Raises
     ------
@@ -127,16 +130,18 @@ def rehearse(space: Space, base: TrialConfig) -> None:
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna only warns of a start value out of range
+        trains = False
         for point in space.start:
             fixed = optuna.trial.FixedTrial(point)
-            _rehearse_one(space, base, fixed, f"START point {point}")
+            trains |= _rehearse_one(space, base, fixed, f"START point {point}")
             if unused := sorted(set(point) - set(fixed.params)):
                 raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
         for _ in range(N_REHEARSALS):
-            _rehearse_one(space, base, study.ask(), "space(trial)")
+            trains |= _rehearse_one(space, base, study.ask(), "space(trial)")
+    return trains
 
 
-def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> None:
+def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> bool:
     try:
         suggested = space.suggest(trial)
         if not isinstance(suggested, dict):
@@ -151,6 +156,7 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
                     f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
                     "use the command line"
                 )
+        return config.method in TUNED
     except InputError as error:
         raise InputError(f"{space.path}: {error}") from None
     except (Exception, SystemExit) as error:  # the file is the user's own code
@@ -173,8 +179,10 @@ def _grid_size(path: Path, suggest: Callable[[optuna.trial.BaseTrial], dict[str,
         trial = study.ask()
         try:
             suggest(trial)
-        except Exception:  # the rehearsal says what is wrong with it
-            return MAX_GRID
+        except Exception as error:
+            raise InputError(
+                f"{path}: a grid of space(trial) cannot be made: {type(error).__name__}: {first_line(error)}"
+            ) from None
         point = tuple(sorted((name, repr(value)) for name, value in trial.params.items()))
         if point in seen:
             break
@@ -209,11 +217,19 @@ def _find(name: str) -> Path:
 
 def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
     """Return the optional values of a space file, checked."""
-    values = {"SAMPLER": "tpe", "START": (), "EPOCHS": None, "TRIALS": DEFAULT_TRIALS, "TASK": ENCODING}
+    values: dict[str, Any] = {
+        "SAMPLER": "tpe",
+        "START": (),
+        "EPOCHS": None,
+        "TRIALS": DEFAULT_TRIALS,
+        "TASK": ENCODING,
+        "BASELINE": {},
+    }
     values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
     valid = {
         f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
         f"one of {', '.join(METRICS)}": ("TASK", values["TASK"] in tuple(METRICS)),
+        "a dict": ("BASELINE", isinstance(values["BASELINE"], dict)),
         "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
         "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
         "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),

@@ -13,7 +13,7 @@ from bert_encoding.encoders import MINILM_PLAIN, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.records import ADAPT, content_key
 from bert_encoding.text_task import TextTask, make_text_task
-from study.options import Options
+from study.options import Options, check_meaning
 from study.prepare import base_config, general_text, given_files
 from study.spaces import Space, rehearse
 
@@ -58,6 +58,7 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
     InputError
         if anything asked for does not exist or does not fit.
     """
+    check_meaning(options, is_text=True)
     check_model_name(options.model)
     if space.task == ADAPT and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to adapt; use minilm")

@@ -11,7 +11,7 @@ import pytest
 from bert_encoding.errors import InputError
 from bert_encoding.records import write_json
 from study import options as options_module
-from study.options import SCIENCE, Options, options_record, read_recorded, resolve_options
+from study.options import SCIENCE, Options, check_meaning, options_record, read_recorded, resolve_options
 from study.spaces import Space, load_space
 
 
@@ -289,3 +289,47 @@ def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "study" / "study.json").write_text(content)
     with pytest.raises(InputError, match=r"study/study\.json: damaged"):
         read_recorded(str(tmp_path), "study", True)
+
+
+# --- options of the other kind of study -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "is_text", "named"),
+    [
+        ({"outer_folds": 3}, True, "--outer-folds"),
+        ({"layer": "2"}, True, "--layer"),
+        ({"baselines": ["random"]}, True, "--baselines"),
+        ({"trust_alignment": True}, True, "--trust-alignment"),
+        ({"clean": True}, False, "--clean"),
+        ({"max_length": 64}, False, "--max-length"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    smoke: Space, given: dict[str, Any], is_text: bool, named: str
+) -> None:
+    options = resolve(smoke, **given)
+    with pytest.raises(InputError, match=f"{named}: means nothing in a study of"):
+        check_meaning(options, is_text)
+    check_meaning(options, not is_text)
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_defaults_mean_something_everywhere(smoke: Space, is_text: bool) -> None:
+    check_meaning(resolve(smoke), is_text)
+
+
+def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same words\n")
+    with pytest.raises(InputError, match="what is trained on cannot be the probe"):
+        resolve(smoke, probe="a.txt", control_text="b.txt")
+    with pytest.raises(InputError, match=r"--probe .*a\.txt: is the text to learn"):
+        resolve(smoke, probe="a.txt", data="a.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("4", 4), ("0", 0), ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0)), ("3-3", (3,))]
+)
+def test_several_layers_are_read(smoke: Space, text: str, layers: int | tuple[int, ...]) -> None:
+    assert resolve(smoke, layer=text).layer == layers

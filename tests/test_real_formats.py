@@ -30,13 +30,15 @@ def test_ds003020_with_chosen_voxels_regions_and_baselines(tmp_path: Path, priva
     out = tmp_path / "out"
     command = [sys.executable, str(RUN), "--space", "smoke", "--data", str(root), "--model", str(tiny_bert)]
     command += ["--out", str(out), "--name", "s", "--trials", "1", "--voxels", "5"]
-    done = run_command([*command, "--baselines", "bag_of_words", "--static-vectors", str(vectors)], private_tmp)
+    done = run_command(
+        [*command, "--baselines", "bag_of_words", "random", "--static-vectors", str(vectors)], private_tmp
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
     study = out / "s"
 
     trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
-    rows = ["frozen", "word_rate", "bag_of_words", "static"]
+    rows = ["frozen", "word_rate", "bag_of_words", "random", "static"]
     assert sorted(trials.index) == sorted([*(f"baseline-{name}" for name in rows), "0001"])
     assert (trials["status"] == "COMPLETE").all()
 

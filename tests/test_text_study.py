@@ -41,13 +41,21 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
     done = run_command(command(tmp_path, "classification", 6, *options), private_tmp)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
-    for said in ("classes: ", "300 to train on, 100 held out", "Frozen encoder: accuracy", "best trial 000"):
+    for said in (
+        "classes: ",
+        "300 to train on, 100 held out",
+        "Frozen encoder: accuracy",
+        "best trial 000",
+        "Examples of trial 000",
+        "predicted_before",
+    ):
         assert said in done.stdout
     study = tmp_path / "out" / "s"
     trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
     assert list(trials.index) == ["baseline-frozen", "0001", "0002"]
     assert trials["accuracy"].between(0, 1).all()
     assert trials["cc_mean"].isna().all()
+    assert trials["accuracy_before"].between(0.2, 0.8).all(), "nothing is known before training"
     record = json.loads((study / "trials" / "0001" / "record.json").read_text())
     assert len(record["examples"]) == 10
     assert record["scores"]["accuracy"] == trials.loc["0001", "accuracy"] > trials.loc["baseline-frozen", "accuracy"]

@@ -18,6 +18,7 @@ from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.material import Material
+from bert_encoding.records import trials_frame
 from bert_encoding.trial import run_trial
 
 SUBJECT = "subject2"
@@ -170,6 +171,9 @@ def test_a_probe_of_ones_own_is_read(task: Task, tiny_encoder: Encoder, tmp_path
         ({"lora_layers": (2,)}, "lora_layers"),
         ({"layer": 0}, "layer 0"),
         ({"layer": (1, 5)}, "layer 5"),
+        ({"objective": "mlm_nsp", "mlm_text": "control"}, "mlm_text 'control': not with objective 'mlm_nsp'"),
+        ({"objective": "mlm_nsp", "replay": 0.5}, "replay 0.5: not with objective 'mlm_nsp'"),
+        ({"patience": 2, "mlm_text": "all"}, "patience: with mlm_text 'all' no story is held out"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(
@@ -177,3 +181,18 @@ def test_what_the_model_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         run_trial(config(tiny_encoder, **changes), task)
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 4, "lr": 0.05, "patience": 1}], ids=["plain", "patience"])
+def test_folds_of_unequal_length_make_a_row_of_the_table(
+    task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
+) -> None:
+    train = task.splits[0].fit + task.splits[0].validation
+    rotating = task._replace(splits=split_stories(list(train), list(task.splits[0].test), 0, 4))
+    record = run_trial(config(tiny_encoder, stride=17, batch_size=3, **changes), rotating)
+    record.trial_id, record.phase = "0001", "search"
+    row = trials_frame([record]).iloc[0]
+    assert row["tokens_seen"] == round(record.scores["tokens_seen"])
+    assert row["epochs_done"] >= 1
+    record.scores["tokens_seen"] += 0.5  # as an older version wrote it
+    assert trials_frame([record])["tokens_seen"].dtype == "Int64"
