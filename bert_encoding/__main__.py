@@ -63,11 +63,7 @@ def check(
     return _check_responses(path, trim, subjects, json, figure)
 
 
-EXPORT = (
-    "Write word vectors to a file: of stories (--data), of texts (--text), or of chosen words in context (--text with "
-    "--words). BERT's vectors are contextual: the same word has another vector in every sentence. A mean over "
-    "occurrences mixes what the word means in each. Read them with np.stack(pandas.read_parquet(FILE)['vector'])."
-)
+EXPORT = "Write word vectors to a file; BERT's are contextual: a word has another vector in every sentence."
 app.command("bert_encoding.export:export", help=EXPORT)
 app.command("bert_encoding.predict:predict", help="Say which class a trained classifier gives to texts.")
 

@@ -1,6 +1,7 @@
 """What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 from bert_encoding.errors import InputError
 
 BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 3, 130
+MAX_LAYERS = 1000
 
 
 def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
@@ -35,6 +37,29 @@ def absolute(option: str, name: str | Path) -> Path:
         return Path(name).expanduser().resolve()
     except (RuntimeError, OSError) as error:
         raise InputError(f"{option} {name}: {error}") from None
+
+
+def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
+    """Return the layer of ``4``, or the several of ``4,5`` or ``4-6``, to be averaged; None, the last, of ``last``.
+
+    Raises
+    ------
+    InputError
+        if it is none of these.
+    """
+    if given is None or given == "last":
+        return None
+    try:
+        first, dash, last = given.partition("-")
+        several = range(int(first), int(last) + 1) if dash and first else map(int, given.split(","))
+        layers = tuple(islice(several, MAX_LAYERS + 1))
+    except ValueError:
+        layers = ()
+    if not layers or len(layers) > MAX_LAYERS:
+        raise InputError(
+            f"--layer {given}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
+        )
+    return layers if (dash and first) or len(layers) > 1 else layers[0]
 
 
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """Word vectors for other programs: of whole stories, or of every occurrence of chosen words in running text."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_encoding.command import Text, Whole
+from bert_encoding.command import Text, Whole, parse_layer
 from bert_encoding.datasets import corpus, lab, open_dataset
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.demo import DEMO, demo_stories
@@ -95,23 +94,6 @@ def parse_words(given: str) -> list[str]:
     words = [" ".join(word.split()) for word in given.split(",")]
     check_words(words)
     return words
-
-
-def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
-    """Return the layer of ``last``, ``4`` or ``4,5,6``; None is the last.
-
-    Raises
-    ------
-    InputError
-        if it is none of these.
-    """
-    if given is None or given == "last":
-        return None
-    names = given.split(",")
-    if not all(re.fullmatch(r"\s*[0-9]{1,4}\s*", name) for name in names):
-        raise InputError(f"--layer {given}: give 'last', a number, or several such as 4,5,6")
-    layers = tuple(int(name) for name in names)
-    return layers if len(layers) > 1 else layers[0]
 
 
 def write_tables(tables: Mapping[str, pd.DataFrame], file: Path, about: Mapping[str, Any]) -> list[Path]:

@@ -69,7 +69,7 @@ FURTHER_COLUMNS = (
     "share_trainable epoch_kept accuracy_before macro_f1_before loss_train loss_heldout perplexity".split()
 )
 _LORA_ONLY = ("rank", "lora_alpha", "target_modules")
-_TUNED_ONLY = ("lr", "stride", "mlm_text")
+_STORIES_ONLY = ("stride", "mlm_text")  # of a trial that trains on stories or a corpus as they run on
 
 
 @dataclass
@@ -283,8 +283,10 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
         name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")
     }
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
-    if record.method in TUNED:
-        row |= {name: record.config.get(name) for name in _TUNED_ONLY}
+    if record.method in TUNED or "accuracy" in record.scores:  # of a classification the head trains in every method
+        row["lr"] = record.config.get("lr")
+    if record.method in TUNED and "accuracy" not in record.scores:
+        row |= {name: record.config.get(name) for name in _STORIES_ONLY}
         if record.config.get("mlm_text") == "all":  # then no story is held out from fine-tuning
             row["mlm_loss_heldout"] = None
     if record.method == LORA:

@@ -43,10 +43,11 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(folder),
+            _temp_dir=str(
+                folder / "r"
+            ),  # Ray opens its own folder to everybody, again and again; the one around it not
             _node_ip_address="127.0.0.1",
         )
-        folder.chmod(0o700)  # Ray opens it to everybody
         with _ending_on_sigterm():
             yield folder
     finally:

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bert_encoding.command import absolute
+from bert_encoding.command import absolute, parse_layer
 from bert_encoding.config import MLM_TEXTS
 from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo import DEMO
@@ -216,35 +216,10 @@ def _baselines(names: list[str] | None, static_vectors: str) -> list[str]:
 
 
 def _layer(layer: str | int | list[int] | None) -> int | tuple[int, ...] | None:
-    """Return None for ``last``, a number, or several whose vectors are averaged: ``4,5`` or ``4-6``."""
-    if layer in ("last", None):
-        return None
+    """Return the layer that is given as text, or recorded as a number or several."""
     if isinstance(layer, list | tuple):
         return tuple(layer)
-    try:
-        return parse_layers(str(layer))
-    except ValueError:
-        raise InputError(
-            f"--layer {layer}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
-        ) from None
-
-
-def parse_layers(text: str) -> int | tuple[int, ...]:
-    """Read ``4``, ``4,5`` or ``4-6``.
-
-    Raises
-    ------
-    ValueError
-        if it is none of these.
-    """
-    first, dash, last = text.partition("-")
-    if dash and first:
-        several = tuple(range(int(first), int(last) + 1))
-        if not several:
-            raise ValueError(text)
-        return several
-    numbers = tuple(int(part) for part in text.split(","))
-    return numbers if len(numbers) > 1 else numbers[0]
+    return layer if isinstance(layer, int) else parse_layer(layer)
 
 
 def _names(values: list[str] | None) -> list[str] | None:

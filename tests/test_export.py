@@ -13,7 +13,7 @@ import torch
 from make_data import make_lab
 
 from bert_encoding.adapters import add_adapter, masked_lm, save_adapter, save_whole
-from bert_encoding.command import run_app
+from bert_encoding.command import parse_layer, run_app
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split
@@ -21,7 +21,7 @@ from bert_encoding.datasets.story import Dataset
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import Encoder, load_encoder, weights_fingerprint
 from bert_encoding.errors import InputError
-from bert_encoding.export import export, parse_layer, parse_words
+from bert_encoding.export import export, parse_words
 from bert_encoding.windows import tokenize
 from bert_encoding.word_vectors import export_stories, export_words
 
@@ -400,8 +400,8 @@ OUT = ("--to", "OUT.npz")
         ((*MODEL, *TEXT, "--adapter", "nowhere", *OUT), "nowhere: no adapter_config.json"),
         ((*MODEL, *TEXT, "--layer", "3", *OUT), "--layer 3: "),
         ((*MODEL, *TEXT, "--layer", "1,1", *OUT), "--layer 1,1: a layer is named twice"),
-        ((*MODEL, *TEXT, "--layer", "foo", *OUT), "--layer foo: give 'last', a number, or several such as 4,5,6"),
-        ((*MODEL, *TEXT, "--layer", "-1", *OUT), "--layer -1: give 'last'"),
+        ((*MODEL, *TEXT, "--layer", "foo", *OUT), "--layer foo: give 'last', a number (0 is the embedding output)"),
+        ((*MODEL, *TEXT, "--layer", "-1", *OUT), "--layer -1: "),
         ((*MODEL, *TEXT, "--window-tokens", "513", *OUT), "--window-tokens 513: must be 3 to 512"),
         ((*MODEL, *TEXT, "--window-tokens", "2", *OUT), "--window-tokens 2: must be 3 to 512"),
         ((*MODEL, *TEXT, "--stride", "511", *OUT), "--stride 511: must be 1 to 510"),
@@ -438,7 +438,8 @@ def test_help_says_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str
 
 
 def test_layers_and_words_as_they_are_written() -> None:
-    assert [parse_layer(given) for given in (None, "last", "0", "4,5, 6")] == [None, None, 0, (4, 5, 6)]
+    given = (None, "last", "0", "4,5, 6", "4-6", "-1")
+    assert [parse_layer(text) for text in given] == [None, None, 0, (4, 5, 6), (4, 5, 6), -1]
     assert parse_words("talk, walk,New  York") == ["talk", "walk", "New York"]
     with pytest.raises(InputError, match="give 'last'"):
         parse_layer("4,")

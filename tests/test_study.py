@@ -88,6 +88,7 @@ def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_ber
         assert driver.poll() is None, "the study ended before it could be killed"
         (token,) = private_tmp.glob("bert-encoding-*/auth_token")
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -114,6 +115,25 @@ def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_ber
     assert len(trials) == 7
     for trial_id, before in finished.items():
         assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
+
+
+def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "40")
+    study = tmp_path / "out" / "s"
+    driver = subprocess.Popen(
+        command, env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(lambda: (study / "trials" / "0001" / "record.json").exists() or driver.poll() is not None)
+        driver.send_signal(signal.SIGTERM)
+        out, error = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, out + error
+    assert "go on with: python study/run.py --resume" in out
+    assert "Traceback" not in out + error
+    assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
+    assert (study / "trials.parquet").exists()
 
 
 def _file(study: Path, trial_id: str) -> Path:

@@ -55,6 +55,8 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
     assert list(trials.index) == ["baseline-frozen", "0001", "0002"]
     assert trials["accuracy"].between(0, 1).all()
     assert trials["cc_mean"].isna().all()
+    assert trials["stride"].isna().all() and trials["mlm_text"].isna().all(), "nothing of that is done here"
+    assert trials["lr"].tolist() == [2e-4, 3e-3, 1e-2]
     assert trials["accuracy_before"].between(0.2, 0.8).all(), "nothing is known before training"
     record = json.loads((study / "trials" / "0001" / "record.json").read_text())
     assert len(record["examples"]) == 10
