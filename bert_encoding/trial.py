@@ -27,7 +27,6 @@ from bert_encoding.methods import count_parameters, measure_change, prepare_mode
 from bert_encoding.records import COMPLETE, LORA, RANDOM, STOPPED, TUNED, TrialRecord
 from bert_encoding.windows import training_windows
 
-COUNTS = ("epoch", "optimizer_steps", "tokens_seen", "micro_batch")
 Report = Callable[[dict[str, float]], bool]
 
 
@@ -272,7 +271,6 @@ def _mean_scores(results: tuple[FoldEpoch, ...], config: TrialConfig) -> dict[st
         losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
         rows.append({"epoch": 0.0} | losses | merge_subjects(result.scores, config.ridge_alphas))
     merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    merged |= {name: float(round(merged[name])) for name in COUNTS if name in merged}  # folds differ in length
     if not np.isfinite(merged["cc_mean"]):
         raise FloatingPointError(f"cc_mean is {merged['cc_mean']}")
     return merged

@@ -10,6 +10,7 @@ from transformers import BertModel
 
 from bert_encoding import chain as chain_module
 from bert_encoding import trial as trial_module
+from bert_encoding.adapters import load_adapter
 from bert_encoding.chain import Chain, Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
@@ -81,10 +82,17 @@ def test_a_failing_trial_leaves_the_resident_weights_alone(
     assert weights_fingerprint(resident.model) == before
 
 
-def test_with_patience_the_epoch_of_the_lowest_held_out_loss_counts(task: Task, tiny_encoder: Encoder) -> None:
-    kept = set()
+def test_with_patience_the_epoch_of_the_lowest_held_out_loss_counts(
+    task: Task, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    kept, split = set(), task.splits[0]
     for seed in range(3):
-        record = run_trial(config(tiny_encoder, epochs=6, lr=0.05, patience=2, seed=seed), task)
+        settings, folder = config(tiny_encoder, epochs=6, lr=0.05, patience=2, seed=seed), tmp_path / str(seed)
+        record = run_trial(settings, task, adapter_folder=folder)
+        chain = Chain(settings, task)
+        on_trs = chain.on_trs(load_adapter(tiny_encoder, folder), split.fit + split.validation, split.fit)
+        saved = chain.score(on_trs, split.fit, split.validation)[SUBJECT].cc
+        np.testing.assert_allclose(saved, record.cc[SUBJECT], rtol=0, atol=1e-5, err_msg="another epoch was saved")
         losses = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
         best = int(np.argmin(losses))
         assert record.scores["epoch_kept"] == best + 1
