@@ -1,6 +1,7 @@
 """Ridge, against scikit-learn, himalaya, the Huth lab's code, closed forms and plain loops."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
 
 from bert_encoding import ridge
-from bert_encoding.ridge import FORMS, RIDGE_ALPHAS, RidgeFit, alpha_edge_share, cross_validated_predictions, fit_ridge
+from bert_encoding.ridge import RIDGE_ALPHAS, RidgeFit, alpha_edge_share
+from bert_encoding.ridge_forms import FORMS
 
 GRID = tuple(float(alpha) for alpha in np.logspace(-1, 4, 9))
 FOLD_SIZES = (30, 17, 22, 25)  # stories differ in length
@@ -26,6 +28,10 @@ def _one_thread() -> Iterator[None]:
     """Small matrices: a second thread only waits, for minutes where other programs use the cores."""
     with threadpool_limits(1):
         yield
+
+
+fit_ridge = partial(ridge.fit_ridge, precision="float64")
+cross_validated_predictions = partial(ridge.cross_validated_predictions, precision="float64")
 
 
 class Problem(NamedTuple):
@@ -133,8 +139,10 @@ def test_every_form_gives_the_same_fit(problem: Problem) -> None:
 @pytest.mark.parametrize(("shape", "form"), [("tall", "primal"), ("wide", "kernel")])
 def test_auto_decomposes_the_smaller_matrix(shape: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    for name, solver in FORMS.items():
-        monkeypatch.setitem(FORMS, name, lambda X, name=name, solver=solver: (used.append(name), solver(X))[1])
+    for name, form_class in FORMS.items():
+        monkeypatch.setitem(
+            FORMS, name, lambda *given, name=name, make=form_class: (used.append(name), make(*given))[1]
+        )
     problem = make_problem(SHAPES[shape])
     auto = fit_ridge(*problem, GRID)
     assert set(used) == {form}
@@ -146,7 +154,8 @@ def test_voxels_are_fitted_each_on_its_own_whatever_the_block(
     problem: Problem, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, predicted = fit_ridge(*problem, GRID, form), cross_validated_predictions(*problem, GRID, form)
-    monkeypatch.setattr(ridge, "VOXELS_PER_BLOCK", 7)  # 24 voxels: three full blocks and a rest
+    size = ridge.block_bytes_per_voxel(*problem.X.shape, len(FOLD_SIZES), 8)
+    monkeypatch.setattr(ridge, "BLOCK_BYTES", 7 * size)  # 24 voxels: three full blocks and a rest
     blocks = fit_ridge(*problem, GRID, form)
     np.testing.assert_allclose(cross_validated_predictions(*problem, GRID, form), predicted, rtol=1e-5, atol=1e-6)
     some = range(0, problem.Y.shape[1], 5)
