@@ -34,7 +34,7 @@ N_VOXELS = N_LANGUAGE + N_RATE + N_SILENT
 N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
 N_DRIFT = 8  # cosines over a story that count as drift: periods down to about 45 s
 HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
-N_REPEATS_TEST = 5  # test stories are averages over so many scans
+N_REPEATS_TEST = 5  # test stories are averages over so many scans, kept as well
 SEED = 2026
 _VERSION = 1  # raise it whenever the simulation changes
 _STORIES = Path(__file__).parent / "data" / "stories"
@@ -66,18 +66,40 @@ def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
     The fingerprint is made of text and simulation, not of the last bits of a forward pass, so that it is the same on
     every machine.
     """
-    signals = _signals(dataset)  # story -> (n_trs, n_voxels)
     truth = _truth()
-    stories = {}
-    for name, story in dataset.stories.items():
-        ceiling = truth.ceiling_test if name in TEST else truth.ceiling
-        noise = _noise(signals[name].shape, name)
-        responses = ceiling * signals[name] + np.sqrt(1 - ceiling**2) * noise
-        kept = responses[dataset.trim.rows(len(responses))]
-        scaled = ZScore.learn(kept).apply(kept)
-        stories[name] = replace(story, responses={SUBJECT: Responses(array=scaled)})
+    stories = {name: _hear(dataset, name, signal, truth) for name, signal in _signals(dataset).items()}
     heard = inspect(replace(dataset, stories=stories))
     return replace(heard, fingerprint=_fingerprint(dataset)), truth
+
+
+def _hear(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Story:
+    """Return a story with responses, z-scored; a test story with its repeats too, on the scale of their mean.
+
+    Parameters
+    ----------
+    signal : (n_trs, n_voxels) responses without noise
+    """
+    ceiling = truth.ceiling_test if name in TEST else truth.ceiling
+    noise = _noise(signal.shape, "noise", name)
+    rows = dataset.trim.rows(len(signal))
+    kept = (ceiling * signal + np.sqrt(1 - ceiling**2) * noise)[rows]
+    scale = ZScore.learn(kept)
+    heard = replace(dataset.stories[name], responses={SUBJECT: Responses(array=scale.apply(kept))})
+    if name not in TEST:
+        return heard
+    repeats = [scale.apply((ceiling * signal + np.sqrt(1 - ceiling**2) * n)[rows]) for n in _noise_apart(noise, name)]
+    return replace(heard, repeats={SUBJECT: Responses(array=np.stack(repeats))})
+
+
+def _noise_apart(noise: np.ndarray, story: str) -> np.ndarray:
+    """Return the noise of each repeat, (n_repeats, n_trs, n_voxels), given that of their mean, (n_trs, n_voxels).
+
+    Independent Gaussian noise e_1 .. e_N of variance N, conditioned on its mean m, is m + e_i - mean(e): so the mean is
+    ``noise`` itself, and each repeat has N times its variance.
+    """
+    drawn = [_noise(noise.shape, "repeat", story, at) for at in range(N_REPEATS_TEST)]
+    apart = np.sqrt(N_REPEATS_TEST) * np.stack(drawn)
+    return noise + apart - apart.mean(axis=0)
 
 
 def _truth() -> Truth:
@@ -147,10 +169,10 @@ def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
     return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
 
 
-def _noise(shape: tuple[int, int], story: str) -> np.ndarray:
+def _noise(shape: tuple[int, ...], *names: str | int) -> np.ndarray:
     """Return unit-variance noise with the slow drift of real responses: each TR keeps a third of the one before."""
     keep = 1 / 3
-    white = generator(SEED, "noise", story).standard_normal(shape)
+    white = generator(SEED, *names).standard_normal(shape)
     noise = white.copy()
     for t in range(1, len(noise)):
         noise[t] = keep * noise[t - 1] + np.sqrt(1 - keep**2) * white[t]
