@@ -1,0 +1,317 @@
+"""Which voxels does contextual BERT predict that word rate or static vectors do not? ``variance.py`` says how.
+
+Feature spaces are fitted on all stories but the test stories and scored on these: nothing is tuned but penalties.
+"""
+
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_encoding.alignment import LagSums, check_alignment
+from bert_encoding.banded import HIMALAYA, OWN, check_solver
+from bert_encoding.chain import Chain, Task
+from bert_encoding.command import Names, Text, Whole, absolute, parse_layer
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
+from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.demo import DEMO, demo_stories, simulate_listener
+from bert_encoding.devices import pick_device
+from bert_encoding.encoders import MINILM, check_layer, check_model_name, weights_fingerprint
+from bert_encoding.errors import InputError
+from bert_encoding.evaluate import design_on_trs
+from bert_encoding.features import ZScore
+from bert_encoding.noise_ceiling import NoiseCeiling, ceiling_of
+from bert_encoding.partition_table import (
+    ARRAYS,
+    arrays_of,
+    ceiling_lines,
+    doubts,
+    normalised_of,
+    notes_on_grids,
+    print_tables,
+    table_of,
+)
+from bert_encoding.records import (
+    BAG_OF_WORDS,
+    FROZEN,
+    STATIC,
+    WORD_RATE,
+    atomic_path,
+    code_fingerprint,
+    write_json,
+)
+from bert_encoding.response_panels import stack_responses, voxel_panels
+from bert_encoding.scores import VOXELS_PER_BLOCK
+from bert_encoding.variance import Fitting, NestedScores, Panel, Panels, Subset, nested_scores
+
+BERT = "bert"
+METHODS = {BERT: FROZEN, WORD_RATE: WORD_RATE, BAG_OF_WORDS: BAG_OF_WORDS, STATIC: STATIC}
+MAX_SPACES = 3
+JSON_FILE, ARRAYS_FILE = "partition.json", "partition.npz"
+PACKAGES = ("numpy", "torch", "transformers")
+
+
+def partition_dataset(
+    configs: Mapping[str, TrialConfig], task: Task, banded: str | None = None, folder: Path | None = None
+) -> tuple[dict[str, dict[Subset, NestedScores]], list[str]]:
+    """Fit every subset of some feature spaces on the fit stories, score the test stories; also return notes.
+
+    Parameters
+    ----------
+    configs : space -> settings that make its word vectors; ridge and delays are the same in all
+    banded : solver of banded ridge, which then makes the joint fits
+    folder : where predictions are kept meanwhile; by default the system's folder of temporary files
+    """
+    dataset, split = task.dataset, task.splits[0]
+    made, notes = {}, []
+    for space, config in sorted(configs.items(), key=lambda item: item[0] == BERT):  # a damaged file is found at once
+        chain = Chain(config, task)
+        bert = None if chain.encoder is None else chain.encoder.copy_model().bert
+        on_trs = chain.on_trs(bert, split.fit + split.test, split.fit)
+        made[space] = design_on_trs(on_trs, dataset, split.fit, split.test, config, task.split_seed)
+        notes += chain.notes
+    designs = {space: made[space] for space in configs}
+    n_rows = len(made[space].fit) + len(made[space].scored)
+    panels = {subject: _panels(dataset, subject, split, n_rows) for subject in dataset.subjects}
+    grid = config.ridge_alphas
+    found = nested_scores(designs, panels, Fitting(grid, banded, task.split_seed, pick_device()), folder=folder)
+    return found, [*notes, *notes_on_grids(found, grid)]
+
+
+def _panels(dataset: Dataset, subject: str, split: Split, n_rows: int) -> Panels:
+    def panels() -> Iterator[Panel]:
+        for columns in voxel_panels(dataset, subject, n_rows):
+            Y = [stack_responses(dataset, subject, names, columns) for names in (split.fit, split.test)]
+            for start in range(0, Y[0].shape[1], VOXELS_PER_BLOCK):  # a panel is too large to copy
+                block = slice(start, start + VOXELS_PER_BLOCK)
+                constants = ZScore.learn(Y[0][:, block])
+                for rows in Y:
+                    rows[:, block] = constants.apply(rows[:, block])
+            yield Panel(*Y)
+
+    return panels
+
+
+def _ceilings(dataset: Dataset, stories: Sequence[str]) -> dict[tuple[str, str], NoiseCeiling]:
+    """Return (subject, story) -> noise ceiling of the valid voxels, where repeats are kept."""
+    assert dataset.voxel_masks is not None
+    return {
+        (subject, name): ceiling_of(dataset.stories[name].repeats[subject], np.flatnonzero(mask))
+        for subject, mask in dataset.voxel_masks.items()
+        for name in stories
+        if subject in dataset.stories[name].repeats
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def partition(
+    path: str,
+    /,
+    *,
+    model: Text = None,
+    layer: Text = None,
+    spaces: Names = None,
+    static_vectors: Text = None,
+    subjects: Names = None,
+    test_stories: Names = None,
+    train_stories: Whole = None,
+    trim: Text = None,
+    trust_alignment: bool = False,
+    banded: bool = False,
+    banded_solver: Text = None,
+    seed: Whole = None,
+    to: Text = None,
+) -> int:
+    """Say which voxels BERT predicts that word rate or static vectors do not, and what they explain in common.
+
+    Ridge is fitted on every combination of the feature spaces and scored on the test stories. Nothing is tuned here but
+    penalties, inside the other stories, so the test stories may be read.
+
+    Parameters
+    ----------
+    path
+        'demo', or the folder of your data.
+    model
+        minilm, minilm-plain, a checkpoint folder or a hub name; frozen. [default: minilm]
+    layer
+        'last', a number from 0 (embeddings), or several to average, as in 4,5,6. [default: last]
+    spaces
+        Two or three of bert, word_rate, bag_of_words, static. [default: bert word_rate]
+    static_vectors
+        File of GloVe or word2vec vectors, for the space static.
+    subjects
+        Whose responses. [default: all]
+    test_stories
+        Stories to score. [default: the published ones]
+    train_stories
+        Fit on so many other stories, a seeded choice. [default: all others]
+    trim
+        How the responses were cut: published (10 volumes at the start, 5 at the end) or course (5, 10).
+        [default: published]
+    trust_alignment
+        Go on although word rate lags elsewhere than in aligned data.
+    banded
+        Give each space a penalty of its own in the joint fits.
+    banded_solver
+        Of --banded: own, or himalaya, which finds the same more slowly and needs the extra 'banded'. [default: own]
+    seed
+        Of folds, permutations and the choice of stories. [default: 0]
+    to
+        A new folder for partition.json and partition.npz. [default: results/partition/NAME]
+    """
+    names = _parse_spaces(spaces, static_vectors)
+    solver = _solver(banded, banded_solver)
+    folder = _output(to, path)
+    base = _base_config(names, model, layer, seed or 0)
+    task = _open_task(path, trim, trust_alignment, subjects, test_stories, train_stories, base.seed)
+    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
+    configs = {
+        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
+    }
+    _make_folder(folder)
+    ceilings = _ceilings(task.dataset, task.splits[0].test)
+    found, notes = partition_dataset(configs, task, solver, folder)
+    rows = table_of(found)
+    about = _about(base, names, solver, task)
+    about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
+    about |= {"table": rows, "normalised": normalised_of(found, ceilings, task.splits[0].test), "arrays": ARRAYS}
+    assert task.dataset.voxel_masks is not None
+    _write(folder, arrays_of(found, ceilings, task.splits[0].test, task.dataset.voxel_masks), about)
+    print_tables(about)
+    print(f"{folder}: written")
+    return 0
+
+
+def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset:
+    names = [name for value in given or (BERT, WORD_RATE) for part in value.split(",") if (name := part.strip())]
+    if static_vectors and STATIC not in names:
+        names.append(STATIC)
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--spaces {name}: must be two or three of {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--spaces {' '.join(names)}: a space is named twice")
+    if not 2 <= len(names) <= MAX_SPACES:
+        raise InputError(f"--spaces {' '.join(names)}: give two or three of {', '.join(METHODS)}")
+    if STATIC in names and not static_vectors:
+        raise InputError("--spaces static: name the file of vectors with --static-vectors FILE")
+    return tuple(names)
+
+
+def _solver(banded: bool, solver: str | None) -> str | None:
+    if solver is not None and not banded:
+        raise InputError(f"--banded-solver {solver}: means nothing without --banded")
+    if not banded:
+        return None
+    check_solver(solver or OWN)
+    return solver or OWN
+
+
+def _base_config(names: Subset, model: str | None, layer: str | None, seed: int) -> TrialConfig:
+    if BERT not in names:
+        for option, value in (("--model", model), ("--layer", layer)):
+            if value is not None:
+                raise InputError(f"{option} {value}: means nothing without the space {BERT}; leave it out")
+        return TrialConfig(method=WORD_RATE, seed=seed)
+    name, layers = model or MINILM, parse_layer(layer)
+    check_model_name(name)
+    check_layer(layers, name)
+    return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed)
+
+
+def _output(to: str | None, path: str) -> Path:
+    folder = absolute("--to", to) if to else Path("results") / "partition" / (absolute("", path).name or "data")
+    for name in (JSON_FILE, ARRAYS_FILE):
+        if (folder / name).exists():
+            raise InputError(f"--to {folder}: holds a {name} already; give another folder, or move it away")
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder before hours of computing, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
+
+
+def _open_task(
+    path: str,
+    trim: str | None,
+    trust_alignment: bool,
+    subjects: list[str] | None,
+    test_stories: list[str] | None,
+    n_train_stories: int | None,
+    seed: int,
+) -> Task:
+    """Open and inspect the data; all stories but the test stories are fit stories."""
+    if trim is not None and trim not in TRIMS:
+        raise InputError(f"--trim {trim}: must be one of {', '.join(TRIMS)}")
+    if path == DEMO:
+        dataset = simulate_listener(demo_stories())[0]
+    else:
+        dataset = open_dataset(Path(path), TRIMS[trim or "published"])
+    chosen = choose_subjects(dataset, subjects)
+    fit, test = choose_stories(dataset, chosen, test_stories, n_train_stories, seed)
+    if len(fit) < MIN_FIT_STORIES:
+        raise InputError(f"{dataset.source}: {len(fit)} stories to fit; at least {MIN_FIT_STORIES} are needed")
+    if path != DEMO:
+        dataset = _inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
+    return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
+
+
+def _inspect_aligned(dataset: Dataset, fit: list[str], trust: bool) -> Dataset:
+    """Inspect the data, and in the same pass see whether responses follow the words; test stories have no say."""
+    sums = LagSums(dataset.only(fit, dataset.subjects))
+    inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
+    assert inspected.voxel_masks is not None
+    profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
+    notes = [note for profile in profiles for note in check_alignment(profile, trust)]
+    return replace(inspected, notes=(*inspected.notes, *notes))
+
+
+def _about(base: TrialConfig, names: Subset, solver: str | None, task: Task) -> dict[str, Any]:
+    """Return what a later reader needs to run it again."""
+    packages = (*PACKAGES, *([HIMALAYA] if solver == HIMALAYA else []))
+    about: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": sys.argv,
+        "code": code_fingerprint(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "spaces": names,
+        "banded_solver": solver,
+        "settings": {name: getattr(base, name) for name in ("delays", "ridge_alphas", "n_folds", "vocabulary", "seed")},
+        "model": None,
+        "data": {"source": task.dataset.source, "fingerprint": task.dataset.fingerprint, "trim": task.dataset.trim},
+        "stories": {"fit": task.splits[0].fit, "test": task.splits[0].test},
+    }
+    if base.method == FROZEN:
+        encoder = Chain(base, task).encoder
+        assert encoder is not None
+        weights = weights_fingerprint(encoder.model)
+        settings = {"layer": base.layer, "window_tokens": base.embed_window_tokens, "stride": base.embed_stride}
+        about["model"] = {"name": encoder.name, "weights": weights, **settings}
+    return about
+
+
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write both files; the table comes last, so one that exists is complete."""
+    try:
+        with atomic_path(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+        write_json(folder / JSON_FILE, about)
+    except OSError as error:
+        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
