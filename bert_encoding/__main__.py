@@ -65,7 +65,11 @@ def check(
 
 EXPORT = "Write word vectors to a file; BERT's are contextual: a word has another vector in every sentence."
 app.command("bert_encoding.export:export", help=EXPORT)
-app.command("bert_encoding.predict:predict", help="Say which class a trained classifier gives to texts.")
+PREDICT = "Say which class a trained classifier gives to texts; or predict responses to a story."
+app.command("bert_encoding.partition:partition", help="Say what BERT explains that word rate or static vectors do not.")
+app.command("bert_encoding.predict:predict", help=PREDICT)
+app.command("bert_encoding.fit:fit", help="Fit ridge anew with a study's best encoder, and keep the weights.")
+app.command("bert_encoding.maps:map_voxels", name="map", help="Draw a trial's CC as a NIfTI volume or a flat cortex.")
 
 
 @app.command

@@ -1,33 +1,87 @@
-"""The command ``predict``: what a trained classifier says of texts."""
+"""The command ``predict``: what a trained classifier says of texts, or an encoding model of a story."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_encoding.command import Text
+from bert_encoding.command import Text, Whole
 from bert_encoding.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = (".csv", ".parquet")
+MODEL = ".npz"
 
 
-def predict(folder: str, /, *texts: str, file: Text = None, to: Text = None) -> int:
-    """Say which class a trained classifier gives to texts, and how probable it holds that.
+def predict(
+    model: str,
+    /,
+    *texts: str,
+    file: Text = None,
+    to: Text = None,
+    story: Text = None,
+    trs: Whole = None,
+    data: Text = None,
+    encoder: Text = None,
+) -> int:
+    """Say which class a trained classifier gives to texts, and how probable it holds that; or predict the responses to
+    a story with an encoding model.
 
     Parameters
     ----------
-    folder
-        The folder of a classifier, trials/ID/adapter in a study's results.
+    model
+        The folder of a classifier, trials/ID/adapter in a study's results; or model.npz, which `fit` wrote.
     texts
-        Texts, each in quotes.
+        Of a classifier: texts, each in quotes.
     file
-        Texts from a file: .txt with one a line, or .csv or .parquet with a column 'text'; or a folder with a
-        sub-folder of .txt files for each class.
+        Of a classifier: texts from a file: .txt with one a line, or .csv or .parquet with a column 'text'; or a folder
+        with a sub-folder of .txt files for each class.
     to
-        Write a table (.csv or .parquet) instead of printing.
+        Of a classifier: write a table (.csv or .parquet) instead of printing. Of an encoding model: write FILE.npy,
+        with several subjects FILE-SUBJECT.npy. [default: STORY-SUBJECT.npy here]
+    story
+        Of an encoding model: a transcript, .TextGrid or .csv (columns word and time_s, the word's middle in seconds
+        from the story's start; or word, start, end); or with --data the name of a story.
+    trs
+        How many volumes the scan of --story has. [default: so many that the rows cover its last word]
+    data
+        'demo' or the folder of your data, to predict one of its stories; its CC with the responses is printed.
+    encoder
+        Folder or name of the pretrained BERT, if it has moved since.
     """
+    if Path(model).suffix.lower() == MODEL:
+        return _predict_responses(model, texts, file, to, story, trs, data, encoder)
+    for name, value in (("story", story), ("trs", trs), ("data", data), ("encoder", encoder)):
+        if value is not None:
+            raise InputError(f"--{name}: means nothing to a classifier; an encoding model is a file, model{MODEL}")
+    return _predict_classes(model, texts, file, to)
+
+
+def _predict_responses(
+    model: str,
+    texts: Sequence[str],
+    file: str | None,
+    to: str | None,
+    story: str | None,
+    trs: int | None,
+    data: str | None,
+    encoder: str | None,
+) -> int:
+    if texts or file is not None:
+        raise InputError("predict: an encoding model reads words with times: give --story FILE, and no other texts")
+    if story is None:
+        raise InputError("predict: say which story, as in --story FILE.TextGrid")
+    if trs is not None and data is not None:
+        raise InputError("--trs: the stories of --data have a length; leave it out")
+    from bert_encoding.predicted_responses import predict_to_files
+
+    for line in predict_to_files(Path(model), story, to=to, n_trs=trs, data=data, encoder=encoder):
+        print(line)
+    return 0
+
+
+def _predict_classes(folder: str, texts: Sequence[str], file: str | None, to: str | None) -> int:
     if to is not None and Path(to).suffix.lower() not in TABLES:
         raise InputError(f"--to {to}: give a name that ends in {' or '.join(TABLES)}")
     given = [*texts, *(read_file(Path(file)) if file is not None else [])]
