@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from bert_encoding.devices import pick_device
 from bert_encoding.embed import embed_layers, embed_stories
 from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
-from bert_encoding.evaluate import SubjectScores, design_on_trs, prepare_ridge, score_subject, seen_cc
+from bert_encoding.evaluate import Design, SubjectScores, design_on_trs, prepare_ridge, score_subject, seen_cc
 from bert_encoding.features import downsample_story
 from bert_encoding.records import BAG_OF_WORDS, BERT_METHODS, FROZEN, STATIC, TUNED, WORD_RATE
+from bert_encoding.ridge import CrossValidatedRidge
 from bert_encoding.static_vectors import StaticVectors, coverage, read_static_vectors, static_vectors
 from bert_encoding.windows import Tokens, tokenize
 
@@ -52,6 +53,7 @@ class Chain:
         self.device = pick_device()
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
         self.notes: list[str] = []
+        self._latest: dict[tuple[str, ...], tuple[dict[str, np.ndarray], CrossValidatedRidge]] = {}
         self.encoder = resident_encoder(config.model) if config.method in BERT_METHODS else None
         if self.encoder is not None:
             _check_fits(config, self.encoder)
@@ -131,29 +133,59 @@ class Chain:
         return {name: static_vectors(words, table) for name, words in spoken.items()}
 
     def score(
-        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+        self,
+        on_trs: dict[str, np.ndarray],
+        fit: tuple[str, ...],
+        scored: tuple[str, ...],
+        *,
+        with_tests: bool = False,
     ) -> dict[str, SubjectScores]:
         """Fit ridge on some stories and score others."""
         with self.timed("ridge"):
-            dataset, config = self.task.dataset, self.config
-            design = design_on_trs(on_trs, dataset, fit, scored, config, self.task.split_seed)
-            ridge = prepare_ridge(design, config, self.device)
-            return {s: score_subject(ridge, design, dataset, s, fit, scored) for s in dataset.subjects}
+            dataset = self.task.dataset
+            design, ridge = self._ridge(on_trs, fit, scored)
+            self._latest[fit] = (on_trs, ridge)
+            return {
+                subject: score_subject(ridge, design, dataset, subject, fit, scored, with_tests=with_tests)
+                for subject in dataset.subjects
+            }
 
-    def score_seen(self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,)."""
+    def score_seen(
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], grids: Mapping[str, tuple[float, ...]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,).
+
+        Parameters
+        ----------
+        grids : subject -> the alphas to choose from, where ``score`` found that others are wanted
+        """
         with self.timed("ridge"):
-            dataset, config = self.task.dataset, self.config
-            design = design_on_trs(on_trs, dataset, fit, fit, config, self.task.split_seed)
-            ridge = prepare_ridge(design, config, self.device)
-            return {subject: seen_cc(ridge, design, dataset, subject, fit) for subject in dataset.subjects}
+            dataset = self.task.dataset
+            scored_with, ridge = self._latest.pop(fit, (None, None))
+            if ridge is None or scored_with is not on_trs:
+                ridge = self._ridge(on_trs, fit, fit)[1]
+            wanted = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
+            return {
+                subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit) for subject, grid in wanted.items()
+            }
+
+    def forget_ridge(self) -> None:
+        """Free the decompositions of the last scores, which ``score_seen`` could have used."""
+        self._latest.clear()
+
+    def _ridge(
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+    ) -> tuple[Design, CrossValidatedRidge]:
+        self._latest.pop(fit, None)
+        design = design_on_trs(on_trs, self.task.dataset, fit, scored, self.config, self.task.split_seed)
+        return design, prepare_ridge(design, self.config, self.device)
 
     def score_test(self, bert: Any, split: Split) -> dict[str, SubjectScores]:
         """Refit on fit + validation and score the test stories, for a model that was never tuned."""
         if self.config.method in TUNED:
             raise ValueError("a tuned model's test score belongs to the confirm phase")
         fit = tuple(sorted(split.fit + split.validation))
-        return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test)
+        return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test, with_tests=True)
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,12 +12,11 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features import ZScore, downsample_story, lagged_rows
+from bert_encoding.prediction_tests import PredictionTests, examine_predictions, join_tests
 from bert_encoding.records import ROI_PREFIX
-from bert_encoding.ridge import CrossValidatedRidge, alpha_edge_share
-from bert_encoding.scores import VOXELS_PER_BLOCK, correlate, summarise
-
-MAX_EDGE_SHARE = 0.2
-PANEL_BYTES = 2**29  # of responses in memory at a time
+from bert_encoding.response_panels import fit_targets, scored_responses, voxel_panels
+from bert_encoding.ridge import DECADES_FURTHER, MAX_EDGE_SHARE, CrossValidatedRidge, alpha_edge_share, wider_grid
+from bert_encoding.scores import correlate, summarise
 
 
 class SubjectScores(NamedTuple):
@@ -29,18 +28,29 @@ class SubjectScores(NamedTuple):
     story_cc : story -> (n_valid,) CC inside that story, NaN where a voxel is constant there
     ridge_alphas : (n_valid,)
     n_constant : voxels whose prediction is constant; they score 0
+    grid : the alphas to choose from
     rois : region of interest -> its voxels, counted among the valid ones
+    tests : where they were asked for
     """
 
     cc: np.ndarray
     story_cc: dict[str, np.ndarray]
     ridge_alphas: np.ndarray
     n_constant: int
+    grid: tuple[float, ...]
     rois: Mapping[str, np.ndarray] = MappingProxyType({})
+    tests: PredictionTests | None = None
+
+    @property
+    def edge_share(self) -> dict[str, float]:
+        """The share of voxels that chose the smallest and the largest alpha."""
+        return alpha_edge_share(self.ridge_alphas, self.grid)
 
     def summary(self) -> dict[str, float]:
         """Return the summaries over voxels, and the mean CC of each region of interest that has a valid voxel."""
-        return summarise(self.cc) | self._roi_means(self.cc)
+        significant = None if self.tests is None else self.tests.share_significant
+        found = {} if significant is None else {"share_significant": significant}
+        return summarise(self.cc) | found | self._roi_means(self.cc)
 
     def story_summary(self, story: str) -> dict[str, float]:
         """Return the mean CC inside one story, of all voxels and of each region of interest."""
@@ -59,6 +69,7 @@ class Design(NamedTuple):
     scored: np.ndarray  # (n_scored_rows, n_features)
     folds: np.ndarray  # (n_fit_rows,)
     scored_story: np.ndarray  # (n_scored_rows,) index into the scored stories
+    constants: ZScore
 
 
 def make_design(
@@ -101,6 +112,7 @@ def design_on_trs(
         scored=constants.apply(np.vstack([X[name] for name in scored])),
         folds=np.concatenate([np.full(len(X[name]), fold_of[name]) for name in fit]),
         scored_story=np.concatenate([np.full(len(X[name]), at) for at, name in enumerate(scored)]),
+        constants=constants,
     )
 
 
@@ -116,21 +128,47 @@ def score_subject(
     subject: str,
     fit: Sequence[str],
     scored: Sequence[str],
+    *,
+    with_tests: bool = False,
 ) -> SubjectScores:
     """Fit ridge on the fit stories and correlate its predictions with the responses to the scored stories.
 
-    Responses are read, fitted and scored a panel of voxels at a time, so that they need not fit in memory.
+    Responses are read, fitted and scored a panel of voxels at a time, so that they need not fit in memory. Where more
+    than a fifth of the voxels choose an alpha at an edge of the grid, all are fitted once more with a wider one.
+
+    Parameters
+    ----------
+    with_tests : also compute a p value a voxel, and resamples of time
     """
+    found = _score_panels(ridge, design, dataset, subject, fit, scored, with_tests)
+    grid = wider_grid(ridge.ridge_alphas, found.edge_share, ridge.largest_eigenvalue)
+    if grid is None:
+        return found
+    return _score_panels(ridge.with_alphas(grid), design, dataset, subject, fit, scored, with_tests)
+
+
+def _score_panels(
+    ridge: CrossValidatedRidge,
+    design: Design,
+    dataset: Dataset,
+    subject: str,
+    fit: Sequence[str],
+    scored: Sequence[str],
+    with_tests: bool,
+) -> SubjectScores:
     panels = [
-        _score_panel(ridge, design, dataset, subject, fit, scored, columns)
+        _score_panel(ridge, design, dataset, subject, fit, scored, columns, with_tests)
         for columns in voxel_panels(dataset, subject, len(design.fit) + len(design.scored))
     ]
+    tests = [panel.tests for panel in panels if panel.tests is not None]
     return SubjectScores(
         cc=np.concatenate([panel.cc for panel in panels]),
         story_cc={name: np.concatenate([panel.story_cc[name] for panel in panels]) for name in scored},
         ridge_alphas=np.concatenate([panel.ridge_alphas for panel in panels]),
         n_constant=sum(panel.n_constant for panel in panels),
+        grid=ridge.ridge_alphas,
         rois=dataset.valid_rois(subject),
+        tests=join_tests(tests) if tests else None,
     )
 
 
@@ -142,71 +180,69 @@ def _score_panel(
     fit: Sequence[str],
     scored: Sequence[str],
     columns: slice,
+    with_tests: bool,
 ) -> SubjectScores:
-    model = ridge.fit(_z_scored(stack_responses(dataset, subject, fit, columns)))
-    predicted = model.predict(design.scored)
-    Y = stack_responses(dataset, subject, scored, columns)
+    targets = fit_targets(dataset, subject, fit, columns, ridge.rows, ridge.device)
+    predicted, ridge_alphas = ridge.fit_predict(targets, design.scored)
+    Y = scored_responses(dataset, subject, scored, columns)
     rows = {name: design.scored_story == at for at, name in enumerate(scored)}
-    story_cc = {name: correlate(Y[here], predicted[here]) for name, here in rows.items()}
-    n_constant = int((predicted.std(axis=0) <= 1e-10).sum())
-    return SubjectScores(correlate(Y, predicted), story_cc, model.ridge_alphas, n_constant)
+    return SubjectScores(
+        cc=correlate(Y, predicted),
+        story_cc={name: correlate(Y[here], predicted[here]) for name, here in rows.items()},
+        ridge_alphas=ridge_alphas,
+        n_constant=int((predicted.std(axis=0) <= 1e-10).sum()),
+        grid=ridge.ridge_alphas,
+        tests=examine_predictions(Y, predicted, design.scored_story) if with_tests else None,
+    )
 
 
-def seen_cc(
-    ridge: CrossValidatedRidge, design: Design, dataset: Dataset, subject: str, fit: Sequence[str]
-) -> np.ndarray:
+def seen_cc(ridge: CrossValidatedRidge, dataset: Dataset, subject: str, fit: Sequence[str]) -> np.ndarray:
     """Return the cross-validated CC inside the fit stories, (n_valid,): an adapter has read their words, ridge has not
     seen the rows that it predicts."""
     panels = []
-    for columns in voxel_panels(dataset, subject, 2 * len(design.fit)):
-        Y = _z_scored(stack_responses(dataset, subject, fit, columns))
-        panels.append(correlate(Y, ridge.predict_left_out(Y)))
+    for columns in voxel_panels(dataset, subject, 2 * ridge.n_rows):
+        targets = fit_targets(dataset, subject, fit, columns, ridge.rows, ridge.device)
+        panels.append(correlate(targets.Y.cpu().numpy(), ridge.predict_left_out(targets)))
     return np.concatenate(panels)
 
 
-def voxel_panels(dataset: Dataset, subject: str, n_rows: int) -> list[slice]:
-    """Divide a subject's valid voxels into panels of ``n_rows`` rows and at most ``PANEL_BYTES`` as float32."""
-    n_valid = dataset.n_valid(subject)
-    n_columns = max(1, PANEL_BYTES // (4 * n_rows))
-    return [slice(start, min(start + n_columns, n_valid)) for start in range(0, n_valid, n_columns)]
-
-
-def stack_responses(dataset: Dataset, subject: str, stories: Sequence[str], columns: slice = slice(None)) -> np.ndarray:
-    """Return valid responses to several stories, one below the other, (n_rows, n_columns) float32."""
-    return np.vstack([dataset.valid_responses(name, subject, columns) for name in stories])
-
-
-def _z_scored(Y: np.ndarray) -> np.ndarray:
-    """Z-score each voxel over all rows, in place: a panel is too large to copy."""
-    for start in range(0, Y.shape[1], VOXELS_PER_BLOCK):
-        block = Y[:, start : start + VOXELS_PER_BLOCK]
-        block[:] = ZScore.learn(block).apply(block)
-    return Y
-
-
-def merge_subjects(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[float, ...]) -> dict[str, float]:
+def merge_subjects(scores: Mapping[str, SubjectScores]) -> dict[str, float]:
     """Return the summaries of a trial: each the mean over subjects of the mean over voxels.
 
     A region of interest is averaged over the subjects that have it.
     """
     summaries = pd.DataFrame([subject.summary() for subject in scores.values()])
     merged = {str(name): float(value) for name, value in summaries.mean().items()}
-    edges = [sum(alpha_edge_share(subject.ridge_alphas, ridge_alphas).values()) for subject in scores.values()]
     return merged | {
-        "alpha_edge_share": float(np.mean(edges)),
+        "alpha_edge_share": float(np.mean([sum(subject.edge_share.values()) for subject in scores.values()])),
         "n_constant_predictions": float(sum(subject.n_constant for subject in scores.values())),
     }
 
 
 def edge_notes(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[float, ...]) -> list[str]:
-    """Say so where more than a fifth of the voxels chose an alpha at an edge of the grid."""
+    """Say where the grid of alphas was widened, and where it is still too narrow.
+
+    Parameters
+    ----------
+    ridge_alphas : the grid that was asked for
+    """
     notes = []
     for subject, result in scores.items():
-        share = alpha_edge_share(result.ridge_alphas, ridge_alphas)
-        if share["low"] > MAX_EDGE_SHARE:
-            notes.append(f"{subject}: {share['low']:.0%} of voxels chose the smallest ridge_alpha; try smaller ones")
-        if share["high"] > MAX_EDGE_SHARE:
+        grid = f"{min(result.grid):g} to {max(result.grid):g}"
+        if result.grid != ridge_alphas:
             notes.append(
-                f"{subject}: {share['high']:.0%} of voxels chose the largest ridge_alpha: nothing predicts them"
+                f"{subject}: many voxels chose an edge of the ridge_alphas {min(ridge_alphas):g} to "
+                f"{max(ridge_alphas):g}, so all were fitted with {grid}"
+            )
+        if result.edge_share["low"] > MAX_EDGE_SHARE:
+            wish = f"{min(result.grid) / 10**DECADES_FURTHER:g}"
+            notes.append(
+                f"{subject}: {result.edge_share['low']:.0%} of voxels chose the smallest ridge_alpha of {grid}; try a "
+                f"grid from {wish}"
+            )
+        if result.edge_share["high"] > MAX_EDGE_SHARE:
+            notes.append(
+                f"{subject}: {result.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of {grid}: "
+                "nothing predicts them"
             )
     return notes

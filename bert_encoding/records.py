@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ FROZEN, RANDOM, LORA, FULL, PARTIAL = "frozen", "random", "lora", "full", "parti
 TUNED = (LORA, FULL, PARTIAL)  # methods that train BERT
 BERT_METHODS = (FROZEN, RANDOM, *TUNED)
 BASELINE, SEARCH, CONFIRM = "baseline", "search", "confirm"
-STUDY_FILE, RECORD_FILE = "study.json", "record.json"
+STUDY_FILE, RECORD_FILE, DETAILS_FILE = "study.json", "record.json", "details.npz"
+_ARRAYS = ("cc", "cc_test", "details")  # of a record, kept in files of their own
 ROI_PREFIX = "cc_roi_"  # mean CC of a region of interest
 ENCODING, CLASSIFICATION, ADAPT = "encoding", "classification", "adapt"
 
@@ -66,8 +67,9 @@ COLUMNS = (
     "seconds_total peak_memory_gb node"
 ).split()
 FURTHER_COLUMNS = (
-    "share_trainable epoch_kept accuracy_before macro_f1_before loss_train loss_heldout perplexity".split()
-)
+    "share_trainable epoch_kept share_significant cc_test_low cc_test_high accuracy_before macro_f1_before loss_train "
+    "loss_heldout perplexity"
+).split()
 _LORA_ONLY = ("rank", "lora_alpha", "target_modules")
 _STORIES_ONLY = ("stride", "mlm_text")  # of a trial that trains on stories or a corpus as they run on
 
@@ -87,6 +89,7 @@ class TrialRecord:
     scores : of the last epoch, and of the trial as a whole
     epochs, stories, subjects : rows of the tables of the same names
     cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
+    details : further arrays, see ``outcome.voxel_details``; kept in details.npz of baselines and of the best trials
     """
 
     status: str
@@ -109,6 +112,7 @@ class TrialRecord:
     notes: list[str] = field(default_factory=list)
     cc: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     cc_test: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    details: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
 
 def trial_folder(study: Path, trial_id: str) -> Path:
@@ -124,13 +128,14 @@ def adapter_folder(study: Path, trial_id: str) -> Path:
 def write_record(study: Path, record: TrialRecord) -> None:
     """Write a record and its CC; the record comes last and is renamed into place."""
     folder = trial_folder(study, record.trial_id)
-    content = {k: v for k, v in asdict(record).items() if k not in ("cc", "cc_test")}
+    content = {k: v for k, v in asdict(replace(record, cc={}, cc_test={}, details={})).items() if k not in _ARRAYS}
     with naming_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         arrays = record.cc | {f"test/{subject}": cc for subject, cc in record.cc_test.items()}
-        if arrays:
-            with atomic_path(folder / "cc.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+        for name, content_of in (("cc.npz", arrays), (DETAILS_FILE, record.details)):
+            if content_of:
+                with atomic_path(folder / name) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **content_of)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
         write_json(folder / RECORD_FILE, content)
 
 
@@ -153,20 +158,34 @@ def read_record(study: Path, trial_id: str) -> TrialRecord:
 def read_cc(study: Path, trial_id: str) -> dict[str, np.ndarray]:
     """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored; nothing of a trial
     on text."""
-    if not (trial_folder(study, trial_id) / "cc.npz").exists():
+    return _read_arrays(trial_folder(study, trial_id) / "cc.npz")
+
+
+def read_details(study: Path, trial_id: str) -> dict[str, np.ndarray]:
+    """Return a trial's further arrays, see ``outcome.voxel_details``; nothing where none are kept."""
+    return _read_arrays(trial_folder(study, trial_id) / DETAILS_FILE)
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    if not file.exists():
         return {}
-    with np.load(trial_folder(study, trial_id) / "cc.npz", allow_pickle=False) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def keep_best_adapters(study: Path, n: int, metric: Metric = METRICS[ENCODING]) -> None:
-    """Delete the adapters of all but the ``n`` best complete trials; their records stay."""
-    tuned = [r for r in read_records(study) if adapter_folder(study, r.trial_id).is_dir()]
-    complete = [record for record in tuned if record.status == COMPLETE]
-    best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
-    for record in tuned:
-        if record not in best:
-            shutil.rmtree(adapter_folder(study, record.trial_id))
+def keep_best(study: Path, n: int, metric: Metric = METRICS[ENCODING]) -> None:
+    """Delete the adapters and the details of all but the ``n`` best complete searched trials that have them.
+
+    Records stay, and so does what baselines have.
+    """
+    searched = [record for record in read_records(study) if record.phase == SEARCH]
+    for name, delete in (("adapter", shutil.rmtree), (DETAILS_FILE, Path.unlink)):
+        having = [record for record in searched if (trial_folder(study, record.trial_id) / name).exists()]
+        complete = [record for record in having if record.status == COMPLETE]
+        best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
+        for record in having:
+            if record not in best:
+                delete(trial_folder(study, record.trial_id) / name)
 
 
 def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:

@@ -19,11 +19,11 @@ from bert_encoding.adapters import check_applied, masked_lm, save_adapter
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
-from bert_encoding.datasets.story import Dataset
 from bert_encoding.evaluate import SubjectScores, edge_notes, merge_subjects
 from bert_encoding.finetune import EpochLosses, Probes, finetune, is_overfitting, make_probes, probe_loss
 from bert_encoding.material import Material, general_probe
 from bert_encoding.methods import count_parameters, measure_change, prepare_model, restore_state, tuned_state
+from bert_encoding.outcome import ceiling_notes, columns_of_test, mean_cc, story_rows, subject_rows, voxel_details
 from bert_encoding.records import COMPLETE, LORA, RANDOM, STOPPED, TUNED, TrialRecord
 from bert_encoding.windows import training_windows
 
@@ -69,21 +69,21 @@ def run_trial(
     epochs: list[dict[str, float]] = []
     status = COMPLETE
     for results in _side_by_side([fold.epochs() for fold in folds]):
-        epochs.append(_mean_scores(results, config) | {"seconds": time.perf_counter() - started})
+        epochs.append(_mean_scores(results) | {"seconds": time.perf_counter() - started})
         keep_going = report(epochs[-1])
         if not keep_going and config.method in TUNED and epochs[-1]["epoch"] < config.epochs:
             status = STOPPED
             break
     results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
-    scores = _final_scores(epochs, _mean_scores(results, config)) | _mean_of([fold.traits() for fold in folds])
-    scores["cc_seen"] = float(np.mean([fold.score_seen(r.on_trs) for fold, r in zip(folds, results, strict=True)]))
+    scores = _final_scores(epochs, _mean_scores(results)) | _mean_of([fold.traits() for fold in folds])
+    scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
     test_scores: dict[str, SubjectScores] = {}
     scores["voxels_are_chosen"] = task.voxels_are_chosen
     if score_test:
         test_scores = chain.score_test(folds[0].bert, task.splits[0])
         tables.append((test_scores, 0, "test"))
-        scores["cc_test"] = merge_subjects(test_scores, config.ridge_alphas)["cc_mean"]
+        scores |= columns_of_test(test_scores, task.dataset)
     if adapter_folder is not None:
         for at, fold in enumerate(folds):
             fold.save_adapter(adapter_folder if len(folds) == 1 else adapter_folder / f"split{at}")
@@ -93,8 +93,8 @@ def run_trial(
         config=asdict(config),
         scores=scores,
         epochs=epochs,
-        stories=[row for scored in tables for row in _story_rows(*scored)],
-        subjects=[row for scored in tables for row in _subject_rows(*scored)],
+        stories=[row for scored in tables for row in story_rows(*scored)],
+        subjects=[row for scored in tables for row in subject_rows(*scored)],
         seconds=chain.seconds | {"total": time.perf_counter() - started},
         peak_memory_gb=peak_memory_gb(),
         node=socket.gethostname(),
@@ -102,9 +102,11 @@ def run_trial(
             *chain.notes,
             *(note for fold in folds for note in fold.notes),
             *edge_notes(results[0].scores, config.ridge_alphas),
+            *ceiling_notes(test_scores, task.dataset),
         ],
-        cc={subject: _mean_cc(task.dataset, subject, results) for subject in task.dataset.subjects},
-        cc_test={s: _whole_brain(task.dataset, s, test.cc) for s, test in test_scores.items()},
+        cc=mean_cc(task.dataset, [result.scores for result in results]),
+        cc_test=mean_cc(task.dataset, [test_scores]) if score_test else {},
+        details=voxel_details(task.dataset, {"validation": results[0].scores, "test": test_scores}),
     )
 
 
@@ -173,8 +175,9 @@ class _Fold:
         self.notes.append(f"epoch {best.losses.epoch} of the lowest held-out loss is restored")
         return best
 
-    def score_seen(self, on_trs: dict[str, np.ndarray]) -> float:
-        seen = self.chain.score_seen(on_trs, self.split.fit).values()
+    def score_seen(self, result: FoldEpoch) -> float:
+        grids = {subject: scores.grid for subject, scores in result.scores.items()}
+        seen = self.chain.score_seen(result.on_trs, self.split.fit, grids).values()
         return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
 
     def traits(self) -> dict[str, float | None]:
@@ -202,7 +205,8 @@ class _Fold:
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
         on_trs = self.chain.on_trs(self.bert, fit + validation, fit)
-        return FoldEpoch(losses, self.chain.score(on_trs, fit, validation), on_trs)
+        scores = self.chain.score(on_trs, fit, validation, with_tests=not self._is_tuned)
+        return FoldEpoch(losses, scores, on_trs)
 
     def _finetune(self) -> Iterator[EpochLosses]:
         chain = self.chain
@@ -220,6 +224,7 @@ class _Fold:
             steps_an_epoch=material.steps_an_epoch(),
         )
         while True:
+            chain.forget_ridge()
             with chain.timed("train"):
                 losses = next(steps, None)
             if losses is None:
@@ -264,12 +269,12 @@ def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
     return means
 
 
-def _mean_scores(results: tuple[FoldEpoch, ...], config: TrialConfig) -> dict[str, float]:
+def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
     """Average one epoch over the splits."""
     rows = []
     for result in results:
         losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
-        rows.append({"epoch": 0.0} | losses | merge_subjects(result.scores, config.ridge_alphas))
+        rows.append({"epoch": 0.0} | losses | merge_subjects(result.scores))
     merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if not np.isfinite(merged["cc_mean"]):
         raise FloatingPointError(f"cc_mean is {merged['cc_mean']}")
@@ -291,30 +296,6 @@ def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> di
             "epoch_best": best["epoch"],
         }
     )
-
-
-def _story_rows(scores: dict[str, SubjectScores], split: int, role: str) -> list[dict[str, Any]]:
-    return [
-        {"split": split, "role": role, "subject": subject, "story": story} | result.story_summary(story)
-        for subject, result in scores.items()
-        for story in result.story_cc
-    ]
-
-
-def _subject_rows(scores: dict[str, SubjectScores], split: int, role: str) -> list[dict[str, Any]]:
-    return [{"split": split, "role": role, "subject": subject} | result.summary() for subject, result in scores.items()]
-
-
-def _mean_cc(dataset: Dataset, subject: str, results: tuple[FoldEpoch, ...]) -> np.ndarray:
-    return _whole_brain(dataset, subject, np.mean([result.scores[subject].cc for result in results], axis=0))
-
-
-def _whole_brain(dataset: Dataset, subject: str, cc: np.ndarray) -> np.ndarray:
-    """Return (n_voxels,) float32 with NaN where a voxel is masked out."""
-    assert dataset.voxel_masks is not None
-    whole = np.full(dataset.voxel_masks[subject].size, np.nan, np.float32)
-    whole[dataset.voxel_masks[subject]] = cc
-    return whole
 
 
 def peak_memory_gb() -> float:

@@ -3,6 +3,7 @@
 python study/analysis.py results/<name>
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bert_encoding.errors import InputError
+from bert_encoding.intervals import Interval, story_interval
 from bert_encoding.records import (
     ADAPT,
     BASELINE,
@@ -32,6 +34,7 @@ from bert_encoding.records import (
     read_json,
     read_record,
     read_records,
+    stories_frame,
     trials_frame,
     write_tables,
 )
@@ -39,7 +42,7 @@ from bert_encoding.records import (
 SHOWN = (
     "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
     "probe_loss_before probe_loss_after delta_norm cc_mean cc_top1 cc_top5 share_above_0 cc_seen adaptation_gap "
-    "cc_test accuracy_before accuracy macro_f1 seconds_total"
+    "share_significant cc_test cc_test_low cc_test_high cc_norm accuracy_before accuracy macro_f1 seconds_total"
 ).split()
 HELD_OUT = {ENCODING: "validation stories", CLASSIFICATION: "held-out texts", ADAPT: "held-out texts"}
 
@@ -112,6 +115,21 @@ def _score(baselines: pd.DataFrame, method: str, column: str) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
 
 
+def gain_over_stories(stories: pd.DataFrame, best_id: str, frozen_id: str = "baseline-frozen") -> Interval | None:
+    """Return the mean CC of a trial less that of the frozen baseline, paired by validation story, with its interval.
+
+    Subjects and splits are averaged inside a story first. None where the two share no story.
+    """
+    if stories.empty:
+        return None
+    rows = stories[(stories["role"] == "validation") & stories["trial_id"].isin([best_id, frozen_id])]
+    of_story = rows.groupby(["story", "trial_id"])["cc_mean"].mean().unstack("trial_id")
+    if not {best_id, frozen_id} <= set(of_story.columns):
+        return None
+    gain = (of_story[best_id] - of_story[frozen_id]).dropna().to_numpy(float)
+    return story_interval(gain) if gain.size else None
+
+
 def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
     """Return count, mean and best ``cc_mean`` of complete searched trials, a row a rank; repeats are not counted."""
     searched = trials[
@@ -129,8 +147,9 @@ def read_notes(path: str | Path) -> dict[str, list[str]]:
     return {record.trial_id: record.notes for record in read_records(Path(path)) if record.notes}
 
 
-def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[str]], task: str = ENCODING) -> None:
+def print_study(console: Console, folder: Path, trials: pd.DataFrame, task: str = ENCODING) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
+    notes = read_notes(folder)
     regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
     suggested = [name for name in trials.columns if name not in (*COLUMNS, *FURTHER_COLUMNS, *regions)]
     varied = [name for name in ("layer", "seed") if trials.loc[trials["phase"] == SEARCH, name].nunique() > 1]
@@ -145,7 +164,9 @@ def print_study(console: Console, trials: pd.DataFrame, notes: dict[str, list[st
         console.print("CC by rank (searched trials; exploratory: rank, lr and alpha vary together)")
         console.print(_table(ranks))
     found = standing(trials, task)
-    for line in verdict_lines(found):
+    stories = stories_frame(read_records(folder))
+    gain = gain_over_stories(stories, found.best_id) if task == ENCODING and found.best_id is not None else None
+    for line in verdict_lines(found, gain):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     for trial_id in (*trials.loc[trials["phase"] == BASELINE, "trial_id"], found.best_id or ""):
         for note in notes.get(trial_id, []):
@@ -164,8 +185,13 @@ def print_examples(console: Console, folder: Path, trials: pd.DataFrame, task: s
     console.print(_table(pd.DataFrame(read_record(folder, best).examples)))
 
 
-def verdict_lines(found: Standing) -> list[str]:
-    """Say in words what the comparison can and cannot tell."""
+def verdict_lines(found: Standing, gain: Interval | None = None) -> list[str]:
+    """Say in words what the comparison can and cannot tell.
+
+    Parameters
+    ----------
+    gain : the difference of the two over validation stories
+    """
     if found.frozen is None:
         return ["No frozen baseline yet: nothing to compare with."]
     label, held_out = METRICS[found.task].label, HELD_OUT[found.task]
@@ -181,8 +207,18 @@ def verdict_lines(found: Standing) -> list[str]:
     return [
         f"Best trial {found.best_id}: CC {found.best:.4f}; frozen baseline: CC {found.frozen:.4f}; "
         f"difference {found.gain:+.4f} on the validation stories.",
+        *_gain_lines(gain),
         f"The best of {found.n_complete} noisy trials looks better than it is; "
         + ("some trial has read the test stories." if found.test_was_read else "the test stories have not been read."),
+    ]
+
+
+def _gain_lines(gain: Interval | None) -> list[str]:
+    if gain is None or math.isnan(gain.low):
+        return []
+    return [
+        f"Story by story the difference is {gain.estimate:+.4f}, {gain.level:.0%} interval over {gain.n} stories "
+        f"{gain.low:+.4f} to {gain.high:+.4f}."
     ]
 
 
@@ -224,7 +260,7 @@ def main(folder: Path) -> None:
     write_tables(folder)
     width = None if sys.stdout.isatty() else 400
     console = Console(width=width)
-    print_study(console, trials, read_notes(folder), task)
+    print_study(console, folder, trials, task)
     print_examples(console, folder, trials, task)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import psutil
 
-from bert_encoding import evaluate, ridge
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.errors import InputError
+from bert_encoding.response_panels import PANEL_BYTES, kept_bytes
+from bert_encoding.ridge import BLOCK_BYTES, block_bytes_per_voxel
 from study.options import Options
 
 PROCESS_BYTES = 0.6e9  # Python with torch, transformers, peft and Ray
@@ -48,14 +49,17 @@ def worker_bytes(
 
 
 def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_folds: int) -> float:
-    """Features in float32 and float64, every decomposition of a nested cross-validation, a block and a panel."""
+    """Features, every decomposition of a nested cross-validation, a block, a panel, and the responses that are kept.
+
+    Ridge is counted in float64, which ill-conditioned features need.
+    """
     size = min(n_fit, n_features)  # of the equations, primal or kernel
     n_bases = 1 + n_folds + n_folds * (n_folds - 1) // 2
-    products = size**2 * (n_folds if n_features <= n_fit else 1)
-    block = min(n_voxels, ridge.VOXELS_PER_BLOCK) * (size * (n_folds + 4) + 4 * n_fit / n_folds)
-    panel = min(evaluate.PANEL_BYTES, 4 * n_rows * n_voxels)
-    features = n_rows * n_features * (4 + 4) + n_fit * n_features * 8
-    return features + 8 * (products + n_bases * size**2 + block) + 2.5 * panel
+    per_voxel = block_bytes_per_voxel(n_fit, n_features, n_folds, 8)
+    block = min(BLOCK_BYTES, n_voxels * per_voxel)
+    panel = min(PANEL_BYTES, 4 * n_rows * n_voxels)
+    features = n_rows * n_features * (4 + 4) + 2 * n_fit * n_features * 8  # as they are, and held-out rows in the basis
+    return features + 8 * (1 + n_bases) * size**2 + block + 2.5 * panel + kept_bytes(n_rows, n_voxels)
 
 
 def _training_bytes(shape: dict[str, int], config: TrialConfig) -> float:

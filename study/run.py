@@ -16,7 +16,7 @@ from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text,
 from bert_encoding.encoders import check_model, model_shape
 from bert_encoding.errors import InputError
 from bert_encoding.records import ENCODING, FAILED, write_json
-from study.analysis import load_task, load_trials, print_examples, print_study, read_notes, standing
+from study.analysis import load_task, load_trials, print_examples, print_study, standing
 from study.memory import check_memory, worker_bytes
 from study.options import Options, model_of, read_recorded, resolve_options
 from study.plan import MIN_FREE_BYTES, check_space_on_disk, estimate, print_plan
@@ -204,7 +204,7 @@ def _finish(options: Options, console: Console) -> int:
     task = load_task(options.folder)
     found = standing(trials, task)
     write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain})
-    print_study(console, trials, read_notes(options.folder), task)
+    print_study(console, options.folder, trials, task)
     print_examples(console, options.folder, trials, task)
     console.print(
         f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True

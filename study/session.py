@@ -21,7 +21,7 @@ from bert_encoding.records import (
     SEARCH,
     STUDY_FILE,
     TrialRecord,
-    keep_best_adapters,
+    keep_best,
     naming_full_disk,
     read_json,
     read_records,
@@ -59,7 +59,7 @@ def run_session(study: AnyStudy, resume: bool, console: Console) -> None:
             _run_jobs(study, task, identity, folder, console)
         finally:
             if any(record.status == COMPLETE for record in read_records(folder)):
-                keep_best_adapters(folder, KEEP_ADAPTERS, METRICS[study.space.task])
+                keep_best(folder, KEEP_ADAPTERS, METRICS[study.space.task])
                 write_tables(folder)
             elif not resume and not any(_has_traceback(record) for record in read_records(folder)):
                 shutil.rmtree(folder)  # nothing to keep, and nothing in the way of the next try

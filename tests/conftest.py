@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 from make_data import make_lab, make_tiny_bert
 
+from bert_encoding import response_panels
 from bert_encoding.encoders import Encoder, load_encoder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -49,3 +51,11 @@ def lab(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _quiet_logs() -> None:
     logging.getLogger("bert_encoding").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    """Tests change responses and leave the fingerprint, which no study does: none may read what another has kept."""
+    response_panels._KEPT.clear()
+    yield
+    response_panels._KEPT.clear()

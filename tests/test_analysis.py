@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from bert_encoding.records import TrialRecord, trials_frame, write_json, write_record
+from bert_encoding.records import TrialRecord, stories_frame, trials_frame, write_json, write_record
 from study import analysis
-from study.analysis import Standing, cc_by_rank, load_trials, standing, verdict_lines
+from study.analysis import Standing, cc_by_rank, gain_over_stories, load_trials, standing, verdict_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,6 +113,46 @@ def test_the_verdict_says_what_can_be_said() -> None:
     )
     assert "best of 3 noisy trials looks better than it is" in better[1]
     assert "difference -0.0200" in verdict_lines(found_in(frozen(0.1), trial("0001", 0.08)))[0]
+
+
+def with_stories(record: TrialRecord, cc_of_story: dict[str, float]) -> TrialRecord:
+    """The record with a CC inside each validation story, for two subjects a little apart, and in a test story."""
+    rows = [
+        {"split": 0, "role": "validation", "subject": subject, "story": story, "cc_mean": cc + shift}
+        for story, cc in cc_of_story.items()
+        for subject, shift in (("a", -0.01), ("b", 0.01))
+    ]
+    record.stories = [*rows, {"split": 0, "role": "test", "subject": "a", "story": "locked", "cc_mean": 0.9}]
+    return record
+
+
+def test_the_gain_is_paired_by_validation_story_with_the_t_interval() -> None:
+    best, plain = [0.12, 0.16, 0.11, 0.2], [0.11, 0.13, 0.12, 0.15]
+    records = [
+        with_stories(trial("0001", 0.15), dict(zip("wxyz", best, strict=True))),
+        with_stories(frozen(0.13), dict(zip("wxyz", plain, strict=True))),
+        with_stories(trial("0002", 0.1), dict.fromkeys("wxyz", 0.5)),
+    ]
+    gain = gain_over_stories(stories_frame(records), "0001")
+    difference = np.subtract(best, plain)
+    expected = ttest_1samp(difference, 0).confidence_interval(0.95)
+    assert gain is not None
+    np.testing.assert_allclose([gain.low, gain.high], [expected.low, expected.high], rtol=1e-9)
+    np.testing.assert_allclose(gain.estimate, difference.mean(), rtol=1e-9)
+    lines = verdict_lines(found_in(*records), gain)
+    assert lines[1] == (
+        f"Story by story the difference is {gain.estimate:+.4f}, 95% interval over 4 stories {gain.low:+.4f} to "
+        f"{gain.high:+.4f}."
+    )
+
+
+def test_without_stories_in_common_there_is_no_interval() -> None:
+    alone = stories_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"y": 0.1})])
+    assert gain_over_stories(alone, "0001") is None
+    assert gain_over_stories(alone, "0009") is None
+    assert gain_over_stories(stories_frame([frozen()]), "0001") is None
+    one = stories_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"x": 0.1})])
+    assert len(verdict_lines(found_in(trial("0001", 0.15), frozen()), gain_over_stories(one, "0001"))) == 2
 
 
 def write_study(folder: Path, records: list[TrialRecord]) -> Path:

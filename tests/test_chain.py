@@ -3,18 +3,21 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_data import make_lab
 
+from bert_encoding import chain as chain_module
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.evaluate import make_design, prepare_ridge, score_subject
+from bert_encoding.ridge import CrossValidatedRidge
 from bert_encoding.trial import run_trial
 
 SUBJECT = "subject2"
@@ -90,3 +93,75 @@ def test_static_vectors_are_looked_up_and_their_coverage_is_noted(task: Task, tm
         f"glove.txt has a vector for {n_known / n_words:.1%} of the spoken words; the others are zero"
     ]
     assert run_trial(config, task).notes[0] == chain.notes[0]
+
+
+# --- what scores share ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[CrossValidatedRidge]:
+    """Every ridge that is prepared from now on."""
+    made: list[CrossValidatedRidge] = []
+
+    def listen(*given: Any) -> CrossValidatedRidge:
+        made.append(prepare_ridge(*given))
+        return made[-1]
+
+    monkeypatch.setattr(chain_module, "prepare_ridge", listen)
+    return made
+
+
+def bag_chain(task: Task, **changes: Any) -> Chain:
+    return Chain(TrialConfig(method="bag_of_words", vocabulary=9, **changes), task)
+
+
+def test_the_seen_score_has_the_same_bits_with_the_ridge_of_the_score_and_without(
+    task: Task, prepared: list[CrossValidatedRidge]
+) -> None:
+    split = task.splits[0]
+    sharing, alone = bag_chain(task), bag_chain(task)
+    on_trs = sharing.on_trs(None, split.fit + split.validation, split.fit)
+    scored = sharing.score(on_trs, split.fit, split.validation)
+    grids = {subject: result.grid for subject, result in scored.items()}
+    shared = sharing.score_seen(on_trs, split.fit, grids)
+    assert len(prepared) == 1, "the ridge of the score is used again"
+    assert sharing.score_seen(on_trs, split.fit, grids).keys() == shared.keys()
+    assert len(prepared) == 2, "and then let go"
+    np.testing.assert_array_equal(shared[SUBJECT], alone.score_seen(on_trs, split.fit, grids)[SUBJECT])
+    again = bag_chain(task)
+    again.score(on_trs, split.fit, split.validation)
+    again.forget_ridge()
+    np.testing.assert_array_equal(shared[SUBJECT], again.score_seen(on_trs, split.fit, grids)[SUBJECT])
+    assert len(prepared) == 5
+
+
+def test_the_seen_score_chooses_from_the_grid_that_the_score_was_widened_to(task: Task) -> None:
+    split, narrow = task.splits[0], (1e4, 1e5, 1e6)
+    chain = bag_chain(task, ridge_alphas=narrow)
+    on_trs = chain.on_trs(None, split.fit + split.validation, split.fit)
+    grid = chain.score(on_trs, split.fit, split.validation)[SUBJECT].grid
+    assert len(grid) > len(narrow)
+    seen = chain.score_seen(on_trs, split.fit, {SUBJECT: grid})[SUBJECT]
+    wide = bag_chain(task, ridge_alphas=grid).score_seen(on_trs, split.fit)[SUBJECT]
+    np.testing.assert_array_equal(seen, wide)
+    assert (seen != bag_chain(task, ridge_alphas=narrow).score_seen(on_trs, split.fit)[SUBJECT]).any()
+    record = run_trial(chain.config, task)
+    assert record.scores["cc_seen"] == pytest.approx(wide.astype(np.float64).mean(), abs=1e-9)
+    assert any("so all were fitted with 100 to 1e+06" in note for note in record.notes)
+
+
+def test_the_ridge_of_other_vectors_or_other_stories_is_not_used(
+    task: Task, prepared: list[CrossValidatedRidge]
+) -> None:
+    """As where the best epoch is restored, but the last was scored."""
+    split = task.splits[0]
+    chain = bag_chain(task)
+    on_trs = chain.on_trs(None, split.fit + split.validation, split.fit)
+    other = {name: rows[:, ::-1] ** 2 for name, rows in on_trs.items()}
+    chain.score(other, split.fit, split.validation)
+    found = chain.score_seen(on_trs, split.fit)[SUBJECT]
+    np.testing.assert_array_equal(found, bag_chain(task).score_seen(on_trs, split.fit)[SUBJECT])
+    chain.score(on_trs, split.fit, split.validation)
+    fewer = chain.score_seen(on_trs, split.fit[1:])[SUBJECT]
+    np.testing.assert_array_equal(fewer, bag_chain(task).score_seen(on_trs, split.fit[1:])[SUBJECT])
+    assert len(prepared) == 6

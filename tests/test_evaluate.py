@@ -17,7 +17,7 @@ from sklearn.model_selection import PredefinedSplit
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from bert_encoding import evaluate
+from bert_encoding import response_panels
 from bert_encoding.baselines import word_rate
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
@@ -34,10 +34,13 @@ from bert_encoding.evaluate import (
     prepare_ridge,
     score_subject,
     seen_cc,
-    stack_responses,
-    voxel_panels,
 )
-from bert_encoding.ridge import fit_ridge
+from bert_encoding.intervals import time_replicates
+from bert_encoding.prediction_tests import PredictionTests
+from bert_encoding.response_panels import stack_responses, voxel_panels
+from bert_encoding.ridge import CrossValidatedRidge, Prediction, fit_ridge
+from bert_encoding.significance import block_permutation_p
+from bert_encoding.targets import Targets
 
 CPU = torch.device("cpu")
 FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")
@@ -111,7 +114,7 @@ def run_score(design: Design, dataset: Dataset, subject: str, config: TrialConfi
 
 
 def run_seen(design: Design, dataset: Dataset, fit: tuple[str, ...], config: TrialConfig) -> np.ndarray:
-    return seen_cc(prepare_ridge(design, config, CPU), design, dataset, "subject2", fit)
+    return seen_cc(prepare_ridge(design, config, CPU), dataset, "subject2", fit)
 
 
 def story_means(scores: SubjectScores) -> dict[str, float]:
@@ -192,7 +195,7 @@ def test_seen_cc_equals_a_nested_recomputation_with_other_libraries(dataset: Dat
         inner = np.unique(design.folds[~out], return_inverse=True)[1]
         predicted[out] = X[out] @ himalaya_weights(X[~out], Y[~out], inner)[1]
     got = run_seen(design, dataset, FIT, CONFIG)
-    np.testing.assert_allclose(got, pearson_columns(raw, predicted), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, pearson_columns(raw, predicted), rtol=0, atol=5e-5)  # ours is in float32
 
 
 def test_stack_responses_reads_valid_voxels_in_the_order_asked(dataset: Dataset, small: Path) -> None:
@@ -213,7 +216,7 @@ def wreck(dataset: Dataset, vectors: Vectors, name: str) -> tuple[Dataset, dict[
     times_s = np.sort(rng.uniform(0, story.word_times_s[-1], len(story.words)))
     wild = replace(story, word_times_s=times_s, responses=responses)
     vectors = {**vectors, name: 1e3 * rng.standard_normal(vectors[name].shape)}
-    return replace(dataset, stories={**dataset.stories, name: wild}), vectors
+    return replace(dataset, stories={**dataset.stories, name: wild}, fingerprint="wild"), vectors
 
 
 def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> None:
@@ -332,7 +335,7 @@ def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
     grid = (1.0, 10.0, 100.0)
     alphas = {"few": np.array([1.0, 10.0, 100.0, 10.0]), "many": np.full(500, 100.0)}
     ccs = {"few": np.array([0.5, -0.2, 0.0, 0.1], np.float32), "many": rng.uniform(-1, 1, 500).astype(np.float32)}
-    scores = {name: SubjectScores(ccs[name], {}, alphas[name], n) for name, n in (("few", 1), ("many", 7))}
+    scores = {name: SubjectScores(ccs[name], {}, alphas[name], n, grid) for name, n in (("few", 1), ("many", 7))}
     ordered = np.sort(ccs["many"].astype(np.float64))
     expected = {
         "cc_mean": (0.1 + ordered.mean()) / 2,
@@ -343,16 +346,17 @@ def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
         "alpha_edge_share": (0.5 + 1.0) / 2,
         "n_constant_predictions": 8.0,
     }
-    assert merge_subjects(scores, grid) == pytest.approx(expected, abs=1e-7)
+    assert merge_subjects(scores) == pytest.approx(expected, abs=1e-7)
 
 
 def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
     grid = (1.0, 10.0, 100.0)
     alphas = {"low": [1.0] * 3 + [10.0] * 7, "high": [10.0] * 5 + [100.0] * 5, "fifth": [1.0, 100.0, 10.0, 10.0, 10.0]}
-    scores = {name: SubjectScores(np.zeros(1), {}, np.array(values), 0) for name, values in alphas.items()}
-    low, high = edge_notes(scores, grid)
-    assert low.startswith("low: 30% of voxels chose the smallest")
-    assert high.startswith("high: 50% of voxels chose the largest")
+    scores = {name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid) for name, values in alphas.items()}
+    assert edge_notes(scores, grid) == [
+        "low: 30% of voxels chose the smallest ridge_alpha of 1 to 100; try a grid from 0.01",
+        "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them",
+    ]
 
 
 def test_the_fewest_stories_that_a_split_leaves_to_fit_can_be_scored_as_seen(dataset: Dataset) -> None:
@@ -376,7 +380,7 @@ def test_how_voxels_are_divided_into_panels_does_not_matter(
     design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, CONFIG, 0)
     whole, seen = run_score(design, dataset, "subject2", CONFIG), run_seen(design, dataset, FIT, CONFIG)
     n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
-    monkeypatch.setattr(evaluate, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
     panels = voxel_panels(dataset, "subject2", len(design.fit) + len(design.scored))
     assert [panel.start for panel in panels] == list(range(0, n_valid, n_columns))
     assert panels[-1].stop == n_valid
@@ -390,18 +394,157 @@ def test_how_voxels_are_divided_into_panels_does_not_matter(
 
 def test_no_panel_is_larger_than_its_budget(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    stack = evaluate.stack_responses
+    stack = response_panels.stack_responses
 
     def watch(dataset: Dataset, subject: str, stories: Sequence[str], columns: slice = slice(None)) -> np.ndarray:
         Y = stack(dataset, subject, stories, columns)
         read.append(Y.nbytes)
         return Y
 
-    monkeypatch.setattr(evaluate, "stack_responses", watch)
-    monkeypatch.setattr(evaluate, "PANEL_BYTES", 50_000)
+    monkeypatch.setattr(response_panels, "stack_responses", watch)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 50_000)
     score(rates(long), long)
     assert len(read) > 4
     assert max(a + b for a, b in zip(read[::2], read[1::2], strict=True)) <= 50_000
+
+
+# --- the grid of alphas -----------------------------------------------------------------------------------------------
+
+NARROW, WIDE = (0.1, 1.0, 10.0, 100.0), (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+
+
+def fitted_grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
+    """Listen to the grids that voxels are fitted with from now on."""
+    grids: list[tuple[float, ...]] = []
+    fit_predict = CrossValidatedRidge.fit_predict
+
+    def listen(self: CrossValidatedRidge, Y: np.ndarray | Targets, X: np.ndarray) -> Prediction:
+        grids.append(self.ridge_alphas)
+        return fit_predict(self, Y, X)
+
+    monkeypatch.setattr(CrossValidatedRidge, "fit_predict", listen)
+    return grids
+
+
+def test_a_grid_that_is_too_narrow_is_widened_and_scores_are_those_of_the_wide_one(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = rich_vectors(dataset)
+    wide = score(vectors, dataset, config=replace(CONFIG, ridge_alphas=WIDE))
+    grids = fitted_grids(monkeypatch)
+    got = score(vectors, dataset, config=replace(CONFIG, ridge_alphas=NARROW))
+    assert grids == [NARROW, WIDE]
+    assert wide.grid == got.grid == WIDE
+    assert wide.edge_share["low"] < 0.2
+    np.testing.assert_array_equal(got.cc, wide.cc)
+    np.testing.assert_array_equal(got.ridge_alphas, wide.ridge_alphas)
+    for name in SCORED:
+        np.testing.assert_array_equal(got.story_cc[name], wide.story_cc[name])
+    (widened, nothing) = edge_notes({"subject2": got}, NARROW)
+    assert widened == (
+        "subject2: many voxels chose an edge of the ridge_alphas 0.1 to 100, so all were fitted with 0.1 to 10000"
+    )
+    assert nothing.endswith("chose the largest ridge_alpha of 0.1 to 10000: nothing predicts them")
+
+
+def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (1e4, 1e5, 1e6)
+    grids = fitted_grids(monkeypatch)
+    got = score(rich_vectors(dataset), dataset, config=replace(CONFIG, ridge_alphas=asked))
+    assert len(grids) == 2
+    np.testing.assert_allclose(got.grid, (1e2, 1e3, 1e4, 1e5, 1e6), rtol=1e-12)
+    assert got.edge_share["low"] > 0.2
+    widened, low, high = edge_notes({"subject2": got}, asked)
+    assert widened.endswith("of the ridge_alphas 10000 to 1e+06, so all were fitted with 100 to 1e+06")
+    assert low.endswith("chose the smallest ridge_alpha of 100 to 1e+06; try a grid from 1")
+    assert high.endswith("nothing predicts them")
+
+
+def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One panel alone would have it wider: the share counts over the whole brain."""
+    vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
+    whole = score(vectors, dataset, config=config)
+    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * (len(design.fit) + len(design.scored)))
+    grids = fitted_grids(monkeypatch)
+    parts = run_score(design, dataset, "subject2", config)
+    n_panels = len(voxel_panels(dataset, "subject2", len(design.fit) + len(design.scored)))
+    assert n_panels == 8
+    assert grids == n_panels * [config.ridge_alphas] + n_panels * [whole.grid]
+    assert len(whole.grid) > len(config.ridge_alphas)
+    np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
+    np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
+
+
+def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = fitted_grids(monkeypatch)
+    got = score(rich_vectors(dataset), dataset)
+    assert grids == [GRID] and got.grid is GRID
+    assert max(got.edge_share["low"], 0.2) == 0.2
+    assert edge_notes({"subject2": got}, GRID) == [
+        f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: nothing "
+        "predicts them"
+    ]
+
+
+# --- tests of predictions ---------------------------------------------------------------------------------------------
+
+
+def test_tests_of_predictions_are_those_of_an_exact_fit(long: Dataset) -> None:
+    """One voxel's p may move by an order or two of a thousand where ours is rounded to float32."""
+    vectors = rich_vectors(long)
+    design = make_design(vectors, long, FIT, SCORED, CONFIG, 0)
+    ridge = prepare_ridge(design, CONFIG, CPU)
+    got = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True)
+    Y = StandardScaler().fit_transform(stack_responses(long, "subject2", FIT).astype(np.float64))
+    exact = fit_ridge(design.fit, Y, design.folds, GRID, precision="float64")
+    predicted, measured = exact.predict(design.scored), stack_responses(long, "subject2", SCORED)
+    assert got.tests is not None
+    expected = block_permutation_p(measured, predicted, design.scored_story)
+    np.testing.assert_allclose(got.tests.p, expected, rtol=0, atol=0.003)
+    total = time_replicates(measured, predicted, design.scored_story).total
+    np.testing.assert_allclose(got.tests.replicates.total, total, rtol=0, atol=1e-4 * N_VOXELS)
+    assert got.summary()["share_significant"] == np.mean(got.tests.q < 0.05) == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_array_equal(got.cc, run_score(design, long, "subject2", CONFIG).cc)
+
+
+def test_panels_share_permutations_and_resamples(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+
+    def tests() -> PredictionTests:
+        ridge = prepare_ridge(design, CONFIG, CPU)
+        found = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True).tests
+        assert found is not None
+        return found
+
+    whole = tests()
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 7 * (len(design.fit) + len(design.scored)))
+    parts = tests()
+    np.testing.assert_allclose(parts.p, whole.p, rtol=0, atol=0.003)
+    np.testing.assert_allclose(parts.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-5)
+
+
+def test_without_being_asked_nothing_is_tested(dataset: Dataset) -> None:
+    scores = score(rates(dataset), dataset)
+    assert scores.tests is None
+    assert "share_significant" not in scores.summary()
+
+
+def test_a_subject_without_p_leaves_the_share_to_the_others() -> None:
+    cc, grid = np.array([0.1, 0.2], np.float32), (1.0, 10.0)
+    replicates = time_replicates(np.eye(4)[:, :2], np.eye(4)[:, :2], np.zeros(4, int))
+    p = {"a": np.array([0.001, 0.9]), "b": np.array([np.nan, np.nan])}
+    scores = {
+        s: SubjectScores(cc, {}, np.ones(2), 0, grid, tests=PredictionTests(values, replicates))
+        for s, values in p.items()
+    }
+    assert merge_subjects(scores)["share_significant"] == 0.5
+    assert "share_significant" not in merge_subjects({"b": scores["b"]})
+
+
+# --- regions of interest ----------------------------------------------------------------------------------------------
 
 
 def test_regions_of_interest_are_means_over_their_valid_voxels(dataset: Dataset) -> None:
@@ -425,10 +568,10 @@ def test_a_region_is_averaged_over_the_subjects_that_have_it() -> None:
     cc = np.array([0.1, 0.2, 0.6], np.float32)
     both = {"left": np.array([0]), "right": np.array([1, 2])}
     scores = {
-        "a": SubjectScores(cc, {}, np.ones(3), 0, both),
-        "b": SubjectScores(cc / 2, {}, np.ones(3), 0, {"right": np.array([2])}),
+        "a": SubjectScores(cc, {}, np.ones(3), 0, (1.0, 10.0), both),
+        "b": SubjectScores(cc / 2, {}, np.ones(3), 0, (1.0, 10.0), {"right": np.array([2])}),
     }
-    merged = merge_subjects(scores, (1.0, 10.0))
+    merged = merge_subjects(scores)
     assert merged["cc_roi_left"] == pytest.approx(0.1, abs=1e-7)
     assert merged["cc_roi_right"] == pytest.approx((0.4 + 0.3) / 2, abs=1e-7)
     assert merged["cc_mean"] == pytest.approx((0.3 + 0.15) / 2, abs=1e-7)

@@ -21,8 +21,9 @@ from bert_encoding.records import (
     adapter_folder,
     content_key,
     epochs_frame,
-    keep_best_adapters,
+    keep_best,
     read_cc,
+    read_details,
     read_json,
     read_record,
     read_records,
@@ -44,7 +45,7 @@ DOCUMENTED = [
     *("cc_best", "epoch_best", "cc_norm", "cc_test", "alpha_edge_share", "accuracy", "macro_f1", "seconds_train"),
     *("seconds_embed", "seconds_ridge", "seconds_total", "peak_memory_gb", "node"),
 ]
-RECORD_FIELDS = {"cc", "cc_test"}
+RECORD_FIELDS = {"cc", "cc_test", "details"}
 
 
 def lora(trial_id: str = "0001", score: float = 0.2, seen: float = 0.3, **changes: Any) -> TrialRecord:
@@ -73,6 +74,7 @@ def lora(trial_id: str = "0001", score: float = 0.2, seen: float = 0.3, **change
         node="here",
         cc={"s": np.array([0.1, np.nan, 0.3], np.float32), "t": np.array([0.5], np.float32)},
         cc_test={"s": np.array([0.2, np.nan, 0.1], np.float32)},
+        details={"validation/p/s": np.array([0.01, np.nan, 0.5], np.float32), "test/replicates/s": np.arange(3) / 7},
     )
     return replace(record, **changes)
 
@@ -83,9 +85,12 @@ def baseline(method: str = "frozen", cc: float = 0.1, seen: float = 0.15) -> Tri
     return TrialRecord("COMPLETE", method, config, f"baseline-{method}", "baseline", scores=scores)
 
 
+NO_ARRAYS: dict[str, Any] = {"cc": {}, "cc_test": {}, "details": {}}
+
+
 def failed(trial_id: str = "0009") -> TrialRecord:
     text = "Traceback (most recent call last):\nValueError: the loss is not finite"
-    return lora(trial_id, status="FAILED", error=text, scores={}, epochs=[], stories=[], seconds={}, cc={}, cc_test={})
+    return lora(trial_id, status="FAILED", error=text, scores={}, epochs=[], stories=[], seconds={}, **NO_ARRAYS)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -100,7 +105,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written = lora()
     write_record(tmp_path, written)
     read = read_record(tmp_path, "0001")
-    assert read.cc == read.cc_test == {}
+    assert read.cc == read.cc_test == read.details == {}
     expected = {k: v for k, v in asdict(written).items() if k not in RECORD_FIELDS}
     expected["config"] |= {k: list(v) for k, v in expected["config"].items() if isinstance(v, tuple)}
     assert {k: v for k, v in asdict(read).items() if k not in RECORD_FIELDS} == expected
@@ -110,13 +115,19 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for name, values in {"s": written.cc["s"], "t": written.cc["t"], "test/s": written.cc_test["s"]}.items():
         assert cc[name].dtype == np.float32
         np.testing.assert_array_equal(cc[name], values)
-    assert sorted(files(tmp_path)) == ["trials/0001/cc.npz", "trials/0001/record.json"]
+    details = read_details(tmp_path, "0001")
+    assert details.keys() == written.details.keys()
+    for name, values in written.details.items():
+        assert details[name].dtype == values.dtype
+        np.testing.assert_array_equal(details[name], values)
+    assert sorted(files(tmp_path)) == [f"trials/0001/{name}" for name in ("cc.npz", "details.npz", "record.json")]
 
 
 def test_a_failed_trial_has_a_record_and_no_cc(tmp_path: Path) -> None:
     write_record(tmp_path, failed())
     assert sorted(files(tmp_path)) == ["trials/0009/record.json"]
     assert read_record(tmp_path, "0009").error == failed().error
+    assert read_cc(tmp_path, "0009") == read_details(tmp_path, "0009") == {}
 
 
 def test_numpy_values_and_paths_are_written_as_plain_json(tmp_path: Path) -> None:
@@ -194,7 +205,7 @@ def test_a_crash_while_writing_leaves_no_record(
             write_record(tmp_path, lora("0002"))
     after = files(tmp_path)
     assert {k: v for k, v in after.items() if k.startswith("trials/0001/")} == before
-    assert set(after) - set(before) <= {"trials/0002/cc.npz"}, "no record, no temporary file"
+    assert set(after) - set(before) <= {"trials/0002/cc.npz", "trials/0002/details.npz"}, "no record, no temporary file"
     assert [r.trial_id for r in read_records(tmp_path)] == ["0001"]
     write_record(tmp_path, lora("0002"))
     assert [r.trial_id for r in read_records(tmp_path)] == ["0001", "0002"]
@@ -212,7 +223,7 @@ def test_the_record_is_renamed_into_place_after_everything_else(
 
     monkeypatch.setattr(Path, "replace", watch)
     write_record(tmp_path, lora())
-    assert seen == [("cc.npz", []), ("record.json", ["cc.npz"])]
+    assert seen == [("cc.npz", []), ("details.npz", ["cc.npz"]), ("record.json", ["cc.npz", "details.npz"])]
 
 
 def test_a_crash_while_a_record_is_written_again_leaves_the_old_one(
@@ -433,19 +444,45 @@ def test_exactly_the_best_adapters_stay(n: int, tmp_path: Path) -> None:
     for trial_id, cc in scores.items():
         with_adapter(tmp_path, lora(trial_id, score=cc))
     write_record(tmp_path, baseline(cc=0.9))  # has none to keep or delete
-    keep_best_adapters(tmp_path, n)
+    keep_best(tmp_path, n)
     assert kept(tmp_path) == sorted(["0002", "0004", "0001", "0003"][:n])
     assert len(read_records(tmp_path)) == 5
     assert np.isfinite(read_cc(tmp_path, "0003")["t"]).all()
-    keep_best_adapters(tmp_path, n)
+    keep_best(tmp_path, n)
     assert kept(tmp_path) == sorted(["0002", "0004", "0001", "0003"][:n])
 
 
 def test_a_failed_trial_never_takes_a_place_among_the_best(tmp_path: Path) -> None:
     with_adapter(tmp_path, lora("0001", score=-0.2))
     with_adapter(tmp_path, failed("0009"))
-    keep_best_adapters(tmp_path, 2)
+    keep_best(tmp_path, 2)
     assert kept(tmp_path) == ["0001"]
+
+
+def with_details(study: Path) -> list[str]:
+    return sorted(path.parent.name for path in (study / "trials").glob("*/details.npz"))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 9])
+def test_the_details_of_the_best_and_of_what_was_not_searched_stay(n: int, tmp_path: Path) -> None:
+    scores = {"0001": 0.10, "0002": 0.30, "0003": 0.20}
+    for trial_id, cc in scores.items():
+        write_record(tmp_path, lora(trial_id, score=cc))
+    write_record(tmp_path, lora("0004", score=0.9, status="STOPPED"))
+    write_record(tmp_path, replace(baseline(cc=-0.9), details={"validation/p/s": np.ones(3)}))
+    write_record(tmp_path, lora("0007", score=-0.5, phase="confirm"))
+    others = [file for file in files(tmp_path) if not file.endswith("details.npz")]
+    keep_best(tmp_path, n)
+    assert with_details(tmp_path) == sorted([*["0002", "0003", "0001"][:n], "0007", "baseline-frozen"])
+    assert sorted(file for file in files(tmp_path) if not file.endswith("details.npz")) == sorted(others)
+
+
+def test_adapters_and_details_are_counted_apart(tmp_path: Path) -> None:
+    """A better trial without an adapter takes no place among the adapters."""
+    with_adapter(tmp_path, lora("0001", score=0.1))
+    write_record(tmp_path, lora("0002", score=0.3))
+    keep_best(tmp_path, 1)
+    assert (kept(tmp_path), with_details(tmp_path)) == (["0001"], ["0002"])
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

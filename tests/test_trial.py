@@ -478,7 +478,7 @@ def test_search_never_reads_test_responses(method: str, task: Task, tiny_encoder
     gone = Responses(path=tmp_path / "nowhere.npy")
     stories = dict(task.dataset.stories)
     stories[name] = replace(stories[name], responses={SUBJECT: gone})
-    without = task._replace(dataset=replace(task.dataset, stories=stories))
+    without = task._replace(dataset=replace(task.dataset, stories=stories, fingerprint="without"))
     settings = config(tiny_encoder, method=method, mlm_text="all")
     assert_same_bits(run_trial(settings, without), run_trial(settings, task))
     if method != "lora":
@@ -565,6 +565,19 @@ def test_scores_over_outer_folds_are_means_of_single_splits(
     assert together.stories == rows
     folders = sorted(file.parent.name for file in tmp_path.glob("*/adapter_config.json"))
     assert folders == (["split0", "split1", "split2"] if method == "lora" else [])
+
+
+def test_splits_of_which_some_are_too_short_for_p_values_are_averaged(tmp_path: Path) -> None:
+    """As over subjects: the share is the mean over those that have one."""
+    names = ("wheretheressmoke", "a", "b", "c", "d", "e", "f")
+    task = make_task(open_dataset(make_lab(tmp_path / "lab", names, n_words=153)), n_outer_folds=3)
+    settings = TrialConfig(method="word_rate")
+    alone = [run_trial(settings, task._replace(splits=(split,))).scores for split in task.splits]
+    shares = [scores["share_significant"] for scores in alone if "share_significant" in scores]
+    assert 0 < len(shares) < 3, "else this tests nothing"
+    for splits in (task.splits, task.splits[::-1], task.splits[1:] + task.splits[:1]):
+        together = run_trial(settings, task._replace(splits=splits)).scores
+        assert together["share_significant"] == pytest.approx(np.mean(shares))
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

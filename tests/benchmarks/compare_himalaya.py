@@ -19,9 +19,10 @@ from bert_encoding.datasets.splits import choose_stories
 from bert_encoding.devices import pick_device
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import load_encoder
-from bert_encoding.evaluate import make_design, prepare_ridge, score_subject, stack_responses
+from bert_encoding.evaluate import make_design, prepare_ridge, score_subject
 from bert_encoding.features import ZScore
 from bert_encoding.records import FROZEN
+from bert_encoding.response_panels import stack_responses
 from bert_encoding.windows import tokenize
 
 app = cyclopts.App()
