@@ -195,7 +195,9 @@ def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
     frame["adaptation_gap"] = _adaptation_gap(frame)
     if any(record.scores.get("voxels_are_chosen") for record in records):
         frame["adaptation_gap"] = np.nan  # the frozen cc_seen chose the voxels, and flatters itself there
+    further = [name for name in FURTHER_COLUMNS if name in frame]
     types = {name: "string" if name in _TEXT else "Int64" if name in _WHOLE else "Float64" for name in COLUMNS}
+    types |= dict.fromkeys(further, "Float64")
     for name in _WHOLE:  # means over folds need not be whole
         frame[name] = frame[name].astype("Float64").round()
     return frame.astype(types)

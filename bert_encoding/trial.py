@@ -275,7 +275,8 @@ def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
     for result in results:
         losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
         rows.append({"epoch": 0.0} | losses | merge_subjects(result.scores))
-    merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)  # a split may be too short for a p value
+    merged = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     if not np.isfinite(merged["cc_mean"]):
         raise FloatingPointError(f"cc_mean is {merged['cc_mean']}")
     return merged

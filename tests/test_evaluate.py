@@ -17,7 +17,7 @@ from sklearn.model_selection import PredefinedSplit
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from bert_encoding import response_panels
+from bert_encoding import encoding_model, response_panels
 from bert_encoding.baselines import word_rate
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
@@ -487,6 +487,25 @@ def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.
         f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: nothing "
         "predicts them"
     ]
+
+
+@pytest.mark.parametrize("n_columns", [7, 40])
+def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
+    dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, ridge_alphas=NARROW)
+    design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, config, 0)
+    scores, ridge = run_score(design, dataset, "subject2", config), prepare_ridge(design, config, CPU)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (ridge.n_rows + ridge.n_features))
+    said: list[str] = []
+    fits = list(encoding_model._fit_panels(ridge, dataset, "subject2", FIT, said.append))
+    assert [fit.weights.shape[1] for fit in fits] == ([7, 7, 7, 7, 7, 3] if n_columns == 7 else [38])
+    assert said == ["subject2: many voxels chose an edge of the ridge_alphas, so the grid is 0.1 to 10000"]
+    np.testing.assert_array_equal(np.concatenate([fit.ridge_alphas for fit in fits]), scores.ridge_alphas)
+    weights = np.hstack([fit.weights for fit in fits])
+    Y = StandardScaler().fit_transform(stack_responses(dataset, "subject2", FIT).astype(np.float64))
+    expected = fit_ridge(design.fit, Y, design.folds, WIDE, precision="float64").weights
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
 # --- tests of predictions ---------------------------------------------------------------------------------------------

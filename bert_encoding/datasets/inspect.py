@@ -16,13 +16,14 @@ import numpy as np
 
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset, Story
-from bert_encoding.errors import InputError
+from bert_encoding.errors import InputError, first_line
 
 MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last TR
 CONSTANT_RANGE = 1e-8  # largest minus smallest response; z-scored responses span several units
 MAX_ABS_MEAN, MAX_SD_ERROR = 0.05, 0.1  # medians over voxels, above which responses do not count as z-scored
 VOXELS_AT_A_TIME = 4096  # so that some rows of them stay in the processor's cache
 MAX_SHOWN = 8  # stories in a note
+ROWS_OF_REPEATS = 16  # read at a time: some MB of a whole brain
 MAX_VALUE = 1e15  # squares and their sums still fit float32; for sums only, no response is changed
 
 
@@ -156,6 +157,7 @@ def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
                     f"{dataset.source}: subject {subject} has no voxel that is finite and varies in every story"
                 )
             left_out += _mask_note(subject, finite, varies)
+        problems += [problem for problem in (_hash_repeats(*of, hasher) for of in _repeats(dataset)) if problem]
         fingerprint = "" if problems else hasher.result()
         problems += _same_responses(dataset.source, hasher.stories)
     doubts = [doubt for subject in dataset.subjects for doubt in _scale_doubt(subject, checks)]
@@ -456,6 +458,28 @@ def _first_responses(row: np.ndarray) -> np.ndarray:
 # --- fingerprint ------------------------------------------------------------------------------------------------------
 
 
+def _repeats(dataset: Dataset) -> list[tuple[str, str, Responses]]:
+    return [
+        (story.name, subject, story.repeats[subject])
+        for story in dataset.stories.values()
+        for subject in dataset.subjects
+        if subject in story.repeats
+    ]
+
+
+def _hash_repeats(story: str, subject: str, repeats: Responses, hasher: "_Hasher") -> str:
+    """Let the repeats of a story enter the fingerprint; return what is wrong with them, if anything."""
+    try:
+        with repeats.open() as source:
+            hasher.add_header(subject, f"{story}/repeats", source.shape, source.dtype)
+            for repeat in range(source.shape[0]):
+                for start in range(0, source.shape[1], ROWS_OF_REPEATS):
+                    hasher.add(source[repeat, start : start + ROWS_OF_REPEATS])
+    except (OSError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        return f"story {story}, subject {subject}: its repeats cannot be read ({first_line(error)}); get them anew"
+    return ""
+
+
 class _Hasher:
     """The hash of all content, in order; responses are hashed in a thread while the block is looked at."""
 
@@ -475,7 +499,10 @@ class _Hasher:
         self._digest.update(np.ascontiguousarray(story.word_times_s, dtype="<f8").tobytes())
         self._digest.update(np.ascontiguousarray(story.tr_times_s, dtype="<f8").tobytes())
 
-    def add_header(self, subject: str, story: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    def add(self, block: np.ndarray) -> None:
+        self._digest.update(np.ascontiguousarray(block).data)
+
+    def add_header(self, subject: str, story: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._digest.update(f"{subject}/{story}/{shape}/{dtype.str}".encode())
 
     @contextmanager
