@@ -158,7 +158,7 @@ def _score_panels(
 ) -> SubjectScores:
     panels = [
         _score_panel(ridge, design, dataset, subject, fit, scored, columns, with_tests)
-        for columns in voxel_panels(dataset, subject, len(design.fit) + len(design.scored))
+        for columns in voxel_panels(dataset, subject, 2 * max(len(design.fit), len(design.scored)))
     ]
     tests = [panel.tests for panel in panels if panel.tests is not None]
     return SubjectScores(

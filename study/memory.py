@@ -43,13 +43,14 @@ def worker_bytes(
     model = 4 * (shape["n_layers"] * layer + VOCABULARY * shape["n_hidden"])
     resident = PROCESS_BYTES + model * (1 + len(splits)) + 4 * n_words * shape["n_hidden"] * len(splits)
     return resident + max(
-        _ridge_bytes(n_fit, n_rows, n_features, n_voxels, config.n_folds),
+        _ridge_bytes(n_fit, n_rows, n_features, n_voxels, config.n_folds)
+        + kept_bytes(_kept_rows(dataset, splits, config.n_folds), n_voxels),
         _training_bytes(shape, config) if trains else 0.0,
     )
 
 
 def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_folds: int) -> float:
-    """Features, every decomposition of a nested cross-validation, a block, a panel, and the responses that are kept.
+    """Features, every decomposition of a nested cross-validation, a block and a panel.
 
     Ridge is counted in float64, which ill-conditioned features need.
     """
@@ -59,7 +60,14 @@ def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_fold
     block = min(BLOCK_BYTES, n_voxels * per_voxel)
     panel = min(PANEL_BYTES, 4 * n_rows * n_voxels)
     features = n_rows * n_features * (4 + 4) + 2 * n_fit * n_features * 8  # as they are, and held-out rows in the basis
-    return features + 8 * (1 + n_bases) * size**2 + block + 2.5 * panel + kept_bytes(n_rows, n_voxels)
+    return features + 8 * (1 + n_bases) * size**2 + block + 2.5 * panel
+
+
+def _kept_rows(dataset: Dataset, splits: tuple[Split, ...], n_folds: int) -> int:
+    """Return the rows of responses that trials keep, of all subjects, with norms: every split's, and the test's."""
+    of_splits = sum(sum(_rows(dataset, split.fit + split.validation)) + n_folds for split in splits)
+    everything = sum(_rows(dataset, tuple(dataset.stories))) + n_folds + len(dataset.stories)
+    return len(dataset.subjects) * (of_splits + everything)
 
 
 def _training_bytes(shape: dict[str, int], config: TrialConfig) -> float:

@@ -17,7 +17,7 @@ from make_data import make_lab, make_tiny_bert
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
-from bert_encoding import encoding_model, evaluate, model_file
+from bert_encoding import encoding_model, model_file, response_panels
 from bert_encoding.adapters import load_adapter
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
@@ -164,8 +164,8 @@ def test_blocks_and_panels_change_nothing(
     widths = [columns.stop - columns.start for columns, _ in model.weights("b")]
     assert widths == [5, 5, 2]
     np.testing.assert_allclose(predicted(model, task, names)["b"], whole["b"], rtol=0, atol=1e-5)
-    monkeypatch.setattr(evaluate, "PANEL_BYTES", 20_000)
-    assert len(evaluate.voxel_panels(task.dataset, "b", 500)) > 1
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 20_000)
+    assert len(response_panels.voxel_panels(task.dataset, "b", 500)) > 1
     fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz")
     panelled = predicted(load_model(tmp_path / "model.npz"), task, names)
     np.testing.assert_allclose(panelled["a"], whole["a"], rtol=0, atol=1e-4)

@@ -467,10 +467,10 @@ def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest
     vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
     whole = score(vectors, dataset, config=config)
     design = make_design(vectors, dataset, FIT, SCORED, config, 0)
-    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * (len(design.fit) + len(design.scored)))
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * 2 * max(len(design.fit), len(design.scored)))
     grids = fitted_grids(monkeypatch)
     parts = run_score(design, dataset, "subject2", config)
-    n_panels = len(voxel_panels(dataset, "subject2", len(design.fit) + len(design.scored)))
+    n_panels = len(voxel_panels(dataset, "subject2", 2 * max(len(design.fit), len(design.scored))))
     assert n_panels == 8
     assert grids == n_panels * [config.ridge_alphas] + n_panels * [whole.grid]
     assert len(whole.grid) > len(config.ridge_alphas)
