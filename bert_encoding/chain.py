@@ -144,7 +144,8 @@ class Chain:
         with self.timed("ridge"):
             dataset = self.task.dataset
             design, ridge = self._ridge(on_trs, fit, scored)
-            self._latest[fit] = (on_trs, ridge)
+            if len(self.task.splits) == 1:  # several splits would all be in memory together
+                self._latest[fit] = (on_trs, ridge)
             return {
                 subject: score_subject(ridge, design, dataset, subject, fit, scored, with_tests=with_tests)
                 for subject in dataset.subjects

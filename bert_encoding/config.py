@@ -1,6 +1,7 @@
 """What one trial does: every setting, checked."""
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from bert_encoding.adapters import target_regex
@@ -139,6 +140,8 @@ class TrialConfig:
             raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
         if not self.ridge_alphas or not all(0 < alpha < float("inf") for alpha in self.ridge_alphas):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
+        if any(one >= other for one, other in pairwise(self.ridge_alphas)):
+            raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must ascend, each once")
 
     def _check_objective(self) -> None:
         """Refuse settings that would do nothing, or not what their names say."""

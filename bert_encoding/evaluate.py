@@ -15,7 +15,14 @@ from bert_encoding.features import ZScore, downsample_story, lagged_rows
 from bert_encoding.prediction_tests import PredictionTests, examine_predictions, join_tests
 from bert_encoding.records import ROI_PREFIX
 from bert_encoding.response_panels import fit_targets, scored_responses, voxel_panels
-from bert_encoding.ridge import DECADES_FURTHER, MAX_EDGE_SHARE, CrossValidatedRidge, alpha_edge_share, wider_grid
+from bert_encoding.ridge import (
+    DECADES_FURTHER,
+    MAX_EDGE_SHARE,
+    CrossValidatedRidge,
+    alpha_edge_share,
+    pressing_share,
+    wider_grid,
+)
 from bert_encoding.scores import correlate, summarise
 
 
@@ -29,6 +36,7 @@ class SubjectScores(NamedTuple):
     ridge_alphas : (n_valid,)
     n_constant : voxels whose prediction is constant; they score 0
     grid : the alphas to choose from
+    pressing : ``ridge.pressing_share``
     rois : region of interest -> its voxels, counted among the valid ones
     tests : where they were asked for
     """
@@ -40,6 +48,7 @@ class SubjectScores(NamedTuple):
     grid: tuple[float, ...]
     rois: Mapping[str, np.ndarray] = MappingProxyType({})
     tests: PredictionTests | None = None
+    pressing: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})
 
     @property
     def edge_share(self) -> dict[str, float]:
@@ -134,14 +143,14 @@ def score_subject(
     """Fit ridge on the fit stories and correlate its predictions with the responses to the scored stories.
 
     Responses are read, fitted and scored a panel of voxels at a time, so that they need not fit in memory. Where more
-    than a fifth of the voxels choose an alpha at an edge of the grid, all are fitted once more with a wider one.
+    than a fifth of the voxels want an alpha beyond an edge of the grid, all are fitted once more with a wider one.
 
     Parameters
     ----------
     with_tests : also compute a p value a voxel, and resamples of time
     """
     found = _score_panels(ridge, design, dataset, subject, fit, scored, with_tests)
-    grid = wider_grid(ridge.ridge_alphas, found.edge_share, ridge.largest_eigenvalue)
+    grid = wider_grid(ridge.ridge_alphas, found.pressing, ridge.largest_eigenvalue)
     if grid is None:
         return found
     return _score_panels(ridge.with_alphas(grid), design, dataset, subject, fit, scored, with_tests)
@@ -167,9 +176,18 @@ def _score_panels(
         ridge_alphas=np.concatenate([panel.ridge_alphas for panel in panels]),
         n_constant=sum(panel.n_constant for panel in panels),
         grid=ridge.ridge_alphas,
+        pressing=_mean_pressing(panels),
         rois=dataset.valid_rois(subject),
         tests=join_tests(tests) if tests else None,
     )
+
+
+def _mean_pressing(panels: Sequence[SubjectScores]) -> dict[str, float]:
+    """Return the share over all voxels of the panels."""
+    sizes = [panel.cc.size for panel in panels]
+    return {
+        edge: float(np.average([panel.pressing[edge] for panel in panels], weights=sizes)) for edge in ("low", "high")
+    }
 
 
 def _score_panel(
@@ -183,7 +201,7 @@ def _score_panel(
     with_tests: bool,
 ) -> SubjectScores:
     targets = fit_targets(dataset, subject, fit, columns, ridge.rows, ridge.device)
-    predicted, ridge_alphas = ridge.fit_predict(targets, design.scored)
+    predicted, ridge_alphas, cv_cc = ridge.fit_predict(targets, design.scored)
     Y = scored_responses(dataset, subject, scored, columns)
     rows = {name: design.scored_story == at for at, name in enumerate(scored)}
     return SubjectScores(
@@ -192,6 +210,7 @@ def _score_panel(
         ridge_alphas=ridge_alphas,
         n_constant=int((predicted.std(axis=0) <= 1e-10).sum()),
         grid=ridge.ridge_alphas,
+        pressing=pressing_share(cv_cc, min(ridge.ridge_alphas) > ridge.largest_eigenvalue),
         tests=examine_predictions(Y, predicted, design.scored_story) if with_tests else None,
     )
 
@@ -219,30 +238,41 @@ def merge_subjects(scores: Mapping[str, SubjectScores]) -> dict[str, float]:
     }
 
 
-def edge_notes(scores: Mapping[str, SubjectScores], ridge_alphas: tuple[float, ...]) -> list[str]:
-    """Say where the grid of alphas was widened, and where it is still too narrow.
+def edge_notes(
+    scores_of_role: Mapping[str, Sequence[Mapping[str, SubjectScores]]], grid: tuple[float, ...]
+) -> list[str]:
+    """Say where the grid of alphas was widened, and where it is still too narrow; each once.
 
     Parameters
     ----------
-    ridge_alphas : the grid that was asked for
+    scores_of_role : how a note begins -> the scores of one or more splits, by subject
+    grid : the alphas that were asked for
     """
-    notes = []
-    for subject, result in scores.items():
-        grid = f"{min(result.grid):g} to {max(result.grid):g}"
-        if result.grid != ridge_alphas:
-            notes.append(
-                f"{subject}: many voxels chose an edge of the ridge_alphas {min(ridge_alphas):g} to "
-                f"{max(ridge_alphas):g}, so all were fitted with {grid}"
-            )
-        if result.edge_share["low"] > MAX_EDGE_SHARE:
-            wish = f"{min(result.grid) / 10**DECADES_FURTHER:g}"
-            notes.append(
-                f"{subject}: {result.edge_share['low']:.0%} of voxels chose the smallest ridge_alpha of {grid}; try a "
-                f"grid from {wish}"
-            )
-        if result.edge_share["high"] > MAX_EDGE_SHARE:
-            notes.append(
-                f"{subject}: {result.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of {grid}: "
-                "nothing predicts them"
-            )
+    notes = [
+        role + note
+        for role, splits in scores_of_role.items()
+        for scores in splits
+        for subject, result in scores.items()
+        for note in _edge_notes(subject, result, grid)
+    ]
+    return list(dict.fromkeys(notes))
+
+
+def _edge_notes(subject: str, result: SubjectScores, asked: tuple[float, ...]) -> list[str]:
+    notes, grid = [], f"{min(result.grid):g} to {max(result.grid):g}"
+    if result.grid != asked:
+        notes.append(
+            f"{subject}: many voxels wanted a ridge_alpha beyond {min(asked):g} to {max(asked):g}, so all were fitted "
+            f"with {grid}"
+        )
+    if result.pressing["low"] > MAX_EDGE_SHARE:
+        notes.append(
+            f"{subject}: {result.pressing['low']:.0%} of voxels want a ridge_alpha below {grid}; set ridge_alphas in "
+            f"the search space to a grid from {min(result.grid) / 10**DECADES_FURTHER:g}"
+        )
+    if result.edge_share["high"] > MAX_EDGE_SHARE:
+        notes.append(
+            f"{subject}: {result.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of {grid}: nothing "
+            "predicts them"
+        )
     return notes

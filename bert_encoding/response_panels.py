@@ -17,7 +17,7 @@ PANEL_BYTES = 2**29  # of responses in memory at a time
 KEPT_BYTES = 2**30  # of responses kept for later trials
 
 _KEPT: dict[tuple[str, ...], Any] = {}
-_KEPT_OF = ""  # the fingerprint of the data set that all of it belongs to
+_KEPT_OF = ""  # the data set and the voxels that all of it belongs to
 
 
 def voxel_panels(dataset: Dataset, subject: str, n_rows: int) -> list[slice]:
@@ -120,9 +120,11 @@ def _kept(dataset: Dataset, key: tuple[str, ...], make: Callable[[], Any], size:
     Nothing makes room: what trials ask for in turn would push itself out and never be found.
     """
     global _KEPT_OF
-    if dataset.fingerprint != _KEPT_OF:
+    assert dataset.voxel_masks is not None
+    of = dataset.fingerprint + _digest(*dataset.voxel_masks.values())
+    if of != _KEPT_OF:
         _KEPT.clear()
-        _KEPT_OF = dataset.fingerprint
+        _KEPT_OF = of
     if key in _KEPT:
         return _KEPT[key][0]
     made = make()

@@ -10,6 +10,7 @@ eigenvalue for float32, everything is float64.
 """
 
 import copy
+from collections.abc import Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -24,8 +25,11 @@ RIDGE_ALPHAS = tuple(float(alpha) for alpha in np.logspace(2, 8, 13))
 BLOCK_BYTES = 2**28  # of working memory for a block of voxels
 ROUGH_CONDITION = 3e3  # largest eigenvalue / alpha from which on float32 weights are refined
 WORST_CONDITION = 1e5  # largest eigenvalue / smallest alpha that float32 is trusted with
-LARGE_PRODUCT = 2**31  # multiplications from which on bfloat16 is worth its rounding
+MANY_ROWS = 2**19  # numbers in the held-out rows from which on bfloat16 is worth its rounding
 MAX_EDGE_SHARE = 0.2
+MIN_EDGE_GAIN = (
+    1e-3  # of CC at an edge of the grid over the alpha beside it; below it further alphas would give nothing
+)
 DECADES_FURTHER = 2
 
 
@@ -54,11 +58,12 @@ class Prediction(NamedTuple):
     Attributes
     ----------
     predicted : (n_rows, n_voxels) float32
-    ridge_alphas : (n_voxels,) the chosen penalties
+    ridge_alphas, cv_cc : as in ``RidgeFit``
     """
 
     predicted: np.ndarray
     ridge_alphas: np.ndarray
+    cv_cc: np.ndarray
 
 
 def fit_ridge(
@@ -163,8 +168,8 @@ class CrossValidatedRidge:
         """
         rows = torch.from_numpy(X).to(self.device, torch.float32)
         parts = [
-            ((rows @ weights.to(torch.float32)).cpu().numpy(), alphas)
-            for weights, alphas, _ in map(self._fit_block, self._blocks(Y))
+            ((rows @ weights.to(torch.float32)).cpu().numpy(), alphas, cv_cc)
+            for weights, alphas, cv_cc in map(self._fit_block, self._blocks(Y))
         ]
         return Prediction(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
 
@@ -270,14 +275,14 @@ class CrossValidatedRidge:
 
     def _norms(self, rows: torch.Tensor, shrinkage: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the norm of each voxel's prediction for every alpha, (n_alphas, n_voxels)."""
-        fast = self._fast_dtype(rows, projected)
+        fast = self._fast_dtype(rows)
         projected = projected.to(fast)
         norms = [_column_norms((rows * shrunk).to(fast) @ projected) for shrunk in shrinkage]
         return torch.stack(norms).to(rows)
 
-    def _fast_dtype(self, rows: torch.Tensor, projected: torch.Tensor) -> torch.dtype:
+    def _fast_dtype(self, rows: torch.Tensor) -> torch.dtype:
         """Return what norms are computed in: over few rows bfloat16 would be felt, and spare nothing."""
-        if self._precision == "float64" or rows.numel() * projected.shape[1] < LARGE_PRODUCT:
+        if self._precision == "float64" or rows.numel() < MANY_ROWS:
             return rows.dtype
         return torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
 
@@ -293,17 +298,40 @@ def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_A
     return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
 
 
-def wider_grid(grid: tuple[float, ...], share: dict[str, float], largest_eigenvalue: float) -> tuple[float, ...] | None:
-    """Return the grid extended by two decades at each edge that more than a fifth of the voxels chose, else None.
+def pressing_share(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
+    """Return the share of voxels that would choose an alpha beyond the grid's low and high edge, to some avail.
 
-    Upwards only while alphas are not yet ten times the largest eigenvalue: beyond, predictions change in scale alone,
-    and the choice among such alphas is one of rounding. A grid of one alpha is a wish, and stays.
+    Parameters
+    ----------
+    cv_cc : (n_alphas, n_voxels), alphas ascending
+    over_smoothed : every alpha is above the largest eigenvalue, where neighbours differ in scale alone
+    """
+    if len(cv_cc) < 2:
+        return {"low": 0.0, "high": 0.0}
+    best = cv_cc.argmax(axis=0)
+    low = (best == 0) & (over_smoothed | (cv_cc[0] - cv_cc[1] > MIN_EDGE_GAIN))
+    high = (best == len(cv_cc) - 1) & (cv_cc[-1] - cv_cc[-2] > MIN_EDGE_GAIN)
+    return {"low": float(low.mean()), "high": float(high.mean())}
+
+
+def wider_grid(
+    grid: tuple[float, ...], share: Mapping[str, float], largest_eigenvalue: float
+) -> tuple[float, ...] | None:
+    """Return the grid extended by two decades at each edge that presses more than a fifth of the voxels, else None.
+
+    It goes up only while alphas are not yet ten times the largest eigenvalue: beyond, predictions change in scale
+    alone, and the choice among such alphas is one of rounding. A grid of one alpha is a wish, and stays.
+
+    Parameters
+    ----------
+    share : ``pressing_share`` of all voxels
     """
     ordered = sorted(grid)
     if len(ordered) < 2:
         return None
     step = np.log10(ordered[-1] / ordered[0]) / (len(ordered) - 1)
-    further = 10 ** (step * np.arange(1, max(1, round(DECADES_FURTHER / step)) + 1))
+    n_further = max(1, round(DECADES_FURTHER / step))
+    further = 10 ** np.linspace(DECADES_FURTHER / n_further, DECADES_FURTHER, n_further)
     lower = tuple((ordered[0] / further).tolist()) if share["low"] > MAX_EDGE_SHARE else ()
     may_rise = share["high"] > MAX_EDGE_SHARE and ordered[-1] < 10 * largest_eigenvalue
     upper = tuple((ordered[-1] * further).tolist()) if may_rise else ()

@@ -45,6 +45,7 @@ def run_trial(
     *,
     adapter_folder: Path | None = None,
     score_test: bool = False,
+    with_tests: bool | None = None,
 ) -> TrialRecord:
     """Run one configuration and return its record, which nobody has written yet.
 
@@ -52,6 +53,7 @@ def run_trial(
     ----------
     report : called after every epoch with its scores; False stops the trial there
     adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several)
+    with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
     score_test : also refit ridge on fit + validation and score the test stories; only where nothing was tuned
 
     Raises
@@ -65,7 +67,8 @@ def run_trial(
     if score_test and config.method in TUNED:
         raise ValueError("a tuned model's test score belongs to the confirm phase")
     chain = Chain(config, task)
-    folds = [_Fold(chain, split) for split in task.splits]
+    wants_tests = config.method not in TUNED if with_tests is None else with_tests
+    folds = [_Fold(chain, split, wants_tests) for split in task.splits]
     epochs: list[dict[str, float]] = []
     status = COMPLETE
     for results in _side_by_side([fold.epochs() for fold in folds]):
@@ -101,7 +104,7 @@ def run_trial(
         notes=[
             *chain.notes,
             *(note for fold in folds for note in fold.notes),
-            *edge_notes(results[0].scores, config.ridge_alphas),
+            *edge_notes({"": [result.scores for result in results], "test: ": [test_scores]}, config.ridge_alphas),
             *ceiling_notes(test_scores, task.dataset),
         ],
         cc=mean_cc(task.dataset, [result.scores for result in results]),
@@ -124,8 +127,8 @@ def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoc
 class _Fold:
     """One split of one trial: its own model, trained and scored epoch by epoch."""
 
-    def __init__(self, chain: Chain, split: Split) -> None:
-        self.chain, self.split = chain, split
+    def __init__(self, chain: Chain, split: Split, wants_tests: bool) -> None:
+        self.chain, self.split, self.wants_tests = chain, split, wants_tests
         self.model: Any = None
         self.trained: Any = None  # with the further heads of an objective
         self.notes: list[str] = []
@@ -205,7 +208,7 @@ class _Fold:
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
         on_trs = self.chain.on_trs(self.bert, fit + validation, fit)
-        scores = self.chain.score(on_trs, fit, validation, with_tests=not self._is_tuned)
+        scores = self.chain.score(on_trs, fit, validation, with_tests=self.wants_tests)
         return FoldEpoch(losses, scores, on_trs)
 
     def _finetune(self) -> Iterator[EpochLosses]:
@@ -223,8 +226,10 @@ class _Fold:
             patience=chain.config.patience,
             steps_an_epoch=material.steps_an_epoch(),
         )
+        losses: EpochLosses | None = None
         while True:
-            chain.forget_ridge()
+            if losses is None or losses.epoch < chain.config.epochs:
+                chain.forget_ridge()  # its memory is wanted for training
             with chain.timed("train"):
                 losses = next(steps, None)
             if losses is None:

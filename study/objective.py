@@ -12,6 +12,7 @@ from typing import Any
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
+    BASELINE,
     FAILED,
     SEARCH,
     Metric,
@@ -107,7 +108,15 @@ def run_job(job: Job, task: Any, study: Path, report: Any = lambda scores: None)
                 if isinstance(task, TextTask):
                     record = run_text_trial(config, task, keep_going, adapter_folder=keep_adapter)
                 else:
-                    record = run_trial(config, task, keep_going, adapter_folder=keep_adapter, score_test=job.score_test)
+                    with_tests = None if job.phase == BASELINE else False
+                    record = run_trial(
+                        config,
+                        task,
+                        keep_going,
+                        adapter_folder=keep_adapter,
+                        score_test=job.score_test,
+                        with_tests=with_tests,
+                    )
         except Exception as error:
             record = _failure(job, error)
     record.trial_id, record.phase, record.key, record.params = job.trial_id, job.phase, job.key, job.params

@@ -352,11 +352,15 @@ def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
 def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
     grid = (1.0, 10.0, 100.0)
     alphas = {"low": [1.0] * 3 + [10.0] * 7, "high": [10.0] * 5 + [100.0] * 5, "fifth": [1.0, 100.0, 10.0, 10.0, 10.0]}
-    scores = {name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid) for name, values in alphas.items()}
-    assert edge_notes(scores, grid) == [
-        "low: 30% of voxels chose the smallest ridge_alpha of 1 to 100; try a grid from 0.01",
-        "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them",
-    ]
+    pressing = {"low": {"low": 0.3, "high": 0.0}, "high": {"low": 0.2, "high": 0.5}, "fifth": {"low": 0.2, "high": 0.2}}
+    scores = {
+        name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid, pressing=pressing[name])
+        for name, values in alphas.items()
+    }
+    low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from 0.01"
+    high = "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them"
+    assert edge_notes({"": [scores, scores]}, grid) == [low, high]
+    assert edge_notes({"": [scores], "test: ": [scores]}, grid) == [low, high, f"test: {low}", f"test: {high}"]
 
 
 def test_the_fewest_stories_that_a_split_leaves_to_fit_can_be_scored_as_seen(dataset: Dataset) -> None:
@@ -440,9 +444,9 @@ def test_a_grid_that_is_too_narrow_is_widened_and_scores_are_those_of_the_wide_o
     np.testing.assert_array_equal(got.ridge_alphas, wide.ridge_alphas)
     for name in SCORED:
         np.testing.assert_array_equal(got.story_cc[name], wide.story_cc[name])
-    (widened, nothing) = edge_notes({"subject2": got}, NARROW)
+    (widened, nothing) = edge_notes({"": [{"subject2": got}]}, NARROW)
     assert widened == (
-        "subject2: many voxels chose an edge of the ridge_alphas 0.1 to 100, so all were fitted with 0.1 to 10000"
+        "subject2: many voxels wanted a ridge_alpha beyond 0.1 to 100, so all were fitted with 0.1 to 10000"
     )
     assert nothing.endswith("chose the largest ridge_alpha of 0.1 to 10000: nothing predicts them")
 
@@ -456,9 +460,9 @@ def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
     assert len(grids) == 2
     np.testing.assert_allclose(got.grid, (1e2, 1e3, 1e4, 1e5, 1e6), rtol=1e-12)
     assert got.edge_share["low"] > 0.2
-    widened, low, high = edge_notes({"subject2": got}, asked)
-    assert widened.endswith("of the ridge_alphas 10000 to 1e+06, so all were fitted with 100 to 1e+06")
-    assert low.endswith("chose the smallest ridge_alpha of 100 to 1e+06; try a grid from 1")
+    widened, low, high = edge_notes({"": [{"subject2": got}]}, asked)
+    assert widened.endswith("beyond 10000 to 1e+06, so all were fitted with 100 to 1e+06")
+    assert "want a ridge_alpha below 100 to 1e+06" in low and low.endswith("to a grid from 1")
     assert high.endswith("nothing predicts them")
 
 
@@ -483,7 +487,7 @@ def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.
     got = score(rich_vectors(dataset), dataset)
     assert grids == [GRID] and got.grid is GRID
     assert max(got.edge_share["low"], 0.2) == 0.2
-    assert edge_notes({"subject2": got}, GRID) == [
+    assert edge_notes({"": [{"subject2": got}]}, GRID) == [
         f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: nothing "
         "predicts them"
     ]

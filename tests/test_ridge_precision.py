@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bert_encoding import ridge
-from bert_encoding.ridge import RIDGE_ALPHAS, WORST_CONDITION, CrossValidatedRidge, wider_grid
+from bert_encoding.ridge import RIDGE_ALPHAS, WORST_CONDITION, CrossValidatedRidge, pressing_share, wider_grid
 from bert_encoding.ridge_forms import FORMS, largest_eigenvalue
 from bert_encoding.scores import correlate
 from bert_encoding.targets import Targets, rows_of_folds
@@ -30,7 +30,7 @@ def make_problem(n_features: int, seed: int = 0) -> tuple[np.ndarray, ...]:
 @pytest.fixture
 def bfloat16_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on large products and a processor that multiplies bfloat16, whatever this one does."""
-    monkeypatch.setattr(ridge, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(ridge, "MANY_ROWS", 0)
     monkeypatch.setattr(ridge, "resolve_precision", lambda precision, device: "bfloat16")
 
 
@@ -162,6 +162,19 @@ def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edg
         assert found is None
     else:
         np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_voxel_presses_an_edge_if_it_scores_there_by_more_than_rounding() -> None:
+    cv_cc = np.array([[0.3, 0.3, 0.1, 0.1, 0.0], [0.2, 0.2995, 0.2, 0.2, 0.2], [0.1, 0.1, 0.1, 0.25, 0.2005]])
+    assert pressing_share(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
+    assert pressing_share(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}
+    assert pressing_share(cv_cc[:1]) == {"low": 0.0, "high": 0.0}
+
+
+def test_two_decades_are_added_whatever_the_step() -> None:
+    found = wider_grid((1.0, 1e6), {"low": 0.5, "high": 0.0}, 1.0)
+    assert found is not None
+    np.testing.assert_allclose(found, (1e-2, 1.0, 1e6), rtol=1e-12)
 
 
 def test_a_single_alpha_is_never_widened() -> None:
