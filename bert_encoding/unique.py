@@ -33,9 +33,9 @@ def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, chance: Chan
     Journal of Business & Economic Statistics 13:85). So neither prediction's scale matters. Without that, the plain
     difference of two predictions still holds what the smaller one knew, only shrunk otherwise, and so does the plain
     residual: of simulated voxels to which a space adds nothing, 4 to 21% had p < 0.05 by the CC of these two, 5.5 to
-    8.3% by the partial CC (the more, the smoother the residual is in time; see ``block_permutation_p``). In the demo,
-    at q < 0.05, BERT is found to be unique in all language voxels, in no rate voxel and in 1% of the silent ones; word
-    rate in 1%, 90% and none.
+    8.3% by the partial CC (the more, the smoother the residual is in time; see ``block_permutation_p``). Of 12,000 such
+    voxels in 400 rows, 5.4% had p < 0.05, 0.9% p < 0.01 and 0.03% p < 0.001. In the demo, at q < 0.05, BERT is found to
+    be unique in all language voxels, in no rate voxel and in 1% of the silent ones; word rate in 1%, 90% and none.
 
     It can be found where the unique part is not above 0: a joint fit that weighs the spaces badly loses more than the
     space adds.
