@@ -16,15 +16,19 @@ import numpy as np
 import torch
 
 from bert_encoding.errors import InputError
-from bert_encoding.ridge import RIDGE_ALPHAS, CrossValidatedRidge, Prediction
+from bert_encoding.ridge import BLOCK_BYTES, RIDGE_ALPHAS, CrossValidatedRidge, Prediction
 from bert_encoding.ridge_forms import largest_eigenvalue
 from bert_encoding.seeds import generator
+from bert_encoding.targets import Targets, rows_of_folds
 
 HIMALAYA, OWN = "himalaya", "own"
 N_CANDIDATES = 5
 DECADES = 4.0  # penalties of two bands differ by at most so many
 KEPT_BYTES = 2**31  # what decompositions of all candidates may take, to serve several calls
 VOXELS_A_BATCH, ALPHAS_A_BATCH = 1000, 1  # himalaya's fastest on a CPU
+
+
+Attempt = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class BandedFit(NamedTuple):
@@ -85,7 +89,7 @@ class BandedRidge:
         self.folds, self.ridge_alphas, self.device = folds, ridge_alphas, device
         self.band_weights = band_weights(len(X_bands), n_candidates, seed)
         self.largest_eigenvalue = largest_eigenvalue(torch.from_numpy(np.hstack(self.X_bands)))
-        self._solve = SOLVERS[solver]
+        self._solver = SOLVERS[solver]
         self._ridges: dict[int, CrossValidatedRidge] = {}
 
     def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "BandedRidge":
@@ -106,28 +110,40 @@ class BandedRidge:
         ValueError
             if rows disagree or values are not finite.
         """
-        if len(Y) != len(self.folds):
-            raise ValueError(f"rows disagree: X {len(self.folds)}, Y {len(Y)}")
-        if not np.isfinite(Y).all():
-            raise ValueError("Y has non-finite values")
-        return self._solve(self, np.asarray(Y, np.float32))
+        return self._solver.fit(self, self._checked(Y))
 
     def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
-        """Fit, and predict other rows, (n_rows, n_features), the bands side by side."""
-        model = self.fit(Y)
-        return Prediction(model.predict(X), model.ridge_alphas)
+        """Fit, and predict other rows; the weights, which may be large, are not kept.
+
+        Parameters
+        ----------
+        Y : as in ``fit``
+        X : (n_rows, n_features), the bands side by side
+
+        Returns
+        -------
+        as of plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of
+        the chosen candidate. himalaya tells it of the chosen alpha alone, so that the others have -1 there.
+        """
+        return self._solver.fit_predict(self, self._checked(Y), X)
 
     def candidate(self, at: int) -> CrossValidatedRidge:
         """Return plain ridge on the bands scaled by one candidate's weights; kept if all candidates fit in memory."""
         if at in self._ridges:
-            return self._ridges[at].with_alphas(self.ridge_alphas)
-        X = np.hstack(self.X_bands) * self.scale(at)
-        ridge = CrossValidatedRidge(X, self.folds, self.ridge_alphas, device=self.device)
-        n = min(X.shape)
-        n_bytes = 4 * (n**2 * (np.unique(self.folds).size + 2) + len(X) * (n + X.shape[1]))
-        if n_bytes * len(self.band_weights) <= KEPT_BYTES:
+            ridge = self._ridges.pop(at).with_alphas(self.ridge_alphas)
+        else:
+            X = np.hstack(self.X_bands) * self.scale(at)
+            ridge = CrossValidatedRidge(X, self.folds, self.ridge_alphas, device=self.device)
+        if _bytes_of(ridge) * len(self.band_weights) <= KEPT_BYTES:
             self._ridges[at] = ridge
         return ridge
+
+    def _checked(self, Y: np.ndarray) -> np.ndarray:
+        if len(Y) != len(self.folds):
+            raise ValueError(f"rows disagree: X {len(self.folds)}, Y {len(Y)}")
+        if not np.isfinite(Y).all():
+            raise ValueError("Y has non-finite values")
+        return np.asarray(Y, np.float32)
 
     def scale(self, at: int) -> np.ndarray:
         """Return what features are multiplied by in a candidate, (n_features,) float32."""
@@ -200,24 +216,78 @@ def _solve_himalaya(model: BandedRidge, Y: np.ndarray) -> BandedFit:
     return BandedFit(weights, np.exp(-deltas), cv_cc)
 
 
+def _predict_himalaya(model: BandedRidge, Y: np.ndarray, X: np.ndarray) -> Prediction:
+    """Fit and predict a block of voxels at a time: weights are returned for all of them at once."""
+    n_columns = max(1, BLOCK_BYTES // (2 * X.shape[1] * np.dtype(np.float32).itemsize))  # two copies at the worst
+    parts = []
+    for start in range(0, Y.shape[1], n_columns):
+        found = _solve_himalaya(model, Y[:, start : start + n_columns])
+        parts.append((found.predict(X), found.ridge_alphas, _cc_of_chosen(found, model.ridge_alphas)))
+    return Prediction(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
+
+
+def _cc_of_chosen(found: BandedFit, grid: tuple[float, ...]) -> np.ndarray:
+    """Return the CC of each voxel's chosen alpha, and -1 for the others, (n_alphas, n_voxels)."""
+    distances = np.abs(np.log(found.ridge_alphas.min(axis=0)) - np.log(grid)[:, None])
+    return np.where(distances == distances.min(axis=0), found.cv_cc.max(axis=0), -1.0)
+
+
 def _solve_own(model: BandedRidge, Y: np.ndarray) -> BandedFit:
-    """Search with plain ridge on scaled bands, a candidate at a time."""
-    n_voxels = Y.shape[1]
-    cv_cc = np.empty((len(model.band_weights), n_voxels))
-    weights = np.empty((model.scale(0).size, n_voxels), np.float32)
-    chosen = np.empty((len(model.X_bands), n_voxels))
-    best = np.full(n_voxels, -np.inf)
+    targets = Targets.prepare(Y, rows_of_folds(model.folds), model.device)
+
+    def attempt(at: int) -> Attempt:
+        fitted = model.candidate(at).fit(targets)
+        return model.scale(at)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
+
+    (weights, ridge_alphas, _), scores = _best_candidates(model, attempt)
+    return BandedFit(weights, ridge_alphas, scores)
+
+
+def _predict_own(model: BandedRidge, Y: np.ndarray, X: np.ndarray) -> Prediction:
+    targets = Targets.prepare(Y, rows_of_folds(model.folds), model.device)
+    best, _ = _best_candidates(model, lambda at: model.candidate(at).fit_predict(targets, X * model.scale(at)))
+    return Prediction(*best)
+
+
+def _best_candidates(model: BandedRidge, attempt: Callable[[int], Attempt]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Search with plain ridge on scaled bands, a candidate at a time.
+
+    Parameters
+    ----------
+    attempt : number of a candidate -> weights or predictions, chosen penalties and CC of its ridge
+
+    Returns
+    -------
+    the same of each voxel's best candidate, penalties by band, and (n_candidates, n_voxels) each one's highest CC
+    """
+    best: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
     for at, gamma in enumerate(model.band_weights):
-        fitted = model.candidate(at).fit(Y)
-        cv_cc[at] = fitted.cv_cc.max(axis=0)
-        better = cv_cc[at] > best
-        best[better] = cv_cc[at, better]
-        weights[:, better] = model.scale(at)[:, None] * fitted.weights[:, better]
-        chosen[:, better] = fitted.ridge_alphas[better] / gamma[:, None]
-    return BandedFit(weights, chosen, cv_cc)
+        values, ridge_alphas, cv_cc = attempt(at)
+        found = [values, ridge_alphas / gamma[:, None], cv_cc]
+        score = cv_cc.max(axis=0)
+        better = score > np.max(scores, axis=0) if scores else np.ones(score.size, bool)
+        best = best or found
+        for kept, new in zip(best, found, strict=True):
+            kept[:, better] = new[:, better]
+        scores.append(score)
+    return best, np.stack(scores)
 
 
-SOLVERS: dict[str, Callable[[BandedRidge, np.ndarray], BandedFit]] = {OWN: _solve_own, HIMALAYA: _solve_himalaya}
+def _bytes_of(ridge: CrossValidatedRidge) -> int:
+    """Return the most that ridge keeps: products and decompositions of every fold, and the features."""
+    n, size = min(ridge.n_rows, ridge.n_features), ridge.dtype.itemsize
+    return size * (n**2 * (len(ridge.rows) + 2) + ridge.n_rows * n) + (4 + size) * ridge.n_rows * ridge.n_features
+
+
+class Solver(NamedTuple):
+    """What finds the penalties: with the weights, or with predictions of other rows in their stead."""
+
+    fit: Callable[[BandedRidge, np.ndarray], BandedFit]
+    fit_predict: Callable[[BandedRidge, np.ndarray, np.ndarray], Prediction]
+
+
+SOLVERS = {OWN: Solver(_solve_own, _predict_own), HIMALAYA: Solver(_solve_himalaya, _predict_himalaya)}
 
 
 def _himalaya(part: str) -> Any:

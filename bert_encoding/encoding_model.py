@@ -29,7 +29,7 @@ from bert_encoding.model_file import (
 )
 from bert_encoding.records import FROZEN, LORA
 from bert_encoding.response_panels import stack_responses, voxel_panels, z_score
-from bert_encoding.ridge import CrossValidatedRidge, RidgeFit, alpha_edge_share, wider_grid
+from bert_encoding.ridge import CrossValidatedRidge, RidgeFit, pressing_share, wider_grid
 from bert_encoding.word_vectors import export_stories
 
 __all__ = ["EncodingModel", "fit_encoding_model", "load_model", "predict_story"]
@@ -109,6 +109,7 @@ def _settings(chain: Chain, stories: tuple[str, ...], adapter: Path | None, orig
         tr_s=tr_s,
         first_tr_s=first_tr_s,
         fit_stories=stories,
+        test_stories=tuple(sorted({name for split in chain.task.splits for name in split.test} - set(stories))),
         fingerprint=dataset.fingerprint,
         study=origin.study,
         trial_id=origin.trial_id,
@@ -168,8 +169,8 @@ def _fit_panels(
         return ridge.fit(z_score(stack_responses(dataset, subject, stories, columns)))
 
     only = fit(panels[0], ridge) if len(panels) == 1 else None
-    alphas = [fit(columns, ridge).ridge_alphas for columns in panels] if only is None else [only.ridge_alphas]
-    share = alpha_edge_share(np.concatenate(alphas), ridge.ridge_alphas)
+    cv_cc = [fit(columns, ridge).cv_cc for columns in panels] if only is None else [only.cv_cc]
+    share = pressing_share(np.concatenate(cv_cc, axis=1))
     grid = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
     if grid is not None:
         say(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {min(grid):g} to {max(grid):g}")

@@ -8,6 +8,7 @@ import numpy as np
 from bert_encoding.datasets.responses import check_regular
 from bert_encoding.datasets.rois import read_arrays
 from bert_encoding.errors import InputError, first_line
+from bert_encoding.model_file import is_plain_name
 from bert_encoding.records import trial_folder
 
 MAX_ELEMENTS = 2**28  # in one array of a mask or mapper: more is no brain, but a damaged header
@@ -41,6 +42,9 @@ def read_trial(study: Path, trial: str, subject: str | None, *, test: bool = Fal
     InputError
         if the study, the trial, the subject or the score is not there, or two trials have other voxels.
     """
+    for option, name in (("--trial", trial), ("--minus", minus)):
+        if name is not None and not is_plain_name(name):
+            raise InputError(f"{option} {name!r:.80}: is no trial's name; {_trials(study)}")
     cc, whose = _cc(study, trial, subject, test)
     part = "test stories" if test else "validation stories"
     name, ending = trial, "-test" if test else ""
@@ -65,7 +69,7 @@ def _cc(study: Path, trial: str, subject: str | None, test: bool) -> tuple[np.nd
     if subject is None and len(scored) > 1:
         raise InputError(f"{file}: say whose, as in --subject {min(scored)}; it holds {', '.join(sorted(scored))}")
     whose = next(iter(scored)) if subject is None else subject
-    if whose not in scored:
+    if whose not in scored or not is_plain_name(whose):
         raise InputError(f"{file}: no subject {whose}; it holds {', '.join(sorted(scored))}")
     return check_values(arrays[scored[whose]], str(file)), whose
 

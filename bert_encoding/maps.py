@@ -81,6 +81,8 @@ def map_voxels(
         if to is not None
         else Path(study or "") / "maps" / f"{found.name}{'.png' if is_picture else '.nii.gz'}"
     )
+    if file.exists():
+        raise InputError(f"{file}: exists already; give another name with --to, or delete it")
     if mapper is not None:
         picture = flatten(found.values, read_mapper(Path(mapper)), mapper)
         _write(file, lambda temporary: draw(*picture, found, temporary, file.suffix))

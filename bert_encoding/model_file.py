@@ -31,7 +31,7 @@ from bert_encoding.errors import InputError, first_line
 from bert_encoding.features import ZScore
 from bert_encoding.records import atomic_path
 
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 64 * 2**20  # of weights in memory at a time
 MAX_SETTINGS_BYTES = 16 * 2**20
 MAX_VOXELS = 10_000_000  # of a subject; a brain at 1 mm has a fifth of it
@@ -51,6 +51,7 @@ class ModelSettings:
     trim_trs : volumes cut at the start and the end of every story
     tr_s, first_tr_s : seconds from one volume to the next; middle of a story's first one, from the story's start
     fit_stories, fingerprint : what ridge was fitted on, and the hash of the whole data set
+    test_stories : those that the study keeps locked
     study, trial_id : where the model comes from
     """
 
@@ -65,6 +66,7 @@ class ModelSettings:
     tr_s: float
     first_tr_s: float
     fit_stories: tuple[str, ...]
+    test_stories: tuple[str, ...]
     fingerprint: str
     study: str
     trial_id: str
@@ -325,7 +327,7 @@ def _parse(about: dict[str, Any], file: Path) -> tuple[ModelSettings, dict[str, 
                 raise ValueError(f"{name} is {values[name]!r:.40}")
         layer = values["layer"]
         values["layer"] = tuple(layer) if isinstance(layer, list) else layer
-        values |= {name: tuple(values[name]) for name in ("delays", "fit_stories")}
+        values |= {name: tuple(values[name]) for name in ("delays", "fit_stories", "test_stories")}
         values["trim_trs"] = Trim(*values["trim_trs"])
         sizes = {name: (size["n_all"], size["n_voxels"]) for name, size in about["subjects"].items()}
         for name, size in sizes.items():
@@ -359,6 +361,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
+
+
 _RULES: dict[str, Callable[[Any], Any]] = {
     "encoder": lambda v: _is_text(v) and v,
     "checkpoint": _is_text,
@@ -370,7 +376,8 @@ _RULES: dict[str, Callable[[Any], Any]] = {
     "trim_trs": lambda v: _are_counts(v) and len(v) == 2,
     "tr_s": lambda v: _is_number(v) and v > 0,
     "first_tr_s": _is_number,
-    "fit_stories": lambda v: isinstance(v, list) and all(map(_is_text, v)),
+    "fit_stories": _are_texts,
+    "test_stories": _are_texts,
     "fingerprint": _is_text,
     "study": _is_text,
     "trial_id": _is_text,

@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,16 +81,17 @@ def partition_dataset(
         made[space] = design_on_trs(on_trs, dataset, split.fit, split.test, config, task.split_seed)
         notes += chain.notes
     designs = {space: made[space] for space in configs}
-    n_rows = len(made[space].fit) + len(made[space].scored)
-    panels = {subject: _panels(dataset, subject, split, n_rows) for subject in dataset.subjects}
+    height = len(made[space].fit) + len(made[space].scored)  # of what is held of a voxel: responses and weights
+    height += sum(design.fit.shape[1] for design in designs.values())
+    panels = {subject: _panels(dataset, subject, split, height) for subject in dataset.subjects}
     grid = config.ridge_alphas
     found = nested_scores(designs, panels, Fitting(grid, banded, task.split_seed, pick_device()), folder=folder)
     return found, [*notes, *notes_on_grids(found, grid)]
 
 
-def _panels(dataset: Dataset, subject: str, split: Split, n_rows: int) -> Panels:
+def _panels(dataset: Dataset, subject: str, split: Split, height: int) -> Panels:
     def panels() -> Iterator[Panel]:
-        for columns in voxel_panels(dataset, subject, n_rows):
+        for columns in voxel_panels(dataset, subject, height):
             Y = [stack_responses(dataset, subject, names, columns) for names in (split.fit, split.test)]
             for start in range(0, Y[0].shape[1], VOXELS_PER_BLOCK):  # a panel is too large to copy
                 block = slice(start, start + VOXELS_PER_BLOCK)
@@ -179,9 +181,9 @@ def partition(
     configs = {
         name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
     }
-    _make_folder(folder)
-    ceilings = _ceilings(task.dataset, task.splits[0].test)
-    found, notes = partition_dataset(configs, task, solver, folder)
+    with _made(folder):
+        ceilings = _ceilings(task.dataset, task.splits[0].test)
+        found, notes = partition_dataset(configs, task, solver, folder)
     rows = table_of(found)
     about = _about(base, names, solver, task)
     about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
@@ -238,8 +240,28 @@ def _output(to: str | None, path: str) -> Path:
     return folder
 
 
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make the folder before hours of computing, not after; if these fail, take away what is empty of it."""
+    new = [path for path in (folder, *folder.parents) if not _exists(path)]
+    try:
+        _make_folder(folder)
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something stays, and so do those above it
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # where one may not look there is nothing to take away
+        return True
+
+
 def _make_folder(folder: Path) -> None:
-    """Make the folder before hours of computing, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

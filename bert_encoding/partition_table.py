@@ -50,7 +50,8 @@ def table_of(found: Found) -> list[dict[str, Any]]:
 
     ``cc``, ``r2`` and ``part`` as in ``ARRAYS``, ``explained`` is cc |cc|; ``share_found``: predicted at a false
     discovery rate below ``MAX_Q``, ``share_unique``: one space tells what the others do not, at such a rate; null where
-    it could not be tested; ``alpha_low``, ``alpha_high``: at the edges of ``ridge_alphas``.
+    it could not be tested; ``alpha_low``, ``alpha_high``: at the edges of ``ridge_alphas``; ``pressing_low``: want a
+    penalty below them.
     """
     rows: list[dict[str, Any]] = []
     for subject, scores in found.items():
@@ -61,7 +62,7 @@ def table_of(found: Found) -> list[dict[str, Any]]:
             row |= {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
             row |= {"share_found": _share_below(score.p), "share_unique": _share_below(score.p_unique)}
             row |= {"alpha_low": score.edge_share["low"], "alpha_high": score.edge_share["high"]}
-            rows.append(row | {"ridge_alphas": score.grid})
+            rows.append(row | {"pressing_low": score.pressing_low, "ridge_alphas": score.grid})
     return rows
 
 
@@ -133,22 +134,22 @@ def ceiling_lines(ceilings: Ceilings) -> list[str]:
 
 def notes_on_grids(found: Found, grid: tuple[float, ...]) -> list[str]:
     """Say whose grid of penalties was extended."""
+    grids = {subject: next(iter(scores.values())).grid for subject, scores in found.items()}
     return [
-        f"{subject}, {_joined(subset)}: more than {MAX_EDGE_SHARE:.0%} of voxels chose a ridge_alpha at an edge of the "
-        f"grid, so it was extended, to {min(score.grid):g} .. {max(score.grid):g}, and all were fitted again"
-        for subject, scores in found.items()
-        for subset, score in scores.items()
-        if score.grid != grid
+        f"{subject}: in some fits more than {MAX_EDGE_SHARE:.0%} of voxels wanted a ridge_alpha beyond {min(grid):g} "
+        f".. {max(grid):g}, so all were made anew with {min(used):g} .. {max(used):g}"
+        for subject, used in grids.items()
+        if used != grid
     ]
 
 
 def doubts(rows: list[dict[str, Any]]) -> list[str]:
     """Say what a reader of the table should know."""
     lines = [
-        f"{row['subject']}, {_joined(row['spaces'])}: {row['alpha_low']:.0%} of voxels chose the smallest ridge_alpha, "
-        f"{min(row['ridge_alphas']):g}"
+        f"{row['subject']}, {_joined(row['spaces'])}: {row['pressing_low']:.0%} of voxels want a ridge_alpha below "
+        f"{min(row['ridge_alphas']):g}, the smallest"
         for row in rows
-        if row["alpha_low"] > MAX_EDGE_SHARE
+        if row["pressing_low"] > MAX_EDGE_SHARE
     ]
     if any(row["share_found"] is None for row in rows):
         lines.append("the test stories are too short for a permutation test: their blocks of TRs have too few orders")

@@ -24,6 +24,7 @@ def predict(
     trs: Whole = None,
     data: Text = None,
     encoder: Text = None,
+    test: bool = False,
 ) -> int:
     """Say which class a trained classifier gives to texts, and how probable it holds that; or predict the responses to
     a story with an encoding model.
@@ -46,13 +47,16 @@ def predict(
     trs
         How many volumes the scan of --story has. [default: so many that the rows cover its last word]
     data
-        'demo' or the folder of your data, to predict one of its stories; its CC with the responses is printed.
+        'demo' or the folder of your data, to predict one of its stories; its CC with the responses is printed, unless
+        the story is a locked test story of the model's study.
     encoder
         Folder or name of the pretrained BERT, if it has moved since.
+    test
+        With --data: look at the CC of a test story, which the model's study keeps locked. Do so once all is chosen.
     """
     if Path(model).suffix.lower() == MODEL:
-        return _predict_responses(model, texts, file, to, story, trs, data, encoder)
-    for name, value in (("story", story), ("trs", trs), ("data", data), ("encoder", encoder)):
+        return _predict_responses(model, texts, file, to, story, trs, data, encoder, test)
+    for name, value in (("story", story), ("trs", trs), ("data", data), ("encoder", encoder), ("test", test or None)):
         if value is not None:
             raise InputError(f"--{name}: means nothing to a classifier; an encoding model is a file, model{MODEL}")
     return _predict_classes(model, texts, file, to)
@@ -67,6 +71,7 @@ def _predict_responses(
     trs: int | None,
     data: str | None,
     encoder: str | None,
+    test: bool,
 ) -> int:
     if texts or file is not None:
         raise InputError("predict: an encoding model reads words with times: give --story FILE, and no other texts")
@@ -74,9 +79,11 @@ def _predict_responses(
         raise InputError("predict: say which story, as in --story FILE.TextGrid")
     if trs is not None and data is not None:
         raise InputError("--trs: the stories of --data have a length; leave it out")
+    if test and data is None:
+        raise InputError("--test: means nothing without --data, which holds the responses; leave it out")
     from bert_encoding.predicted_responses import predict_to_files
 
-    for line in predict_to_files(Path(model), story, to=to, n_trs=trs, data=data, encoder=encoder):
+    for line in predict_to_files(Path(model), story, to=to, n_trs=trs, data=data, encoder=encoder, test=test):
         print(line)
     return 0
 

@@ -22,7 +22,14 @@ MAX_SHOWN = 8  # names in a message
 
 
 def predict_to_files(
-    file: Path, story: str, *, to: str | None, n_trs: int | None, data: str | None, encoder: str | None
+    file: Path,
+    story: str,
+    *,
+    to: str | None,
+    n_trs: int | None,
+    data: str | None,
+    encoder: str | None,
+    test: bool = False,
 ) -> Iterator[str]:
     """Predict a story with a saved model, write a file a subject, and yield what there is to say, a line each.
 
@@ -36,6 +43,7 @@ def predict_to_files(
     to : ``FILE.npy``; by default ``<story>-<subject>.npy`` in the current folder
     n_trs : volumes of a new story's scan
     encoder : where the pretrained encoder lies now
+    test : score a locked test story of the model's study; without it such a story is predicted, and not scored
 
     Raises
     ------
@@ -50,18 +58,33 @@ def predict_to_files(
         )
     else:
         told = _story_of(data, story, model)
+    is_locked = told.name in settings.test_stories
+    if test and not is_locked:
+        raise InputError(f"--test: {told.name} is no test story of {file}, so its CC is open; leave --test out")
     paths = _outputs(to, told.name, tuple(model.subjects))
     responses = {name: _checked(told, name, model) for name in model.subjects if name in told.responses}
     predicted = predict_story(model, told, encoder)
     yield f"{told.name}: {describe_rows(told, settings.trim_trs)}"
     if told.name in settings.fit_stories and responses:
         yield f"note: the model was fitted on {told.name} too, so its CC flatters it"
+    if is_locked and responses:
+        yield _about_lock(told.name, settings.study, test)
+        responses = responses if test else {}
     for subject, blocks in predicted.items():
         part = model.subjects[subject]
         rows = settings.trim_trs.rows(len(told.tr_times_s))
         out = _Output(paths[subject], rows.stop - rows.start, part)
         cc = _write(out, blocks, responses.get(subject))
         yield f"{paths[subject]}: {out.n_rows} rows, {part.voxels.size} of {part.n_all} voxels{_score(cc)}"
+
+
+def _about_lock(story: str, study: str, test: bool) -> str:
+    of = f"of the study {study}" if study else "of the model's study"
+    if test:
+        return f"note: {story} was a locked test story {of}, and has now been looked at: choose nothing by its CC"
+    return (
+        f"note: {story} is a locked test story {of}, so its CC is not computed; --test looks at it, once all is chosen"
+    )
 
 
 def _story_of(data: str, name: str, model: EncodingModel) -> Story:

@@ -29,7 +29,7 @@ import torch
 from bert_encoding.banded import BandedRidge
 from bert_encoding.errors import InputError
 from bert_encoding.evaluate import Design
-from bert_encoding.ridge import CrossValidatedRidge, wider_grid
+from bert_encoding.ridge import CrossValidatedRidge, pressing_share, wider_grid
 from bert_encoding.scores import VOXELS_PER_BLOCK, correlate
 from bert_encoding.significance import N_PERMUTATIONS
 from bert_encoding.unique import Chance, unique_p
@@ -59,7 +59,8 @@ class NestedScores(NamedTuple):
     story_cc : (n_scored_stories, n_voxels) CC inside each; NaN where a response is constant there
     p : (n_voxels,) of the CC; NaN where the scored stories are too short for a permutation test
     ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
-    grid : penalties that could be chosen
+    grid : penalties that could be chosen, the same in all subsets of a subject
+    pressing_low : share of voxels that want a penalty below the grid (``ridge.pressing_share``)
     p_unique : (n_voxels,) of one space, what it tells beyond all others together; None of several spaces
     """
 
@@ -69,6 +70,7 @@ class NestedScores(NamedTuple):
     p: np.ndarray
     ridge_alphas: np.ndarray
     grid: tuple[float, ...]
+    pressing_low: float = 0.0
     p_unique: np.ndarray | None = None
 
     @property
@@ -79,7 +81,9 @@ class NestedScores(NamedTuple):
     @property
     def edge_share(self) -> dict[str, float]:
         """Share of voxels whose penalty (of banded ridge the smallest) lies at either edge of the grid."""
-        return _edge_share(self.ridge_alphas, self.grid)
+        smallest = self.ridge_alphas.min(axis=0)
+        edges = {"low": min(self.grid), "high": max(self.grid)}
+        return {name: float(np.mean(np.isclose(smallest, edge, rtol=1e-3))) for name, edge in edges.items()}
 
 
 class Fitting(NamedTuple):
@@ -91,7 +95,24 @@ class Fitting(NamedTuple):
     device: torch.device | None = None
 
 
+class Fit(NamedTuple):
+    """How the fit of one subset to one subject went; its predictions lie in files.
+
+    Attributes
+    ----------
+    ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
+    grid, wanted : penalties that could be chosen, and the wider grid that the voxels ask for, if any
+    pressing_low : as in ``NestedScores``
+    """
+
+    ridge_alphas: np.ndarray
+    grid: tuple[float, ...]
+    wanted: tuple[float, ...] | None
+    pressing_low: float
+
+
 Panels = Callable[[], Iterator[Panel]]
+Fits = dict[tuple[str, Subset], Fit]  # by subject and subset
 
 
 class Kept:
@@ -136,15 +157,16 @@ def nested_scores(
 ) -> dict[str, dict[Subset, NestedScores]]:
     """Fit ridge on every non-empty subset of the feature spaces and score its predictions.
 
-    Where more than a fifth of a subject's voxels choose a penalty at an edge of the grid, it is extended once, if that
-    can help (``ridge.wider_grid``).
+    All subsets of a subject are fitted on one grid of penalties, for a difference of grids would be counted as unique
+    or shared. Where more than a fifth of its voxels want a penalty beyond an edge of the grid (``ridge.wider_grid``) in
+    any subset, all are fitted once more, on all penalties that any subset asks for.
 
     Parameters
     ----------
     designs : features a space; all have the same rows and folds
     panels : subject -> function that yields its voxels part by part; called once or twice a subset
-    folder : where predictions are kept meanwhile, 4 bytes a scored row and voxel, of the responses and of at most
-        ``len(designs) + 1`` subsets; by default the system's folder of temporary files
+    folder : where predictions are kept meanwhile, 4 bytes a scored row and voxel, of the responses and of every subset;
+        by default the system's folder of temporary files
 
     Returns
     -------
@@ -155,23 +177,13 @@ def nested_scores(
     InputError
         if there is no room for predictions.
     """
-    found: dict[str, dict[Subset, NestedScores]] = {subject: {} for subject in panels}
     spaces = tuple(designs)
     chance = Chance(designs[spaces[0]].scored_story, n_permutations, fitting.seed)
     with tempfile.TemporaryDirectory(dir=folder, prefix="predictions-") as name:
         kept = {subject: Kept(Path(name), at) for at, subject in enumerate(panels)}
-        for subset in subsets_of(spaces):
-            ridge = _make_ridge([designs[space] for space in subset], fitting)  # decomposed once for all subjects
-            X = np.hstack([designs[space].scored for space in subset])
-            for subject, parts in panels.items():
-                alphas, grid = _predict(ridge, X, parts, kept[subject], subset)
-                found[subject][subset] = _score(kept[subject], subset, chance, alphas, grid)
-                if len(subset) < len(spaces) - 1:
-                    kept[subject].drop(subset)
-        for subject in panels if len(spaces) > 1 else ():
-            for space, p in _unique_p(kept[subject], spaces, chance).items():
-                found[subject][(space,)] = found[subject][(space,)]._replace(p_unique=p)
-    return found
+        fits = _fit_subsets(designs, panels, fitting, kept, dict.fromkeys(panels, fitting.ridge_alphas))
+        fits |= _fit_subsets(designs, panels, fitting, kept, _wider_grids(fits))
+        return {subject: _score_subject(kept[subject], subject, spaces, fits, chance) for subject in panels}
 
 
 def subsets_of(spaces: Subset) -> list[Subset]:
@@ -233,37 +245,63 @@ def _make_ridge(designs: Sequence[Design], fitting: Fitting) -> CrossValidatedRi
     return CrossValidatedRidge(np.hstack(X), folds, fitting.ridge_alphas, device=fitting.device)
 
 
-def _predict(
-    ridge: CrossValidatedRidge | BandedRidge, X: np.ndarray, parts: Panels, kept: Kept, subset: Subset
-) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Fit every panel, keep its predictions, and return its penalties, (1 or n_spaces, n_voxels), and their grid."""
-    alphas = _predict_panels(ridge, X, parts, kept, subset)
-    wider = wider_grid(ridge.ridge_alphas, _edge_share(alphas, ridge.ridge_alphas), ridge.largest_eigenvalue)
-    if wider is None:
-        return alphas, ridge.ridge_alphas
-    return _predict_panels(ridge.with_alphas(wider), X, parts, kept, subset), wider
+def _fit_subsets(
+    designs: Mapping[str, Design],
+    panels: Mapping[str, Panels],
+    fitting: Fitting,
+    kept: Mapping[str, Kept],
+    grids: Mapping[str, tuple[float, ...]],
+) -> Fits:
+    """Fit every subset to the subjects that have a grid, on that grid."""
+    fits: Fits = {}
+    for subset in subsets_of(tuple(designs)) if grids else ():
+        chosen = [designs[space] for space in subset]
+        ridge = _make_ridge(chosen, fitting)  # decomposed once for all subjects
+        X = np.hstack([design.scored for design in chosen])
+        for subject, grid in grids.items():
+            fits[subject, subset] = _fit_panels(ridge.with_alphas(grid), X, panels[subject], kept[subject], subset)
+    return fits
 
 
-def _predict_panels(
+def _fit_panels(
     ridge: CrossValidatedRidge | BandedRidge, X: np.ndarray, parts: Panels, kept: Kept, subset: Subset
-) -> np.ndarray:
-    alphas = []
+) -> Fit:
+    """Fit a subject panel by panel, and keep the predictions of the rows ``X``."""
+    found = []
     for at, panel in enumerate(parts()):
-        predicted, chosen = ridge.fit_predict(panel.fit, X)
+        predicted, alphas, cv_cc = ridge.fit_predict(panel.fit, X)
         kept.save(subset, at, predicted)
         kept.save(RESPONSES, at, panel.scored)
-        alphas.append(np.atleast_2d(chosen))
-    return np.concatenate(alphas, axis=1)
+        found.append((np.atleast_2d(alphas), cv_cc))
+    ridge_alphas, cv_cc = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    share = pressing_share(cv_cc)
+    wanted = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
+    return Fit(ridge_alphas, ridge.ridge_alphas, wanted, share["low"])
 
 
-def _edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...]) -> dict[str, float]:
-    """Return the share of voxels whose smallest penalty is the grid's first and last; himalaya rounds it."""
-    smallest = ridge_alphas.min(axis=0)
-    edges = {"low": min(grid), "high": max(grid)}
-    return {name: float(np.mean(np.isclose(smallest, edge, rtol=1e-3))) for name, edge in edges.items()}
+def _wider_grids(fits: Fits) -> dict[str, tuple[float, ...]]:
+    """Return, of each subject that asks for more penalties in any subset, all that it asks for."""
+    wanted: dict[str, set[float]] = {}
+    for (subject, _), fit in fits.items():
+        wanted.setdefault(subject, set()).update(fit.wanted or ())
+    return {subject: tuple(sorted(grid)) for subject, grid in wanted.items() if grid}
 
 
-def _score(kept: Kept, subset: Subset, chance: Chance, alphas: np.ndarray, grid: tuple[float, ...]) -> NestedScores:
+def _score_subject(kept: Kept, subject: str, spaces: Subset, fits: Fits, chance: Chance) -> dict[Subset, NestedScores]:
+    """Score every subset from the predictions kept; those that are not needed again make room."""
+    found = {}
+    for subset in subsets_of(spaces):
+        found[subset] = _score(kept, subset, chance, fits[subject, subset])
+        if len(subset) < len(spaces) - 1:
+            kept.drop(subset)
+    for space, p in _unique_p(kept, spaces, chance).items() if len(spaces) > 1 else ():
+        found[(space,)] = found[(space,)]._replace(p_unique=p)
+    for subset in (RESPONSES, *subsets_of(spaces)):
+        kept.drop(subset)
+    return found
+
+
+def _score(kept: Kept, subset: Subset, chance: Chance, fit: Fit) -> NestedScores:
     """Score the predictions of one subset, a panel at a time."""
     stories = [chance.story_of_row == story for story in np.unique(chance.story_of_row)]
     panels = []
@@ -272,7 +310,7 @@ def _score(kept: Kept, subset: Subset, chance: Chance, alphas: np.ndarray, grid:
         story_cc = np.stack([correlate(Y[rows], predicted[rows]) for rows in stories])
         panels.append((correlate(Y, predicted), r2_score(Y, predicted), story_cc, chance.p(Y, predicted)))
     cc, r2, story_cc, p = (np.concatenate(part, axis=-1) for part in zip(*panels, strict=True))
-    return NestedScores(cc, r2, story_cc, p, alphas, grid)
+    return NestedScores(cc, r2, story_cc, p, fit.ridge_alphas, fit.grid, fit.pressing_low)
 
 
 def _unique_p(kept: Kept, spaces: Subset, chance: Chance) -> dict[str, np.ndarray]:

@@ -122,13 +122,15 @@ def test_decompositions_that_are_kept_serve_other_voxels_and_grids(monkeypatch: 
     Y, other = make_responses(bands), make_responses(bands, seed=9)
     kept = BandedRidge(bands, FOLDS, GRID)
     kept.fit(Y)
-    monkeypatch.setattr(banded, "KEPT_BYTES", 0)
     for grid in (GRID, (0.1, *GRID)):
-        anew = BandedRidge(bands, FOLDS, grid)
-        for found, expected in zip(kept.with_alphas(grid).fit(other), anew.fit(other), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        served = kept.with_alphas(grid).fit(other)
+        assert len(kept._ridges) == 5
+        with monkeypatch.context() as patch:
+            patch.setattr(banded, "KEPT_BYTES", 0)
+            anew = BandedRidge(bands, FOLDS, grid)
+            for found, expected in zip(served, anew.fit(other), strict=True):
+                np.testing.assert_array_equal(found, expected)
         assert not anew._ridges
-    assert len(kept._ridges) == 5
     largest = np.linalg.eigvalsh(np.hstack(bands).T @ np.hstack(bands))[-1]
     assert kept.largest_eigenvalue == pytest.approx(largest, rel=0.1)
 
@@ -138,9 +140,56 @@ def test_predictions_are_those_of_the_weights(solver: str) -> None:
     bands = make_bands((20, 3))
     Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
     model = BandedRidge(bands, FOLDS, GRID, solver=solver)
-    predicted, ridge_alphas = model.fit_predict(Y, X)
-    np.testing.assert_allclose(predicted, X @ model.fit(Y).weights, atol=1e-6)
-    np.testing.assert_array_equal(ridge_alphas, model.fit(Y).ridge_alphas)
+    predicted, ridge_alphas, cv_cc = model.fit_predict(Y, X)
+    fitted = model.fit(Y)
+    np.testing.assert_allclose(predicted, X @ fitted.weights, atol=2e-6)
+    np.testing.assert_array_equal(ridge_alphas, fitted.ridge_alphas)
+    assert cv_cc.shape == (len(GRID), N_VOXELS)
+    np.testing.assert_allclose(cv_cc.max(axis=0), fitted.cv_cc.max(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(np.array(GRID)[cv_cc.argmax(axis=0)], ridge_alphas.min(axis=0), rtol=1e-4)
+
+
+def test_the_cc_of_every_alpha_is_that_of_the_chosen_candidate() -> None:
+    bands = make_bands((20, 3))
+    Y = make_responses(bands)
+    model = BandedRidge(bands, FOLDS, GRID)
+    _, ridge_alphas, cv_cc = model.fit_predict(Y, np.hstack(bands))
+    scaled = [np.hstack(bands) * np.repeat(np.sqrt(gamma), (20, 3)).astype(np.float32) for gamma in band_weights(2, 5)]
+    every = np.stack([fit_ridge(X, Y, FOLDS, GRID).cv_cc for X in scaled])  # (n_candidates, n_alphas, n_voxels)
+    best = every.max(axis=1).argmax(axis=0)
+    assert len(np.unique(best)) > 1
+    np.testing.assert_allclose(cv_cc, every[best, :, np.arange(N_VOXELS)].T, atol=1e-6)
+    np.testing.assert_allclose(ridge_alphas[0] / ridge_alphas[1], (band_weights(2, 5)[best] ** -1 @ [1, 0]) /
+                               (band_weights(2, 5)[best] ** -1 @ [0, 1]), rtol=1e-6)  # fmt: skip
+
+
+def test_himalaya_in_blocks_predicts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = make_bands((20, 3))
+    Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
+    model, widths = BandedRidge(bands, FOLDS, GRID, solver=HIMALAYA), []
+    whole = model.fit_predict(Y, X)
+    solve = banded._solve_himalaya
+    monkeypatch.setattr(banded, "BLOCK_BYTES", 4 * 2 * 23 * 4)
+    monkeypatch.setattr(banded, "_solve_himalaya", lambda of, Y: widths.append(Y.shape[1]) or solve(of, Y))
+    for found, expected in zip(model.fit_predict(Y, X), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert widths == [4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-9])  # float32, and too small for it
+def test_the_memory_of_a_candidate_is_forecast(n_features: tuple[int, int], smallest: float) -> None:
+    bands = make_bands(n_features)
+    model = BandedRidge(bands, FOLDS, (smallest, 10.0), n_candidates=1)
+    model.fit(make_responses(bands))
+    ridge = model._ridges[0]
+    assert ridge.dtype.itemsize == (4 if smallest == 1 else 8)
+    form = ridge._form
+    kept = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in (ridge._X, form.X)}  # type: ignore[attr-defined]
+    product = form.gram if hasattr(form, "gram") else form.kernel
+    bases = [tensor for basis in ridge._bases.values() for tensor in (basis.vectors, basis.eigenvalues)]
+    n_bytes = sum(kept.values()) + sum(tensor.nbytes for tensor in (product, *bases, *ridge._held_out.values()))
+    assert 0.5 * banded._bytes_of(ridge) < n_bytes < 1.05 * banded._bytes_of(ridge)
 
 
 def test_candidates_of_two_bands_are_a_grid_with_plain_ridge_first() -> None:

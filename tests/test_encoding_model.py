@@ -130,6 +130,7 @@ def test_the_refitted_model_scores_as_the_record_on_test_stories(
         np.testing.assert_allclose(cc, record.cc_test[subject][model.subjects[subject].voxels], rtol=0, atol=2e-5)
     assert np.isnan(model.subjects["a"].cc).all(), "no trial was named"
     assert model.settings.fit_stories == tuple(sorted(split.fit + split.validation))
+    assert model.settings.test_stories == ("wheretheressmoke",) == split.test
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
@@ -259,7 +260,7 @@ def test_nothing_is_overwritten(trials: dict[str, Trial], task: Task, tmp_path: 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 SETTINGS = ModelSettings(
-    "tiny", "0", None, 2, 64, 40, (1, 2), Trim(10, 5), 2.0, -9.0, ("alpha",), "fingerprint", "study", "0001"
+    "tiny", "0", None, 2, 64, 40, (1, 2), Trim(10, 5), 2.0, -9.0, ("alpha",), ("omega",), "fingerprint", "study", "0001"
 )
 N_FEATURES, N_KEPT = 6, 5
 
@@ -343,7 +344,7 @@ def test_damage_is_one_line(damage: str, file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "of version 2, expected 1"),
+        ({"version": 1}, "of version 1, expected 2"),
         ({"delays": []}, "delays"),
         ({"delays": [1, 2, 3, 4]}, "n_features is 6"),
         ({"tr_s": 0}, "tr_s"),
@@ -351,6 +352,8 @@ def test_damage_is_one_line(damage: str, file: Path) -> None:
         ({"trim_trs": [1]}, "trim_trs"),
         ({"layer": "last"}, "layer"),
         ({"adapter": 3}, "adapter"),
+        ({"test_stories": "omega"}, "test_stories"),
+        ({"test_stories": [3]}, "test_stories"),
         ({"subjects": {"../a": {"n_all": 9, "n_voxels": 5}}}, r"subject '\.\./a'"),
         ({"subjects": {"a": {"n_all": 2**39, "n_voxels": 5}}}, "subject 'a'"),
         ({"subjects": []}, "settings"),

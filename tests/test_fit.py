@@ -16,6 +16,7 @@ from make_data import make_lab
 from bert_encoding.chain import Task
 from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
+from bert_encoding.datasets.responses import Responses
 from bert_encoding.encoding_model import load_model
 from bert_encoding.errors import InputError
 from bert_encoding.fit import choose_trial, fit
@@ -83,8 +84,10 @@ def test_the_frozen_model_scores_on_the_test_story_as_its_record(
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "m.npz: trial baseline-frozen (frozen, validation CC " in captured.out.splitlines()[-1]
-    assert command("predict", "m.npz", "--story", "wheretheressmoke", "--data", made / "lab") == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert command("predict", "m.npz", "--story", "wheretheressmoke", "--data", made / "lab", "--test") == 0
+    first, note, *lines = capsys.readouterr().out.splitlines()
+    lines = [first, *lines]
+    assert note.startswith("note: wheretheressmoke was a locked test story of the study s, and has now been looked at")
     record = read_json(study / "trials" / "baseline-frozen" / "record.json")
     with np.load(study / "trials" / "baseline-frozen" / "cc.npz") as arrays:
         cc = {subject: arrays[f"test/{subject}"] for subject in SUBJECTS}
@@ -96,6 +99,38 @@ def test_the_frozen_model_scores_on_the_test_story_as_its_record(
         np.testing.assert_allclose(correlate(responses, found), cc[subject], rtol=0, atol=2e-5)
         row = next(r for r in record["stories"] if r["role"] == "test" and r["subject"] == subject)
         assert float(line.split("CC ")[1].split(",")[0]) == pytest.approx(row["cc_mean"], abs=1e-4)
+
+
+def test_a_locked_test_story_is_predicted_and_not_scored(
+    study: Path, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("fit", study, "--trial", "baseline-frozen", "--to", "m.npz") == 0
+    capsys.readouterr()
+
+    def read(*of: object) -> None:
+        raise AssertionError("responses to a locked story were read")
+
+    given = ("m.npz", "--data", made / "lab", "--story")
+    with monkeypatch.context() as patch:
+        patch.setattr(Responses, "read", read)
+        assert command("predict", *given, "wheretheressmoke") == 0
+    out = capsys.readouterr().out
+    assert "note: wheretheressmoke is a locked test story of the study s, so its CC is not computed; --test" in out
+    assert "; CC " not in out
+    for subject in SUBJECTS:
+        assert np.isfinite(np.load(f"wheretheressmoke-{subject}.npy")).all()
+    assert command("predict", *given, "beta") == 0, "all other stories are open"
+    out = capsys.readouterr().out
+    assert "; CC " in out and "locked" not in out
+    for options, message in (
+        ((*given, "beta", "--to", "c.npy", "--test"), "--test: beta is no test story of m.npz"),
+        (("m.npz", "--story", "x.csv", "--test"), "--test: means nothing without --data"),
+        (("folder", "text", "--test"), "--test: means nothing to a classifier"),
+    ):
+        assert command("predict", *options) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1
+    assert not list(Path().glob("c-*.npy"))
 
 
 def test_by_default_the_best_searched_trial_is_fitted_on_all_but_test_stories(

@@ -111,9 +111,9 @@ def test_nifti_goes_round(
     as_read = np.asarray(image.dataobj).T if order == "zyx" else np.asarray(image.dataobj)  # as pycortex, or as nilearn
     np.testing.assert_array_equal(as_read[(inside.T if order == "zyx" else inside)], values)
     assert b"trial 0001, UTS03" in image.header["descrip"].tobytes()
-    first = to.read_bytes()
-    run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(to), *options)
-    assert to.read_bytes() == first
+    again = tmp_path / "again.nii.gz"
+    run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(again), *options)
+    assert again.read_bytes() == to.read_bytes()
 
 
 def test_orders_differ(inside: np.ndarray, values: np.ndarray) -> None:
@@ -240,8 +240,9 @@ def test_command_draws(values: np.ndarray, tmp_path: Path, ending: str, start: b
     assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
     content = to.read_bytes()
     assert content.startswith(start) and len(content) > 1000
-    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
-    assert to.read_bytes() == content, "the same map gives the same file"
+    again = tmp_path / f"again{ending}"
+    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(again)) == 0
+    assert again.read_bytes() == content, "the same map gives the same file"
 
 
 def test_difference_to_the_baseline(
@@ -261,6 +262,17 @@ def test_difference_to_the_baseline(
     assert (study / "maps" / "baseline-frozen-UTS03.nii.gz").is_file(), "one subject need not be named"
 
 
+def test_a_map_that_exists_is_kept(study: Path, mask_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for to in ((), ("--to", str(study / "mine.nii"))):
+        given = (str(study), "--trial", "baseline-frozen", "--mask", mask_file, *to)
+        assert run(*given) == 0
+        file = Path(capsys.readouterr().out.splitlines()[-1])
+        file.write_text("precious")
+        assert run(*given) == 2
+        assert capsys.readouterr().err == f"error: {file}: exists already; give another name with --to, or delete it\n"
+        assert file.read_text() == "precious"
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +284,9 @@ def test_difference_to_the_baseline(
         ("STUDY --trial 0001 --mask MASK", "say whose, as in --subject UTS01"),
         ("STUDY --trial 0001 --subject UTS09 --mask MASK", "no subject UTS09; it holds UTS01, UTS03"),
         ("STUDY --trial 0009 --mask MASK", "trials with CC are 0001, baseline-frozen"),
+        ("STUDY --trial .. --mask MASK", "--trial '..': is no trial's name; trials with CC are 0001, baseline-frozen"),
+        ("STUDY --trial ../trials/0001 --mask MASK", "--trial '../trials/0001': is no trial's name"),
+        ("STUDY --trial 0001 --subject UTS03 --minus ../0001 --mask MASK", "--minus '../0001': is no trial's name"),
         ("STUDY/nowhere --trial 0001 --mask MASK", "is it a study's folder?"),
         ("STUDY --subject UTS03 --mask MASK", "--trial ID"),
         ("STUDY --trial 0001 --subject UTS01 --mask MASK", "voxels, the values are of 3;"),

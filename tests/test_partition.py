@@ -30,8 +30,8 @@ from bert_encoding.evaluate import Design
 from bert_encoding.features import ZScore
 from bert_encoding.noise_ceiling import CC_MAX_FLOOR, ceiling_of
 from bert_encoding.partition import partition_dataset
-from bert_encoding.partition_table import ARRAYS, notes_on_grids
-from bert_encoding.ridge import CrossValidatedRidge
+from bert_encoding.partition_table import ARRAYS, doubts, notes_on_grids, table_of
+from bert_encoding.ridge import CrossValidatedRidge, pressing_share, wider_grid
 from bert_encoding.scores import correlate
 from bert_encoding.unique import Chance, unique_p
 from bert_encoding.variance import (
@@ -218,12 +218,15 @@ def test_every_nested_fit_is_that_of_a_slow_loop() -> None:
 
 @pytest.mark.parametrize("banded", [None, "own", "himalaya"])
 def test_a_grid_that_ends_too_early_is_extended_once(banded: str | None) -> None:
-    """A strong signal wants small penalties; voxels are judged together, whatever their panels."""
+    """A strong signal wants small penalties; voxels are judged together, whatever their panels.
+
+    Features of unlike strength make the CC depend on the penalty.
+    """
     n_fit, n = 200, 300
     rng = np.random.default_rng(13)
-    features = {name: rng.standard_normal((n, 3)) for name in "ab"}
+    features = {name: rng.standard_normal((n, 3)) * [1, 3, 9] for name in "ab"}
     joint = np.hstack(list(features.values())).astype(np.float32)
-    Y = joint @ rng.standard_normal((6, 8)) + rng.standard_normal((n, 8))
+    Y = joint / joint.std(axis=0) @ rng.standard_normal((6, 8)) + rng.standard_normal((n, 8))
     Y = (Y / Y.std(axis=0)).astype(np.float32)
     panels = {"s": lambda: iter([Panel(Y[:n_fit, part], Y[n_fit:, part]) for part in (slice(1), slice(1, 8))])}
     designs = make_designs(features, n_fit)
@@ -233,16 +236,66 @@ def test_a_grid_that_ends_too_early_is_extended_once(banded: str | None) -> None
         ridge: CrossValidatedRidge | BandedRidge = CrossValidatedRidge(joint[:n_fit], designs["a"].folds, wide)
     else:
         ridge = BandedRidge([design.fit for design in designs.values()], designs["a"].folds, wide, solver=banded)
-    predicted, ridge_alphas = ridge.fit_predict(Y[:n_fit], joint[n_fit:])
+    predicted, ridge_alphas, _ = ridge.fit_predict(Y[:n_fit], joint[n_fit:])
     np.testing.assert_allclose(found[AB].grid, wide, rtol=1e-9)
     assert found[AB].ridge_alphas.shape == ((1, 8) if banded is None else (2, 8))
     assert (found[AB].ridge_alphas.min(axis=0) < 900).mean() > 0.5
     np.testing.assert_allclose(found[AB].ridge_alphas, np.atleast_2d(ridge_alphas), rtol=1e-5)
     np.testing.assert_allclose(found[AB].cc, correlate(Y[n_fit:], predicted), atol=1e-6)
-    notes = notes_on_grids({"s": found}, narrow)
-    assert "s, a + b: more than 20% of voxels chose a ridge_alpha at an edge" in notes[-1]
-    assert "it was extended, to 10 .. 100000" in notes[-1]
+    (note,) = notes_on_grids({"s": found}, narrow)
+    assert "s: in some fits more than 20% of voxels wanted a ridge_alpha beyond 1000 .. 100000" in note
+    assert "all were made anew with 10 .. 100000" in note
     assert notes_on_grids({"s": found}, found[AB].grid) == []
+
+
+@pytest.mark.parametrize("banded", [None, "own"])
+def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded: str | None) -> None:
+    """One space wants smaller penalties, the other larger ones; of a second subject, constant, none is better."""
+    n_fit, n, narrow = 200, 300, (1e2, 1e3, 1e4)
+    rng = np.random.default_rng(20)
+    steep = rng.standard_normal((n, 3)) * [1, 3, 9]
+    weak = 30 * rng.standard_normal((n, 150))
+    Y = steep / [1, 3, 9] @ rng.standard_normal((3, 10)) + weak @ rng.standard_normal((150, 10)) / 300
+    Y = Y + 1.5 * rng.standard_normal(Y.shape)
+    Y = (Y / Y.std(axis=0)).astype(np.float32)
+    silent = rng.standard_normal((n, 40)).astype(np.float32)
+    panels = {
+        "s": lambda: iter([Panel(Y[:n_fit], Y[n_fit:])]),
+        "t": lambda: iter([Panel(0 * silent[:n_fit], silent[n_fit:])]),
+    }
+    designs = make_designs({"a": steep, "b": weak}, n_fit)
+    alone = {}
+    for space, design in designs.items():
+        ridge = CrossValidatedRidge(design.fit, design.folds, narrow)
+        share = pressing_share(ridge.fit(Y[:n_fit]).cv_cc)
+        alone[space] = wider_grid(narrow, share, ridge.largest_eigenvalue)
+    assert alone["a"] is not None and min(alone["a"]) < min(narrow) and max(alone["a"]) == max(narrow)
+    assert alone["b"] is not None and max(alone["b"]) > max(narrow) and min(alone["b"]) == min(narrow)
+    union = tuple(sorted({*alone["a"], *alone["b"]}))
+    found = nested_scores(designs, panels, Fitting(narrow, banded), 20)
+    assert {scores.grid for scores in found["s"].values()} == {union}
+    assert {scores.grid for scores in found["t"].values()} == {narrow}
+    assert [note[:2] for note in notes_on_grids(found, narrow)] == ["s:"]
+    for space, design in designs.items():
+        expected = CrossValidatedRidge(design.fit, design.folds, union).fit_predict(Y[:n_fit], design.scored)
+        np.testing.assert_array_equal(found["s"][(space,)].ridge_alphas[0], expected.ridge_alphas)
+        np.testing.assert_allclose(found["s"][(space,)].cc, correlate(Y[n_fit:], expected.predicted), atol=1e-6)
+
+
+def test_an_edge_that_helps_nobody_extends_no_grid() -> None:
+    """Features alike in strength and uncorrelated: the CC is nearly the same for every penalty."""
+    n_fit, n, narrow = 400, 500, (1e-2, 1e-1, 1.0)
+    rng = np.random.default_rng(21)
+    features = {name: rng.standard_normal((n, 1)) for name in "ab"}
+    Y = features["a"] + rng.standard_normal((n, 8)) / 2
+    found = score(features, Y, n_fit, Fitting(narrow), 20)
+    assert max(max(scores.edge_share.values()) for scores in found.values()) > 0.2
+    assert {scores.grid for scores in found.values()} == {narrow}
+    rows = table_of({"s": found})
+    assert doubts(rows) == ["the test stories are too short for a permutation test: their blocks of TRs have too few "
+                            "orders"] * any(row["share_found"] is None for row in rows)  # fmt: skip
+    rows[0] |= {"pressing_low": 0.25}
+    assert doubts(rows)[0] == "s, a: 25% of voxels want a ridge_alpha below 0.01, the smallest"
 
 
 def test_predictions_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +310,7 @@ def test_predictions_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(np, "save", counting)
     nested_scores(*arguments, folder=tmp_path)
-    assert max(sizes) == 5, "responses, three pairs and all three"
+    assert max(sizes) == 8, "responses and seven subsets"
     assert not list(tmp_path.iterdir())
 
     def full(*args: object) -> None:
@@ -333,7 +386,10 @@ def configs(tiny_bert: Path) -> dict[str, TrialConfig]:
 def test_single_spaces_score_as_trials_do(
     task: Task, configs: dict[str, TrialConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wide = tuple(float(alpha) for alpha in np.logspace(-2, 8, 11))  # so that no grid is extended, here or in a trial
+    configs = {name: replace(config, ridge_alphas=wide) for name, config in configs.items()}
     found, _ = partition_dataset(configs, task)
+    assert {scores.grid for subject in found.values() for scores in subject.values()} == {wide}
     for name, config in configs.items():
         chain = Chain(config, task)
         bert = None if chain.encoder is None else chain.encoder.copy_model().bert
@@ -502,4 +558,18 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not list(tmp_path.rglob("partition.*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_a_folder_made_in_vain_is_taken_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vectors.txt").write_text("the 0.1 0.2\nriver 1.0 x\n")
+    (tmp_path / "there").mkdir()
+    given = (folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", "vectors.txt")
+    for to in ((), ("--to", "a/b/c"), ("--to", "there"), ("--to", "there/new")):
+        assert run(*given, *to) == 2
+        error = capsys.readouterr().err
+        assert "vectors.txt: line 2" in error and error.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["there", "vectors.txt"]
