@@ -357,7 +357,8 @@ def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
         name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid, pressing=pressing[name])
         for name, values in alphas.items()
     }
-    low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from 0.01"
+    low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from "
+    low += "0.01"
     high = "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them"
     assert edge_notes({"": [scores, scores]}, grid) == [low, high]
     assert edge_notes({"": [scores], "test: ": [scores]}, grid) == [low, high, f"test: {low}", f"test: {high}"]
