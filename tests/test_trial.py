@@ -289,6 +289,16 @@ def test_tuning_moves_the_scores(uneven_task: Task, tiny_encoder: Encoder) -> No
     assert np.nanmax(np.abs(frozen.cc[SUBJECT] - lora.cc[SUBJECT])) > 1e-3
 
 
+def test_ridge_is_prepared_once_an_epoch_and_serves_the_seen_score_too(
+    task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    prepare = chain_module.prepare_ridge
+    monkeypatch.setattr(chain_module, "prepare_ridge", lambda *given: (made.append(given), prepare(*given))[1])
+    run_trial(config(tiny_encoder, method="lora", epochs=2), task)
+    assert len(made) == 2
+
+
 def test_layer_matters(task: Task, tiny_encoder: Encoder) -> None:
     first, last, default = (
         run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 2, None)
