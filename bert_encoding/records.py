@@ -1,20 +1,28 @@
 """The one place that names, writes and reads result files."""
 
-import errno
 import hashlib
+import io
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
 from bert_encoding.errors import InputError, first_line
+from bert_encoding.storage import (
+    AnyPlace,
+    Place,
+    entries,
+    local_folder,
+    make_folder,
+    map_places,
+    remove_tree,
+)
+from bert_encoding.storage import atomic_path as atomic_path
+from bert_encoding.storage import naming_full_disk as naming_full_disk
 
 COMPLETE, STOPPED, FAILED = "COMPLETE", "STOPPED", "FAILED"
 WORD_RATE, BAG_OF_WORDS, STATIC = "word_rate", "bag_of_words", "static"
@@ -115,22 +123,30 @@ class TrialRecord:
     details: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
 
-def trial_folder(study: Path, trial_id: str) -> Path:
+_FIELDS = {f.name for f in fields(TrialRecord)}
+
+
+def trial_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
     """Return where a trial's files lie."""
-    return study / "trials" / trial_id
+    return cast(AnyPlace, study / "trials" / trial_id)
 
 
-def adapter_folder(study: Path, trial_id: str) -> Path:
+def adapter_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
     """Return where a trial's adapter lies, in PEFT format."""
-    return trial_folder(study, trial_id) / "adapter"
+    return cast(AnyPlace, trial_folder(study, trial_id) / "adapter")
 
 
-def write_record(study: Path, record: TrialRecord) -> None:
-    """Write a record and its CC; the record comes last and is renamed into place."""
+def saving_adapter(study: Place, trial_id: str) -> AbstractContextManager[Path]:
+    """Yield a folder of this machine to save a trial's adapter in; it is uploaded if the study lies elsewhere."""
+    return local_folder(adapter_folder(study, trial_id))
+
+
+def write_record(study: Place, record: TrialRecord) -> None:
+    """Write a record and its CC; the record comes last and is renamed into place, or uploaded as one object."""
     folder = trial_folder(study, record.trial_id)
     content = {k: v for k, v in asdict(replace(record, cc={}, cc_test={}, details={})).items() if k not in _ARRAYS}
     with naming_full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         arrays = record.cc | {f"test/{subject}": cc for subject, cc in record.cc_test.items()}
         for name, content_of in (("cc.npz", arrays), (DETAILS_FILE, record.details)):
             if content_of:
@@ -139,53 +155,67 @@ def write_record(study: Path, record: TrialRecord) -> None:
         write_json(folder / RECORD_FILE, content)
 
 
-def read_records(study: Path) -> list[TrialRecord]:
+def has_record(study: Place, trial_id: str) -> bool:
+    """Return whether a trial has ended."""
+    return (trial_folder(study, trial_id) / RECORD_FILE).exists()
+
+
+def read_records(study: Place) -> list[TrialRecord]:
     """Return all records of a study without their CC, baselines first, then in order of their ids."""
-    files = sorted((study / "trials").glob(f"*/{RECORD_FILE}"))
-    records = [read_record(study, file.parent.name) for file in files]
+    records = map_places(_read_record, entries(study / "trials", RECORD_FILE), beside=study)
     order = {BASELINE: 0, SEARCH: 1, CONFIRM: 2}
     return sorted(records, key=lambda record: (order.get(record.phase, 3), record.trial_id))
 
 
-def read_record(study: Path, trial_id: str) -> TrialRecord:
+def read_record(study: Place, trial_id: str) -> TrialRecord:
     """Return one record without its CC."""
-    file = trial_folder(study, trial_id) / RECORD_FILE
+    return _read_record(trial_folder(study, trial_id) / RECORD_FILE)
+
+
+def _read_record(file: Place) -> TrialRecord:
     content = read_json(file, required=("status", "method", "config"))
-    names = {f.name for f in fields(TrialRecord)}
-    return TrialRecord(**{k: v for k, v in content.items() if k in names})
+    return TrialRecord(**{k: v for k, v in content.items() if k in _FIELDS})
 
 
-def read_cc(study: Path, trial_id: str) -> dict[str, np.ndarray]:
+def read_cc(study: Place, trial_id: str) -> dict[str, np.ndarray]:
     """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored; nothing of a trial
     on text."""
     return _read_arrays(trial_folder(study, trial_id) / "cc.npz")
 
 
-def read_details(study: Path, trial_id: str) -> dict[str, np.ndarray]:
+def read_details(study: Place, trial_id: str) -> dict[str, np.ndarray]:
     """Return a trial's further arrays, see ``outcome.voxel_details``; nothing where none are kept."""
     return _read_arrays(trial_folder(study, trial_id) / DETAILS_FILE)
 
 
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
-    if not file.exists():
+def _read_arrays(file: Place) -> dict[str, np.ndarray]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
         return {}
-    with np.load(file, allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def keep_best(study: Path, n: int, metric: Metric = METRICS[ENCODING]) -> None:
+def keep_best(study: Place, n: int, metric: Metric = METRICS[ENCODING]) -> None:
     """Delete the adapters and the details of all but the ``n`` best complete searched trials that have them.
 
     Records stay, and so does what baselines have.
     """
     searched = [record for record in read_records(study) if record.phase == SEARCH]
-    for name, delete in (("adapter", shutil.rmtree), (DETAILS_FILE, Path.unlink)):
-        having = [record for record in searched if (trial_folder(study, record.trial_id) / name).exists()]
+    for name in ("adapter", DETAILS_FILE):
+        places = {place.parent.name: place for place in entries(study / "trials", name)}
+        having = [record for record in searched if record.trial_id in places]
         complete = [record for record in having if record.status == COMPLETE]
         best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
-        for record in having:
-            if record not in best:
-                delete(trial_folder(study, record.trial_id) / name)
+        map_places(_remove, [places[record.trial_id] for record in having if record not in best], beside=study)
+
+
+def _remove(place: Place) -> None:
+    if place.name == DETAILS_FILE:
+        place.unlink()
+    else:
+        remove_tree(place)
 
 
 def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
@@ -218,9 +248,13 @@ def subjects_frame(records: list[TrialRecord]) -> pd.DataFrame:
     return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **row} for r in records for row in r.subjects])
 
 
-def write_tables(study: Path) -> pd.DataFrame:
+def write_tables(study: Place) -> pd.DataFrame:
     """Rebuild the Parquet tables from the records and return the trials."""
-    records = read_records(study)
+    return write_record_tables(study, read_records(study))
+
+
+def write_record_tables(study: Place, records: list[TrialRecord]) -> pd.DataFrame:
+    """Write the Parquet tables of a study's records and return the trials."""
     trials = trials_frame(records)
     frames = {
         "trials": trials,
@@ -249,13 +283,13 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name and rename it into place."""
+def write_json(path: Place, content: Any) -> None:
+    """Write JSON to a temporary name and rename it into place, or upload it as one object."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
 
 
-def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_json(path: Place, required: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises
@@ -271,32 +305,6 @@ def read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any]:
     if lacking or not isinstance(content, dict):
         raise InputError(f"{path}: damaged (no {', '.join(lacking) or 'object'}); move it away to go on without it")
     return content
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, else remove it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming_full_disk(where: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" into one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise InputError(f"{where}: no space left to write results; free some, then --resume") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(f"{where}: may not be written; choose another --out") from error
-        raise
 
 
 def _trial_row(record: TrialRecord) -> dict[str, Any]:
@@ -332,7 +340,7 @@ def _is_column(score: str) -> bool:
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
     """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
     frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == FROZEN) & (frame["status"] == COMPLETE)]
-    tuned = frame["method"].isin(TUNED) & (frame["mlm_text"] != "all")
+    tuned = frame["method"].isin(TUNED) & (frame["mlm_text"] != "all") & (frame["phase"] != CONFIRM)
     if frozen.empty:
         return pd.Series(np.nan, index=frame.index)
     gain_seen = frame["cc_seen"].astype(float) - float(frozen["cc_seen"].iloc[0])

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from bert_encoding import records as records_module
+from bert_encoding import storage
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
@@ -189,18 +190,18 @@ def half_savez(file: Any, **arrays: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("target", "name", "broken"),
     [
-        ("np", "savez", half_savez),
-        ("json", "dumps", crash),
-        ("os", "fsync", crash),
+        (records_module.np, "savez", half_savez),
+        (records_module.json, "dumps", crash),
+        (storage.os, "fsync", crash),
     ],
 )
 def test_a_crash_while_writing_leaves_no_record(
-    target: str, name: str, broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Any, name: str, broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_record(tmp_path, lora("0001"))
     before = files(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(getattr(records_module, target), name, broken)
+        patched.setattr(target, name, broken)
         with pytest.raises(Crash):
             write_record(tmp_path, lora("0002"))
     after = files(tmp_path)
@@ -230,7 +231,7 @@ def test_a_crash_while_a_record_is_written_again_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_record(tmp_path, lora(score=0.2))
-    monkeypatch.setattr(records_module.os, "fsync", crash)
+    monkeypatch.setattr(storage.os, "fsync", crash)
     with pytest.raises(Crash):
         write_record(tmp_path, lora(score=0.9))
     assert read_record(tmp_path, "0001").scores["cc_mean"] == 0.2
@@ -289,7 +290,8 @@ def test_no_space_left_is_one_line_that_names_the_folder(what: str, tmp_path: Pa
     )
     named = tmp_path if what == "tables" else tmp_path / "trials" / "0002"
     assert ran.stderr == ""
-    assert ran.stdout == f"{named}: no space left to write results; free some, then --resume\n"
+    limit = "(a file may have 50000 bytes here: ulimit -f)"
+    assert ran.stdout == f"{named}: no space left to write results {limit}; free some, then --resume\n"
     after = files(tmp_path)
     assert {k: after[k] for k in before} == before
     written = {"trials/0002/record.json"} if what == "tables" else set()
