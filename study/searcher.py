@@ -1,27 +1,39 @@
 """Which trial comes next: the baselines, then what Optuna suggests, told honestly how each ended."""
 
+import warnings
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from bert_encoding.records import BASELINE, COMPLETE, ENCODING, FAILED, METRICS, SEARCH, Metric, TrialRecord
+from bert_encoding.records import BASELINE, COMPLETE, ENCODING, FAILED, METRICS, SEARCH, STOPPED, Metric, TrialRecord
 from bert_encoding.seeds import derive_seed
-from study.objective import Job
-from study.spaces import SAMPLERS, Space, quiet_study, to_trial_config
+from study.journal import Journal
+from study.objective import Job, curve
+from study.samplers import make_sampler, quiet_study
+from study.scheduler import FIRST_EPOCH, NO_SCHEDULER, make_pruner
+from study.spaces import Space, to_trial_config
+from study.stop_sign import StopSign
 
 SAMPLER_SEEDS = 2**31  # NumPy's legacy generator, which Optuna uses, takes no larger seed
+STATES = {COMPLETE: TrialState.COMPLETE, STOPPED: TrialState.PRUNED, FAILED: TrialState.FAIL}
 
 
 class StudySearcher(Searcher):
     """Hands jobs to Ray Tune: baselines first and alone, then the search.
 
-    Finished records are the truth. They warm a fresh in-memory Optuna study, so that a search can be resumed and
-    extended; the sampler's seed differs after each resume, or it would suggest the same points again.
+    Finished records are the truth. They are replayed into a fresh in-memory Optuna study, so that a search can be
+    resumed and extended; the sampler's seed differs after each resume, or it would suggest the same points again.
+
+    A configuration never runs twice: what has a record, complete or stopped early, is answered from it, and what runs
+    at this moment is waited for. With ``SEEDS`` a suggested point is a configuration for each seed, and Optuna is told
+    of each as a trial of its own.
 
     Parameters
     ----------
@@ -30,6 +42,10 @@ class StudySearcher(Searcher):
     records : of earlier sessions
     make_key : configuration -> identity
     metric : what Optuna is told of a trial
+    scheduler : the rule that stops trials early
+    sign : where a trial is told to stop; without it none is
+    journal : a copy for viewing
+    is_mixed : records may be of another state of the space; what it suggests no more counts, and Optuna is not told
     """
 
     def __init__(
@@ -43,18 +59,29 @@ class StudySearcher(Searcher):
         seed: int,
         first_id: int,
         metric: Metric = METRICS[ENCODING],
+        *,
+        scheduler: str = NO_SCHEDULER,
+        sign: StopSign | None = None,
+        journal: Journal | None = None,
+        is_mixed: bool = False,
     ) -> None:
         super().__init__()
         self.error: str | None = None
+        self.reasons: dict[str, str] = {}  # Ray's id -> why a worker was ended
         self.space, self.base, self.make_key, self.measure = space, base, make_key, metric
+        self.sign, self.journal, self.is_mixed = sign, journal, is_mixed
         self.waiting_baselines = list(baselines)
         self.open_baselines = {job.trial_id for job in baselines}
         searched = [record for record in records if record.phase == SEARCH]
         self.n_left, self.next_id = max(0, n_trials - len(searched)), first_id
-        self.done = {record.key: record.trial_id for record in records if record.status == COMPLETE}
+        self.done = {record.key: record.trial_id for record in records if record.status in (COMPLETE, STOPPED)}
         self.jobs: dict[str, Job] = {}
         self.asked: dict[str, optuna.Trial] = {}
-        self.study = self._warm_study(searched, seed)
+        self.reported: dict[int, set[int]] = {}  # Optuna's number of a trial -> epochs
+        self.held: tuple[Job, optuna.Trial] | None = None  # waits for a running trial with the same key
+        known = self._known(searched)
+        self.waiting = _first_points(space, known)
+        self.study = self._replay(known, scheduler, derive_seed(seed, "sampler", len(searched)) % SAMPLER_SEEDS)
 
     @property
     def n_jobs(self) -> int:
@@ -65,19 +92,34 @@ class StudySearcher(Searcher):
         if self.error is not None:
             return Searcher.FINISHED
         if self.waiting_baselines:
-            job = self.waiting_baselines.pop(0)
-        elif self.open_baselines:
+            self.jobs[trial_id] = self.waiting_baselines.pop(0)
+            return self.jobs[trial_id].to_dict()
+        if self.open_baselines:
             return None  # a search beside a missing baseline has nothing to be compared with
-        elif self.n_left == 0:
+        if self.held is None and self.n_left == 0:
             return Searcher.FINISHED
-        else:
-            try:
-                job = self._ask(trial_id)
-            except InputError as error:
-                self.error = f"{self.space.path}: {error}"
-                return Searcher.FINISHED
-        self.jobs[trial_id] = job
-        return job.to_dict()
+        try:
+            job, asked = self.held or self._ask()
+        except InputError as error:
+            self.error = f"{self.space.path}: {error}"
+            return Searcher.FINISHED
+        if any(self.jobs[running].key == job.key for running in self.asked):
+            self.held = job, asked
+            return None
+        self.held = None
+        self.jobs[trial_id] = replace(job, repeat_of=self.done.get(job.key))
+        self._begin(trial_id, asked)
+        return self.jobs[trial_id].to_dict()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Tell Optuna of an epoch and, if its rule says so, put the stop sign up; the trial waits meanwhile."""
+        asked = self.asked.get(trial_id)
+        if asked is None or result.get("ended"):
+            return
+        epoch = int(result["epoch"])
+        should_stop = self._report(asked, epoch, result[self.measure.column])
+        if should_stop and self.sign is not None:
+            self.sign.put(self.jobs[trial_id].trial_id, epoch)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self.jobs.get(trial_id)
@@ -87,14 +129,19 @@ class StudySearcher(Searcher):
         if job.phase == BASELINE:
             self.open_baselines.discard(job.trial_id)
             if status == FAILED:
-                reason = str((result or {}).get("error") or "the worker died")
+                died = self.reasons.get(trial_id, "the worker died")
+                reason = died if error else str((result or {}).get("error") or died)
                 self.error = f"baseline {job.trial_id} failed: {reason.strip().splitlines()[-1]}"
-        elif status == COMPLETE:
+            return
+        asked = self.asked.pop(trial_id)
+        value = None
+        if status != FAILED:
             assert result is not None
             self.done[job.key] = job.trial_id
-            self.study.tell(self.asked.pop(trial_id), float(result["value"]))
-        else:
-            self.study.tell(self.asked.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            value = float(result["value"])
+            for epoch, reached in result.get("curve", ()):
+                self._report(asked, epoch, reached)
+        self._tell(asked, status, value)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -105,34 +152,104 @@ class StudySearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("resume a study from its records, with --resume")
 
-    def _ask(self, trial_id: str) -> Job:
+    def _ask(self) -> tuple[Job, optuna.Trial]:
+        """Return the next job: a point that waits, or a fresh one, whose other seeds then wait."""
+        point, seed = self.waiting.popleft() if self.waiting else (None, None)
+        if point is not None:
+            self.study.enqueue_trial(point)
         asked = self.study.ask()
         config = to_trial_config(self.space.suggest(asked), self.base)
-        self.asked[trial_id] = asked
-        key = self.make_key(config)
-        job = Job(f"{self.next_id:04d}", SEARCH, key, asdict(config), dict(asked.params), self.done.get(key))
+        if self.space.seeds:
+            if point is None:
+                seed = self.space.seeds[0]
+                self.waiting.extend((asked.params, other) for other in self.space.seeds[1:])
+            assert seed is not None
+            config = replace(config, seed=seed)
+        job = Job(f"{self.next_id:04d}", SEARCH, self.make_key(config), asdict(config), dict(asked.params))
         self.next_id += 1
         self.n_left -= 1
-        return job
+        return job, asked
 
-    def _warm_study(self, searched: list[TrialRecord], seed: int) -> optuna.Study:
-        sampler_seed = derive_seed(seed, "sampler", len(searched)) % SAMPLER_SEEDS
-        study = quiet_study(SAMPLERS[self.space.sampler](sampler_seed), self.measure.is_gain)
+    def _begin(self, trial_id: str, asked: optuna.Trial) -> None:
+        self.asked[trial_id] = asked
+        asked.set_user_attr("trial_id", self.jobs[trial_id].trial_id)
+        asked.set_user_attr("seed", self.jobs[trial_id].config["seed"])
+        if self.journal is not None:
+            self.journal.begin(asked)
+
+    def _report(self, asked: optuna.Trial, epoch: int, value: float) -> bool:
+        """Tell Optuna of an epoch, once; return whether its rule would stop the trial there."""
+        if epoch in self.reported.setdefault(asked.number, set()):  # a trial that is tried again tells it again
+            return False
+        self.reported[asked.number].add(epoch)
+        asked.report(value, epoch)
+        if self.journal is not None:
+            self.journal.report(asked, epoch, value)
+        return epoch >= FIRST_EPOCH and asked.should_prune()
+
+    def _tell(self, asked: optuna.Trial, status: str, value: float | None) -> None:
+        """Tell Optuna how a trial ended; of one that was stopped it takes the last epoch's value itself."""
+        self.reported.pop(asked.number, None)
+        self.study.tell(asked, value if status == COMPLETE else None, state=STATES[status])
+        if self.journal is not None:
+            self.journal.end(asked, STATES[status], value)
+
+    def _known(self, searched: list[TrialRecord]) -> list[TrialRecord]:
+        """Return the records that the space could have led to: all of them, unless the study is mixed."""
+        known = []
         for record in searched:
-            replay = optuna.trial.FixedTrial(record.params)
-            self.space.suggest(replay)
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=replay.params,
-                    distributions=replay.distributions,
-                    value=record.scores[self.measure.column] if record.status == COMPLETE else None,
-                    state=optuna.trial.TrialState.COMPLETE
-                    if record.status == COMPLETE
-                    else optuna.trial.TrialState.FAIL,
-                )
-            )
-        tried = [record.params for record in searched]
-        for point in self.space.start:
-            if not any(all(params.get(k) == v for k, v in point.items()) for params in tried):
-                study.enqueue_trial(point)
+            if _suggests(self.space, record.params):
+                known.append(record)
+            elif not self.is_mixed:
+                raise InputError(f"{self.space.path}: no longer suggests what trial {record.trial_id} was run with")
+        return known
+
+    def _replay(self, searched: list[TrialRecord], scheduler: str, sampler_seed: int) -> optuna.Study:
+        """Return a study that knows of the trials of earlier sessions what it would know had it seen them."""
+        idle = optuna.samplers.RandomSampler(seed=0)
+        study = self.study = quiet_study(idle, self.measure.is_gain, make_pruner(scheduler))
+        journal, self.journal = self.journal, None
+        for record in searched:
+            study.enqueue_trial(record.params)
+            asked = study.ask()
+            self.space.suggest(asked)
+            asked.set_user_attr("trial_id", record.trial_id)
+            asked.set_user_attr("seed", record.config.get("seed"))
+            for epoch, value in curve(record, self.measure):
+                self._report(asked, epoch, value)
+            self._tell(asked, record.status, record.scores.get(self.measure.column))
+        self.journal = journal
+        if journal is not None:
+            journal.copy(study.trials)
+        study.sampler = make_sampler(self.space.sampler, sampler_seed)
         return study
+
+
+def _suggests(space: Space, params: dict[str, Any]) -> bool:
+    """Return whether a space could have suggested these values."""
+    fixed = optuna.trial.FixedTrial(params)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Optuna only warns of a value out of range
+            space.suggest(fixed)
+    except Exception:  # the file is the user's own code
+        return False
+    return fixed.params == params
+
+
+def _first_points(space: Space, searched: list[TrialRecord]) -> deque[tuple[dict[str, Any], int | None]]:
+    """Return what is to be run before anything is suggested: start points, and seeds that a point still lacks."""
+    tried: dict[frozenset[Any], tuple[dict[str, Any], set[int | None]]] = {}
+    for record in searched:
+        _, seeds = tried.setdefault(frozenset(record.params.items()), (record.params, set()))
+        seeds.add(record.config.get("seed"))
+
+    def seeds_of(start: dict[str, Any]) -> set[int | None]:
+        """Return the seeds of what was run with these values, and perhaps more of them."""
+        return set().union(*(seeds for point, seeds in tried.values() if start.items() <= point.items()))
+
+    if not space.seeds:
+        return deque((start, None) for start in space.start if not seeds_of(start))
+    wanted = {frozenset(start.items()): (start, seeds_of(start)) for start in space.start}
+    wanted |= {key: known for key, known in tried.items() if key not in wanted}
+    return deque((point, seed) for point, seeds in wanted.values() for seed in space.seeds if seed not in seeds)

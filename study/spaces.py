@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,16 +15,12 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.encoders import check_layer
 from bert_encoding.errors import InputError, first_line
 from bert_encoding.records import ENCODING, FROZEN, METRICS, TUNED
+from study.samplers import SAMPLERS, Suggest, check_searchable, grid_size, make_sampler, quiet_study
+from study.scheduler import NO_SCHEDULER, SCHEDULERS
 
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "grid": lambda seed: _grid_sampler(seed),
-}
 DEFAULT_TRIALS = 20
 # What the frozen baseline shares with every trial; a search over these would compare different things.
 SHARED_WITH_BASELINE = "model layer embed_stride embed_window_tokens delays ridge_alphas n_folds probe_tokens".split()
-MAX_GRID = 10_000
 N_REHEARSALS = 50  # random suggestions that are checked before anything runs
 
 
@@ -37,6 +32,9 @@ class Space:
     ----------
     suggest : Optuna trial -> all values that the space sets, suggested and constant
     start : points tried first, each name -> value
+    scheduler : which rule stops trials early, if the command line names none
+    seeds : every configuration is run with each of them, a trial each; none means the study's seed alone
+    size : trials that there can be in a grid; None if it is none
     baseline : settings of the frozen baseline of a text task, whose head trains too
     """
 
@@ -44,21 +42,25 @@ class Space:
     path: Path
     source_hash: str
     question: str
-    suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]]
+    suggest: Suggest
     epochs: int | None
     trials: int
     start: tuple[dict[str, Any], ...]
     sampler: str
     task: str = ENCODING
+    scheduler: str = NO_SCHEDULER
+    seeds: tuple[int, ...] = ()
+    size: int | None = None
     baseline: dict[str, Any] = field(default_factory=dict)
 
 
-def load_space(name: str, n_layers: int | None = None) -> Space:
+def load_space(name: str, n_layers: int | None = None, sampler: str | None = None) -> Space:
     """Load a bundled space by name, or a user's file.
 
     Parameters
     ----------
     n_layers : of the model; a file that asks for them has a value ``N_LAYERS``
+    sampler : instead of the file's own
 
     Raises
     ------
@@ -79,8 +81,9 @@ def load_space(name: str, n_layers: int | None = None) -> Space:
     if n_layers is not None and hasattr(module, "N_LAYERS"):
         module.N_LAYERS = n_layers  # type: ignore[attr-defined]
     values = _module_values(path, module)
-    if values["SAMPLER"] == "grid":
-        values["TRIALS"] = min(values["TRIALS"], _grid_size(path, function))
+    if sampler is not None:
+        values["SAMPLER"] = _known("--sampler", sampler, tuple(SAMPLERS))
+    size = grid_size(path, function) * max(1, len(values["SEEDS"])) if values["SAMPLER"] == "grid" else None
     return Space(
         name=path.stem,
         path=path,
@@ -88,10 +91,13 @@ def load_space(name: str, n_layers: int | None = None) -> Space:
         question=((module.__doc__ or "").strip() or path.stem).splitlines()[0],
         suggest=function,
         epochs=values["EPOCHS"],
-        trials=values["TRIALS"],
+        trials=values["TRIALS"] if size is None else min(values["TRIALS"], size),
         start=tuple(values["START"]),
         sampler=values["SAMPLER"],
         task=values["TASK"],
+        scheduler=values["SCHEDULER"],
+        seeds=tuple(values["SEEDS"]),
+        size=size,
         baseline=values["BASELINE"],
     )
 
@@ -125,7 +131,8 @@ def rehearse(space: Space, base: TrialConfig) -> bool:
     Raises
     ------
     InputError
-        if a suggestion is no valid configuration, or a start point lacks a parameter.
+        if a suggestion is no valid configuration, a start point lacks a parameter, or the sampler cannot search it
+        or is not installed.
     """
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
@@ -136,8 +143,16 @@ def rehearse(space: Space, base: TrialConfig) -> bool:
             trains |= _rehearse_one(space, base, fixed, f"START point {point}")
             if unused := sorted(set(point) - set(fixed.params)):
                 raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
+        seen = []
         for _ in range(N_REHEARSALS):
-            trains |= _rehearse_one(space, base, study.ask(), "space(trial)")
+            asked = study.ask()
+            trains |= _rehearse_one(space, base, asked, "space(trial)")
+            seen.append(asked.distributions)
+    try:
+        make_sampler(space.sampler, 0)
+        check_searchable(space.sampler, seen)
+    except InputError as error:
+        raise InputError(f"{space.path}: {error}") from None
     return trains
 
 
@@ -146,6 +161,8 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
         suggested = space.suggest(trial)
         if not isinstance(suggested, dict):
             raise InputError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
+        if space.seeds and "seed" in suggested:
+            raise InputError("SEEDS and a suggested seed: give one of the two")
         config = to_trial_config(suggested, base)
         for name in SHARED_WITH_BASELINE:
             if name == "layer" and config.method == FROZEN:
@@ -161,45 +178,6 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
         raise InputError(f"{space.path}: {error}") from None
     except (Exception, SystemExit) as error:  # the file is the user's own code
         raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
-
-
-def _grid_sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """Return a sampler that visits every point once, in random order."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.BruteForceSampler(seed=seed)
-    sampler.after_trial = lambda *ended: None  # type: ignore[method-assign]  # it would stop a study that nobody runs
-    return sampler
-
-
-def _grid_size(path: Path, suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]]) -> int:
-    """Count the points of a grid by visiting them, up to ``MAX_GRID``."""
-    study, seen = quiet_study(_grid_sampler(0)), set()
-    for _ in range(MAX_GRID):
-        trial = study.ask()
-        try:
-            suggest(trial)
-        except Exception as error:
-            raise InputError(
-                f"{path}: a grid of space(trial) cannot be made: {type(error).__name__}: {first_line(error)}"
-            ) from None
-        point = tuple(sorted((name, repr(value)) for name, value in trial.params.items()))
-        if point in seen:
-            break
-        seen.add(point)
-        study.tell(trial, 0.0)
-    return max(1, len(seen))
-
-
-def quiet_study(sampler: optuna.samplers.BaseSampler, is_gain: bool = True) -> optuna.Study:
-    """Return an in-memory Optuna study, without Optuna's log lines.
-
-    Parameters
-    ----------
-    is_gain : whether more is better
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(direction="maximize" if is_gain else "minimize", sampler=sampler)
 
 
 def _find(name: str) -> Path:
@@ -224,10 +202,14 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
         "TRIALS": DEFAULT_TRIALS,
         "TASK": ENCODING,
         "BASELINE": {},
+        "SCHEDULER": NO_SCHEDULER,
+        "SEEDS": (),
     }
     values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
     valid = {
         f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
+        f"one of {', '.join(SCHEDULERS)}": ("SCHEDULER", values["SCHEDULER"] in tuple(SCHEDULERS)),
+        "a list of different whole numbers from 0": ("SEEDS", _are_seeds(values["SEEDS"])),
         f"one of {', '.join(METRICS)}": ("TASK", values["TASK"] in tuple(METRICS)),
         "a dict": ("BASELINE", isinstance(values["BASELINE"], dict)),
         "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
@@ -242,6 +224,18 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
 
 def _is_list_of_dicts(values: object) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(value, dict) for value in values)
+
+
+def _are_seeds(values: object) -> bool:
+    if not isinstance(values, list | tuple) or not all(_is_whole(value, 0) for value in values):
+        return False
+    return len(set(values)) == len(values)
+
+
+def _known(what: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{what} {value}: must be one of {', '.join(allowed)}")
+    return value
 
 
 def _is_whole(value: object, lowest: int) -> bool:

@@ -1,6 +1,7 @@
 """Which trial comes next, asked directly: no Ray process runs here."""
 
-from dataclasses import asdict
+import random
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
@@ -10,7 +11,7 @@ from ray.tune.search import Searcher
 from bert_encoding.config import TrialConfig
 from bert_encoding.records import TrialRecord, content_key
 from study.objective import Job
-from study.searcher import StudySearcher
+from study.searcher import StudySearcher, _first_points
 from study.spaces import Space, load_space, to_trial_config
 
 BASE = TrialConfig(model="tiny")
@@ -248,6 +249,45 @@ def test_enough_records_leave_nothing_to_do() -> None:
     found = searcher(n_trials=3, records=records, first_id=4)
     assert found.n_jobs == 0
     assert found.suggest("a") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("seeds", [(), (0, 1, 2)])
+def test_what_waits_is_what_a_plain_loop_over_all_pairs_finds(seeds: tuple[int, ...]) -> None:
+    random.seed(0)
+    start = [{"a": 1}, {"a": 2, "b": 1}, {"a": 3}, {"a": 2, "b": 1.0}, {"a": 9}]
+    space, records = replace(load_space("smoke"), start=tuple(start), seeds=seeds), []
+    for at in range(40):
+        params = {"a": random.randint(1, 5)} | ({"b": random.randint(1, 2)} if random.random() < 0.7 else {})
+        config = {"seed": random.choice(seeds or (0,))}
+        records.append(TrialRecord("COMPLETE", "lora", config, f"{at:04d}", params=params))
+    points: list[dict[str, Any]] = []
+    for point in [*start, *(record.params for record in records if seeds)]:
+        if point not in points or not seeds:
+            points.append(point)
+    expected = [
+        (point, seed)
+        for point in points
+        for seed in seeds or (None,)
+        if not any(
+            (record.params == point or (point in start and point.items() <= record.params.items()))
+            and (seed is None or record.config["seed"] == seed)
+            for record in records
+        )
+    ]
+    assert expected, "there is something to find"
+    assert list(_first_points(space, records)) == expected
+
+
+def test_a_long_study_is_resumed_without_comparing_all_records_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = load_space("lora_full")
+    records = [finished(space, COURSE | {"lr": 1e-4 + at * 1e-7}, at + 1) for at in range(30)]
+
+    def refuse(one: TrialRecord, other: object) -> bool:
+        raise AssertionError("two records were compared")
+
+    monkeypatch.setattr(TrialRecord, "__eq__", refuse)
+    found = searcher(space, records=records, n_trials=31, first_id=31)
+    assert len(found.study.trials) == 30
 
 
 def test_the_sampler_differs_after_a_resume() -> None:

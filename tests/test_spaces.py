@@ -12,7 +12,8 @@ import pytest
 import search_spaces
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from study.spaces import SAMPLERS, Space, load_space, quiet_study, rehearse, to_trial_config
+from study.samplers import SAMPLERS, quiet_study
+from study.spaces import Space, load_space, rehearse, to_trial_config
 
 BUNDLED = sorted(f.stem for f in Path(next(iter(search_spaces.__path__))).glob("*.py") if f.stem != "__init__")
 LORA_TARGETS = {"q,v", "q,k,v", "q,k,v,o", "all"}
@@ -201,7 +202,7 @@ SPACE = "def space(trial):\n    return {}\n"
         ("1 / 0\n", "cannot be loaded: ZeroDivisionError"),
         ("x = 1\n", r"no function space\(trial\)"),
         ("space = {'rank': 8}\n", r"no function space\(trial\)"),
-        (SPACE + "SAMPLER = 'cube'\n", "SAMPLER 'cube': must be one of tpe, random, grid"),
+        (SPACE + "SAMPLER = 'cube'\n", "SAMPLER 'cube': must be one of tpe, gp, cmaes, random, grid, qmc"),
         (SPACE + "SAMPLER = None\n", "SAMPLER None: must be one of"),
         (SPACE + "SAMPLER = ['tpe']\n", "SAMPLER"),
         (SPACE + "START = 5\n", "START"),

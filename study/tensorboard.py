@@ -1,0 +1,61 @@
+"""Scalars for TensorBoard, an epoch a step, one run a trial."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+TENSORBOARD_FOLDER = "tensorboard"
+NOT_SCORES = ("epoch", "ended", "is_best", "micro_batch")
+
+_log = logging.getLogger(__name__)
+
+
+class TensorBoard(tune.Callback):
+    """Writes the scores of every epoch as they come; a failure to write ends the writing and nothing else.
+
+    Parameters
+    ----------
+    folder : of the study; the scalars lie below ``tensorboard/<trial>``
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path | None = folder / TENSORBOARD_FOLDER
+        self.writers: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        try:
+            if result.get("ended"):
+                self._close(result["job"])
+            elif self.folder is not None:
+                self._write(result)
+        except Exception as error:  # whatever it is, it concerns the scalars alone
+            _log.warning("no more scalars are written to %s: %s", self.folder, error)
+            self.folder = None
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._close(trial.config.get("trial_id", ""))
+
+    def _write(self, result: dict[str, Any]) -> None:
+        from tensorboardX import SummaryWriter
+
+        name = result["job"]
+        if name not in self.writers:
+            assert self.folder is not None
+            self.writers[name] = SummaryWriter(str(self.folder / name))
+        for score in result["scores"]:
+            if score not in NOT_SCORES:
+                self.writers[name].add_scalar(score, result[score], int(result["epoch"]))
+        self.writers[name].flush()
+
+    def _close(self, name: str) -> None:
+        writer = self.writers.pop(name, None)
+        if writer is not None:
+            writer.close()
