@@ -1,6 +1,5 @@
 """Measured responses where they lie: an array, a ``.npy`` file or an HDF5 data set, read in blocks of voxels."""
 
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 import h5py
 import numpy as np
 
+from bert_encoding.datasets.stamps import check_regular as check_regular
+from bert_encoding.datasets.stamps import check_stamp
 from bert_encoding.errors import InputError, first_line
 
 BLOCK_BYTES = 64 * 2**20  # read at a time from files
@@ -36,11 +37,13 @@ class Responses:
     path : a ``.npy`` file, or an HDF5 file if there is a ``key``
     key : name of the HDF5 data set
     array : the responses themselves, instead of a path
+    stamp : of the file as the study saw it first (``stamps.file_stamp``); another file there is refused
     """
 
     path: Path | None = None
     array: np.ndarray | None = None
     key: str | None = None
+    stamp: str | None = None
 
     @contextmanager
     def open(self) -> Iterator[Source]:
@@ -49,8 +52,10 @@ class Responses:
         Raises
         ------
         InputError
-            if the file is missing, damaged, of another form, or leads outside itself.
+            if the file is missing, damaged, of another form, not the one of the stamp, or leads outside itself.
         """
+        if self.path is not None and self.stamp is not None:
+            check_stamp(self.path, self.stamp)
         if self.array is not None:
             yield self.array
         elif self.key is not None:
@@ -132,16 +137,6 @@ def _map_npy(path: Path) -> np.ndarray:
         responses.close()
         raise InputError(f"{path}: not a readable .npy array (it is an archive of several)")
     return responses
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is there and neither file nor folder: reading a pipe or a device may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # whoever opens it will say why it cannot
-        return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{path}: not a file but a {'pipe' if stat.S_ISFIFO(mode) else 'device or socket'}")
 
 
 @contextmanager
