@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
         _save_converted(model, folder)
     else:
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    share_like(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+
+
+def share_like(other: Path, weights: Path) -> None:
+    """Let weights be read by whoever may read the file beside them: safetensors heeds no umask, and shuts all out."""
+    weights.chmod(stat.S_IMODE(other.stat().st_mode))
 
 
 def _save_converted(model: PeftModel, folder: Path) -> None:
@@ -207,6 +214,7 @@ def save_whole(model: BertForMaskedLM, folder: Path) -> None:
     """Write all weights (``model.safetensors``) and ``config.json``, for ``BertForMaskedLM.from_pretrained``."""
     with quiet():
         model.save_pretrained(str(folder))
+    share_like(folder / "config.json", folder / "model.safetensors")
 
 
 def load_whole(encoder: Encoder, folder: Path) -> BertModel:

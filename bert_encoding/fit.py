@@ -140,7 +140,9 @@ def choose_trial(folder: Path, trial_id: str | None, n_splits: int = 1) -> tuple
 
 def _problem(folder: Path, record: TrialRecord, n_splits: int) -> str:
     """Say why a trial cannot be fitted, or nothing."""
-    if record.status != COMPLETE or "cc_mean" not in record.scores:
+    if record.status == COMPLETE and "cc_mean" not in record.scores:
+        return "was scored on the test stories alone; choose the searched trial that it confirms"
+    if record.status != COMPLETE:
         return f"is {record.status}, not {COMPLETE}; choose another"
     if record.method == FROZEN:
         return ""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
-from bert_encoding.adapters import save_adapter
+from bert_encoding.adapters import save_adapter, share_like
 from bert_encoding.classifier import (
     Prepared,
     assemble,
@@ -82,6 +82,7 @@ def _add_head(folder: Path, model: BertForSequenceClassification) -> None:
     state = model.state_dict()
     head = {f"base_model.model.{name}": state[name].detach().cpu().contiguous() for name in _HEAD}
     save_file(load_file(folder / _WEIGHTS) | head, folder / _WEIGHTS, metadata={"format": "pt"})
+    share_like(folder / _ADAPTER, folder / _WEIGHTS)
     config = json.loads((folder / _ADAPTER).read_text())
     config |= {"modules_to_save": ["classifier", "pooler"], "task_type": "SEQ_CLS"}
     write_json(folder / _ADAPTER, config)

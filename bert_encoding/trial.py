@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bert_encoding.adapters import check_applied, masked_lm, save_adapter
+from bert_encoding.adapters import check_applied, masked_lm, save_adapter, save_whole
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
@@ -52,7 +52,8 @@ def run_trial(
     Parameters
     ----------
     report : called after every epoch with its scores; False stops the trial there
-    adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several)
+    adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several); of ``full``
+        and ``partial`` nothing is saved, as a search would fill the disk
     with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
     score_test : also refit ridge on fit + validation and score the test stories; only where nothing was tuned
 
@@ -113,6 +114,68 @@ def run_trial(
     )
 
 
+def run_test(
+    config: TrialConfig,
+    task: Task,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+) -> TrialRecord:
+    """Tune on fit + validation, refit ridge there, and score the test stories once: for what was chosen without them.
+
+    Nothing but the last epoch is scored, no masked-LM loss is read on test stories, and ``cc_mean`` stays empty. With
+    several splits, fit + validation is the same in all of them.
+
+    Parameters
+    ----------
+    report : called after every epoch of training with its masked-LM loss in training; its answer does not matter
+    adapter_folder : where to save the adapter, or all weights of ``full`` and ``partial``
+
+    Raises
+    ------
+    ValueError
+        if training would stop by a held-out loss: nothing but the test stories is held out here.
+    """
+    if config.patience is not None:
+        raise ValueError("patience needs held-out stories; give the number of epochs instead")
+    started = time.perf_counter()
+    chain, one = Chain(config, task), task.splits[0]
+    split = Split(tuple(sorted(one.fit + one.validation)), (), one.test)
+    fold = _Fold(chain, split, wants_tests=False)
+    epochs: list[dict[str, float]] = []
+    for losses in fold.tune():
+        epochs.append({name: float(getattr(losses, name)) for name in _OF_TRAINING})
+        report(epochs[-1])
+    found = chain.score_test(fold.bert, split)
+    if adapter_folder is not None:
+        fold.save_adapter(adapter_folder, or_whole=True)
+    last = {name: value for name, value in (epochs[-1] if epochs else {}).items() if name != "epoch"}
+    of_test = {"epochs_done": float(len(epochs)), "alpha_edge_share": merge_subjects(found)["alpha_edge_share"]}
+    return TrialRecord(
+        status=COMPLETE,
+        method=config.method,
+        config=asdict(config),
+        scores=fold.traits() | last | of_test | columns_of_test(found, task.dataset),
+        epochs=epochs,
+        stories=story_rows(found, 0, "test"),
+        subjects=subject_rows(found, 0, "test"),
+        seconds=chain.seconds | {"total": time.perf_counter() - started},
+        peak_memory_gb=peak_memory_gb(),
+        node=socket.gethostname(),
+        notes=[
+            *chain.notes,
+            *fold.notes,
+            *edge_notes({"": [found]}, config.ridge_alphas),
+            *ceiling_notes(found, task.dataset),
+        ],
+        cc_test=mean_cc(task.dataset, [found]),
+        details=voxel_details(task.dataset, {"test": found}),
+    )
+
+
+_OF_TRAINING = ("epoch", "mlm_loss_train", "optimizer_steps", "tokens_seen")
+
+
 def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoch, ...]]:
     """Yield the epochs of all splits together; one that stopped early waits with its last."""
     latest: list[FoldEpoch | None] = [None] * len(streams)
@@ -152,21 +215,28 @@ class _Fold:
         if not self._is_tuned:
             yield self._score(self._frozen_losses())
             return
-        assert self.chain.encoder is not None
-        self._loss_before = self._general_loss()
         so_far: list[EpochLosses] = []
-        for losses in self._finetune():
+        for losses in self.tune():
             so_far.append(losses)
             if self.chain.config.mlm_text == "fit" and is_overfitting(so_far):
                 self.notes.append(
                     f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
                     f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"
                 )
-            check_applied(self.chain.encoder, self.bert, "fine-tuning")
             scored = self._score(losses)
             if self.chain.config.patience is not None and losses.is_best:
                 self.best = (scored, tuned_state(self.model))
             yield scored
+
+    def tune(self) -> Iterator[EpochLosses]:
+        """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
+        if not self._is_tuned:
+            return
+        assert self.chain.encoder is not None
+        self._loss_before = self._general_loss()
+        for losses in self._finetune():
+            check_applied(self.chain.encoder, self.bert, "fine-tuning")
+            yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
         """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored."""
@@ -201,9 +271,12 @@ class _Fold:
             "probe_loss_after": self._general_loss(),
         }
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, or_whole: bool = False) -> None:
+        """Write the adapter; of the other ways of tuning all weights, if told to; nothing if nothing trained."""
         if self.chain.config.method == LORA:
             save_adapter(self.model, folder, self.chain.config.model)
+        elif self._is_tuned and or_whole:
+            save_whole(self.model, folder)
 
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
@@ -251,7 +324,7 @@ class _Fold:
         length = config.embed_window_tokens
         train, heldout = (
             training_windows(list(chain.tokens(names).values()), length, length - 2, encoder.tokenizer)
-            for names in (self.split.fit, self.split.validation)
+            for names in (self.split.fit, self.split.validation or self.split.fit)  # a refit holds nothing out
         )
         return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
 

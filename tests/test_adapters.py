@@ -1,6 +1,7 @@
 """LoRA adapters and whole tuned models: what they touch and compute, and that a loaded one is really applied."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -672,3 +673,21 @@ def test_saving_needs_no_network(tiny_encoder: Encoder, tmp_path: Path, monkeypa
     assert asked == []
     content = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     assert content["base_model_name_or_path"] == "minilm"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("init", ["zero", "pissa"])
+def test_lab_mates_may_read_what_the_umask_lets_them(
+    init: str, umask: int, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    base = tiny_encoder.copy_model()
+    model = add_adapter(base, rank=2, lora_alpha=4.0, targets="q", dropout=0.0, seed=0, init=init)
+    before = os.umask(umask)
+    try:
+        save_adapter(model, tmp_path / "adapter", "m")
+        save_whole(tiny_encoder.copy_model(), tmp_path / "whole")
+    finally:
+        os.umask(before)
+    files = [file for folder in ("adapter", "whole") for file in (tmp_path / folder).iterdir()]
+    assert {file.name for file in files} >= {"adapter_model.safetensors", "model.safetensors"}
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}

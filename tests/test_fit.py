@@ -25,9 +25,9 @@ from bert_encoding.records import TrialRecord, adapter_folder, read_json, write_
 from bert_encoding.scores import correlate
 from bert_encoding.trial import run_trial
 from bert_encoding.voxels import keep_voxels, voxels_key, write_voxels
+from study.identity import identify
 from study.options import resolve_options
 from study.prepare import prepare
-from study.session import _identity
 from study.spaces import load_space
 
 SUBJECTS = ("a", "b")
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     study = prepare(resolve_options(given | {"name": "s"}, {}, space), space)
     task = study.task()
     (root / "s").mkdir()
-    write_json(root / "s" / "study.json", _identity(study, task))
+    write_json(root / "s" / "study.json", identify(study, task))
     for trial_id, method in TRIALS.items():
         run(root / "s", trial_id, replace(study.base, method=method, lr=1e-2, precision="float32"), task)
     return root
