@@ -1,5 +1,10 @@
 """The commands around a study: ``python -m bert_encoding check`` looks at data, ``fetch`` gets public ones."""
 
+if __name__ == "__main__":  # the imports take seconds
+    from bert_encoding.interrupt import end_quietly
+
+    end_quietly()
+
 import json
 import shlex
 import sys

@@ -9,8 +9,10 @@ import cyclopts
 from cyclopts import Parameter
 
 from bert_encoding.errors import InputError
+from bert_encoding.interrupt import INTERRUPTED as INTERRUPTED
+from bert_encoding.interrupt import listen_again
 
-BAD_INPUT, SOME_FAILED, INTERRUPTED = 2, 3, 130
+BAD_INPUT, SOME_FAILED = 2, 3
 MAX_LAYERS = 1000
 
 
@@ -64,7 +66,9 @@ def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
 
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
+    app.suppress_keyboard_interrupt = False  # else it ends without a word
     try:
+        listen_again()
         code = app(
             sys.argv[1:] if arguments is None else arguments,
             exit_on_error=False,
@@ -77,6 +81,9 @@ def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code if isinstance(code, int) else 0
 
 

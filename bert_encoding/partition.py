@@ -181,6 +181,7 @@ def partition(
     configs = {
         name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
     }
+    print(f"test stories are read ({', '.join(task.splits[0].test)}): choose no layer or other setting by the result")
     with _made(folder):
         ceilings = _ceilings(task.dataset, task.splits[0].test)
         found, notes = partition_dataset(configs, task, solver, folder)

@@ -3,9 +3,13 @@
 python study/analysis.py results/<name>
 """
 
+if __name__ == "__main__":  # the imports take seconds
+    from bert_encoding.interrupt import end_quietly
+
+    end_quietly()
+
 import math
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cyclopts
@@ -22,6 +26,7 @@ from bert_encoding.records import (
     CLASSIFICATION,
     COLUMNS,
     COMPLETE,
+    CONFIRM,
     ENCODING,
     FAILED,
     FROZEN,
@@ -31,13 +36,16 @@ from bert_encoding.records import (
     SEARCH,
     STUDY_FILE,
     WORD_RATE,
+    TrialRecord,
     read_json,
     read_record,
     read_records,
     stories_frame,
     trials_frame,
-    write_tables,
+    write_record_tables,
 )
+from bert_encoding.storage import Place, open_place
+from study.confirmed import confirm_lines
 
 SHOWN = (
     "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
@@ -61,6 +69,7 @@ class Standing(NamedTuple):
     n_failed: int
 
     task: str = ENCODING
+    is_confirmed: bool = False
 
     @property
     def gain(self) -> float | None:
@@ -68,29 +77,35 @@ class Standing(NamedTuple):
         return None if self.best is None or self.frozen is None else self.best - self.frozen
 
 
-def load_trials(path: str | Path) -> pd.DataFrame:
+def load_trials(path: str | Place) -> pd.DataFrame:
     """Return the trials of a study, a row each with the documented columns, from its records (also while it runs).
 
     Raises
     ------
     InputError
-        if ``path`` holds no study.
+        if ``path``, a folder or the URL of one in object storage, holds no study.
     """
-    folder = Path(path)
+    return trials_frame(load_records(path))
+
+
+def load_records(path: str | Place) -> list[TrialRecord]:
+    """Return the records of a study, without their CC; ``path`` as of `load_trials`."""
+    folder = open_place(path)
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing)")
-    return trials_frame(read_records(folder))
+    return read_records(folder)
 
 
-def load_task(path: str | Path) -> str:
+def load_task(path: str | Place) -> str:
     """Return what a study is about: ``encoding``, or a task on text alone."""
-    return str(read_json(Path(path) / STUDY_FILE).get("task", ENCODING))
+    return str(read_json(open_place(path) / STUDY_FILE).get("task", ENCODING))
 
 
 def standing(trials: pd.DataFrame, task: str = ENCODING) -> Standing:
     """Compare the best complete searched trial with the frozen baseline, both on what was held out."""
     metric = METRICS[task]
-    complete = trials[trials["status"] == COMPLETE]
+    others = trials[trials["phase"] != CONFIRM]
+    complete = others[others["status"] == COMPLETE]
     baselines = complete[complete["phase"] == BASELINE].set_index("method")
     searched = complete[complete["phase"] == SEARCH]
     ordered = searched.sort_values(metric.column, ascending=not metric.is_gain)
@@ -102,10 +117,11 @@ def standing(trials: pd.DataFrame, task: str = ENCODING) -> Standing:
         word_rate_test=_score(baselines, WORD_RATE, "cc_test"),
         best=float(best[metric.column]) if best is not None else None,
         best_id=str(best["trial_id"]) if best is not None else None,
-        test_was_read=bool(trials["cc_test"].notna().any() or (trials["mlm_text"] == "all").any()),
+        test_was_read=bool(others["cc_test"].notna().any() or (others["mlm_text"] == "all").any()),
         n_complete=int(searched["repeat_of"].isna().sum()),
         n_failed=int((trials["status"] == FAILED).sum()),
         task=task,
+        is_confirmed=bool(trials.loc[trials["phase"] == CONFIRM, "cc_test"].notna().any()),
     )
 
 
@@ -142,14 +158,19 @@ def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
     return grouped.rename(columns={"count": "n_trials", "mean": "cc_mean", "max": "cc_max"}).reset_index()
 
 
-def read_notes(path: str | Path) -> dict[str, list[str]]:
+def read_notes(path: str | Place) -> dict[str, list[str]]:
     """Return what each trial's scores come with: trial -> notes."""
-    return {record.trial_id: record.notes for record in read_records(Path(path)) if record.notes}
+    return notes_of(read_records(open_place(path)))
 
 
-def print_study(console: Console, folder: Path, trials: pd.DataFrame, task: str = ENCODING) -> None:
+def notes_of(records: list[TrialRecord]) -> dict[str, list[str]]:
+    """Return the notes of trials that have some: trial -> notes."""
+    return {record.trial_id: record.notes for record in records if record.notes}
+
+
+def print_study(console: Console, records: list[TrialRecord], trials: pd.DataFrame, task: str = ENCODING) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
-    notes = read_notes(folder)
+    notes = notes_of(records)
     regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
     suggested = [name for name in trials.columns if name not in (*COLUMNS, *FURTHER_COLUMNS, *regions)]
     varied = [name for name in ("layer", "seed") if trials.loc[trials["phase"] == SEARCH, name].nunique() > 1]
@@ -164,7 +185,7 @@ def print_study(console: Console, folder: Path, trials: pd.DataFrame, task: str 
         console.print("CC by rank (searched trials; exploratory: rank, lr and alpha vary together)")
         console.print(_table(ranks))
     found = standing(trials, task)
-    stories = stories_frame(read_records(folder))
+    stories = stories_frame(records)
     gain = gain_over_stories(stories, found.best_id) if task == ENCODING and found.best_id is not None else None
     for line in verdict_lines(found, gain):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -176,13 +197,25 @@ def print_study(console: Console, folder: Path, trials: pd.DataFrame, task: str 
         console.print(f"trial {row['trial_id']} FAILED: {reason}", soft_wrap=True, highlight=False, markup=False)
 
 
-def print_examples(console: Console, folder: Path, trials: pd.DataFrame, task: str) -> None:
+def print_examples(console: Console, folder: Place, trials: pd.DataFrame, task: str) -> None:
     """Print some held-out texts of the best trial of a classification: label, and prediction before and after."""
     best = standing(trials, task).best_id
     if task != CLASSIFICATION or best is None:
         return
     console.print(f"Examples of trial {best}, before and after training:")
     console.print(_table(pd.DataFrame(read_record(folder, best).examples)))
+
+
+def forced_lines(path: str | Place) -> list[str]:
+    """Say of a study that was forced to go on which of its trials may not compare."""
+    lines = []
+    for forced in read_json(open_place(path) / STUDY_FILE).get("forced", []):
+        names = ", ".join(one["what"] for one in forced["differences"])
+        lines.append(
+            f"note: trials from {forced['first_trial']} on may not compare with those before: the study was forced to "
+            f"go on ({forced['at']}) although it differs in {names} ({STUDY_FILE} tells how)"
+        )
+    return lines
 
 
 def verdict_lines(found: Standing, gain: Interval | None = None) -> list[str]:
@@ -196,7 +229,7 @@ def verdict_lines(found: Standing, gain: Interval | None = None) -> list[str]:
         return ["No frozen baseline yet: nothing to compare with."]
     label, held_out = METRICS[found.task].label, HELD_OUT[found.task]
     if found.task != ENCODING:
-        beside = "" if found.best is None else f"; best trial {found.best_id}: {found.best:.4f} ({found.gain:+.4f})"
+        beside = "" if found.best is None else f"; best trial {found.best_id}: {found.best:.4f} ({found.gain:+z.4f})"
         caveat = [f"The best of {found.n_complete} trials, chosen on the texts that judge it, looks better than it is."]
         told = [f"Frozen encoder: {label} {found.frozen:.4f} on the {held_out}{beside}."]
         return told if found.best is None else told + caveat
@@ -206,19 +239,24 @@ def verdict_lines(found: Standing, gain: Interval | None = None) -> list[str]:
         )
     return [
         f"Best trial {found.best_id}: CC {found.best:.4f}; frozen baseline: CC {found.frozen:.4f}; "
-        f"difference {found.gain:+.4f} on the validation stories.",
+        f"difference {found.gain:+z.4f} on the validation stories.",
         *_gain_lines(gain),
-        f"The best of {found.n_complete} noisy trials looks better than it is; "
-        + ("some trial has read the test stories." if found.test_was_read else "the test stories have not been read."),
+        f"The best of {found.n_complete} noisy trials looks better than it is; " + _who_read(found),
     ]
+
+
+def _who_read(found: Standing) -> str:
+    if found.test_was_read:
+        return "some trial has read the test stories."
+    return "the search did not read the test stories." if found.is_confirmed else "the test stories have not been read."
 
 
 def _gain_lines(gain: Interval | None) -> list[str]:
     if gain is None or math.isnan(gain.low):
         return []
     return [
-        f"Story by story the difference is {gain.estimate:+.4f}, {gain.level:.0%} interval over {gain.n} stories "
-        f"{gain.low:+.4f} to {gain.high:+.4f}."
+        f"Story by story the difference is {gain.estimate:+z.4f}, {gain.level:.0%} interval over {gain.n} stories "
+        f"{gain.low:+z.4f} to {gain.high:+z.4f}."
     ]
 
 
@@ -248,20 +286,23 @@ app = cyclopts.App(name="analysis.py", help="Print what a study found and rebuil
 
 
 @app.default
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     """Print what a study found and rebuild its tables.
 
     Parameters
     ----------
     folder
-        The study, e.g. results/lora_full-2026-01-31.
+        The study, e.g. results/lora_full-2026-01-31 or s3://bucket/results/lora_full-2026-01-31.
     """
-    trials, task = load_trials(folder), load_task(folder)
-    write_tables(folder)
+    study = open_place(folder)
+    records, task = load_records(study), load_task(study)
+    trials = write_record_tables(study, records)
     width = None if sys.stdout.isatty() else 400
     console = Console(width=width)
-    print_study(console, folder, trials, task)
-    print_examples(console, folder, trials, task)
+    print_study(console, records, trials, task)
+    print_examples(console, study, trials, task)
+    for line in (*confirm_lines(study, trials), *forced_lines(study)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The voxels of a study, chosen once and kept with it."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +7,7 @@ from rich.console import Console
 from bert_encoding.chain import Task
 from bert_encoding.errors import InputError
 from bert_encoding.records import STUDY_FILE, read_json, write_json
+from bert_encoding.storage import Place, atomic_path, local_copy
 from bert_encoding.voxels import keep_voxels, read_voxels, voxels_key, write_voxels
 from study.objective import choose
 from study.prepare import Study
@@ -15,7 +15,7 @@ from study.prepare import Study
 VOXELS_FILE = "voxels.npz"
 
 
-def on_chosen_voxels(study: Study, task: Task, folder: Path, console: Console) -> Task:
+def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) -> Task:
     """Return the task on the study's voxels, choosing them on a worker if that has not been done; needs Ray.
 
     Raises
@@ -28,8 +28,11 @@ def on_chosen_voxels(study: Study, task: Task, folder: Path, console: Console) -
     file = folder / VOXELS_FILE
     if not file.exists():
         console.print(f"choosing {study.options.voxels} voxels by the frozen encoder's CC inside the fit stories ...")
-        write_voxels(file, _choose(study, task))
-    chosen = task._replace(dataset=keep_voxels(task.dataset, read_voxels(file, task.dataset)), voxels_are_chosen=True)
+        with atomic_path(file) as temporary:
+            write_voxels(temporary, _choose(study, task))
+    with local_copy(file) as copy:
+        voxels = read_voxels(copy, task.dataset)
+    chosen = task._replace(dataset=keep_voxels(task.dataset, voxels), voxels_are_chosen=True)
     _check_kept(folder, file, voxels_key(chosen.dataset))
     return chosen
 
@@ -49,7 +52,7 @@ def _choose(study: Study, task: Task) -> dict[str, Any]:
     return found
 
 
-def _check_kept(folder: Path, file: Path, key: str) -> None:
+def _check_kept(folder: Place, file: Place, key: str) -> None:
     """Note the choice in ``study.json`` when it is made; afterwards it must stay the same."""
     identity = read_json(folder / STUDY_FILE, required=("voxels",))
     kept = identity["voxels"].get("key")

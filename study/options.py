@@ -2,7 +2,7 @@
 
 import filecmp
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,28 @@ from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo import DEMO
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
-from bert_encoding.records import BAG_OF_WORDS, RANDOM, STATIC, STUDY_FILE, read_json
-from study.cluster import check_resources, machine_cpus, machine_gpus
+from bert_encoding.records import BAG_OF_WORDS, ENCODING, RANDOM, STATIC, STUDY_FILE, read_json
+from bert_encoding.storage import Place, children, is_url, modified_s, open_place
+from study.machines import Machines, check_fits, find_machines
+from study.scheduler import SCHEDULERS
 from study.spaces import Space
 
 MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
 MAX_CPUS_BESIDE_GPU = 8
-MAX_CONCURRENT = 8
+MAX_CONCURRENT, MAX_CONCURRENT_CLUSTER = 8, 32  # unless told otherwise: each suggestion knows the ended trials alone
+KEEP_ADAPTERS = 5
+FINALISTS, FRESH_SEEDS = 3, 2  # of the confirm phase
 EXTRA_BASELINES = (BAG_OF_WORDS, STATIC, RANDOM)
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of ``study/run.py``, resolved; the help text says what each does."""
+    """All options of ``study/run.py``, resolved; the help text says what each does.
+
+    Attributes
+    ----------
+    asked : what the user asked of the machines, now or when the study began; the machines at hand may give other values
+    """
 
     space: str
     data: str
@@ -40,6 +49,8 @@ class Options:
     trials: int
     epochs: int
     seed: int
+    sampler: str
+    scheduler: str
     name: str
     out: str
     outer_folds: int
@@ -55,17 +66,28 @@ class Options:
     cpus_per_trial: float
     gpus_per_trial: float
     max_concurrent: int
+    trial_timeout: float | None
+    tensorboard: bool
+    keep_adapters: int
+    machines: Machines
+    confirm: int = FINALISTS
+    confirm_seeds: int = FRESH_SEEDS
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def folder(self) -> Path:
-        return Path(self.out) / self.name
+    def folder(self) -> Place:
+        return open_place(self.out) / self.name
 
 
-# What a study is about: a resumed one takes these from its record unless they are given again.
+# What a resumed study takes from its record unless it is given again: what the study is about, and what it keeps.
 SCIENCE = (
     "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
-    "outer_folds mlm_text baselines static_vectors probe control_text train_examples examples max_length clean"
+    "sampler scheduler outer_folds mlm_text baselines static_vectors probe control_text train_examples examples "
+    "max_length clean keep_adapters confirm confirm_seeds"
 ).split()
+# What it takes from there too, if it was given and these machines can: with other values it is the same study.
+SHARES = ("cpus_per_trial", "gpus_per_trial")
+ASKED = (*SHARES, "max_concurrent", "trial_timeout", "tensorboard")
 ALL = "all"
 # What means nothing in the other kind of study, with the value that says nothing.
 ENCODING_OPTIONS: dict[str, Any] = {
@@ -80,6 +102,7 @@ ENCODING_OPTIONS: dict[str, Any] = {
     "mlm_text": "fit",
     "baselines": [],
     "static_vectors": "",
+    "confirm_seeds": FRESH_SEEDS,
 }
 TEXT_OPTIONS: dict[str, Any] = {"train_examples": None, "examples": None, "max_length": None, "clean": False}
 
@@ -90,21 +113,17 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
     Raises
     ------
     InputError
-        if a value is out of range.
+        if a value is out of range, or a cluster that is named does not answer.
     """
-    values = {k: v for k, v in recorded.items() if k in SCIENCE} | given
+    values = {k: v for k, v in recorded.items() if k in (*SCIENCE, *ASKED)} | given
     for name in ("space", "data", "model", "out"):
         if values.get(name) == "":
             raise InputError(f"--{name}: must not be empty")
     data = values.get("data", DEMO)
     if data != DEMO:
         data = str(absolute("--data", data))
-    n_cpus, n_gpus = machine_cpus(), machine_gpus()
-    gpus = values.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
-    cpus = values.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
-    check_resources(cpus, gpus, n_cpus, n_gpus)
+    cpus, gpus, machines = _share(values, tuple(name for name in SHARES if name not in given))
     static = _file("--static-vectors", values["static_vectors"]) if values.get("static_vectors") else ""
-    at_once = min(n_cpus // cpus, n_gpus // gpus if gpus else math.inf)
     options = Options(
         space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
         data=data,
@@ -116,11 +135,13 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         voxels=_voxels(values.get("voxels", ALL)),
         train_stories=values.get("train_stories"),
         test_stories=_names(values.get("test_stories")),
-        trials=values.get("trials", space.trials),
+        trials=_trials(values.get("trials", space.trials), space),
         epochs=values.get("epochs", space.epochs or 3),
         seed=values.get("seed", 0),
+        sampler=space.sampler,
+        scheduler=values.get("scheduler", space.scheduler),
         name=values.get("name", f"{space.name}-{date.today():%Y-%m-%d}"),
-        out=str(absolute("--out", values.get("out", "results"))),
+        out=str(_out(values.get("out", "results"))),
         outer_folds=values.get("outer_folds", 1),
         mlm_text=values.get("mlm_text", "fit"),
         baselines=_baselines(values.get("baselines"), static),
@@ -133,7 +154,14 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         clean=values.get("clean", False),
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
-        max_concurrent=min(values.get("max_concurrent", MAX_CONCURRENT), max(1, int(at_once))),
+        max_concurrent=_max_concurrent(values.get("max_concurrent"), machines.at_once(cpus, gpus), machines),
+        trial_timeout=values.get("trial_timeout"),
+        tensorboard=values.get("tensorboard", False),
+        keep_adapters=values.get("keep_adapters", KEEP_ADAPTERS),
+        machines=machines,
+        confirm=_confirm(values, space),
+        confirm_seeds=values.get("confirm_seeds", FRESH_SEEDS),
+        asked={name: values[name] for name in ASKED if name in values},
     )
     _check(options)
     return options
@@ -155,29 +183,61 @@ def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, 
     """
     if not resume:
         return {}
-    root = absolute("--out", out or "results")
+    root = _out(out or "results")
     if name is None:
-        begun = sorted(root.glob(f"*/{STUDY_FILE}"), key=lambda file: file.stat().st_mtime)
+        begun = [file for folder in children(root) if (file := folder / STUDY_FILE).is_file()]
         if not begun:
             raise InputError(f"--resume: no study in {root}; give --out or --name")
-        name = begun[-1].parent.name
+        name = max(begun, key=modified_s).parent.name
     file = root / name / STUDY_FILE
     if not file.is_file():
-        known = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{STUDY_FILE}"))) or "none"
+        known = ", ".join(path.name for path in children(root) if (path / STUDY_FILE).is_file()) or "none"
         raise InputError(f"--resume: no study {name} in {root}; there: {known}")
     recorded: dict[str, Any] = read_json(file, required=("options",))["options"]
     return {k: v for k, v in recorded.items() if v is not None} | {"name": name}
 
 
 def options_record(options: Options) -> dict[str, Any]:
-    """Return the options as ``study.json`` keeps them: those that define the study."""
-    return {k: v for k, v in asdict(options).items() if k in SCIENCE}
+    """Return the options as ``study.json`` keeps them: those that define the study, and what was asked beside them."""
+    kept = {name: getattr(options, name) for name in SCIENCE} | options.asked
+    return kept if options.trials else kept | {"confirm": None}  # a search that is added has its own default
+
+
+def _share(values: dict[str, Any], recorded: tuple[str, ...]) -> tuple[float, float, Machines]:
+    """Return the CPUs and GPUs of a trial, and the machines, with a note on what of the ``recorded`` does not fit."""
+    machines = find_machines(values.get("address"))
+    n_cpus, n_gpus = machines.largest
+    one_by_one = [(name,) for name in reversed(recorded)]
+    for dropped in ((), *one_by_one, recorded):
+        wanted = {name: values[name] for name in SHARES if name in values and name not in dropped}
+        gpus = wanted.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
+        cpus = wanted.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
+        try:
+            check_fits(cpus, gpus, machines)
+            break
+        except InputError:
+            if dropped == recorded:  # what was given now does not fit
+                raise
+    notes = [
+        f"the --{name.replace('_', '-')} {values[name]:g} of the study does not fit here; the default is taken"
+        for name in dropped
+        if name in values
+    ]
+    return cpus, gpus, machines._replace(notes=(*machines.notes, *notes))
 
 
 def _default_cpus(n_cpus: int, n_gpus: int, gpus: float) -> float:
-    if n_gpus and gpus:
+    if n_gpus and gpus > 0:
         return float(max(1, min(MAX_CPUS_BESIDE_GPU, int(n_cpus / n_gpus * min(gpus, 1)))))
-    return float(min(MAX_CPUS_A_TRIAL, n_cpus))
+    return float(max(1, min(MAX_CPUS_A_TRIAL, n_cpus)))
+
+
+def _max_concurrent(given: int | None, at_once: int, machines: Machines) -> int:
+    """Return how many trials to run at once, no more than fit unless more machines may come than can be seen."""
+    if machines.can_add is None and given is not None:
+        return given
+    most = MAX_CONCURRENT if machines.is_local else MAX_CONCURRENT_CLUSTER
+    return min(most if given is None else given, max(1, at_once))
 
 
 def _model(name: str) -> str:
@@ -215,11 +275,31 @@ def _baselines(names: list[str] | None, static_vectors: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def _trials(trials: int, space: Space) -> int:
+    """A grid has no more trials than points, times its seeds."""
+    return trials if space.size is None else min(trials, space.size)
+
+
+def _confirm(values: dict[str, Any], space: Space) -> int:
+    """Return how many finalists to confirm: none where nothing is searched, or on text alone."""
+    if space.task != ENCODING:
+        if values.get("confirm"):
+            raise InputError(f"--confirm {values['confirm']}: means nothing in a study of text alone; leave it out")
+        return 0
+    n: int = values.get("confirm", FINALISTS if values.get("trials", space.trials) else 0)
+    return n
+
+
 def _layer(layer: str | int | list[int] | None) -> int | tuple[int, ...] | None:
     """Return the layer that is given as text, or recorded as a number or several."""
     if isinstance(layer, list | tuple):
         return tuple(layer)
     return layer if isinstance(layer, int) else parse_layer(layer)
+
+
+def _out(location: str) -> Place:
+    """Return where studies are kept: a URL of object storage, or the absolute path of a folder."""
+    return open_place(location) if is_url(location) else absolute("--out", location)
 
 
 def _names(values: list[str] | None) -> list[str] | None:
@@ -244,12 +324,29 @@ def check_meaning(options: Options, is_text: bool) -> None:
             raise InputError(f"--{name.replace('_', '-')}: means nothing in a study of {kind}; leave it out")
 
 
+def check_take_over(options: Options, resume: bool, take_over: bool) -> None:
+    """Refuse to take over what cannot be.
+
+    Raises
+    ------
+    InputError
+        if nothing is resumed, or in a folder, whose lock ends with its owner.
+    """
+    if take_over and not resume:
+        raise InputError("--take-over: goes with --resume, to go on with a study that another run holds")
+    if take_over and not is_url(options.out):
+        raise InputError(
+            f"--take-over: means nothing for a folder ({options.folder}): its lock is free as soon as the run that "
+            "holds it has ended; leave it out"
+        )
+
+
 def _check(options: Options) -> None:
-    lowest = {"trials": 0, "epochs": 1, "seed": 0, "outer_folds": 1, "max_concurrent": 1}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name in lowest and value < lowest[field.name]:
-            raise InputError(f"--{field.name.replace('_', '-')} {value}: must be at least {lowest[field.name]}")
+    lowest = {"trials": 0, "epochs": 1, "seed": 0, "outer_folds": 1, "max_concurrent": 1, "keep_adapters": 0}
+    lowest |= {"confirm": 0, "confirm_seeds": 1}
+    for name in (known.name for known in fields(options) if known.name in lowest):
+        if (value := getattr(options, name)) < lowest[name]:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {lowest[name]}")
     if options.probe and options.control_text and filecmp.cmp(options.probe, options.control_text, shallow=False):
         raise InputError(f"--probe, --control-text: both hold {options.probe}; what is trained on cannot be the probe")
     if options.probe and options.probe == options.data:
@@ -261,6 +358,14 @@ def _check(options: Options) -> None:
             f"--voxels {options.voxels}: with --outer-folds {options.outer_folds} every story is validated once and "
             "none is left to choose voxels by; use one fold, or give a file of voxels"
         )
+    if options.confirm and options.trials == 0:
+        raise InputError(f"--confirm {options.confirm}: with --trials 0 nothing is searched; leave it out")
+    if options.scheduler not in SCHEDULERS:
+        raise InputError(f"--scheduler {options.scheduler}: must be one of {', '.join(SCHEDULERS)}")
+    if options.trial_timeout is not None and not 0 < options.trial_timeout < math.inf:
+        raise InputError(f"--trial-timeout {options.trial_timeout:g}: must be a number of seconds above 0")
+    if options.tensorboard and is_url(options.out):
+        raise InputError(f"--tensorboard: needs a folder, and cannot write to --out {options.out}; leave it out")
     if options.mlm_text not in MLM_TEXTS:
         raise InputError(f"--mlm-text {options.mlm_text}: must be one of {', '.join(MLM_TEXTS)}")
     if not options.name or "/" in options.name or options.name.startswith("."):

@@ -87,6 +87,7 @@ def print_text_plan(console: Console, study: TextStudy, n_done: int) -> None:
         f"texts: {len(task.train)} to train on, {len(task.heldout)} held out",
         f"model: {options.model}; at most {task.max_length or study.base.window_tokens} tokens of a text",
         f"trials: 1 baseline, {options.trials} searched" + (f", {n_done} of them done" if n_done else ""),
+        f"search: sampler {options.sampler}, scheduler {options.scheduler}",
         f"workers: up to {options.max_concurrent} at once",
     ]
     for line in lines:

@@ -32,7 +32,8 @@ def running_from(folder: Path) -> list[psutil.Process]:
 
 
 def environment_of(private_tmp: Path) -> dict[str, str]:
-    return os.environ | {"TMPDIR": str(private_tmp), "HF_HUB_OFFLINE": "1"}
+    """Return an environment in which a study finds no cluster that may run on this machine."""
+    return os.environ | {"TMPDIR": str(private_tmp), "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local"}
 
 
 def run_command(command: list[str], private_tmp: Path) -> subprocess.CompletedProcess:

@@ -25,9 +25,10 @@ from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.errors import InputError
-from bert_encoding.records import TrialRecord, read_json, write_record
+from bert_encoding.records import TrialRecord, read_json, read_record, write_record
 from study import plan, run
 from study import session as session_module
+from study.identity import _look_around, differences, identify, resumed
 from study.options import resolve_options
 from study.prepare import prepare
 from study.spaces import load_space
@@ -65,7 +66,8 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("this input should have been refused before Ray starts")
 
-    monkeypatch.setattr(session_module, "local_ray", refuse)
+    monkeypatch.setattr(session_module, "connect", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 def ended_in_process(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
@@ -226,6 +228,9 @@ def test_brackets_in_a_folder_s_name_are_kept(name: str, lab: Path, command: Com
         (["--cpus-per-trial", "10000"], ["--cpus-per-trial 10000: this machine has"]),
         (["--gpus-per-trial", "10000"], ["--gpus-per-trial 10000: this machine has"]),
         (["--max-concurrent", "0"], ["--max-concurrent 0: must be at least 1"]),
+        (["--keep-adapters", "-1"], ["--keep-adapters -1: must be at least 0"]),
+        (["--address", "ray://head:10001"], ["--address ray://head:10001: a Ray Client cannot run a study"]),
+        (["--address", "head"], ["--address head: must be HOST:PORT"]),
         (["--rank", "8"], ["--rank"]),
         (["smoke"], ["smoke"]),
     ],
@@ -549,9 +554,10 @@ def made(lab: Path, tiny_bert: Path, tmp_path: Path) -> Made:
     space.write_text(load_space("smoke").path.read_text())
     model = shutil.copytree(tiny_bert, tmp_path / "model")
     given = {"space": str(space), "data": str(lab), "model": str(model), "out": str(tmp_path / "out"), "name": "s"}
+    given |= {"confirm": 0}
     loaded = load_space(str(space))
     study = prepare(resolve_options(given, {}, loaded), loaded)
-    identity = session_module._identity(study, study.task())
+    identity = identify(study, study.task())
     with session_module._open_folder(study.options.folder, identity, False) as folder:
         for at, method in enumerate(("frozen", "word_rate", "lora", "lora")):
             params = {"log2_rank": 1 + 3 * (at - 2)} if method == "lora" else {}
@@ -635,6 +641,8 @@ def test_a_changed_study_is_refused_by_name(change: str, made: Made, capsys: pyt
     arguments = edit(made)
     before = files(made.folder)
     error = assert_refused(resume(made, capsys, *arguments), f"{made.folder}: cannot resume: ", said, "--name")
+    rehearsed = assert_refused(resume(made, capsys, "--dry-run", *arguments), said)
+    assert rehearsed == error
     was, now = re.fullmatch(r".* changed from (.*) to (.*); give .*\n", error).groups()  # type: ignore[union-attr]
     assert was != now, "the difference must be visible"
     assert files(made.folder) == before
@@ -674,9 +682,8 @@ def test_a_difference_late_in_a_long_split_is_visible(made: Made) -> None:
     names = [f"story{i:03d}" for i in range(80)]
     before = recorded | {"splits": [{"fit": names[:60], "validation": names[60:79], "test": names[79:]}]}
     after = recorded | {"splits": [{"fit": names[:60], "validation": names[60:78], "test": names[78:79]}]}
-    file.write_text(json.dumps(before))
     with pytest.raises(InputError, match="cannot resume: the validation stories changed from ") as refused:
-        session_module._check_same(file, after)
+        resumed(made.folder, before, after, False, "0003")
     was, now = re.fullmatch(r".* changed from (.*) to (.*); give .*", str(refused.value)).groups()  # type: ignore[union-attr]
     assert was != now
 
@@ -715,3 +722,149 @@ def test_the_splits_of_a_study_never_share_a_story(made: Made) -> None:
         assert sorted(names) == sorted(set(names))
         assert split["test"] == ["wheretheressmoke"]
     assert TrialConfig.from_dict(recorded["config"]).model == recorded["options"]["model"]
+
+
+def test_a_study_is_extended_by_what_it_lacks(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(made.folder)
+    ended = resume(made, capsys, "--trials", "5", "--dry-run")
+    assert (ended.code, ended.error) == (0, "")
+    assert "2 baselines, 5 searched, 2 of them done" in ended.out
+    assert "runs on: this machine" in ended.out
+    assert "note: " not in ended.out
+    assert files(made.folder) == before
+
+
+def test_a_study_in_which_a_trial_failed_ends_with_its_own_exit_code(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = replace(read_record(made.folder, "0002"), status="FAILED", error="no end after 5 s", scores={})
+    write_record(made.folder, failed)
+    ended = resume(made, capsys)
+    assert (ended.code, ended.error) == (3, "")
+    assert "trial 0002 FAILED: no end after 5 s" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [([], ["0001", "0002"]), (["--keep-adapters", "1"], ["0002"]), (["--keep-adapters", "0"], [])],
+)
+def test_the_best_adapters_are_kept(
+    given: list[str], kept: list[str], made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("0001", "0002"):
+        (made.folder / "trials" / name / "adapter").mkdir()
+    for again in (given, []):  # the second session remembers the number
+        assert resume(made, capsys, *again).code == 0
+        assert [path.parent.name for path in sorted(made.folder.glob("trials/*/adapter"))] == kept
+
+
+# --- resuming by force ------------------------------------------------------------------------------------------------
+
+
+def change_record(made: Made, **values: Any) -> dict[str, Any]:
+    """Let the study have been begun with other values."""
+    recorded = read_json(made.folder / "study.json") | values
+    (made.folder / "study.json").write_text(json.dumps(recorded))
+    return recorded
+
+
+def test_a_forced_study_goes_on_and_says_how_it_changed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    now = read_json(made.folder / "study.json")
+    old = change_record(made, code="older", versions=now["versions"] | {"torch": "1.0"}, created="long ago")
+    refused = assert_refused(resume(made, capsys), "the code of bert_encoding changed from older to ")
+    assert "or go on with --force-resume; also changed: the version of torch\n" in refused
+
+    before = files(made.folder)
+    rehearsed = resume(made, capsys, "--force-resume", "--dry-run")
+    assert (rehearsed.code, rehearsed.error) == (0, "")
+    assert "note: the code of bert_encoding changed from older to " in rehearsed.out
+    assert "note: the version of torch changed from 1.0 to " in rehearsed.out
+    assert files(made.folder) == before
+
+    without_resume = made.arguments[1:]
+    ended = ended_in_process([*without_resume, "--force-resume", "--trials", "1"], capsys)
+    assert (ended.code, ended.error) == (0, "")
+    said = "note: trials from 0003 on may not compare with those before: the study was forced to go on ("
+    assert said in ended.out
+    found = read_json(made.folder / "study.json")
+    (forced,) = found["forced"]
+    changed = {one["what"]: (one["before"], one["now"]) for one in forced["differences"]}
+    assert changed == {
+        "the code of bert_encoding": ("older", now["code"]),
+        "the version of torch": ("1.0", now["versions"]["torch"]),
+    }
+    assert forced["first_trial"] == "0003"
+    assert {name: forced["was"][name] for name in ("code", "versions")} == {
+        "code": "older",
+        "versions": old["versions"],
+    }
+    assert found["created"] == "long ago"
+    assert {name: found[name] for name in now if name not in ("created", "options")} == {
+        name: now[name] for name in now if name not in ("created", "options")
+    }
+    for name, content in files(made.folder / "trials").items():
+        assert before[f"trials/{name}"] == content
+
+    again = resume(made, capsys)
+    assert (again.code, again.error) == (0, "")
+    assert said in again.out, "the study stays mixed"
+    assert read_json(made.folder / "study.json")["forced"] == [forced]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changed_can_be_forced(change: str, made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = CHANGES[change][0](made)
+    before, records = read_json(made.folder / "study.json"), files(made.folder / "trials")
+    ended = resume(made, capsys, *arguments, "--force-resume", "--trials", "2")
+    assert (ended.code, ended.error) == (0, ""), ended
+    (forced,) = read_json(made.folder / "study.json")["forced"]
+    assert CHANGES[change][1].partition("changed")[0].strip() in " ".join(one["what"] for one in forced["differences"])
+    for name, value in forced["was"].items():
+        assert before[name] == value
+    assert files(made.folder / "trials") == records
+    assert resume(made, capsys).code == 0, "what was forced once is what the study is now"
+
+
+def test_nothing_is_recorded_where_nothing_changed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(made, capsys, "--force-resume").code == 0
+    assert "forced" not in read_json(made.folder / "study.json")
+
+
+def test_voxels_that_a_study_chose_are_never_mixed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "cannot resume, even by force: the voxels changed from all ("
+    assert_refused(resume(made, capsys, "--force-resume", "--voxels", "5"), said)
+
+
+def test_two_tasks_are_never_mixed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    change_record(made, task="adapt")
+    said = "cannot resume, even by force: the task changed from adapt to encoding"
+    assert_refused(resume(made, capsys, "--force-resume"), said)
+
+
+def test_what_is_not_known_yet_is_no_difference(made: Made) -> None:
+    """The precision before a cluster's worker was asked; the weights of a model that a rehearsal may not fetch."""
+    recorded = read_json(made.folder / "study.json")
+    assert differences(recorded, recorded) == []
+    assert differences(recorded | {"precision": None}, recorded) == []
+    assert differences(recorded, recorded | {"precision": None}) == []
+    unknown = recorded | {"model": recorded["model"] | {"weights": None}}
+    assert differences(recorded, unknown) == []
+    other = recorded | {"model": {"name": "another", "weights": None}}
+    assert [one.what for one in differences(recorded, other)] == ["the model"]
+    assert resumed(made.folder, recorded, recorded | {"precision": None}, False, "0003") == recorded
+    assert resumed(made.folder, recorded | {"precision": None}, recorded, False, "0003") == recorded
+
+
+def test_a_forced_study_keeps_the_choice_of_voxels_that_its_trials_used(made: Made) -> None:
+    recorded = read_json(made.folder / "study.json") | {"voxels": {"asked": "5", "key": "chosen"}}
+    now = recorded | {"voxels": {"asked": "5", "key": None}, "code": "newer", "precision": None}
+    found = resumed(made.folder, recorded, now, True, "0003")
+    assert {name: found[name] for name in recorded} == recorded | {"code": "newer"}
+    assert found["forced"][0]["was"] == {"code": recorded["code"]}
+
+
+def test_a_machine_that_does_not_see_the_study_is_named(made: Made, tmp_path: Path) -> None:
+    assert _look_around("float32", str(made.folder)) == "float32"
+    gone = tmp_path / "gone"
+    with pytest.raises(InputError, match=rf"{gone}: {os.uname().nodename}, a machine of the cluster, does not see it"):
+        _look_around("float32", str(gone))

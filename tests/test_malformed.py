@@ -63,7 +63,8 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("this input should have been refused before Ray starts")
 
-    monkeypatch.setattr(session_module, "local_ray", refuse)
+    monkeypatch.setattr(session_module, "connect", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(autouse=True)

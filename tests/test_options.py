@@ -11,7 +11,16 @@ import pytest
 from bert_encoding.errors import InputError
 from bert_encoding.records import write_json
 from study import options as options_module
-from study.options import SCIENCE, Options, check_meaning, options_record, read_recorded, resolve_options
+from study.machines import Machines, Node
+from study.options import (
+    SCIENCE,
+    Options,
+    check_meaning,
+    check_take_over,
+    options_record,
+    read_recorded,
+    resolve_options,
+)
 from study.spaces import Space, load_space
 
 
@@ -28,8 +37,11 @@ def _a_machine_of_four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
     """Pretend to run on another machine: the counts are all that the options ask of it."""
-    monkeypatch.setattr(options_module, "machine_cpus", lambda: n_cpus)
-    monkeypatch.setattr(options_module, "machine_gpus", lambda: n_gpus)
+    on(monkeypatch, Machines(None, "x", (Node(n_cpus, n_gpus),)))
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
+    monkeypatch.setattr(options_module, "find_machines", lambda address: machines)
 
 
 def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
@@ -54,6 +66,8 @@ def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
         trials=2,
         epochs=1,
         seed=0,
+        sampler="tpe",
+        scheduler="none",
         name=f"smoke-{date.today():%Y-%m-%d}",
         out=str(tmp_path / "results"),
         outer_folds=1,
@@ -69,6 +83,10 @@ def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
         cpus_per_trial=2.0,
         gpus_per_trial=0.0,
         max_concurrent=2,
+        trial_timeout=None,
+        tensorboard=False,
+        keep_adapters=5,
+        machines=Machines(None, "x", (Node(4, 0),)),
     )
 
 
@@ -241,12 +259,88 @@ def test_what_is_given_again_overrides_what_was_recorded(
     assert {name: getattr(found, name) for name in RECORDED} == RECORDED | expected
 
 
-def test_the_machine_s_share_is_never_inherited(smoke: Space) -> None:
-    """A study begun on a large machine goes on on a small one."""
-    recorded = RECORDED | {"cpus_per_trial": 64.0, "gpus_per_trial": 8.0, "max_concurrent": 99, "out": "/elsewhere"}
-    found = resolve_options({"space": "smoke", "name": "n"}, recorded, smoke)
-    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == (2.0, 0.0, 2)
+ASKED = {"cpus_per_trial": 3.0, "gpus_per_trial": 0.25, "max_concurrent": 2, "trial_timeout": 60.0, "tensorboard": True}
+
+
+def of(options: Options, *names: str) -> tuple[Any, ...]:
+    return tuple(getattr(options, name) for name in names)
+
+
+def test_what_was_asked_of_the_machine_is_remembered(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 1)
+    recorded = options_record(resolve(smoke, **ASKED))
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, *ASKED) == tuple(ASKED.values())
+    assert options_record(resumed) == recorded
+    assert resumed.machines.notes == ()
+    changed = resolve(smoke, recorded, trial_timeout=5.0, gpus_per_trial=1.0)
+    assert of(changed, *ASKED) == (3.0, 1.0, 1, 5.0, True)
+    assert options_record(changed) == recorded | {"trial_timeout": 5.0, "gpus_per_trial": 1.0}
+
+
+def test_what_was_not_asked_is_chosen_anew_on_another_machine(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 64, 4)
+    recorded = options_record(resolve(smoke))
+    machine(monkeypatch, 4, 0)
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == (2.0, 0.0, 2)
+    assert not {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "out"} & set(recorded)
+
+
+@pytest.mark.parametrize(
+    ("n_cpus", "expected", "noted"),
+    [
+        (4, (3.0, 0.0, 1), ["--gpus-per-trial 0.25"]),
+        (2, (2.0, 0.0, 1), ["--cpus-per-trial 3", "--gpus-per-trial 0.25"]),
+    ],
+)
+def test_what_another_machine_lacks_falls_back_with_a_note(
+    smoke: Space, n_cpus: int, expected: tuple[float, float, int], noted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 16, 1)
+    recorded = options_record(resolve(smoke, **ASKED))
+    machine(monkeypatch, n_cpus, 0)
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == expected
+    notes = [f"the {one} of the study does not fit here; the default is taken" for one in noted]
+    assert sorted(resumed.machines.notes) == notes
+    assert options_record(resumed) == recorded, "where it was begun it is wanted still"
+    with pytest.raises(InputError, match=r"--gpus-per-trial 0\.5: this machine has 0"):
+        resolve(smoke, recorded, gpus_per_trial=0.5)
+
+
+def test_a_study_goes_on_where_it_is_told_not_where_it_was(smoke: Space) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED | {"out": "/elsewhere"}, smoke)
     assert found.out == str(Path("results").resolve())
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/prefix", "gs://bucket/prefix"])
+def test_tensorboard_needs_a_folder(out: str, smoke: Space) -> None:
+    assert not resolve(smoke, out=out).tensorboard
+    with pytest.raises(InputError, match=rf"^--tensorboard: .*--out {out}"):
+        resolve(smoke, out=out, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "resume", "said"),
+    [
+        ("s3://bucket/prefix", False, "--take-over: goes with --resume"),
+        ("results", True, "--take-over: means nothing for a folder"),
+        ("results", False, "--take-over: goes with --resume"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_refused(out: str, resume: bool, said: str, smoke: Space) -> None:
+    options = resolve(smoke, out=out)
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_take_over(options, resume, take_over=True)
+    check_take_over(options, resume, take_over=False)
+    check_take_over(resolve(smoke, out="s3://bucket/prefix"), resume=True, take_over=True)
+
+
+def test_a_share_of_a_gpu_that_is_no_number_is_refused(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 2)
+    with pytest.raises(InputError, match=r"^--gpus-per-trial nan: this machine has 2$"):
+        resolve(smoke, gpus_per_trial=float("nan"))
 
 
 def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
@@ -333,3 +427,100 @@ def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) ->
 )
 def test_several_layers_are_read(smoke: Space, text: str, layers: int | tuple[int, ...]) -> None:
     assert resolve(smoke, layer=text).layer == layers
+
+
+# --- how to search ----------------------------------------------------------------------------------------------------
+
+
+def test_the_space_chooses_sampler_and_scheduler_unless_told_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("SAMPLER, SCHEDULER = 'qmc', 'asha'\ndef space(trial):\n    return {}\n")
+    own = load_space("./own.py")
+    assert (resolve(own).sampler, resolve(own).scheduler) == ("qmc", "asha")
+    assert resolve(own, scheduler="none").scheduler == "none"
+    assert resolve(load_space("./own.py", None, "random")).sampler == "random"
+    recorded = options_record(resolve(own, scheduler="median"))
+    resumed = resolve_options({"space": "./own.py"}, recorded, load_space("./own.py", None, recorded["sampler"]))
+    assert (resumed.sampler, resumed.scheduler) == ("qmc", "median")
+
+
+def test_a_grid_has_no_more_trials_than_points_times_seeds(tmp_path: Path) -> None:
+    source = (
+        "SAMPLER, SEEDS = 'grid', (3, 4)\ndef space(trial):\n    return {'rank': trial.suggest_int('rank', 1, 5)}\n"
+    )
+    (tmp_path / "grid.py").write_text(source)
+    grid = load_space("./grid.py")
+    assert [resolve(grid, trials=n).trials for n in (0, 3, 10, 11, 500)] == [0, 3, 10, 10, 10]
+    assert resolve(grid).trials == 10
+    assert resolve(load_space("./grid.py", None, "tpe"), trials=500).trials == 500
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_limit_is_some_seconds(seconds: float, smoke: Space) -> None:
+    with pytest.raises(InputError, match=f"--trial-timeout {seconds:g}: must be a number of seconds above 0"):
+        resolve(smoke, trial_timeout=seconds)
+    assert resolve(smoke, trial_timeout=0.5).trial_timeout == 0.5
+
+
+def test_an_unknown_scheduler_is_refused(smoke: Space) -> None:
+    with pytest.raises(InputError, match="--scheduler hyperband: must be one of none, asha, median"):
+        resolve(smoke, scheduler="hyperband")
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "can_add", "given", "expected"),
+    [
+        (((8, 1),) * 3, (), {}, (8.0, 1.0, 3)),
+        (((8, 1),) * 3, (), {"gpus_per_trial": 0.5}, (4.0, 0.5, 6)),
+        (((0, 0),), ((8, 1),) * 4, {"gpus_per_trial": 0.5}, (4.0, 0.5, 8)),
+        (((2, 0), (64, 0)), (), {}, (2.0, 0.0, 32)),
+        (((2, 0), (64, 0)), (), {"max_concurrent": 33}, (2.0, 0.0, 33)),
+        (((2, 0), (64, 0)), (), {"max_concurrent": 99}, (2.0, 0.0, 33)),
+        (((0, 0),), None, {}, (1.0, 0.0, 1)),
+        (((4, 0),), None, {"max_concurrent": 20}, (2.0, 0.0, 20)),
+    ],
+)
+def test_trials_share_a_cluster(
+    nodes: tuple[tuple[int, int], ...],
+    can_add: tuple[tuple[int, int], ...] | None,
+    given: dict[str, Any],
+    expected: tuple[float, float, int],
+    smoke: Space,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``can_add`` is what an autoscaler may add, None where nobody here knows; then more may run than fit now."""
+    more = None if can_add is None else tuple(Node(*size) for size in can_add)
+    machines = Machines("h:1", "x", tuple(Node(*size) for size in nodes), more)
+    on(monkeypatch, machines)
+    found = resolve(smoke, **given)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
+    assert found.machines == machines
+
+
+def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find(address: str | None) -> Machines:
+        asked.append(address)
+        return Machines(None, "x", (Node(4, 0),))
+
+    monkeypatch.setattr(options_module, "find_machines", find)
+    resolve(smoke)
+    resolve(smoke, address="10.0.0.5:6379")
+    resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))
+    assert asked == [None, "10.0.0.5:6379", "h:1", None], "a study that goes on elsewhere is not sent back"
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
+    recorded = options_record(resolve(smoke, keep_adapters=9))
+    assert resolve(smoke, recorded).keep_adapters == 9
+    assert resolve(smoke, recorded, keep_adapters=0).keep_adapters == 0
+    del recorded["keep_adapters"]
+    assert resolve(smoke, recorded).keep_adapters == 5
+    with pytest.raises(InputError, match="--keep-adapters -1: must be at least 0"):
+        resolve(smoke, keep_adapters=-1)

@@ -457,6 +457,7 @@ def test_from_folder_to_files(
     assert about["data"]["fingerprint"] == task.dataset.fingerprint
     assert about["model"]["name"] == str(tiny_bert)
     assert "no repeats of the test stories: no noise ceiling" in printed
+    assert printed.startswith(f"test stories are read ({TEST}): choose no layer or other setting by the result\n")
     assert "1 of 12 voxels left out" in printed
     assert run(folder, "--model", tiny_bert, "--to", to) == 2
     assert "holds a partition.json already" in capsys.readouterr().err

@@ -11,15 +11,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cloud_servers import bucket, s3_endpoint
 from make_data import make_lab
 from study_process import RUN, environment_of, private_tmp, run_command, running_from
+from test_cluster import Cluster, cluster
 
 from bert_encoding.records import COLUMNS, read_cc, read_records
+from bert_encoding.storage import ObjectPath
 from study.analysis import load_trials
+from study.lock import LOCK_FILE
 
+ROOT = RUN.parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-__all__ = ["private_tmp"]  # a fixture
+__all__ = ["bucket", "cluster", "private_tmp", "s3_endpoint"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
 
 SPACE = '''"""Does a study survive?"""
 EPOCHS = 2
@@ -48,6 +59,7 @@ def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> li
         "--data": folder / "lab",
         "--model": tiny_bert,
         "--out": folder / "out",
+        "--confirm": 0,
     }
     return [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair), "--name", "s", *more]
 
@@ -73,7 +85,7 @@ def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_
     assert cc.shape == (12,)
     assert np.nanmean(cc) == pytest.approx(trials.loc["0001", "cc_mean"], abs=1e-6)
     assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
-    for line in ("[5/5] 0003: CC", f"everything lies in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
+    for line in ("[search 5/5] 0003: CC", f"everything lies in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
         assert line in done.stdout
     assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
 
@@ -117,7 +129,73 @@ def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_ber
         assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
 
 
-def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    """Of the first two trials the changed space suggests one no more: it counts, and the search goes on without it."""
+    done = run_command(_command(tmp_path, [GOOD, OTHERS[0]], tiny_bert, "--trials", "2"), private_tmp)
+    assert done.returncode == 0, done.stderr + done.stdout
+    study, changed = tmp_path / "out" / "s", tmp_path / "survive.py"
+    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
+    changed.write_text(SPACE.format(start=[GOOD]).replace("[2, 4, 8, 16]", "[4, 8, 16]"))
+    resume = [sys.executable, str(RUN), "--out", str(tmp_path / "out"), "--trials", "4"]
+    refused = run_command([*resume, "--resume"], private_tmp)
+    assert refused.returncode == 2
+    assert "cannot resume: the search space changed from survive (" in refused.stderr
+
+    forced = run_command([*resume, "--force-resume", "--keep-adapters", "1"], private_tmp)
+    assert forced.returncode in (0, 3), forced.stderr + forced.stdout  # what it suggests may be too long for this BERT
+    assert "note: trials from 0003 on may not compare" in forced.stdout
+    trials = load_trials(study).set_index("trial_id")
+    assert list(trials.index[2:]) == ["0001", "0002", "0003", "0004"]
+    assert trials.loc["0002", "rank"] == 2
+    assert set(trials["rank"].iloc[4:]) <= {4, 8, 16}
+    assert len(list(study.glob("trials/*/adapter"))) == 1
+    for trial_id, before in finished.items():
+        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
+    (told,) = json.loads((study / "study.json").read_text())["forced"]
+    assert "[2, 4, 8, 16]" in told["was"]["space"]["source"]
+
+
+@pytest.mark.slow
+def test_a_study_on_a_cluster(tmp_path: Path, private_tmp: Path, tiny_bert: Path, cluster: Cluster) -> None:
+    command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1", "--address", cluster.address)
+    environment = environment_of(private_tmp) | {"RAY_AUTH_TOKEN_PATH": str(cluster.token), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stderr == ""
+    assert f"runs on: the cluster at {cluster.address} (--address): 1 node, 3 CPUs, 0 GPUs" in done.stdout
+    study = tmp_path / "out" / "s"
+    assert json.loads((study / "study.json").read_text())["precision"] in ("float32", "bfloat16")
+    assert list(load_trials(study)["status"]) == ["COMPLETE"] * 3
+    assert any(process.name() == "gcs_server" for process in running_from(cluster.folder)), "it is left running"
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert "nothing to do" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert: Path, bucket: ObjectPath) -> None:
+    out = str(bucket / "out")
+    command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1")
+    command[command.index("--out") + 1] = out
+    first = run_command(command, private_tmp)
+    assert first.returncode == 0, first.stderr + first.stdout
+    study = bucket / "out" / "s"
+    assert (study / "summary.json").is_file() and (study / "trials.parquet").is_file()
+    assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (study / LOCK_FILE).exists()
+    trials = load_trials(study)
+    assert list(trials["status"]) == ["COMPLETE"] * 3
+    table = run_command([sys.executable, str(RUN.with_name("analysis.py")), str(study)], private_tmp)
+    assert table.returncode == 0, table.stderr
+    assert "Best trial 0001" in table.stdout
+    resumed = run_command([sys.executable, str(RUN), "--resume", "--out", out], private_tmp)
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    assert "nothing to do" in resumed.stdout
+    pd.testing.assert_frame_equal(load_trials(study), trials)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path, sent: signal.Signals) -> None:
     command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "40")
     study = tmp_path / "out" / "s"
     driver = subprocess.Popen(
@@ -125,12 +203,12 @@ def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_be
     )
     try:
         _wait_for(lambda: (study / "trials" / "0001" / "record.json").exists() or driver.poll() is not None)
-        driver.send_signal(signal.SIGTERM)
+        driver.send_signal(sent)
         out, error = driver.communicate(timeout=60)
     finally:
         driver.kill()
     assert driver.returncode == 130, out + error
-    assert "go on with: python study/run.py --resume" in out
+    assert "\ninterrupted\n" in out and "go on with: python study/run.py --resume" in out
     assert "Traceback" not in out + error
     assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
     assert (study / "trials.parquet").exists()
