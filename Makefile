@@ -1,5 +1,6 @@
 # make demo    the main job on the bundled demo
-# make test    all tests that end in minutes
+# make test    all tests but those marked slow
+# make test-slow   the tests that take longer
 # make check   ruff and mypy
 # make lock    pin the newest allowed versions (needs a network)
 # Each sets up what it needs in .venv; PYTHON and VENV may be given.
@@ -10,13 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements.lock)
 
-.PHONY: demo test check lock clean
+.PHONY: demo test test-slow check lock clean
 
 demo: $(VENV)/installed
-	$(BIN)/python study/run.py --space lora_full --data demo --trials 6 --name demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python study/run.py --space lora_full --data demo --trials 6 --confirm 1 --name demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
