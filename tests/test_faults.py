@@ -128,6 +128,7 @@ def test_a_killed_worker_full_memory_and_a_full_disk_concern_one_trial_each(tmp_
     assert not [path for path in folder.rglob("*") if "tmp" in path.name], "nothing half-written lies about"
 
 
+@pytest.mark.slow
 def test_where_no_record_can_be_written_the_study_ends_and_goes_on_later(tmp_path: Path, private_tmp: Path) -> None:
     folder, lrs = tmp_path / "s", [0.01, FILLS_EVERY_DISK, 0.02, 0.03]
     done = pretend(folder, private_tmp, lrs, ends="no space left", max_concurrent=1)

@@ -29,7 +29,7 @@ def test_ds003020_with_chosen_voxels_regions_and_baselines(tmp_path: Path, priva
     vectors.write_text("".join(f"{word} {' '.join(f'{x:.3f}' for x in rng.standard_normal(5))}\n" for word in words))
     out = tmp_path / "out"
     command = [sys.executable, str(RUN), "--space", "smoke", "--data", str(root), "--model", str(tiny_bert)]
-    command += ["--out", str(out), "--name", "s", "--trials", "1", "--voxels", "5"]
+    command += ["--out", str(out), "--name", "s", "--trials", "1", "--voxels", "5", "--confirm", "0"]
     done = run_command(
         [*command, "--baselines", "bag_of_words", "random", "--static-vectors", str(vectors)], private_tmp
     )
@@ -72,6 +72,7 @@ def test_ds003020_with_chosen_voxels_regions_and_baselines(tmp_path: Path, priva
         assert message in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_changed_choice_of_voxels_is_refused(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     root = make_lebel(tmp_path / "ds003020", STORIES, ("UTS02",), n_words=200, n_voxels=N_VOXELS)
     out = tmp_path / "out"
