@@ -19,6 +19,7 @@ N_VOXELS = 12
 STORIES = ("adollshouse", "buck", "exorcism", "life", "undertheinfluence", "wheretheressmoke", "avatar")
 
 
+@pytest.mark.slow
 def test_ds003020_with_chosen_voxels_regions_and_baselines(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     root = make_lebel(tmp_path / "ds003020", STORIES, ("UTS01", "UTS03"), n_words=300, n_voxels=N_VOXELS)
     responses = root / "derivative" / "preprocessed_data"

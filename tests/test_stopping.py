@@ -127,6 +127,7 @@ def space(trial):
 '''
 
 
+@pytest.mark.slow
 def test_a_real_study_with_early_stopping(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     make_lab(tmp_path / "lab")
     (tmp_path / "rank.py").write_text(LORA.format())
