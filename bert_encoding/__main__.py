@@ -17,10 +17,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from bert_encoding.command import Names, Text, Whole, run_app
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.errors import InputError, first_line
 
 WIDTH_OF_A_LOG = 240
-DEMO = "demo"  # the word alone: its module takes seconds to import
 FIGURES = (".png", ".pdf", ".svg")
 
 app = cyclopts.App(
@@ -155,10 +155,10 @@ def _open(path: str, trim: str | None) -> Any:
     if trim is not None and trim not in TRIMS:
         raise InputError(f"--trim {trim}: give {' or '.join(TRIMS)}")
     chosen = TRIMS[trim or "published"]
-    if path == DEMO:
+    if path in DEMOS:
         from bert_encoding.demo import demo_stories, simulate_listener
 
-        return replace(simulate_listener(demo_stories())[0], trim=chosen, notes=())
+        return replace(simulate_listener(demo_stories(path))[0], trim=chosen, notes=())
     return open_dataset(Path(path), chosen)
 
 
@@ -176,7 +176,7 @@ def _draw(report: Any, file: Path) -> str:
 def _is_text(path: str) -> bool:
     from bert_encoding.datasets import corpus, lab
 
-    return path != DEMO and corpus.recognises(Path(path)) and not lab.recognises(Path(path))
+    return path not in DEMOS and corpus.recognises(Path(path)) and not lab.recognises(Path(path))
 
 
 def _check_text(path: str, clean: bool, n_examples: int | None, as_json: bool) -> int:

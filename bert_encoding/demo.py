@@ -1,9 +1,10 @@
 """The bundled demo: sixteen stories and a simulated listener whose truth is known.
 
-The listener has three kinds of voxels. *Language* voxels follow the word vectors of the frozen ``minilm`` encoder (its
-last layer), cleaned of word rate and drift, through a few directions and a haemodynamic delay; *rate* voxels follow
-word rate; *silent* voxels follow nothing. So the frozen encoder is right by construction, and fine-tuning can at best
-keep up with it.
+The listener has three kinds of voxels. *Language* voxels follow the word vectors of the ``minilm`` encoder, cleaned of
+word rate and drift, through a few directions and a haemodynamic delay; *rate* voxels follow word rate; *silent* voxels
+follow nothing. In the plain demo language voxels follow the last layer of the frozen encoder. So it is right by
+construction, and fine-tuning can at best keep up with it. For the other demos see ``listeners``; everything else, the
+noise included, is the same in all of them.
 """
 
 import hashlib
@@ -13,19 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from bert_encoding.baselines import word_rate
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import TRIMS, Dataset, Story
-from bert_encoding.embed import embed_stories
-from bert_encoding.encoders import MINILM, load_encoder
+from bert_encoding.demo_names import DEMO, DEMOS
 from bert_encoding.features import ZScore, delay, lanczos_downsample
+from bert_encoding.listeners import Followed, hidden_weights, what_is_followed
 from bert_encoding.seeds import generator
-from bert_encoding.windows import tokenize
 
-DEMO = "demo"
 SUBJECT = "listener"
 TEST = ("ferry", "telescope")
 TR_S = 2.0
@@ -54,14 +52,23 @@ class Truth(NamedTuple):
     ceiling_test: np.ndarray
 
 
-def demo_stories() -> Dataset:
-    """Return the bundled stories without responses; needs no model."""
+def demo_stories(name: str = DEMO) -> Dataset:
+    """Return the bundled stories without responses; needs no model.
+
+    Parameters
+    ----------
+    name : of the demo, one of ``DEMOS``: who will listen
+    """
+    if name not in DEMOS:
+        raise ValueError(f"no demo {name!r}; there are {', '.join(DEMOS)}")
     stories = {path.stem: _story(path) for path in sorted(_STORIES.glob("*.txt"))}
-    return Dataset(source=DEMO, stories=stories, subjects=(SUBJECT,), published_test=TEST)
+    return Dataset(source=name, stories=stories, subjects=(SUBJECT,), published_test=TEST)
 
 
 def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
     """Let the simulated listener hear the bundled stories; return them with responses, inspected, and the truth.
+
+    Which listener, ``dataset.source`` says.
 
     The fingerprint is made of text and simulation, not of the last bits of a forward pass, so that it is the same on
     every machine.
@@ -113,56 +120,84 @@ def _truth() -> Truth:
 def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
     """Return what each voxel would respond without noise, story -> (n_trs, n_voxels); unit variance over the rows that
     responses keep."""
-    downsampled = {n: _downsample(dataset.stories[n], v) for n, v in _frozen_vectors(dataset).items()}
     rate = {n: _downsample(s, word_rate(s.spoken)) for n, s in dataset.stories.items()}
     kept = {n: dataset.trim.rows(len(rate[n])) for n in rate}
-    language = _directions(downsampled, rate, kept)
     rng = generator(SEED, "weights")
-    weights = rng.standard_normal((N_DIRECTIONS, N_LANGUAGE))
+    language = _language(dataset, rate, kept, rng.standard_normal((N_DIRECTIONS, N_LANGUAGE)))
     hrf = HAEMODYNAMICS[:, None] * rng.uniform(0.7, 1.3, (len(HAEMODYNAMICS), N_LANGUAGE + N_RATE))
     signals = {}
     for name in rate:
-        drive = np.hstack([language[name] @ weights, np.repeat(rate[name], N_RATE, axis=1)])  # (n_trs, n_driven)
+        drive = np.hstack([language[name], np.repeat(rate[name], N_RATE, axis=1)])  # (n_trs, n_driven)
         lagged = delay(drive, range(1, len(hrf) + 1)).reshape(len(drive), *hrf.shape)
         signals[name] = np.einsum("tdv,dv->tv", lagged, hrf)
     scale = ZScore.learn(np.vstack([signals[n][kept[n]] for n in signals]))
     return {n: np.hstack([scale.apply(s), np.zeros((len(s), N_SILENT))]) for n, s in signals.items()}
 
 
+def _language(
+    dataset: Dataset, rate: dict[str, np.ndarray], kept: dict[str, slice], weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return what drives language voxels before any delay, story -> (n_trs, n_language).
+
+    Parameters
+    ----------
+    weights : (n_directions, n_language) how much each voxel follows each direction
+    """
+    parts, start = [], 0
+    for one in what_is_followed(dataset, N_LANGUAGE):
+        heard = _directions(_on_trs(dataset, one, rate, kept), rate, kept)
+        parts.append({n: heard[n] @ weights[:, start : start + one.n_voxels] for n in heard})
+        start += one.n_voxels
+    return {n: np.hstack([part[n] for part in parts]) for n in rate}
+
+
+def _on_trs(
+    dataset: Dataset, one: Followed, rate: dict[str, np.ndarray], kept: dict[str, slice]
+) -> dict[str, np.ndarray]:
+    """Return vectors on the scanner's clock, story -> (n_trs, n_hidden); of those that are followed only where they
+    differ from others, the coordinates on the strongest directions of the difference, (n_trs, n_directions)."""
+    X = {n: _downsample(dataset.stories[n], vectors) for n, vectors in one.vectors.items()}
+    if one.differs_from is None:
+        return X
+    change = {n: X[n] - _downsample(dataset.stories[n], vectors) for n, vectors in one.differs_from.items()}
+    axes = _strongest(change, _known(rate), kept)[2]
+    return {n: X[n] @ axes.T for n in X}
+
+
 def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]) -> dict[str, np.ndarray]:
     """Return the strongest directions of the downsampled vectors, story -> (n_trs, n_directions), learnt on the rows
-    that responses keep.
+    that responses keep; each of unit mean square there.
 
     Word rate and slow drift are taken out first. BERT's vectors drift with the position in its window, whatever the
     words; a listener who followed that would be predicted by any text.
     """
-    known = {n: np.hstack([np.ones_like(r), r * _drift(len(r))]) for n, r in rate.items()}
+    known = _known(rate)
+    slopes, scale, axes = _strongest(X, known, kept)
+    n_rows = sum(len(X[n][kept[n]]) for n in X)
+    project = axes.T * (np.sqrt(n_rows) / scale)
+    return {n: (X[n] - known[n] @ slopes) @ project for n in X}
+
+
+def _strongest(
+    X: dict[str, np.ndarray], known: dict[str, np.ndarray], kept: dict[str, slice]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the slopes of vectors on what is known, (n_known, n_hidden), and of what is left the largest singular
+    values, (n_directions,), with their directions, (n_directions, n_hidden)."""
     fit_known, fit_X = (np.vstack([values[n][kept[n]] for n in X]) for values in (known, X))
     slopes = np.linalg.lstsq(fit_known, fit_X, rcond=None)[0]
     _, scale, directions = np.linalg.svd(fit_X - fit_known @ slopes, full_matrices=False)
-    project = directions[:N_DIRECTIONS].T * (np.sqrt(len(fit_X)) / scale[:N_DIRECTIONS])
-    return {n: (X[n] - known[n] @ slopes) @ project for n in X}
+    return slopes, scale[:N_DIRECTIONS], directions[:N_DIRECTIONS]
+
+
+def _known(rate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a constant, and word rate with its slow changes, story -> (n_trs, n_known)."""
+    return {n: np.hstack([np.ones_like(r), r * _drift(len(r))]) for n, r in rate.items()}
 
 
 def _drift(n_trs: int) -> np.ndarray:
     """Return a constant and slow cosines over a story, (n_trs, 1 + N_DRIFT)."""
     place = (np.arange(n_trs) + 0.5) / n_trs
     return np.cos(np.pi * np.outer(place, np.arange(1 + N_DRIFT)))
-
-
-def _frozen_vectors(dataset: Dataset) -> dict[str, np.ndarray]:
-    encoder = load_encoder(MINILM)
-    tokens = {name: tokenize(story.spoken, encoder.tokenizer) for name, story in dataset.stories.items()}
-    return embed_stories(
-        encoder.model.bert,
-        tokens,
-        encoder.tokenizer,
-        layer=encoder.n_layers,
-        window_tokens=encoder.max_tokens,
-        stride=256,
-        precision="float32",
-        device=torch.device("cpu"),
-    )
 
 
 def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
@@ -198,4 +233,5 @@ def _story(path: Path) -> Story:
 
 def _fingerprint(dataset: Dataset) -> str:
     text = "".join(" ".join((name, *story.words)) for name, story in dataset.stories.items())
-    return f"demo-{_VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    content = hashlib.sha256(text.encode() + hidden_weights(dataset.source)).hexdigest()
+    return f"{dataset.source}-{_VERSION}-{content[:8]}"

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from bert_encoding.command import Text, Whole, parse_layer
 from bert_encoding.datasets import corpus, lab, open_dataset
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.demo import DEMO, demo_stories
+from bert_encoding.demo import demo_stories
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import load_encoder
 from bert_encoding.errors import InputError
 from bert_encoding.records import atomic_path, read_json
@@ -140,8 +141,8 @@ def _paths(file: Path, names: tuple[str, ...]) -> list[Path]:
 
 def _open_data(data: str) -> Dataset:
     path = Path(data)
-    if data == DEMO:
-        return demo_stories()
+    if data in DEMOS:
+        return demo_stories(data)
     if corpus.recognises(path) and not lab.recognises(path):
         raise InputError(f"--data {data}: is text without times; use --text")
     return open_dataset(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_encoding.command import Text
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.errors import InputError, first_line
 from bert_encoding.records import (
     BASELINE,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from bert_encoding.chain import Task
     from bert_encoding.datasets.story import Dataset
 
-MODEL_FILE, VOXELS_FILE, DEMO, ALL = "model.npz", "voxels.npz", "demo", "all"
+MODEL_FILE, VOXELS_FILE, ALL = "model.npz", "voxels.npz", "all"
 ADAPTER_CONFIG = "adapter_config.json"
 NEEDED = ("task", "options", "splits", "data", "voxels", "model", "code")
 
@@ -222,8 +223,8 @@ def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], tri
     from bert_encoding.datasets.story import Trim
     from bert_encoding.demo import demo_stories, simulate_listener
 
-    if source == DEMO:
-        return simulate_listener(demo_stories())[0]
+    if source in DEMOS:
+        return simulate_listener(demo_stories(source))[0]
     dataset = open_dataset(Path(source), Trim(*trim))
     if lacking := [name for name in names if name not in dataset.stories]:
         raise InputError(f"{source}: no story {lacking[0]}, which this study has; give its data with --data")

@@ -24,7 +24,8 @@ from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
 from bert_encoding.datasets.story import TRIMS, Dataset
-from bert_encoding.demo import DEMO, demo_stories, simulate_listener
+from bert_encoding.demo import demo_stories, simulate_listener
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.devices import pick_device
 from bert_encoding.encoders import MINILM, check_layer, check_model_name, weights_fingerprint
 from bert_encoding.errors import InputError
@@ -143,7 +144,7 @@ def partition(
     Parameters
     ----------
     path
-        'demo', or the folder of your data.
+        'demo', 'demo-null', 'demo-helps', or the folder of your data.
     model
         minilm, minilm-plain, a checkpoint folder or a hub name; frozen. [default: minilm]
     layer
@@ -283,15 +284,15 @@ def _open_task(
     """Open and inspect the data; all stories but the test stories are fit stories."""
     if trim is not None and trim not in TRIMS:
         raise InputError(f"--trim {trim}: must be one of {', '.join(TRIMS)}")
-    if path == DEMO:
-        dataset = simulate_listener(demo_stories())[0]
+    if path in DEMOS:
+        dataset = simulate_listener(demo_stories(path))[0]
     else:
         dataset = open_dataset(Path(path), TRIMS[trim or "published"])
     chosen = choose_subjects(dataset, subjects)
     fit, test = choose_stories(dataset, chosen, test_stories, n_train_stories, seed)
     if len(fit) < MIN_FIT_STORIES:
         raise InputError(f"{dataset.source}: {len(fit)} stories to fit; at least {MIN_FIT_STORIES} are needed")
-    if path != DEMO:
+    if path not in DEMOS:
         dataset = _inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
     return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
 

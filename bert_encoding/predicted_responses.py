@@ -9,7 +9,8 @@ import numpy as np
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Story
-from bert_encoding.demo import DEMO, demo_stories, simulate_listener
+from bert_encoding.demo import demo_stories, simulate_listener
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoding_model import predict_story
 from bert_encoding.errors import InputError, first_line
 from bert_encoding.model_file import BLOCK_BYTES, EncodingModel, SubjectModel, is_plain_name, load_model
@@ -89,7 +90,7 @@ def _about_lock(story: str, study: str, test: bool) -> str:
 
 def _story_of(data: str, name: str, model: EncodingModel) -> Story:
     dataset = (
-        simulate_listener(demo_stories())[0] if data == DEMO else open_dataset(Path(data), model.settings.trim_trs)
+        simulate_listener(demo_stories(data))[0] if data in DEMOS else open_dataset(Path(data), model.settings.trim_trs)
     )
     if name not in dataset.stories:
         known = ", ".join(list(dataset.stories)[:MAX_SHOWN])

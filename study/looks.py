@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.demo import DEMO
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.errors import InputError
 from bert_encoding.records import (
     ENCODING,
@@ -174,7 +174,7 @@ def check_looks(options: Options, look: int | None, heard: Heard, is_again: bool
     InputError
         if this study or another in the same place has looked already, and the user does not force it.
     """
-    if look is None or options.data == DEMO or is_again or _permitted(options.folder) >= look:
+    if look is None or options.data in DEMOS or is_again or _permitted(options.folder) >= look:
         return
     before = earlier_looks(options, heard)
     if before:

@@ -15,7 +15,8 @@ from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
 from bert_encoding.datasets.story import TRIMS, Dataset
-from bert_encoding.demo import DEMO, N_VOXELS, demo_stories, simulate_listener
+from bert_encoding.demo import N_VOXELS, demo_stories, simulate_listener
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.voxels import keep_voxels, read_voxels, voxels_key
@@ -81,9 +82,10 @@ def prepare(options: Options, space: Space) -> Study:
     trains = rehearse(space, base)
     if options.trials and trains and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
-    dataset = demo_stories() if options.data == DEMO else open_dataset(Path(options.data), TRIMS[options.trim])
+    is_demo = options.data in DEMOS
+    dataset = demo_stories(options.data) if is_demo else open_dataset(Path(options.data), TRIMS[options.trim])
     subjects = choose_subjects(dataset, options.subjects)
-    if options.data == DEMO:  # whoever listens to the demo will have heard every story
+    if is_demo:  # whoever listens to the demo will have heard every story
         heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
         train, test = choose_stories(
             replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.corpus import Corpus, describe, open_corpus
-from bert_encoding.demo import DEMO
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import MINILM_PLAIN, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.records import ADAPT, content_key
@@ -72,7 +72,7 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
 
 
 def _open(options: Options) -> Corpus:
-    if options.data == DEMO:
+    if options.data in DEMOS:
         raise InputError("--data: a space of this task needs text; give a .txt, .csv or .parquet file, or a folder")
     return open_corpus(Path(options.data), clean=options.clean, n_examples=options.examples, seed=options.seed)
 

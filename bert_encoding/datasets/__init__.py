@@ -6,6 +6,7 @@ from pathlib import Path
 from bert_encoding.datasets import lab, lebel2023
 from bert_encoding.datasets.rois import read_rois
 from bert_encoding.datasets.story import TRIMS, Dataset, Trim
+from bert_encoding.demo_names import DEMOS
 from bert_encoding.errors import InputError
 
 
@@ -22,7 +23,7 @@ def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
         if nothing there is recognised.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such data; give a folder, or 'demo'")
+        raise InputError(f"{path}: no such data; give a folder, or one of {', '.join(DEMOS)}")
     if path.name == lab.TEXT_FILE:
         raise InputError(f"{path}: give its folder, {path.parent}")
     if path.is_dir() and lab.recognises(path):
