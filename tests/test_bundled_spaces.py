@@ -1,20 +1,25 @@
 """The bundled spaces that are grids: every point once, whatever runs beside it; and what each space tries first."""
 
 import importlib.util
+import itertools
 import re
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from ray.tune.search import Searcher
 
 import search_spaces
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from study.spaces import load_space, rehearse, to_trial_config
+from bert_encoding.records import TrialRecord, lora_scaling
+from study.searcher import StudySearcher
+from study.spaces import Space, load_space, rehearse, to_trial_config
 
 FOLDER = Path(next(iter(search_spaces.__path__)))
 Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
@@ -169,10 +174,99 @@ def test_nsp_compares_the_two_objectives_alone() -> None:
     assert {(c.method, c.batch_size, c.train_embeddings) for c in configs} == {("full", 8, True)}
 
 
+# --- lora_rank and lora_rank_small ------------------------------------------------------------------------------------
+
+SCALES: dict[str, Callable[[int], float]] = {  # what B A is multiplied by
+    "2r": lambda rank: 2.0,
+    "fixed": lambda rank: 18 / rank,
+    "rslora": lambda rank: 6 / rank**0.5,
+}
+RANKS = [
+    ("lora_rank", list(itertools.product((2, 4, 8, 16, 32, 64), SCALES, (1e-4, 3e-4, 1e-3), (0, 1, 2)))),
+    ("lora_rank_small", list(itertools.product((4, 16, 64), ("rslora",), (3e-4, 1e-3), (0, 1)))),
+]
+
+
+def run_study(space: Space, n_at_once: int, jobs_done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Hand out what a study still lacks, so many trials at once; return its jobs."""
+    records = [
+        TrialRecord("COMPLETE", "lora", job["config"], job["trial_id"], "search", key=job["key"], params=job["params"])
+        for job in jobs_done
+    ]
+    for record in records:
+        record.scores["cc_mean"] = 0.1
+    base, n = TrialConfig(epochs=space.epochs or 3), len(records)
+    searcher = StudySearcher(space, base, [], space.trials, records, repr, seed=0, first_id=n)
+    jobs: list[dict[str, Any]] = []
+    running: deque[str] = deque()
+    while (name := f"ray{len(jobs)}") and len(jobs) <= space.trials:
+        job = searcher.suggest(name) if len(running) < n_at_once else None
+        if job == Searcher.FINISHED:
+            break
+        if job is None:
+            searcher.on_trial_complete(running.popleft(), {"status": "COMPLETE", "value": 0.1})
+        else:
+            jobs.append(job)
+            running.append(name)
+    assert searcher.error is None
+    return jobs
+
+
+def ran(jobs: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
+    found = [(job["params"].get("alpha_rule", "rslora"), job["config"]) for job in jobs]
+    return Counter((config["rank"], rule, config["lr"], config["seed"]) for rule, config in found)
+
+
+@pytest.mark.parametrize(("name", "grid"), RANKS)
+@pytest.mark.parametrize("n_at_once", [1, 5])
+def test_lora_rank_runs_every_point_with_every_seed_once(name: str, grid: list[Any], n_at_once: int) -> None:
+    space = load_space(name)
+    assert (space.trials, space.size, space.sampler) == (len(grid), len(grid), "grid")
+    jobs = run_study(space, n_at_once, [])
+    assert ran(jobs) == Counter(grid)
+    assert len({job["key"] for job in jobs}) == len(grid), "no two points are the same settings"
+
+
+@pytest.mark.parametrize(("name", "grid"), RANKS)
+@pytest.mark.parametrize("n_done", [1, 5])
+def test_lora_rank_goes_on_after_a_cut_with_what_is_left(name: str, grid: list[Any], n_done: int) -> None:
+    space = load_space(name)
+    done = run_study(space, 1, [])[:n_done]  # the last point lacks a seed
+    left = run_study(space, 1, done)
+    assert ran(done) + ran(left) == Counter(grid)
+
+
+@pytest.mark.parametrize(("name", "grid"), RANKS)
+def test_lora_rank_changes_rank_rule_rate_and_seed_alone(name: str, grid: list[Any]) -> None:
+    jobs = run_study(load_space(name), 1, [])
+    for job in jobs:
+        rule, config = job["params"].get("alpha_rule", "rslora"), job["config"]
+        assert lora_scaling(config) == pytest.approx(SCALES[rule](config["rank"]), rel=1e-12)
+    searched = {"rank", "lora_alpha", "lora_scaling", "lr", "seed"}
+    fixed = asdict(TrialConfig(method="lora", epochs=5, batch_size=8, target_modules="q,v", lora_dropout=0.1))
+    others = [{name: value for name, value in job["config"].items() if name not in searched} for job in jobs]
+    assert others == [{name: value for name, value in fixed.items() if name not in searched}] * len(grid)
+
+
+@pytest.mark.parametrize(("name", "grid"), RANKS)
+def test_lora_rank_stops_none_early_and_begins_amid_its_grid(name: str, grid: list[Any]) -> None:
+    space = load_space(name)
+    assert space.scheduler == "none"
+    seeds = sorted({seed for *_, seed in grid})
+    assert list(space.seeds) == seeds
+    first = run_study(space, 1, [])[: len(seeds)]
+    assert ran(first) == Counter((16, "rslora", 3e-4, seed) for seed in seeds)
+
+
+def test_lora_rank_holds_every_trial_of_its_small_form() -> None:
+    keys = [{job["key"] for job in run_study(load_space(name), 1, [])} for name, _ in RANKS]
+    assert keys[1] < keys[0]
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["full_vs_lora", "layers", "nsp"])
+@pytest.mark.parametrize("name", ["full_vs_lora", "layers", "nsp", "lora_rank", "lora_rank_small"])
 def test_the_docstring_sorts_every_parameter(name: str) -> None:
     module = load(name)
     doc = str(module.__doc__)
@@ -187,20 +281,26 @@ def test_the_docstring_sorts_every_parameter(name: str) -> None:
         assert set(point) == set(trial.params)
         assert not [parameter for parameter in trial.params if f"``{parameter}``" not in text]
         assert set(suggested) <= set(TrialConfig.__dataclass_fields__)
-        assert set(trial.params) <= set(suggested), "parameters are named as the settings they are"
+        own_words = {"alpha_rule"} if name == "lora_rank" else set()  # two settings in one
+        assert set(trial.params) - own_words <= set(suggested), "parameters are named as the settings they are"
 
 
 # --- as studies load them ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lora_full", "smoke", "layers", "full_vs_lora", "nsp", "sentiment_lora"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_full", "smoke", "layers", "full_vs_lora", "nsp", "sentiment_lora", "lora_rank", "lora_rank_small"],
+)
 @pytest.mark.parametrize("n_layers", [12, 6])
 def test_every_bundled_space_passes_the_rehearsal(name: str, n_layers: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "bert", "num_hidden_layers": {n_layers}}}')
     space = load_space(name, n_layers)
     rehearse(space, TrialConfig(model=str(tmp_path), epochs=space.epochs or 3))
     assert space.task == ("classification" if name == "sentiment_lora" else "encoding")
-    assert {"full_vs_lora": 45, "layers": n_layers + 1}.get(name, space.trials) == space.trials
+    assert {"full_vs_lora": 45, "layers": n_layers + 1, "lora_rank": 162, "lora_rank_small": 12}.get(
+        name, space.trials
+    ) == space.trials
 
 
 def test_a_layer_that_the_model_lacks_is_refused_before_anything_runs(tmp_path: Path) -> None:
