@@ -1,6 +1,7 @@
 """What a study found: its trial table, and CC beside the frozen baseline.
 
 python study/analysis.py results/<name>
+python study/analysis.py results/<one> results/<other>
 """
 
 if __name__ == "__main__":  # the imports take seconds
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bert_encoding.command import Number
 from bert_encoding.errors import InputError
 from bert_encoding.intervals import Interval, story_interval
 from bert_encoding.records import (
@@ -45,7 +47,16 @@ from bert_encoding.records import (
     write_record_tables,
 )
 from bert_encoding.storage import Place, open_place
+from study.answers.compare import compare
+from study.answers.delta import DELTA
+from study.answers.evidence import ADAPTIVE, Evidence, gather
+from study.answers.reading import forced_lines as forced_lines
+from study.answers.reading import load_records as load_records
+from study.answers.reading import load_task as load_task
+from study.answers.verdict import Verdict
 from study.confirmed import confirm_lines
+from study.options import check_delta
+from study.scheduler import NO_SCHEDULER
 
 SHOWN = (
     "trial_id phase status method rank lora_alpha target_modules lr stride epochs_done mlm_loss_train mlm_loss_heldout "
@@ -86,19 +97,6 @@ def load_trials(path: str | Place) -> pd.DataFrame:
         if ``path``, a folder or the URL of one in object storage, holds no study.
     """
     return trials_frame(load_records(path))
-
-
-def load_records(path: str | Place) -> list[TrialRecord]:
-    """Return the records of a study, without their CC; ``path`` as of `load_trials`."""
-    folder = open_place(path)
-    if not (folder / STUDY_FILE).is_file():
-        raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing)")
-    return read_records(folder)
-
-
-def load_task(path: str | Place) -> str:
-    """Return what a study is about: ``encoding``, or a task on text alone."""
-    return str(read_json(open_place(path) / STUDY_FILE).get("task", ENCODING))
 
 
 def standing(trials: pd.DataFrame, task: str = ENCODING) -> Standing:
@@ -168,7 +166,9 @@ def notes_of(records: list[TrialRecord]) -> dict[str, list[str]]:
     return {record.trial_id: record.notes for record in records if record.notes}
 
 
-def print_study(console: Console, records: list[TrialRecord], trials: pd.DataFrame, task: str = ENCODING) -> None:
+def print_study(
+    console: Console, records: list[TrialRecord], trials: pd.DataFrame, task: str = ENCODING, is_adaptive: bool = False
+) -> None:
     """Print the trial table, best first, where the best trial stands, and the notes of the two compared."""
     notes = notes_of(records)
     regions = [name for name in trials.columns if name.startswith(ROI_PREFIX)]
@@ -182,7 +182,8 @@ def print_study(console: Console, records: list[TrialRecord], trials: pd.DataFra
     console.print(_table(trials.loc[order, columns]))
     ranks = cc_by_rank(trials)
     if task == ENCODING and len(ranks) > 1:
-        console.print("CC by rank (searched trials; exploratory: rank, lr and alpha vary together)")
+        beside = "; exploratory: the search was adaptive, and its ranks were not tried on equal terms" * is_adaptive
+        console.print(f"CC by rank (searched trials{beside})", soft_wrap=True)
         console.print(_table(ranks))
     found = standing(trials, task)
     stories = stories_frame(records)
@@ -204,18 +205,6 @@ def print_examples(console: Console, folder: Place, trials: pd.DataFrame, task: 
         return
     console.print(f"Examples of trial {best}, before and after training:")
     console.print(_table(pd.DataFrame(read_record(folder, best).examples)))
-
-
-def forced_lines(path: str | Place) -> list[str]:
-    """Say of a study that was forced to go on which of its trials may not compare."""
-    lines = []
-    for forced in read_json(open_place(path) / STUDY_FILE).get("forced", []):
-        names = ", ".join(one["what"] for one in forced["differences"])
-        lines.append(
-            f"note: trials from {forced['first_trial']} on may not compare with those before: the study was forced to "
-            f"go on ({forced['at']}) although it differs in {names} ({STUDY_FILE} tells how)"
-        )
-    return lines
 
 
 def verdict_lines(found: Standing, gain: Interval | None = None) -> list[str]:
@@ -282,27 +271,85 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-app = cyclopts.App(name="analysis.py", help="Print what a study found and rebuild its tables.", version_flags=[])
+app = cyclopts.App(name="analysis.py", help="Print what a study found, or compare two.", version_flags=[])
 
 
 @app.default
-def main(folder: str) -> None:
-    """Print what a study found and rebuild its tables.
+def main(folder: str, other: str | None = None, /, *, delta: Number = None) -> None:
+    """Print what a study found and rebuild its tables, or compare it with another one.
 
     Parameters
     ----------
     folder
         The study, e.g. results/lora_full-2026-01-31 or s3://bucket/results/lora_full-2026-01-31.
+    other
+        Another study on the same data and stories, to stand beside it.
+    delta
+        CC below which an effect does not matter. [default: what the study was begun with]
     """
+    if delta is not None:
+        check_delta(delta)
+    console = Console(width=None if sys.stdout.isatty() else 400)
+    if other is not None:
+        both = [open_place(one) for one in (folder, other)]
+        one, two = (gather(place, load_delta(place) if delta is None else delta) for place in both)
+        print_comparison(console, one, two)
+        return
     study = open_place(folder)
     records, task = load_records(study), load_task(study)
     trials = write_record_tables(study, records)
-    width = None if sys.stdout.isatty() else 400
-    console = Console(width=width)
-    print_study(console, records, trials, task)
+    print_study(console, records, trials, task, is_adaptive(load_options(study)))
     print_examples(console, study, trials, task)
     for line in (*confirm_lines(study, trials), *forced_lines(study)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    from study.answer import print_answer  # its report is made of what stands above
+
+    print_answer(console, study, delta)
+
+
+def load_options(path: str | Place) -> dict[str, Any]:
+    """Return the options that a study recorded.
+
+    Raises
+    ------
+    InputError
+        if no study is there.
+    """
+    file = open_place(path) / STUDY_FILE
+    if not file.is_file():
+        raise InputError(f"{open_place(path)}: no study here ({STUDY_FILE} is missing)")
+    found: dict[str, Any] = read_json(file).get("options", {})
+    return found
+
+
+def is_adaptive(options: dict[str, Any]) -> bool:
+    """Whether later trials of a study depended on the scores of earlier ones, by its recorded options."""
+    return options.get("sampler", "tpe") in ADAPTIVE or options.get("scheduler", NO_SCHEDULER) != NO_SCHEDULER
+
+
+def load_delta(path: str | Place) -> float:
+    """Return the CC below which, by what was set when the study began or went on, an effect does not matter."""
+    return float(load_options(path).get("delta", DELTA))
+
+
+def print_verdicts(console: Console, verdicts: tuple[Verdict, ...]) -> None:
+    """Print questions and answers, and the runs that would tell what these could not."""
+    for verdict in verdicts:
+        lines = [verdict.question, f"  {verdict.headline}", *(f"  {sentence}" for sentence in verdict.sentences)]
+        lines += [] if verdict.command is None else [f"  Next: {verdict.command}"]
+        for line in lines:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_comparison(console: Console, one: Evidence, other: Evidence) -> None:
+    """Print what two studies found, side by side.
+
+    Raises
+    ------
+    InputError
+        if their scores do not compare.
+    """
+    console.print(_table(compare(one, other)))
 
 
 if __name__ == "__main__":

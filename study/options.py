@@ -10,11 +10,12 @@ from typing import Any
 from bert_encoding.command import absolute, parse_layer
 from bert_encoding.config import MLM_TEXTS
 from bert_encoding.datasets.story import TRIMS
-from bert_encoding.demo import DEMO
+from bert_encoding.demo_names import DEMO, DEMOS
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
 from bert_encoding.records import BAG_OF_WORDS, ENCODING, RANDOM, STATIC, STUDY_FILE, read_json
 from bert_encoding.storage import Place, children, is_url, modified_s, open_place
+from study.answers.delta import DELTA
 from study.machines import Machines, check_fits, find_machines
 from study.scheduler import SCHEDULERS
 from study.spaces import Space
@@ -33,6 +34,7 @@ class Options:
 
     Attributes
     ----------
+    delta, deltas_before : CC below which an effect does not matter, and what that was earlier in this study
     asked : what the user asked of the machines, now or when the study began; the machines at hand may give other values
     """
 
@@ -72,6 +74,8 @@ class Options:
     machines: Machines
     confirm: int = FINALISTS
     confirm_seeds: int = FRESH_SEEDS
+    delta: float = DELTA
+    deltas_before: list[float] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,7 +87,7 @@ class Options:
 SCIENCE = (
     "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
     "sampler scheduler outer_folds mlm_text baselines static_vectors probe control_text train_examples examples "
-    "max_length clean keep_adapters confirm confirm_seeds"
+    "max_length clean keep_adapters confirm confirm_seeds delta deltas_before"
 ).split()
 # What it takes from there too, if it was given and these machines can: with other values it is the same study.
 SHARES = ("cpus_per_trial", "gpus_per_trial")
@@ -103,6 +107,7 @@ ENCODING_OPTIONS: dict[str, Any] = {
     "baselines": [],
     "static_vectors": "",
     "confirm_seeds": FRESH_SEEDS,
+    "delta": DELTA,
 }
 TEXT_OPTIONS: dict[str, Any] = {"train_examples": None, "examples": None, "max_length": None, "clean": False}
 
@@ -120,7 +125,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         if values.get(name) == "":
             raise InputError(f"--{name}: must not be empty")
     data = values.get("data", DEMO)
-    if data != DEMO:
+    if data not in DEMOS:
         data = str(absolute("--data", data))
     cpus, gpus, machines = _share(values, tuple(name for name in SHARES if name not in given))
     static = _file("--static-vectors", values["static_vectors"]) if values.get("static_vectors") else ""
@@ -161,6 +166,8 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         machines=machines,
         confirm=_confirm(values, space),
         confirm_seeds=values.get("confirm_seeds", FRESH_SEEDS),
+        delta=values.get("delta", DELTA),
+        deltas_before=_deltas_before(given, recorded),
         asked={name: values[name] for name in ASKED if name in values},
     )
     _check(options)
@@ -170,7 +177,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
 def model_of(given: dict[str, Any], recorded: dict[str, Any]) -> str:
     """Return the model that is given, recorded, or the data's default."""
     values = recorded | given
-    return _model(values.get("model") or (MINILM if values.get("data", DEMO) == DEMO else DEFAULT_MODEL))
+    return _model(values.get("model") or (MINILM if values.get("data", DEMO) in DEMOS else DEFAULT_MODEL))
 
 
 def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, Any]:
@@ -201,6 +208,37 @@ def options_record(options: Options) -> dict[str, Any]:
     """Return the options as ``study.json`` keeps them: those that define the study, and what was asked beside them."""
     kept = {name: getattr(options, name) for name in SCIENCE} | options.asked
     return kept if options.trials else kept | {"confirm": None}  # a search that is added has its own default
+
+
+def _deltas_before(given: dict[str, Any], recorded: dict[str, Any]) -> list[float]:
+    """Return the deltas that a resumed study had before this one, the first one first."""
+    before = list(recorded.get("deltas_before", []))
+    last = recorded.get("delta", DELTA)
+    return [*before, last] if recorded and given.get("delta", last) != last else before
+
+
+def check_delta(delta: float) -> None:
+    """Refuse a delta that is no size of an effect.
+
+    Raises
+    ------
+    InputError
+        if it is not above 0 and below 1.
+    """
+    if not 0 < delta < 1:
+        raise InputError(f"--delta {delta:g}: must be a CC above 0 and below 1")
+
+
+def delta_note(options: dict[str, Any], delta: float) -> str | None:
+    """Say of a delta that it is not the one that was set before there were results; None if it is.
+
+    Parameters
+    ----------
+    options : of ``study.json``; a study that recorded none was begun with the default
+    delta : the one that verdicts go by
+    """
+    first = [*options.get("deltas_before", []), options.get("delta", DELTA)][0]
+    return None if delta == first else f"delta {delta:g} was chosen after the study ({first:g} was set)"
 
 
 def _share(values: dict[str, Any], recorded: tuple[str, ...]) -> tuple[float, float, Machines]:
@@ -358,6 +396,7 @@ def _check(options: Options) -> None:
             f"--voxels {options.voxels}: with --outer-folds {options.outer_folds} every story is validated once and "
             "none is left to choose voxels by; use one fold, or give a file of voxels"
         )
+    check_delta(options.delta)
     if options.confirm and options.trials == 0:
         raise InputError(f"--confirm {options.confirm}: with --trials 0 nothing is searched; leave it out")
     if options.scheduler not in SCHEDULERS:

@@ -23,6 +23,7 @@ from study.looks import read_looks
 from study.memory import worker_bytes
 from study.objective import Job
 from study.options import Options
+from study.phrases import counted
 from study.spaces import Space
 
 TOKENS_A_WORD = 1.2
@@ -247,6 +248,8 @@ def print_plan(
     )
     if confirms:
         add("confirm", _describe_confirm(options, done))
+    if options.trials:
+        add("delta", f"{options.delta:g} CC: an effect within it does not matter")
     add("search", f"sampler {options.sampler}, scheduler {options.scheduler}")
     share = f"{options.cpus_per_trial:g} CPU" + (f", {options.gpus_per_trial:g} GPU" if options.gpus_per_trial else "")
     add("workers", f"up to {options.max_concurrent} at once, {share} each")
@@ -263,11 +266,6 @@ def print_plan(
 
 def _told(n_done: int) -> str:
     return f", {n_done} of them done" if n_done else ""
-
-
-def counted(n: int, one: str, several: str = "") -> str:
-    """Return a number with its noun, as in 1 story, 1,000 stories."""
-    return f"{n:,} {one if n == 1 else several or one + 's'}"
 
 
 def _describe_confirm(options: Options, done: Done) -> str:

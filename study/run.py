@@ -24,13 +24,15 @@ from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text,
 from bert_encoding.encoders import check_model, model_shape
 from bert_encoding.errors import InputError
 from bert_encoding.records import ENCODING, FAILED, STUDY_FILE, read_records, write_json
-from study.analysis import forced_lines, load_task, load_trials, print_examples, print_study, standing
+from study.analysis import forced_lines, is_adaptive, load_task, load_trials, print_examples, print_study, standing
+from study.answer import SUMMARY_FILE, print_answer
 from study.confirmed import confirm_lines, confirm_summary
 from study.looks import read_looks
 from study.machines import LOCAL, check_fits, describe_machines
 from study.memory import check_memory, worker_bytes
-from study.options import Options, check_take_over, model_of, read_recorded, resolve_options
-from study.plan import MIN_FREE_BYTES, Done, check_space_on_disk, counted, done_so_far, estimate, print_plan
+from study.options import Options, check_take_over, delta_note, model_of, options_record, read_recorded, resolve_options
+from study.phrases import counted
+from study.plan import MIN_FREE_BYTES, Done, check_space_on_disk, done_so_far, estimate, print_plan
 from study.prepare import Study, prepare
 from study.session import (
     changes,
@@ -76,6 +78,7 @@ def main(
     scheduler: Text = None,
     confirm: Whole = None,
     confirm_seeds: Whole = None,
+    delta: Number = None,
     name: Text = None,
     out: Text = None,
     keep_adapters: Whole = None,
@@ -109,7 +112,7 @@ def main(
         What to search: a bundled space (lora_full, smoke, layers, full_vs_lora, nsp, sentiment_lora) or your own
         FILE.py. [default: lora_full]
     data
-        'demo', or the folder of your data; its format is recognised. [default: demo]
+        'demo', 'demo-null', 'demo-helps', or the folder of your data; its format is recognised. [default: demo]
     trim
         Which volumes the responses lack: 'published' (10 at the start, 5 at the end) or 'course' (5, 10).
         [default: published]
@@ -146,6 +149,8 @@ def main(
         all of them and the baselines once on the test stories; 0 leaves the test stories alone. [default: 3]
     confirm_seeds
         Fresh seeds of each. [default: 2]
+    delta
+        CC below which an effect does not matter; verdicts of 'no effect' go by it. Set it in advance. [default: 0.002]
     name
         Of the study. [default: space and date]
     out
@@ -211,6 +216,8 @@ def main(
     study, check_machine = _plan(console, options, chosen, how)
     check_look(study, how.look_again)
     _tell_machines(console, options)
+    if note := delta_note(options_record(options), options.delta):
+        _tell(console, f"note: {note}")
     if dry_run:
         if how.resume:
             _tell(console, *(f"note: {one}" for one in changes(study, how.may_force)))
@@ -306,10 +313,12 @@ def _finish(options: Options, console: Console) -> int:
     task = load_task(options.folder)
     found = standing(trials, task)
     looks = confirm_summary(options.folder, trials)
-    write_json(options.folder / "summary.json", found._asdict() | {"gain": found.gain, "confirmed": looks})
-    print_study(console, read_records(options.folder), trials, task)
+    summary = found._asdict() | {"gain": found.gain, "confirmed": looks, "verdict": None}
+    write_json(options.folder / SUMMARY_FILE, summary)
+    print_study(console, read_records(options.folder), trials, task, is_adaptive(options_record(options)))
     print_examples(console, options.folder, trials, task)
     _tell(console, *confirm_lines(options.folder, trials), *forced_lines(options.folder))
+    print_answer(console, options.folder)
     console.print(
         f"everything lies in {options.folder}: trials.parquet, epochs.parquet, stories.parquet, trials/", soft_wrap=True
     )

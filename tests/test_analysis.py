@@ -1,5 +1,6 @@
 """What a study found, computed from hand-made records; then the command that prints it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fake_study import SMALL, Truth, write_fake_study
 from scipy.stats import ttest_1samp
 
 from bert_encoding.command import run_app
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from bert_encoding.records import TrialRecord, stories_frame, trials_frame, write_json, write_record
+from bert_encoding.records import TrialRecord, read_json, stories_frame, trials_frame, write_json, write_record
 from study import analysis
 from study.analysis import Standing, cc_by_rank, gain_over_stories, load_trials, standing, verdict_lines
 
@@ -267,3 +269,78 @@ def test_a_damaged_record_is_named_by_the_command(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert error.startswith(f"error: {folder / 'trials' / '0002' / 'record.json'}: damaged")
     assert error.count("\n") == 1
+
+
+# --- the whole command, on a study with planted truth -----------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures: others test them."""
+    monkeypatch.setattr("study.report.draw_all", lambda *arguments: [])
+
+
+def test_a_delta_chosen_afterwards_is_told_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
+    study = read_json(folder / "study.json")
+    write_json(folder / "study.json", study | {"options": study["options"] | {"delta": 0.004}})
+    write_json(folder / "summary.json", {"best": 0.5, "verdict": None})
+    note = "delta 0.05 was chosen after the study (0.004 was set)"
+    for arguments, delta in (([], 0.004), (["--delta", "0.05"], 0.05), ([], 0.004)):
+        assert ended(str(folder), *arguments) == 0
+        summary, page = read_json(folder / "summary.json"), (folder / "report.html").read_text()
+        assert summary["best"] == 0.5
+        assert (summary["verdict"]["rank"]["delta"], summary["verdict"]["tuning"]["delta"]) == (delta, delta)
+        assert (f"note: {note}\n" in capsys.readouterr().out) == (delta == 0.05)
+        assert (f"<li>{note}</li>" in page) == (delta == 0.05)
+        assert (f"chosen after the study had begun as {delta:g} CC" in page) == (delta == 0.05)
+        assert (f"set in advance as {delta:g} CC" in page) == (delta == 0.004)
+    assert "within \u00b10.05 CC" not in page and "+-" not in page
+    assert ended(str(folder), "--delta", "0") == 2
+    assert capsys.readouterr().err == "error: --delta 0: must be a CC above 0 and below 1\n"
+
+
+def test_a_study_without_a_summary_gets_none(tmp_path: Path, quick: None) -> None:
+    folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
+    assert ended(str(folder)) == 0
+    assert not (folder / "summary.json").exists()
+    assert (folder / "report.html").is_file()
+
+
+def test_a_summary_that_is_damaged_costs_neither_verdict_nor_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
+    (folder / "summary.json").write_text("{")
+    assert ended(str(folder)) == 0
+    out = capsys.readouterr().out
+    assert f"note: the verdicts are not in summary.json: {folder / 'summary.json'}: damaged" in out
+    assert out.endswith(f"report: {folder / 'report.html'}\n")
+
+
+def test_a_score_that_is_not_a_number_costs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
+    file = next(iter(sorted(folder.glob("trials/0*/record.json"))))
+    record = read_json(file)
+    file.write_text(json.dumps(record | {"scores": record["scores"] | {"cc_mean": float("nan")}}))
+    assert ended(str(folder)) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert "could not" not in (folder / "report.html").read_text()
+    assert out.endswith(f"report: {folder / 'report.html'}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "is_exploratory"),
+    [({"sampler": "grid"}, False), ({"sampler": "tpe"}, True), ({"sampler": "grid", "scheduler": "asha"}, True)],
+)
+def test_only_an_adaptive_search_is_called_exploratory(
+    options: dict[str, str], is_exploratory: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    folder = write_study(tmp_path / "study", HAND_MADE)
+    write_json(folder / "study.json", {"name": "study", "options": options})
+    assert ended(str(folder)) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CC by rank")]
+    assert ("exploratory" in line) == is_exploratory

@@ -17,6 +17,7 @@ from study.options import (
     Options,
     check_meaning,
     check_take_over,
+    delta_note,
     options_record,
     read_recorded,
     resolve_options,
@@ -395,6 +396,7 @@ def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
         ({"layer": "2"}, True, "--layer"),
         ({"baselines": ["random"]}, True, "--baselines"),
         ({"trust_alignment": True}, True, "--trust-alignment"),
+        ({"delta": 0.01}, True, "--delta"),
         ({"clean": True}, False, "--clean"),
         ({"max_length": 64}, False, "--max-length"),
     ],
@@ -524,3 +526,30 @@ def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
     assert resolve(smoke, recorded).keep_adapters == 5
     with pytest.raises(InputError, match="--keep-adapters -1: must be at least 0"):
         resolve(smoke, keep_adapters=-1)
+
+
+# --- delta ------------------------------------------------------------------------------------------------------------
+
+
+def test_delta_is_recorded_and_what_it_was_is_kept(smoke: Space) -> None:
+    begun = options_record(resolve(smoke))
+    assert (begun["delta"], begun["deltas_before"]) == (0.002, [])
+    assert delta_note(begun, 0.002) is None
+    kept = resolve(smoke, begun)
+    assert (kept.delta, kept.deltas_before) == (0.002, [])
+    changed = options_record(resolve(smoke, begun, delta=0.01))
+    assert (changed["delta"], changed["deltas_before"]) == (0.01, [0.002])
+    assert delta_note(changed, 0.01) == "delta 0.01 was chosen after the study (0.002 was set)"
+    again = options_record(resolve(smoke, changed, delta=0.003))
+    assert (again["delta"], again["deltas_before"]) == (0.003, [0.002, 0.01])
+    assert delta_note(again, 0.003) == "delta 0.003 was chosen after the study (0.002 was set)"
+    assert delta_note(again, 0.002) is None, "the first one"
+    old = resolve(smoke, {"space": "smoke", "seed": 1}, delta=0.01)
+    assert old.deltas_before == [0.002], "a study that recorded none was begun with the default"
+    assert resolve(smoke, delta=0.01).deltas_before == [], "a new study may choose"
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.1, 1.0, float("nan")])
+def test_a_delta_is_the_size_of_an_effect(delta: float, smoke: Space) -> None:
+    with pytest.raises(InputError, match=rf"^--delta {delta:g}: must be a CC above 0 and below 1$"):
+        resolve(smoke, delta=delta)

@@ -27,6 +27,7 @@ def options(**changes: Any) -> Any:
         **{"trials": 8, "confirm": 3, "confirm_seeds": 2, "baselines": [], "max_concurrent": 1, "voxels": "all"},
         **{"epochs": 2, "model": "m", "gpus_per_trial": 0.0, "keep_adapters": 5, "name": "s", "folder": "out/s"},
         **{"layer": None, "mlm_text": "fit", "sampler": "tpe", "scheduler": "none", "cpus_per_trial": 1.0},
+        **{"delta": 0.003},
     }
     return SimpleNamespace(**given | changes)
 
@@ -156,6 +157,7 @@ def test_one_is_not_several_and_what_is_done_is_said(dataset: Dataset) -> None:
     assert "fit         2 stories, 30 words, 300 TRs: a, b" in lines
     assert "validation  1 story, 30 words, 300 TRs: c" in lines
     assert "trials      2 baselines, 8 searched, 8 of them done; 1 epoch each" in lines
+    assert "delta       0.003 CC: an effect within it does not matter" in lines
     assert (
         "confirm     the best 3, with 1 fresh seed each; then these and 2 baselines once on the test stories: 8 more "
         "trials, 2 of them done" in lines

@@ -1,0 +1,1 @@
+"""What stands on the report: methods, data, tables; and its templates."""
