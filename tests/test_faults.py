@@ -64,7 +64,8 @@ def assert_pretended(record: TrialRecord) -> None:
     assert not record.scores["has_torch"], "the stub's workers stay small"
 
 
-@pytest.mark.parametrize(("n_kills", "n_trials"), [(2, 16), pytest.param(10, 60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_kills", "n_trials"), [(2, 16), (10, 60)])
 def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(
     n_kills: int, n_trials: int, tmp_path: Path, private_tmp: Path
 ) -> None:
@@ -180,6 +181,7 @@ def space(trial):
 '''
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_fails_its_trial_and_a_second_driver_is_refused(
     tmp_path: Path, private_tmp: Path, tiny_bert: Path
 ) -> None:

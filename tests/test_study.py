@@ -129,6 +129,7 @@ def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_ber
         assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
 
 
+@pytest.mark.slow
 def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     """Of the first two trials the changed space suggests one no more: it counts, and the search goes on without it."""
     done = run_command(_command(tmp_path, [GOOD, OTHERS[0]], tiny_bert, "--trials", "2"), private_tmp)

@@ -75,6 +75,7 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
     assert "the training stories changed from 300 texts" in refused.stderr
 
 
+@pytest.mark.slow
 def test_an_adaptation_study_minimises_the_held_out_loss(tmp_path: Path, private_tmp: Path) -> None:
     done = run_command(command(tmp_path, "adapt", 2, "--trials", "2", "--max-length", "24"), private_tmp)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -300,6 +300,7 @@ def test_one_step_equals_a_plain_transformers_loop(method: str, encoder: Encoder
 # --- a trial ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bert_learns_what_no_bag_of_words_can(corpus: Corpus, task: TextTask, bert: str) -> None:
     texts, labels = zip(*corpus, strict=True)
     counts, labels = CountVectorizer().fit_transform(texts), np.array(labels)
