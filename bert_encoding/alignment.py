@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bert_encoding.baselines import word_rate
-from bert_encoding.datasets.inspect import Block
+from bert_encoding.datasets.inspect_responses import Block
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import TRIMS, Dataset, Story, Trim
 from bert_encoding.errors import InputError

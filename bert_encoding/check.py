@@ -15,7 +15,8 @@ from rich.text import Text
 
 from bert_encoding.alignment import SHIFTS, USABLE, LagProfile, LagSums, check_alignment, in_trs
 from bert_encoding.command import absolute
-from bert_encoding.datasets.inspect import ResponseCheck, Survey, survey
+from bert_encoding.datasets.inspect import Survey, survey
+from bert_encoding.datasets.inspect_responses import ResponseCheck
 from bert_encoding.datasets.splits import choose_subjects
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.errors import InputError

@@ -7,9 +7,9 @@ import numpy as np
 
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.evaluate import SubjectScores, merge_subjects
-from bert_encoding.intervals import mean_replicates, replicates_interval
 from bert_encoding.noise_ceiling import CC_MAX_FLOOR, summarise_normalised
 from bert_encoding.response_panels import cc_max
+from bert_encoding.time_intervals import mean_replicates, replicates_interval
 
 Scores = Mapping[str, SubjectScores]  # by subject
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_encoding.intervals import Replicates, join_replicates, time_replicates
 from bert_encoding.significance import N_PERMUTATIONS, benjamini_hochberg, block_permutation_p, count_orders
+from bert_encoding.time_intervals import Replicates, join_replicates, time_replicates
 
 FALSE_DISCOVERY_RATE = 0.05
 

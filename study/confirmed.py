@@ -12,14 +12,12 @@ from bert_encoding.intervals import (
     STORIES,
     TIME,
     Interval,
-    Replicates,
-    difference_interval,
-    mean_replicates,
     paired_difference,
     story_interval,
 )
 from bert_encoding.records import BASELINE, COMPLETE, FROZEN, read_details, read_record
 from bert_encoding.storage import Place, open_place
+from bert_encoding.time_intervals import Replicates, difference_interval, mean_replicates
 from study.looks import id_on_test, read_looks
 
 FEW_STORIES = 6  # of fewer, a mean over stories tells little

@@ -22,8 +22,7 @@ from bert_encoding.alignment import (
     noise_floor,
     shifted_word_rate,
 )
-from bert_encoding.datasets import inspect as inspect_module
-from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets import inspect_responses, open_dataset
 from bert_encoding.datasets import responses as responses_module
 from bert_encoding.datasets.inspect import inspect, survey
 from bert_encoding.datasets.responses import Responses
@@ -143,7 +142,7 @@ def test_sums_give_what_a_plain_loop_gives(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.floor == pytest.approx(noise_floor(expected), abs=1e-5)
     assert (found.subject, found.tr_s, found.trim, found.source) == ("s", 2.0, PUBLISHED, "here")
     monkeypatch.setattr(responses_module, "BLOCK_BYTES", 72 * 13)
-    monkeypatch.setattr(inspect_module, "VOXELS_AT_A_TIME", 4)
+    monkeypatch.setattr(inspect_responses, "VOXELS_AT_A_TIME", 4)
     monkeypatch.setattr(alignment, "VOXELS_AT_A_TIME", 3)
     np.testing.assert_allclose(profile_of(dataset).cc, expected.mean(axis=0), atol=1e-5)
 
@@ -191,7 +190,7 @@ def test_a_story_that_cannot_be_read_to_its_end_leaves_no_trace() -> None:
     survey(dataset, whole)
     broken = LagSums(dataset)
 
-    def cut_off(block: inspect_module.Block) -> None:  # of s2 the first rows pass, then it is told from the start
+    def cut_off(block: inspect_responses.Block) -> None:  # of s2 the first rows pass, then it is told from the start
         if block.story.name == "s2":
             half = block.rows.stop // 2
             broken(block._replace(rows=slice(0, half), values=block.values[:half]))

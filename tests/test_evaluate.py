@@ -35,12 +35,12 @@ from bert_encoding.evaluate import (
     score_subject,
     seen_cc,
 )
-from bert_encoding.intervals import time_replicates
 from bert_encoding.prediction_tests import PredictionTests
 from bert_encoding.response_panels import stack_responses, voxel_panels
 from bert_encoding.ridge import CrossValidatedRidge, Prediction, fit_ridge
 from bert_encoding.significance import block_permutation_p
 from bert_encoding.targets import Targets
+from bert_encoding.time_intervals import time_replicates
 
 CPU = torch.device("cpu")
 FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")

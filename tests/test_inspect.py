@@ -15,7 +15,8 @@ from make_data import LabSequence, make_lab, pickle_as_lab
 
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets import responses as responses_module
-from bert_encoding.datasets.inspect import Block, ResponseCheck, Survey, inspect, survey
+from bert_encoding.datasets.inspect import Survey, inspect, survey
+from bert_encoding.datasets.inspect_responses import Block, ResponseCheck
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
@@ -392,7 +393,7 @@ def test_what_float32_cannot_hold_is_not_finite(lab: Path) -> None:
 
 def test_the_observer_sees_every_usable_response_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
-    monkeypatch.setattr("bert_encoding.datasets.inspect.VOXELS_AT_A_TIME", 5)
+    monkeypatch.setattr("bert_encoding.datasets.inspect_responses.VOXELS_AT_A_TIME", 5)
     edit_responses(lab, "gamma", put((6, 3), np.nan))
     edit_responses(lab, "beta", lambda rows: rows[:-1])
     blocks: dict[str, list[Block]] = {}

@@ -7,22 +7,18 @@ import pytest
 from scipy import stats
 from scipy.signal import lfilter
 
-from bert_encoding import intervals
-from bert_encoding.intervals import (
-    STORIES,
-    STORY_METHODS,
-    TIME,
+from bert_encoding import time_intervals
+from bert_encoding.intervals import STORIES, STORY_METHODS, TIME, paired_difference, story_interval
+from bert_encoding.seeds import generator
+from bert_encoding.time_intervals import (
     Replicates,
     difference_interval,
     join_replicates,
     mean_replicates,
-    paired_difference,
     replicates_interval,
-    story_interval,
     time_interval,
     time_replicates,
 )
-from bert_encoding.seeds import generator
 
 # --- paired differences -----------------------------------------------------------------------------------------------
 
@@ -136,7 +132,9 @@ def by_moving_rows(
     for story in (0, 1, 2):
         rows = np.flatnonzero(story_of_row == story)
         blocks += [(story, rows[start : start + 10]) for start in range(0, len(rows), 10)]
-    draws = intervals._draws(np.array([story for story, _ in blocks]), n_resamples, generator(seed, "time interval"))
+    draws = time_intervals._draws(
+        np.array([story for story, _ in blocks]), n_resamples, generator(seed, "time interval")
+    )
     means = []
     for counts in draws:
         rows = np.concatenate([np.tile(block, int(count)) for (_, block), count in zip(blocks, counts, strict=True)])
@@ -161,7 +159,7 @@ def test_equals_copying_the_rows_and_correlating_anew(n_models: int, dtype: type
 def test_the_size_of_panels_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Y, a, story_of_row, b = example()
     whole = time_interval(Y, a, story_of_row, b, n_resamples=100)
-    monkeypatch.setattr(intervals, "WORK_BYTES", 1)
+    monkeypatch.setattr(time_intervals, "WORK_BYTES", 1)
     np.testing.assert_allclose(time_interval(Y, a, story_of_row, b, n_resamples=100)[:3], whole[:3], rtol=1e-12)
 
 

@@ -17,7 +17,6 @@ from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.evaluate import SubjectScores
-from bert_encoding.intervals import Replicates
 from bert_encoding.outcome import (
     ceiling_notes,
     columns_of_test,
@@ -37,6 +36,7 @@ from bert_encoding.records import (
     write_record,
     write_tables,
 )
+from bert_encoding.time_intervals import Replicates
 from bert_encoding.trial import run_trial
 
 SUBJECTS, TEST, N_VOXELS, BAD, N_REPEATS = ("a", "b"), "wheretheressmoke", 12, 4, 5

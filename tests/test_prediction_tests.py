@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from bert_encoding.intervals import time_replicates
 from bert_encoding.prediction_tests import (
     FALSE_DISCOVERY_RATE,
     PredictionTests,
@@ -12,6 +11,7 @@ from bert_encoding.prediction_tests import (
 )
 from bert_encoding.scores import correlate
 from bert_encoding.significance import N_PERMUTATIONS, block_permutation_p
+from bert_encoding.time_intervals import time_replicates
 
 
 def simulated(n_rows: tuple[int, ...], n_voxels: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

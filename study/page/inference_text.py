@@ -6,7 +6,8 @@ Told is what was done in this study: without finalists nothing of the test stori
 import numpy as np
 import pandas as pd
 
-from bert_encoding.intervals import BLOCK_TRS, N_RESAMPLES, TIME
+from bert_encoding.intervals import N_RESAMPLES, TIME
+from bert_encoding.time_intervals import BLOCK_TRS
 from study.answers.evidence import Evidence, Verdict
 from study.answers.slopes import ALL, BEND, NUISANCE, find_slope
 from study.answers.verdict import MIN_STORIES
