@@ -15,7 +15,7 @@ from bert_encoding.datasets import corpus, lab, open_dataset
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.demo import demo_stories
 from bert_encoding.demo_names import DEMOS
-from bert_encoding.encoders import load_encoder
+from bert_encoding.encoders import Encoder, load_encoder
 from bert_encoding.errors import InputError
 from bert_encoding.records import atomic_path, read_json
 from bert_encoding.word_vectors import STRIDE, WINDOW_TOKENS, check_words, export_stories, export_words
@@ -77,13 +77,7 @@ def export(
     longest = min(WINDOW_TOKENS, encoder.max_tokens) if window_tokens is None else window_tokens
     settings: dict[str, Any] = {"layer": layers, "window_tokens": longest, "adapter": adapter and Path(adapter)}
     settings["stride"] = min(STRIDE, longest - 2) if stride is None else stride
-    if chosen is None:
-        tables = {"words": export_stories(source, encoder, **settings)}
-    else:
-        assert not isinstance(source, Dataset)
-        occurrences, means = export_words(source, chosen, encoder, **settings)
-        tables = {"words": occurrences, "means": means}
-        _print_counts(chosen, means)
+    tables = _tables(source, chosen, encoder, settings)
     about = {"model": encoder.name, **settings, "adapter": adapter, "source": data or text}
     for path in write_tables(tables, file, about):
         print(f"{path}: written")
@@ -112,6 +106,17 @@ def write_tables(tables: Mapping[str, pd.DataFrame], file: Path, about: Mapping[
     except OSError as error:
         raise InputError(f"--to {file}: cannot be written ({error.strerror or error})") from None
     return paths
+
+
+def _tables(
+    source: Dataset | Iterable[str], words: list[str] | None, encoder: Encoder, settings: Mapping[str, Any]
+) -> dict[str, pd.DataFrame]:
+    if words is None:
+        return {"words": export_stories(source, encoder, **settings)}
+    assert not isinstance(source, Dataset)
+    occurrences, means = export_words(source, words, encoder, **settings)
+    _print_counts(words, means)
+    return {"words": occurrences, "means": means}
 
 
 def _print_counts(words: Sequence[str], means: pd.DataFrame) -> None:

@@ -67,20 +67,12 @@ def map_voxels(
     to
         The file: .nii.gz or .nii (with --mask), or a picture: .png, .svg, .pdf. [default: in maps/ of the study]
     """
-    if (mask is None) == (mapper is None):
-        raise InputError("map: give --mask FILE or --mapper FILE, one of the two")
-    if mapper is not None and (order is not None or mosaic):
-        raise InputError("map: --order and --mosaic belong to --mask; a mapper file has its own order")
-    if order not in (None, ZYX, XYZ):
-        raise InputError(f"--order {order}: give {ZYX} or {XYZ}")
+    _check_place(mask, mapper, order, mosaic)
     is_picture = mapper is not None or mosaic or (to is not None and to.lower().endswith(PICTURES))
     _check_target(to, PICTURES if mapper or mosaic else VOLUMES + PICTURES, (mask, mapper, array))
     found = _find_values(study, trial, subject, test, minus, array, to)
-    file = (
-        Path(to)
-        if to is not None
-        else Path(study or "") / "maps" / f"{found.name}{'.png' if is_picture else '.nii.gz'}"
-    )
+    name = f"{found.name}{'.png' if is_picture else '.nii.gz'}"
+    file = Path(to) if to is not None else Path(study or "") / "maps" / name
     if file.exists():
         raise InputError(f"{file}: exists already; give another name with --to, or delete it")
     if mapper is not None:
@@ -104,6 +96,15 @@ def _map_volume(found: Values, mask: Mask, mask_file: str, file: Path, is_pictur
         content = nifti_bytes(volume, mask, found.title)
         packed = gzip.compress(content, mtime=0) if file.suffix == ".gz" else content
         _write(file, lambda temporary: temporary.write_bytes(packed))
+
+
+def _check_place(mask: str | None, mapper: str | None, order: str | None, mosaic: bool) -> None:
+    if (mask is None) == (mapper is None):
+        raise InputError("map: give --mask FILE or --mapper FILE, one of the two")
+    if mapper is not None and (order is not None or mosaic):
+        raise InputError("map: --order and --mosaic belong to --mask; a mapper file has its own order")
+    if order not in (None, ZYX, XYZ):
+        raise InputError(f"--order {order}: give {ZYX} or {XYZ}")
 
 
 def _check_target(to: str | None, endings: tuple[str, ...], sources: tuple[str | None, ...]) -> None:

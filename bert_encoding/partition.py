@@ -178,23 +178,26 @@ def partition(
     folder = _output(to, path)
     base = _base_config(names, model, layer, seed or 0)
     task = _open_task(path, trim, trust_alignment, subjects, test_stories, train_stories, base.seed)
-    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
-    configs = {
-        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
-    }
-    print(f"test stories are read ({', '.join(task.splits[0].test)}): choose no layer or other setting by the result")
+    _fit_and_write(base, _configs(base, names, static_vectors), task, solver, folder)
+    return 0
+
+
+def _fit_and_write(
+    base: TrialConfig, configs: Mapping[str, TrialConfig], task: Task, solver: str | None, folder: Path
+) -> None:
+    test = task.splits[0].test
+    print(f"test stories are read ({', '.join(test)}): choose no layer or other setting by the result")
     with _made(folder):
-        ceilings = _ceilings(task.dataset, task.splits[0].test)
+        ceilings = _ceilings(task.dataset, test)
         found, notes = partition_dataset(configs, task, solver, folder)
     rows = table_of(found)
-    about = _about(base, names, solver, task)
+    about = _about(base, tuple(configs), solver, task)
     about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
-    about |= {"table": rows, "normalised": normalised_of(found, ceilings, task.splits[0].test), "arrays": ARRAYS}
+    about |= {"table": rows, "normalised": normalised_of(found, ceilings, test), "arrays": ARRAYS}
     assert task.dataset.voxel_masks is not None
-    _write(folder, arrays_of(found, ceilings, task.splits[0].test, task.dataset.voxel_masks), about)
+    _write(folder, arrays_of(found, ceilings, test, task.dataset.voxel_masks), about)
     print_tables(about)
     print(f"{folder}: written")
-    return 0
 
 
 def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset:
@@ -232,6 +235,13 @@ def _base_config(names: Subset, model: str | None, layer: str | None, seed: int)
     check_model_name(name)
     check_layer(layers, name)
     return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed)
+
+
+def _configs(base: TrialConfig, names: Subset, static_vectors: str | None) -> dict[str, TrialConfig]:
+    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
+    return {
+        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
+    }
 
 
 def _output(to: str | None, path: str) -> Path:
