@@ -1,0 +1,243 @@
+"""One trial of the library in a process of its own, timed by stages; ``bench.py`` starts it.
+
+A stage is timed as in the course script: fine-tuning without the reading of probes, embedding up to the scanner's
+clock, ridge up to the CC of the validation stories. What a trial does beyond that is told apart, and is in its total.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from course_script import SPLIT_SEED, load_data
+
+import bert_encoding.finetune
+from bert_encoding.adapters import masked_lm
+from bert_encoding.chain import Chain, Task, resident_encoder
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.features import downsample_story
+from bert_encoding.material import Material
+from bert_encoding.methods import prepare_model
+from bert_encoding.training import train
+from bert_encoding.trial import run_trial
+
+
+def main() -> None:
+    """Run one trial, or parts of one, and write what it took and what it scored."""
+    began, given = psutil.Process().create_time(), parse_arguments()
+    seconds = {"start": time.time() - began}
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    dataset, split = load_data(given.data, given.train_stories)
+    if given.voxels:
+        dataset = with_voxels(dataset, given.voxels)
+    seconds["load"] = time.time() - began - seconds["start"]
+    task = Task(dataset, (split,), SPLIT_SEED)
+    config = TrialConfig(model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs)
+    config = replace(config, score_every=given.score_every or given.epochs)
+    found = (
+        run_parts(config, task, given.max_steps, given.embed_stories) if given.max_steps else run_whole(config, task)
+    )
+    found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
+    found |= {"n_threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line: that of the course script, and what growth is measured by."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    for name in ("seed", "epochs"):
+        parser.add_argument(f"--{name}", type=int, default={"seed": 0, "epochs": 3}[name])
+    for name in ("train-stories", "max-steps", "embed-stories", "score-every", "voxels", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
+    """Run a trial as a study does; return seconds and counts a stage, and scores."""
+    with watched(task.dataset) as watch:
+        began = time.perf_counter()
+        record = run_trial(config, task)
+        whole = time.perf_counter() - began
+    known = sum(watch.seconds.values())
+    last = record.epochs[-1]
+    return {
+        "seconds": watch.seconds | {"other": whole - known},
+        "counts": {
+            "steps": last["optimizer_steps"],
+            "tokens": last["tokens_seen"],
+            "words": watch.words,
+            "n_voxels": sum(int(np.isfinite(cc).sum()) for cc in record.cc.values()),
+        },
+        "shape": shape_of(config, task),
+        "scores": {name: record.scores[name] for name in ("cc_mean", "mlm_loss_heldout", "mlm_loss_train", "cc_seen")},
+        "notes": record.notes,
+        "peak_memory_gb": record.peak_memory_gb,
+    }
+
+
+def shape_of(config: TrialConfig, task: Task) -> dict[str, int]:
+    """Return the sizes that the cost of a trial depends on."""
+    dataset, fit = task.dataset, task.splits[0].fit
+    n_trs = {name: len(dataset.stories[name].tr_times_s) for name in fit}
+    return {
+        "epochs": config.epochs,
+        "n_fit_stories": len(fit),
+        "n_fit_rows": sum(len(range(n)[dataset.trim.rows(n)]) for n in n_trs.values()),
+        "n_features": len(config.delays) * resident_encoder(config.model).n_hidden,
+    }
+
+
+class Watch:
+    """Seconds of the stages of a trial, and the words that were embedded, each time anew."""
+
+    def __init__(self) -> None:
+        self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0, "cc_seen": 0.0}
+        self.words = 0
+
+    def timing(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            found = function(*args, **kwargs)
+            self.seconds[stage] += time.perf_counter() - began
+            return found
+
+        return timed
+
+    def timing_steps(self, stage: str, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """Return the generator function, timed only while it works."""
+
+        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            steps = function(*args, **kwargs)
+            while True:
+                began = time.perf_counter()
+                step = next(steps, None)
+                self.seconds[stage] += time.perf_counter() - began
+                if step is None:
+                    return
+                yield step
+
+        return timed
+
+
+@contextmanager
+def watched(dataset: Dataset) -> Iterator[Watch]:
+    """Time the stages of whatever trial runs meanwhile."""
+    watch = Watch()
+    on_trs = watch.timing("embed", Chain.on_trs)
+
+    def counting(chain: Chain, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> Any:
+        watch.words += sum(len(dataset.stories[name].words) for name in names)
+        return on_trs(chain, bert, names, fit)
+
+    changes = (
+        (bert_encoding.finetune, "train", watch.timing_steps("train", train)),
+        (Chain, "on_trs", counting),
+        (Chain, "score", watch.timing("ridge", Chain.score)),
+        (Chain, "score_seen", watch.timing("cc_seen", Chain.score_seen)),
+    )
+    before = [getattr(place, name) for place, name, _ in changes]
+    for place, name, function in changes:
+        setattr(place, name, function)
+    try:
+        yield watch
+    finally:
+        for (place, name, _), function in zip(changes, before, strict=True):
+            setattr(place, name, function)
+
+
+def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | None) -> dict[str, Any]:
+    """Time some training steps, the embedding of some stories, and ridge on random word vectors of all stories."""
+    split, clock = task.splits[0], _Laps()
+    chain = Chain(config, task)
+    assert chain.encoder is not None
+    model = prepare_model(config, chain.encoder)
+    material = Material(chain, split)
+    trained, objective = material.objective(model)
+    clock.lap("other")
+    training = replace(config, epochs=1).training
+    (progress,) = train(trained, objective, training, config.seed, chain.device, steps_an_epoch=n_steps)
+    clock.lap("train")
+    names = split.fit + split.validation
+    embedded = names[:n_stories]
+    chain.on_trs(masked_lm(model).bert, embedded, split.fit)
+    clock.lap("embed")
+    on_trs = random_features(task.dataset, names, chain.encoder.n_hidden)
+    clock.lap("random")
+    chain.score(on_trs, split.fit, split.validation)
+    clock.lap("ridge")
+    return {
+        "seconds": {name: took for name, took in clock.seconds.items() if name != "random"},
+        "counts": {
+            "steps": progress.optimizer_steps,
+            "tokens": progress.tokens_seen,
+            "tokens_whole": config.epochs * sum(len(window.ids) for window in material.windows(config.stride)),
+            "words": n_words(task.dataset, embedded),
+            "words_whole": n_words(task.dataset, names),
+        },
+        "scores": {},
+    }
+
+
+class _Laps:
+    """Seconds from one lap to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self._began = now - self._began, now
+
+
+def n_words(dataset: Dataset, names: tuple[str, ...]) -> int:
+    """Return the words of some stories."""
+    return sum(len(dataset.stories[name].words) for name in names)
+
+
+def random_features(dataset: Dataset, names: tuple[str, ...], n_hidden: int) -> dict[str, np.ndarray]:
+    """Return random word vectors on the scanner's clock, story -> (n_trs, n_hidden)."""
+    rng = np.random.default_rng(0)
+    stories = [dataset.stories[name] for name in names]
+    return {s.name: downsample_story(rng.standard_normal((len(s.words), n_hidden)), s) for s in stories}
+
+
+def with_voxels(dataset: Dataset, n_voxels: int) -> Dataset:
+    """Return the data with the first valid voxels of each subject, or if it has fewer, with noise in their place."""
+    assert dataset.voxel_masks is not None
+    if all(dataset.n_valid(subject) >= n_voxels for subject in dataset.subjects):
+        masks = {subject: mask & (np.cumsum(mask) <= n_voxels) for subject, mask in dataset.voxel_masks.items()}
+        return replace(dataset, voxel_masks=masks)
+    rng = np.random.default_rng(0)
+    stories = {}
+    for name, story in dataset.stories.items():
+        n_rows = len(range(len(story.tr_times_s))[dataset.trim.rows(len(story.tr_times_s))])
+        noise = {s: Responses(array=rng.standard_normal((n_rows, n_voxels), np.float32)) for s in story.responses}
+        stories[name] = replace(story, responses=noise, repeats={})
+    masks = {subject: np.ones(n_voxels, bool) for subject in dataset.subjects}
+    return replace(
+        dataset, stories=stories, voxel_masks=masks, rois={}, fingerprint=f"{dataset.fingerprint} noise {n_voxels}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""The yardstick: the script that a student of the course has today, plain and fair. The library is measured against it.
+
+python tests/benchmarks/course_script.py DATA --model minilm --train-stories 20 --rank 8 --lr 2e-4 --seed 0 --out FILE
+
+One configuration a process: transformers and PEFT in float32, ``BertForMaskedLM`` called with labels (so it computes
+logits at every position), the stock collator, the model's own dropouts; embeddings with one forward pass a window; the
+Huth lab's code (``ridge_utils``) for Lanczos, delays and ridge, with folds of whole stories; one score, at the end.
+
+Where correctness is not speed it does what the library does, and takes from it: how data and checkpoint are loaded,
+which stories and voxels, the ridge folds, and the masked probes on which the held-out loss is read. Features are
+delayed in the whole story, then trimmed, then z-scored by the fit rows. All arithmetic is the script's own. It is given
+float32 features and responses, which the lab's code takes and is faster with, and torch's own number of threads.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from ridge_utils.interpdata import lanczosinterp2D
+from ridge_utils.ridge import ridge, ridge_corr
+from ridge_utils.util import make_delayed
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, get_scheduler
+
+from bert_encoding.config import TrialConfig
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
+from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.demo import demo_stories, simulate_listener
+from bert_encoding.demo_names import DEMOS
+from bert_encoding.encoders import Encoder, load_encoder, quiet
+from bert_encoding.finetune import make_probes
+from bert_encoding.windows import tokenize, training_windows
+
+SPLIT_SEED = 0  # of the choice of stories and of the ridge folds, the same for all configurations
+IGNORED = -100  # the label of a position that is not to be predicted
+MIN_TOKENS = 32  # of a training window
+
+Words = dict[str, np.ndarray]  # story -> an array with a row a word, or a TR
+
+
+def main() -> None:
+    """Run one configuration and write what it took and what it scored."""
+    began, given = psutil.Process().create_time(), parse_arguments()
+    seconds = {"start": time.time() - began}
+    found = run(given)
+    found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
+    text = json.dumps(found, indent=1)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ``--max-steps`` and ``--embed-stories`` cut a measurement short that is extrapolated."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", help="'demo', or the folder of the data")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--train-stories", type=int, help="fit and validation together; default: all")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--max-steps", type=int, help="stop training after so many steps")
+    parser.add_argument("--embed-stories", type=int, help="embed so many stories alone; the others get random vectors")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune, embed, fit ridge and score; return seconds and counts a stage, and the scores."""
+    clock = Clock()
+    dataset, split = load_data(given.data, given.train_stories)
+    encoder = load_encoder(given.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting = TrialConfig(
+        model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs, attention_dropout=None
+    )
+    clock.lap("load")
+    model, trained = finetune(encoder, dataset, split, setting, device, given.max_steps)
+    clock.lap("train")
+    vectors, n_embedded = embed_all(model.get_base_model().bert, encoder, dataset, split, setting, given.embed_stories)
+    clock.lap("embed")
+    cc = {subject: encode(vectors, dataset, subject, split, setting) for subject in dataset.subjects}
+    clock.lap("ridge")
+    loss = heldout_loss(model, encoder, dataset, split, setting, device)
+    clock.lap("probes")
+    n_words = sum(len(dataset.stories[name].words) for name in split.fit + split.validation)
+    return {
+        "seconds": clock.seconds,
+        "counts": trained | {"words": n_embedded, "words_whole": n_words, "n_voxels": sum(map(len, cc.values()))},
+        "scores": {"cc_mean": float(np.mean([np.mean(one) for one in cc.values()])), "mlm_loss_heldout": loss},
+        "n_threads": torch.get_num_threads(),
+        "device": device.type,
+    }
+
+
+class Clock:
+    """Seconds from one lap to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Give the time since the last lap a name."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self._began = now - self._began, now
+
+
+def load_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
+    """Open the data and divide the stories as a study does."""
+    is_demo = path in DEMOS
+    dataset = simulate_listener(demo_stories(path))[0] if is_demo else open_dataset(Path(path), TRIMS["published"])
+    subjects = choose_subjects(dataset, None)
+    train, test = choose_stories(dataset, subjects, None, n_train_stories, SPLIT_SEED)
+    split = split_stories(train, test, SPLIT_SEED, 1)[0]
+    return (dataset if is_demo else inspect(dataset.only(train + test, subjects))), split
+
+
+class Tokenized(NamedTuple):
+    """A story: token ids, and the word of each token."""
+
+    ids: list[int]
+    word_ids: list[int]
+
+
+def tokenize_story(spoken: tuple[str, ...], tokenizer: Any) -> Tokenized:
+    """Cut words into word pieces."""
+    encoded = tokenizer(list(spoken), is_split_into_words=True, add_special_tokens=False, verbose=False)
+    return Tokenized(encoded["input_ids"], encoded.word_ids())
+
+
+def cut_windows(story: Tokenized, window_tokens: int, stride: int, tokenizer: Any) -> list[Tokenized]:
+    """Cut a story into overlapping windows from [CLS] to [SEP]; their word ids leave these two out."""
+    n_inner, windows, start = window_tokens - 2, [], 0
+    while True:
+        piece = story.ids[start : start + n_inner]
+        ids = [tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]
+        windows.append(Tokenized(ids, story.word_ids[start : start + n_inner]))
+        if start + n_inner >= len(story.ids):
+            return windows
+        start += stride
+
+
+def finetune(
+    encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, device: torch.device, max_steps: int | None
+) -> tuple[Any, dict[str, float]]:
+    """Train an adapter on the fit stories; return the model, and counts."""
+    torch.manual_seed(setting.seed)
+    tokenizer = encoder.tokenizer
+    adapter = LoraConfig(
+        r=setting.rank,
+        lora_alpha=setting.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=setting.lora_dropout,
+        target_modules=["query", "value"],
+    )
+    with quiet():
+        model = get_peft_model(encoder.copy_model(), adapter).to(device)
+    stories = [tokenize_story(dataset.stories[name].spoken, tokenizer) for name in split.fit]
+    windows = [w for s in stories for w in cut_windows(s, setting.window_tokens, setting.stride, tokenizer)]
+    examples = [{"input_ids": window.ids} for window in windows if len(window.ids) >= MIN_TOKENS]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=setting.mask_probability)
+    loader = DataLoader(examples, batch_size=setting.batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
+    counts = train(model, loader, setting, device, max_steps)
+    return model, counts | {"tokens_whole": setting.epochs * sum(len(example["input_ids"]) for example in examples)}
+
+
+def train(
+    model: Any, loader: DataLoader[Any], setting: TrialConfig, device: torch.device, max_steps: int | None
+) -> dict[str, float]:
+    """Run the training loop; return steps, tokens without padding, and positions, which are tokens with padding."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=setting.lr, weight_decay=setting.weight_decay)
+    n_warmup, n_steps = round(setting.warmup_epochs * len(loader)), setting.epochs * len(loader)
+    scheduler = get_scheduler("constant_with_warmup", optimizer, n_warmup, n_steps)
+    counts = {"steps": 0, "steps_whole": n_steps, "tokens": 0, "positions": 0}
+    model.train()
+    for _ in range(setting.epochs):
+        for batch in loader:
+            batch = batch.to(device)
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, setting.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            counts["steps"] += 1
+            counts["tokens"] += int(batch["attention_mask"].sum())
+            counts["positions"] += batch["input_ids"].numel()
+            if counts["steps"] == max_steps:
+                return counts
+    return counts
+
+
+def embed_all(
+    bert: Any, encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, n_stories: int | None
+) -> tuple[Words, int]:
+    """Return the features on the scanner's clock, story -> (n_trs, n_hidden), and how many words were embedded.
+
+    Parameters
+    ----------
+    n_stories : embed so many; the word vectors of all others are random numbers
+    """
+    names = split.fit + split.validation
+    rng, n_embedded, found = np.random.default_rng(0), 0, {}
+    for at, name in enumerate(names):
+        story = dataset.stories[name]
+        if n_stories is None or at < n_stories:
+            vectors = embed_story(bert, story.spoken, encoder.tokenizer, setting)
+            n_embedded += len(vectors)
+        else:
+            vectors = rng.standard_normal((len(story.words), encoder.n_hidden), dtype=np.float32)
+        with np.errstate(invalid="ignore"):  # ridge_utils divides 0 by 0 at a word exactly at a TR, then mends it
+            found[name] = lanczosinterp2D(vectors, story.word_times_s, story.tr_times_s, window=3)
+    return found, n_embedded
+
+
+def embed_story(bert: Any, spoken: tuple[str, ...], tokenizer: Any, setting: TrialConfig) -> np.ndarray:
+    """Return word vectors, (n_words, n_hidden): means over a word's tokens in a window, then over windows."""
+    bert.eval()
+    device = next(bert.parameters()).device
+    story = tokenize_story(spoken, tokenizer)
+    sums = np.zeros((len(spoken), bert.config.hidden_size))
+    counts = np.zeros(len(spoken))
+    for window in cut_windows(story, setting.embed_window_tokens, setting.embed_stride, tokenizer):
+        with torch.no_grad():
+            hidden = bert(torch.tensor([window.ids], device=device)).last_hidden_state[0, 1:-1].cpu().numpy()
+        positions: dict[int, list[int]] = {}
+        for position, word in enumerate(window.word_ids):
+            positions.setdefault(word, []).append(position)
+        for word, its_tokens in positions.items():
+            sums[word] += hidden[its_tokens].mean(axis=0)
+            counts[word] += 1
+    return (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+
+
+def encode(on_trs: Words, dataset: Dataset, subject: str, split: Split, setting: TrialConfig) -> np.ndarray:
+    """Fit ridge on the fit stories and return the CC of each voxel on the validation stories, (n_voxels,)."""
+    start, end = dataset.trim
+    X = {name: make_delayed(rows, setting.delays)[start:-end] for name, rows in on_trs.items()}
+    Y = {name: dataset.valid_responses(name, subject) for name in on_trs}
+    X_fit, X_validation = (np.vstack([X[name] for name in names]) for names in (split.fit, split.validation))
+    Y_fit, Y_validation = (np.vstack([Y[name] for name in names]) for names in (split.fit, split.validation))
+    mean, std = X_fit.mean(axis=0), X_fit.std(axis=0)
+    std[std == 0] = 1
+    X_fit, X_validation = (((rows - mean) / std).astype(np.float32) for rows in (X_fit, X_validation))
+    Y_fit = (Y_fit - Y_fit.mean(axis=0)) / Y_fit.std(axis=0)
+    folds = story_folds({name: len(X[name]) for name in split.fit}, setting.n_folds, SPLIT_SEED)
+    fold_of_row = [fold for name in split.fit for fold, names in enumerate(folds) if name in names for _ in X[name]]
+    weights = fit_ridge(X_fit, Y_fit, np.array(fold_of_row), setting.ridge_alphas)
+    return correlate(Y_validation, X_validation @ weights)
+
+
+def fit_ridge(X: np.ndarray, Y: np.ndarray, folds: np.ndarray, ridge_alphas: tuple[float, ...]) -> np.ndarray:
+    """Choose an alpha a voxel by the mean CC over folds, then return the weights of all rows, (n_features, n_voxels).
+
+    The lab's code penalises by the square of its alpha.
+    """
+    roots = np.sqrt(ridge_alphas).astype(np.float32)
+    cc = np.zeros((len(roots), Y.shape[1]))
+    for fold in np.unique(folds):
+        out = folds == fold
+        with np.errstate(invalid="ignore", divide="ignore"):  # of a constant prediction, which it then scores 0
+            cc += ridge_corr(X[~out], X[out], Y[~out], Y[out], roots, use_corr=True)
+    weights: np.ndarray = ridge(X, Y, roots[cc.argmax(axis=0)])
+    return weights
+
+
+def correlate(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation of each column; 0 where a prediction is constant."""
+    y, p = Y - Y.mean(axis=0), predicted - predicted.mean(axis=0)
+    norms = np.linalg.norm(y, axis=0) * np.linalg.norm(p, axis=0)
+    return np.divide((y * p).sum(axis=0), norms, out=np.zeros(y.shape[1]), where=norms > 0)
+
+
+def heldout_loss(
+    model: Any, encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, device: torch.device
+) -> float:
+    """Return the masked-LM loss on the masked tokens of validation stories on which the library reads it, nats a token.
+
+    This belongs to the comparison, not to the script, and is no part of any stage.
+    """
+    length, tokenizer = setting.embed_window_tokens, encoder.tokenizer
+    windows = (
+        training_windows([tokenize(dataset.stories[n].spoken, tokenizer) for n in names], length, length - 2, tokenizer)
+        for names in (split.fit, split.validation)
+    )
+    probes = make_probes(*windows, tokenizer, setting.probe_tokens, SPLIT_SEED).heldout
+    model.eval()
+    total, n = 0.0, 0
+    for batch in probes:
+        labels = np.full(batch.ids.shape, IGNORED)
+        labels[batch.chosen] = batch.labels
+        ids, attention, wanted = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.attention, labels))
+        with torch.no_grad():
+            mean = model(input_ids=ids, attention_mask=attention, labels=wanted).loss
+        total, n = total + float(mean) * batch.labels.size, n + batch.labels.size
+    return total / n
+
+
+if __name__ == "__main__":
+    main()
