@@ -101,15 +101,15 @@ class Chain:
         return {
             "window_tokens": self.config.embed_window_tokens,
             "stride": self.config.embed_stride,
-            "precision": "float32",
+            "precision": self.config.embed_precision,
             "device": self.device,
         }
 
     def _kept_layers(self, bert: Any, name: str) -> np.ndarray:
         """Return one story on the scanner's clock in the layer asked for; all layers are computed at once and kept."""
         assert self.encoder is not None
-        windows = (self.config.embed_window_tokens, self.config.embed_stride)
-        key = (self.encoder.name, self.task.dataset.fingerprint, windows, name)
+        reading = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
+        key = (self.encoder.name, self.task.dataset.fingerprint, reading, name)
         if key not in _LAYERS:
             every = range(self.encoder.n_layers + 1)
             found = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=every, **self._windows)
@@ -204,7 +204,7 @@ def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
     return _TOKENS[key]
 
 
-_LAYERS: dict[tuple[str, str, tuple[int, int], str], np.ndarray] = {}  # -> (n_layers + 1, n_trs, n_hidden)
+_LAYERS: dict[tuple[str, str, tuple[int, int, str], str], np.ndarray] = {}  # -> (n_layers + 1, n_trs, n_hidden)
 
 
 def _check_fits(config: TrialConfig, encoder: Encoder) -> None:

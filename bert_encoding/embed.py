@@ -1,13 +1,16 @@
 """Words to vectors: one a word, from any layer of BERT, from several at once, or from their mean."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
+from torch.nn import functional
 from transformers import BertModel, BertTokenizerFast
 
-from bert_encoding.devices import autocast
+from bert_encoding.devices import resolve_precision
 from bert_encoding.windows import Tokens, Window, cut_windows, pad
 
 
@@ -163,29 +166,104 @@ def _read(
 ) -> Iterator[tuple[str, _Means]]:
     """Yield the word means of each window, window by window."""
     bert.to(reading.device).eval()
+    blocks = _blocks(bert, max(layer for group in groups for layer in group), reading)
     for start in range(0, len(jobs), reading.batch_size):
         batch = jobs[start : start + reading.batch_size]
-        hidden = _forward(bert, [window for _, window in batch], pad_id, groups, reading)
+        hidden = _forward(bert, blocks, [window for _, window in batch], pad_id, groups, reading.device)
         for row, (name, window) in enumerate(batch):
             yield name, _word_means([states[row, 1 : 1 + len(window.word_ids)] for states in hidden], window)
 
 
-def _forward(
-    bert: BertModel, windows: list[Window], pad_id: int, groups: tuple[tuple[int, ...], ...], reading: _Reading
-) -> list[np.ndarray]:
-    """Return the hidden states a group of layers, each (n_windows, longest, n_hidden)."""
-    ids, mask = pad(windows, pad_id)
-    only_last = all(layer == bert.config.num_hidden_layers for group in groups for layer in group)
-    with torch.inference_mode(), autocast(reading.precision, reading.device):
-        output = bert(
-            torch.from_numpy(ids).to(reading.device),
-            attention_mask=torch.from_numpy(mask).to(reading.device),
-            output_hidden_states=not only_last,
+class _Block(NamedTuple):
+    """One encoder block: its products' weights and biases, (n_out, n_in) and (n_out,), in the precision of products;
+    queries, keys and values as one product. ``norms`` stay float32."""
+
+    qkv: tuple[torch.Tensor, torch.Tensor]
+    attended: tuple[torch.Tensor, torch.Tensor]
+    up: tuple[torch.Tensor, torch.Tensor]
+    down: tuple[torch.Tensor, torch.Tensor]
+    norms: tuple[torch.nn.LayerNorm, torch.nn.LayerNorm]
+    activation: Any
+    n_heads: int
+
+
+def _blocks(bert: BertModel, n: int, reading: _Reading) -> list[_Block]:
+    """Return the first ``n`` blocks; adapters are added to the weights in float32 before anything is rounded."""
+    dtype = torch.bfloat16 if resolve_precision(reading.precision, reading.device) == "bfloat16" else torch.float32
+    blocks = []
+    for block in bert.encoder.layer[:n]:
+        attention = block.attention
+        read = [_merged(part) for part in (attention.self.query, attention.self.key, attention.self.value)]
+        made = _Block(
+            qkv=_rounded((torch.cat([weight for weight, _ in read]), torch.cat([bias for _, bias in read])), dtype),
+            attended=_rounded(_merged(attention.output.dense), dtype),
+            up=_rounded(_merged(block.intermediate.dense), dtype),
+            down=_rounded(_merged(block.output.dense), dtype),
+            norms=(attention.output.LayerNorm, block.output.LayerNorm),
+            activation=block.intermediate.intermediate_act_fn,
+            n_heads=attention.self.num_attention_heads,
         )
-    if (width := output.last_hidden_state.shape[-1]) != bert.config.hidden_size:
-        raise RuntimeError(f"the encoder gave {width} numbers a token, expected {bert.config.hidden_size}")
-    states = {bert.config.num_hidden_layers: output.last_hidden_state} if only_last else output.hidden_states
-    return [_mean([states[layer] for layer in group]) for group in groups]
+        blocks.append(made)
+    return blocks
+
+
+def _rounded(pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair[0].to(dtype), pair[1].to(dtype)
+
+
+def _merged(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias of a linear layer, its adapter merged into a copy; the layer stays as it is."""
+    if isinstance(layer, LoraLayer):
+        layer = copy.deepcopy(layer)
+        layer.merge()
+        layer = layer.get_base_layer()
+    return layer.weight.detach(), layer.bias.detach()
+
+
+def _forward(
+    bert: BertModel,
+    blocks: Sequence[_Block],
+    windows: list[Window],
+    pad_id: int,
+    groups: tuple[tuple[int, ...], ...],
+    device: torch.device,
+) -> list[np.ndarray]:
+    """Return the hidden states a group of layers, each (n_windows, longest, n_hidden).
+
+    BERT's own forward pass but for its pooler, and no further than the highest layer asked for. What runs from block
+    to block stays float32; only the inputs of matrix products are rounded, if they are to be.
+    """
+    ids, mask = pad(windows, pad_id)
+    wanted = {layer for group in groups for layer in group}
+    with torch.inference_mode():
+        allowed = None if mask.all() else torch.from_numpy(mask).to(device).bool()[:, None, None, :]
+        hidden = bert.embeddings(torch.from_numpy(ids).to(device))  # (n_windows, longest, n_hidden)
+        states = {0: hidden} if 0 in wanted else {}
+        for layer, block in enumerate(blocks, start=1):
+            hidden = _through(block, hidden, allowed)
+            if layer in wanted:
+                states[layer] = hidden
+        return [_mean([states[layer] for layer in group]) for group in groups]
+
+
+def _through(block: _Block, hidden: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Return one block's output, (n_windows, longest, n_hidden) float32 (Devlin et al. 2019; post-norm as in Vaswani
+    et al. 2017, section 3.1).
+
+    Parameters
+    ----------
+    allowed : (n_windows, 1, 1, longest) False on padding; None without any
+    """
+    n_windows, longest, n_hidden = hidden.shape
+    dtype = block.qkv[0].dtype
+    qkv = functional.linear(hidden.to(dtype), *block.qkv).view(n_windows, longest, 3, block.n_heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (n_windows, n_heads, longest, n_hidden / n_heads)
+    read = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    attended = functional.linear(read.transpose(1, 2).reshape(n_windows, longest, n_hidden), *block.attended)
+    hidden = block.norms[0](hidden + attended)
+    inner = block.activation(functional.linear(hidden.to(dtype), *block.up))
+    output: torch.Tensor = block.norms[1](hidden + functional.linear(inner, *block.down))
+    return output
 
 
 def _mean(states: Sequence[torch.Tensor]) -> np.ndarray:

@@ -31,7 +31,7 @@ Report = Callable[[dict[str, float]], bool]
 
 
 class FoldEpoch(NamedTuple):
-    """One split after one epoch; ``on_trs`` is story -> (n_trs, n_hidden)."""
+    """One split after one epoch; ``on_trs`` is story -> (n_trs, n_hidden). ``scores`` is empty if it was not scored."""
 
     losses: EpochLosses | None
     scores: dict[str, SubjectScores]
@@ -51,7 +51,7 @@ def run_trial(
 
     Parameters
     ----------
-    report : called after every epoch with its scores; False stops the trial there
+    report : called after every scored epoch with its scores; False stops the trial there
     adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several); of ``full``
         and ``partial`` nothing is saved, as a search would fill the disk
     with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
@@ -74,11 +74,12 @@ def run_trial(
     status = COMPLETE
     for results in _side_by_side([fold.epochs() for fold in folds]):
         epochs.append(_mean_scores(results) | {"seconds": time.perf_counter() - started})
-        keep_going = report(epochs[-1])
+        keep_going = report(epochs[-1]) if _is_scored(results) else True
         if not keep_going and config.method in TUNED and epochs[-1]["epoch"] < config.epochs:
             status = STOPPED
             break
     results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
+    _complete(epochs, results)
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
     scores = _final_scores(epochs, _mean_scores(results)) | _mean_of([fold.traits() for fold in folds])
     scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
@@ -223,10 +224,12 @@ class _Fold:
                     f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
                     f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"
                 )
-            scored = self._score(losses)
-            if self.chain.config.patience is not None and losses.is_best:
-                self.best = (scored, tuned_state(self.model))
-            yield scored
+            config = self.chain.config
+            is_due = losses.epoch % config.score_every == 0 or losses.epoch == config.epochs
+            result = self._score(losses) if is_due else FoldEpoch(losses, {}, {})
+            if config.patience is not None and losses.is_best:
+                self.best = (result, tuned_state(self.model))
+            yield result
 
     def tune(self) -> Iterator[EpochLosses]:
         """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
@@ -239,14 +242,15 @@ class _Fold:
             yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
-        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored."""
-        if self.best is None:
-            return last
-        best, state = self.best
-        restore_state(self.model, state)
-        assert best.losses is not None
-        self.notes.append(f"epoch {best.losses.epoch} of the lowest held-out loss is restored")
-        return best
+        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored; it is
+        scored now if it was not yet."""
+        result = last
+        if self.best is not None:
+            result, state = self.best
+            restore_state(self.model, state)
+            assert result.losses is not None
+            self.notes.append(f"epoch {result.losses.epoch} of the lowest held-out loss is restored")
+        return result if result.scores else self._score(result.losses)
 
     def score_seen(self, result: FoldEpoch) -> float:
         grids = {subject: scores.grid for subject, scores in result.scores.items()}
@@ -347,22 +351,35 @@ def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
     return means
 
 
+def _is_scored(results: tuple[FoldEpoch, ...]) -> bool:
+    """Whether every split of an epoch was scored."""
+    return all(result.scores for result in results)
+
+
+def _complete(epochs: list[dict[str, float]], results: tuple[FoldEpoch, ...]) -> None:
+    """Add the scores of the epoch that counts to its row, where it was scored only in the end; in place."""
+    kept = {result.losses.epoch for result in results if result.losses is not None}
+    for row in epochs:
+        if kept == {row["epoch"]} and "cc_mean" not in row:
+            row.update({name: value for name, value in _mean_scores(results).items() if name not in row})
+
+
 def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
-    """Average one epoch over the splits."""
+    """Average one epoch over the splits; without scores unless all of them were scored."""
     rows = []
     for result in results:
         losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
-        rows.append({"epoch": 0.0} | losses | merge_subjects(result.scores))
+        rows.append({"epoch": 0.0} | losses | (merge_subjects(result.scores) if _is_scored(results) else {}))
     names = dict.fromkeys(name for row in rows for name in row)  # a split may be too short for a p value
     merged = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-    if not np.isfinite(merged["cc_mean"]):
+    if not np.isfinite(merged.get("cc_mean", 0)):
         raise FloatingPointError(f"cc_mean is {merged['cc_mean']}")
     return merged
 
 
 def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> dict[str, Any]:
     """The trial's scores are those of the epoch that counts; its best epoch is noted beside them."""
-    best = max(epochs, key=lambda epoch: epoch["cc_mean"])
+    best = max([row for row in epochs if "cc_mean" in row] or [final], key=lambda row: row["cc_mean"])
     kept = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
     spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
     return (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import story_words
+from peft import LoraConfig, get_peft_model
 from transformers import BertModel, BertTokenizerFast
 
 from bert_encoding.embed import embed_layers, embed_stories
@@ -150,6 +151,47 @@ def test_bfloat16_is_used_where_asked_and_is_close(tiny_encoder: Encoder) -> Non
     np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "lora_only"}], ids=str)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_read_as_if_merged_and_stay_as_they_are(settings: dict[str, Any], tiny_encoder: Encoder) -> None:
+    """Against PEFT's own forward pass, with every product adapted and factors that are not zero."""
+    model = get_peft_model(
+        tiny_encoder.copy_model(),
+        LoraConfig(r=4, target_modules=r".*encoder\.layer\.\d+\..*(query|key|value|dense)", **settings),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    bert, before = model.get_base_model().bert.eval(), weights_fingerprint(model)
+    tokens = {"plain": tokenize(STORIES["plain"], tiny_encoder.tokenizer)}
+    reading: dict[str, Any] = {"layer": 2, "window_tokens": 32, "stride": 12, "precision": "float32", "device": CPU}
+    found = embed_stories(bert, tokens, tiny_encoder.tokenizer, **reading)["plain"]
+    expected = plain_vectors(STORIES["plain"], bert, tiny_encoder.tokenizer, 2, 32, 12)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    assert np.abs(expected - embed(tiny_encoder)["plain"]).max() > 1e-2
+    assert weights_fingerprint(model) == before
+
+
+def test_no_block_above_the_highest_layer_is_computed(tiny_encoder: Encoder) -> None:
+    expected, bert = embed(tiny_encoder, layer=1), tiny_encoder.copy_model().bert
+    with torch.no_grad():
+        bert.encoder.layer[1].output.dense.weight.fill_(float("nan"))
+    tokens = {name: tokenize(words, tiny_encoder.tokenizer) for name, words in STORIES.items()}
+    reading: dict[str, Any] = {"window_tokens": 32, "stride": 12, "precision": "float32", "device": CPU}
+    found = embed_stories(bert, tokens, tiny_encoder.tokenizer, layer=1, **reading)
+    assert all(np.array_equal(found[name], expected[name]) for name in STORIES)
+
+
+def test_bfloat16_rounds_inputs_of_products_alone(tiny_encoder: Encoder) -> None:
+    """Layer 0 passes no product; the others keep more digits than bfloat16 has."""
+    exact, coarse = embed(tiny_encoder, layer=0), embed(tiny_encoder, layer=0, precision="bfloat16")
+    assert all(np.array_equal(exact[name], coarse[name]) for name in STORIES)
+    vectors = torch.from_numpy(embed(tiny_encoder, precision="bfloat16")["plain"])
+    assert (vectors.bfloat16().float() != vectors).float().mean() > 0.9
+
+
 def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> None:
     bert = tiny_encoder.copy_model().bert
     with torch.no_grad():
@@ -217,8 +259,9 @@ def test_mean_of_layers_is_the_mean_of_single_ones(layers: tuple[int, ...], tiny
 
 def test_all_layers_come_from_one_pass(tiny_encoder: Encoder) -> None:
     """As many forward calls as for one layer, for several and for their mean."""
-    bert, batches = tiny_encoder.model.bert, []
-    hook = bert.register_forward_hook(lambda module, given, output: batches.append(len(given[0])))
+    batches: list[int] = []
+    embeddings = tiny_encoder.model.bert.embeddings
+    hook = embeddings.register_forward_hook(lambda module, given, output: batches.append(len(given[0])))
     try:
         embed(tiny_encoder)
         one = len(batches)
