@@ -9,9 +9,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
 import pytest
+import torch
 from make_data import make_lab, make_tiny_bert
+from threadpoolctl import threadpool_limits
 
-from bert_encoding import response_panels
+from bert_encoding import devices, response_panels
 from bert_encoding.encoders import Encoder, load_encoder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -46,6 +48,39 @@ def tiny_encoder(tiny_bert: Path) -> Encoder:
 def lab(tmp_path: Path) -> Path:
     """A fresh small data set in the lab's format."""
     return make_lab(tmp_path / "lab")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_blas_thread() -> Iterator[None]:
+    """The same for NumPy and SciPy: a second thread only waits, for minutes where other programs use the cores."""
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has it, ridge may choose penalties by it; here choices are compared with exact ones."""
+    monkeypatch.setattr(devices, "_cpu_multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is let through by mistake fails at once, instead of running a study."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("this input should have been refused before Ray starts")
+
+    monkeypatch.setattr("study.session.connect", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(autouse=True)

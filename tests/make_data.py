@@ -4,7 +4,9 @@ import pickle
 import string
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +18,28 @@ WORDS = (
 ).split()
 
 
-def make_tiny_bert(folder: Path, seed: int = 0) -> Path:
-    """Write a BERT with 2 layers of width 32 that reads 512 tokens, and return its folder."""
+def make_tiny_bert(
+    folder: Path,
+    seed: int = 0,
+    words: Sequence[str] = WORDS,
+    letters: str = string.ascii_lowercase + "'",
+    **changes: Any,
+) -> Path:
+    """Write a BERT with 2 layers of width 32 that reads 512 tokens, and return its folder.
+
+    Parameters
+    ----------
+    words, letters : its vocabulary; a word of other letters is unknown to it
+    changes : other settings of ``BertConfig``
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    letters = list(string.ascii_lowercase + "'")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary += [piece for piece in letters + [f"##{c}" for c in letters] if piece not in vocabulary]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    vocabulary += [piece for piece in [*letters, *(f"##{c}" for c in letters)] if piece not in vocabulary]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-    )
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512} | changes
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, **settings)
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
 

@@ -6,8 +6,7 @@ import string
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from make_data import make_tiny_bert
 
 from bert_encoding.datasets.corpus import Example
 
@@ -51,21 +50,7 @@ def write_texts(file: Path, examples: list[Example]) -> Path:
 
 def make_text_bert(folder: Path, seed: int = 0) -> Path:
     """Write a BERT with 2 layers of width 32 that knows the words of ``negated_texts`` and reads 64 tokens."""
-    folder.mkdir(parents=True)
-    letters = list(string.ascii_lowercase)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    vocabulary += [piece for piece in letters + [f"##{c}" for c in letters] if piece not in vocabulary]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,  # of so narrow a model, so that it learns in seconds
+    wide = 0.1  # initial weights of so narrow a model, so that it learns in seconds
+    return make_tiny_bert(
+        folder, seed, WORDS, string.ascii_lowercase, max_position_embeddings=64, initializer_range=wide
     )
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import story_words
+from make_trials import PEFT_WARNS
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
@@ -40,8 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SPOKEN = [*story_words(60, seed=5), "", "extraordinarily", "didn't"]
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 # Written by hand from the names in transformers' modeling_bert.py.
 LAYERS_BY_TARGETS = {
@@ -67,15 +66,6 @@ LAYERS_BY_TARGETS = {
         "output.dense",
     ],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Trained(NamedTuple):

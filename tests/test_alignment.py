@@ -1,6 +1,5 @@
 """The lag diagnostic: sums against a plain loop and ridge, the peak where it was planted, no alarm on noise."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import REAL_DATA
 from make_data import make_lab, story_words
-from threadpoolctl import threadpool_limits
 
 from bert_encoding import alignment
 from bert_encoding.alignment import (
@@ -32,14 +30,10 @@ from bert_encoding.errors import InputError
 from bert_encoding.features import lanczos_downsample
 from bert_encoding.ridge import fit_ridge
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 PUBLISHED, COURSE = TRIMS["published"], TRIMS["course"]
 TR_S = 2.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def told_story(name: str, seed: int, n_words: int = 300) -> Story:

@@ -33,6 +33,8 @@ from study.options import resolve_options
 from study.prepare import prepare
 from study.spaces import load_space
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -57,17 +59,6 @@ def command(lab: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFi
         return ended_in_process([*filled, *arguments], capsys)
 
     return run_command
-
-
-@pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is let through by mistake fails at once, instead of running a study."""
-
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("this input should have been refused before Ray starts")
-
-    monkeypatch.setattr(session_module, "connect", refuse)
-    monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 def ended_in_process(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:

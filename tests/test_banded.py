@@ -1,33 +1,21 @@
 """Banded ridge against plain ridge, himalaya, the normal equations, and a case where one penalty is not enough."""
 
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
-from bert_encoding import banded, devices
+from bert_encoding import banded
 from bert_encoding.banded import DECADES, HIMALAYA, OWN, SOLVERS, BandedFit, BandedRidge, band_weights, check_solver
 from bert_encoding.errors import InputError
 from bert_encoding.ridge import fit_ridge
 from bert_encoding.scores import correlate
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")
+
 GRID = tuple(float(alpha) for alpha in np.logspace(0, 4, 5))
 N_TRS, N_VOXELS = 240, 15
 FOLDS = np.repeat(np.arange(4), N_TRS // 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor has it, ridge may choose penalties by it; here choices are compared with exact ones."""
-    monkeypatch.setattr(devices, "_cpu_multiplies_bfloat16", lambda: False)
 
 
 def make_bands(n_features: tuple[int, ...], seed: int = 0, n_trs: int = N_TRS) -> list[np.ndarray]:

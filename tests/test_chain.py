@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from make_data import make_lab
+from make_trials import make_task
 
 from bert_encoding import chain as chain_module
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
-from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.evaluate import make_design, prepare_ridge, score_subject
 from bert_encoding.ridge import CrossValidatedRidge
 from bert_encoding.trial import run_trial
@@ -25,8 +24,7 @@ SUBJECT = "subject2"
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    dataset = inspect(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
-    return Task(dataset, split_stories(*choose_stories(dataset, (SUBJECT,), None, None, 0), 0, 1), 0)
+    return make_task(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
 
 
 def frequent(task: Task, names: tuple[str, ...], n: int) -> list[str]:

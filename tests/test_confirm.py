@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from make_data import make_lab
+from make_trials import PEFT_WARNS, make_task
 from ray.tune.search import Searcher
 from rich.console import Console
 from study_process import RUN, private_tmp, run_command
@@ -26,7 +26,7 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.datasets.splits import Split, choose_stories, split_stories
+from bert_encoding.datasets.splits import Split, choose_stories
 from bert_encoding.encoders import load_encoder
 from bert_encoding.errors import InputError
 from bert_encoding.prediction_tests import examine_predictions
@@ -58,7 +58,7 @@ from study.spaces import load_space
 from study.text import TextStudy
 
 __all__ = ["private_tmp"]  # a fixture
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 BASE = TrialConfig(model="tiny", epochs=1)
 HEARD = {"eta": ["subject2 e7a"], "zeta": ["subject2 2e7a"]}
@@ -67,14 +67,6 @@ IDENTITY = {
     "heard": HEARD,
 }
 Of = Callable[[Job], float | None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -603,9 +595,7 @@ class Locked(Responses):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    dataset = open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab", n_words=110))
-    train, test = choose_stories(dataset, dataset.subjects, None, None, 0)
-    return Task(inspect(dataset.only(train + test, dataset.subjects)), split_stories(train, test, 0, 1), 0)
+    return make_task(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab", n_words=110)))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Word vectors against a slow plain loop: own windows, one at a time, own averages."""
 
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from bert_encoding.embed import embed_layers, embed_stories
 from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.windows import tokenize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LONG = "z" * 20  # 20 word pieces in the tiny vocabulary
 STORIES: dict[str, list[str]] = {
@@ -28,15 +29,6 @@ STORIES: dict[str, list[str]] = {
 }
 # window_tokens, stride: one window a story; windows that just touch; much overlap; words longer than a window
 WINDOWS = [(512, 256), (32, 30), (32, 7), (8, 3)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

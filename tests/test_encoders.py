@@ -9,6 +9,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from make_trials import PEFT_WARNS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config
@@ -30,8 +31,7 @@ from bert_encoding.windows import cut_windows, tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = PEFT_WARNS
 
 
 @pytest.fixture(scope="module")

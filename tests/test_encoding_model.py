@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import make_lab, make_tiny_bert
+from make_trials import PEFT_WARNS, make_task
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
@@ -22,8 +23,6 @@ from bert_encoding.adapters import load_adapter
 from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
-from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Trim
 from bert_encoding.encoders import Encoder
 from bert_encoding.encoding_model import fit_encoding_model, load_model, predict_story
@@ -36,8 +35,7 @@ from bert_encoding.trial import run_trial
 
 SUBJECTS, N_VOXELS, BAD = ("a", "b"), 12, 4
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = PEFT_WARNS
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     responses = np.load(folder / "a" / "beta.npy")
     responses[3, BAD] = np.nan
     np.save(folder / "a" / "beta.npy", responses)
-    dataset = inspect(open_dataset(folder))
-    train, test = choose_stories(dataset, dataset.subjects, None, None, 0)
-    return Task(dataset, split_stories(train, test, 0, 1), 0)
+    return make_task(open_dataset(folder))
 
 
 Trial = tuple[Chain, TrialRecord, Path | None]

@@ -1,6 +1,6 @@
 """Word vectors to scores, recomputed with other libraries, and what must not reach a score."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from ridge_utils.util import make_delayed
 from scipy.stats import pearsonr
 from sklearn.model_selection import PredefinedSplit
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from bert_encoding import encoding_model, response_panels
 from bert_encoding.baselines import word_rate
@@ -42,6 +41,8 @@ from bert_encoding.significance import block_permutation_p
 from bert_encoding.targets import Targets
 from bert_encoding.time_intervals import time_replicates
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 CPU = torch.device("cpu")
 FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")
 DELAYS = (1, 2, 3, 4)
@@ -51,13 +52,6 @@ N_VOXELS = 40  # the first half follow word rate, the others are noise
 BAD_VOXELS = {"subject2": [3, 25], "subject3": [30]}
 
 Vectors = Mapping[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small matrices: a second thread only waits, for minutes where other programs use the cores."""
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from bert_encoding.export import export, parse_words
 from bert_encoding.windows import tokenize
 from bert_encoding.word_vectors import export_stories, export_words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TEXTS = [
     "The old house said no. In the garden my HOUSE walked!  Was it?",
@@ -51,14 +53,6 @@ The canoe drifted towards the left bank and ran aground.
 Cattle came down to the bank to drink from the river.
 The current had eaten away the sandy bank below the bridge.
 Swallows nest in holes in the steep bank above the stream.""".splitlines()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,15 @@
 """Masked-LM training against plain transformers, PEFT and torch loops."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import make_trials
 import numpy as np
 import pytest
 import torch
-from make_data import WORDS, story_words
+from make_data import WORDS
+from make_trials import PEFT_WARNS, some_windows, without_dropout
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import BertForMaskedLM
@@ -30,35 +32,9 @@ from bert_encoding.masking import MaskedBatch, mask_windows, split_masked
 from bert_encoding.windows import Window, cut_windows, tokenize
 
 CPU = torch.device("cpu")
-TRAINING = Training(
-    lr=1e-2,
-    epochs=2,
-    batch_size=4,
-    accumulation=1,
-    weight_decay=0.1,
-    warmup_epochs=0.5,
-    schedule="constant",
-    max_grad_norm=1.0,
-    precision="float32",
-)
+TRAINING = replace(make_trials.TRAINING, epochs=2, weight_decay=0.1, warmup_epochs=0.5, max_grad_norm=1.0)
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def some_windows(encoder: Encoder, n_words: int = 295, window_tokens: int = 32, seed: int = 0) -> list[Window]:
-    """Windows of one story, the last one shorter than the others."""
-    tokens = tokenize(story_words(n_words, seed), encoder.tokenizer)
-    return cut_windows(tokens, window_tokens, window_tokens - 2, encoder.tokenizer)
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
 def mask(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15, seed: int = 0) -> MaskedBatch:
@@ -81,12 +57,6 @@ def adapted(encoder: Encoder, *, dropout: float = 0.0, targets: str = "q,v", see
     if dropout == 0:
         without_dropout(model)
     return add_adapter(model, rank=4, lora_alpha=8.0, targets=targets, dropout=dropout, seed=seed)
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
 
 
 def masked_words(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15) -> MaskedLM:

@@ -12,6 +12,7 @@ import cyclopts
 import numpy as np
 import pytest
 from make_data import make_lab
+from make_trials import PEFT_WARNS
 
 from bert_encoding.chain import Task
 from bert_encoding.command import run_app
@@ -33,8 +34,7 @@ from study.spaces import load_space
 SUBJECTS = ("a", "b")
 TRIALS = {"baseline-frozen": "frozen", "baseline-word_rate": "word_rate", "0001": "lora"}
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = PEFT_WARNS
 
 
 @pytest.fixture(scope="module")

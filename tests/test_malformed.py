@@ -30,7 +30,8 @@ import bert_encoding.check
 from bert_encoding.command import run_app
 from bert_encoding.datasets.lab import read_transcripts
 from study import run
-from study import session as session_module
+
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 ROOT = Path(__file__).resolve().parents[1]
 STORY = "beta"  # the story that is changed
@@ -56,15 +57,6 @@ class Case(NamedTuple):
 
     change: Callable[[Path], object]
     said: tuple[str, ...]
-
-
-@pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("this input should have been refused before Ray starts")
-
-    monkeypatch.setattr(session_module, "connect", refuse)
-    monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(autouse=True)

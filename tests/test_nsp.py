@@ -1,14 +1,17 @@
 """Next-sentence prediction: which pairs, which losses, which heads, and that it learns."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import make_trials
 import numpy as np
 import pytest
 import torch
 from make_data import WORDS, make_tiny_bert, story_words
+from make_trials import PEFT_WARNS, without_dropout
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -33,28 +36,9 @@ from bert_encoding.windows import Tokens, cut_windows, tokenize
 
 CPU = torch.device("cpu")
 CLS, SEP = 2, 3  # of the tiny vocabulary
-TRAINING = Training(
-    lr=1e-2,
-    epochs=1,
-    batch_size=8,
-    accumulation=1,
-    weight_decay=0.0,
-    warmup_epochs=0.0,
-    schedule="constant",
-    max_grad_norm=1e9,
-    precision="float32",
-)
+TRAINING = replace(make_trials.TRAINING, batch_size=8)
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +93,6 @@ def taken_apart(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
         assert real.count(SEP) == 2
         found.append((real[1:middle], real[middle + 1 : -1]))
     return found
-
-
-def without_dropout(model: torch.nn.Module) -> Any:
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
-    return model
 
 
 # --- the pairs --------------------------------------------------------------------------------------------------------

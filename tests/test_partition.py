@@ -1,7 +1,6 @@
 """Variance partitioning: planted truths, a slow reference of every fit, and the command from folder to files."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain as joined
 from pathlib import Path
@@ -13,9 +12,8 @@ from make_data import make_lab
 from make_lebel import make_lebel
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score as sklearn_r2
-from threadpoolctl import threadpool_limits
 
-from bert_encoding import devices, response_panels
+from bert_encoding import response_panels
 from bert_encoding.__main__ import app
 from bert_encoding.banded import BandedRidge
 from bert_encoding.chain import Chain, Task
@@ -44,25 +42,12 @@ from bert_encoding.variance import (
     subsets_of,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread", "one_blas_thread", "no_bfloat16")
+
 A, B, AB = ("a",), ("b",), ("a", "b")
 WEAK = Fitting(ridge_alphas=(1e-3, 1.0))  # next to no penalty
 CPU = torch.device("cpu")
 TEST = "wheretheressmoke"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor has it, ridge may choose penalties by it; here choices are compared with exact ones."""
-    monkeypatch.setattr(devices, "_cpu_multiplies_bfloat16", lambda: False)
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------

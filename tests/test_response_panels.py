@@ -1,6 +1,6 @@
 """Responses that trials share: the bits of fresh ones, of this data set alone, and no more than there is room for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import pytest
 import torch
 from make_data import make_lab
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from bert_encoding import response_panels
 from bert_encoding.baselines import word_rate
@@ -31,15 +30,11 @@ from bert_encoding.response_panels import (
 )
 from bert_encoding.targets import Targets
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 CPU, ALL = torch.device("cpu"), slice(None)
 FIT, SCORED = ("alpha", "beta", "delta"), ("gamma", "zeta")
 N_VOXELS, BAD = 12, 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="module")

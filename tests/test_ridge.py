@@ -1,6 +1,5 @@
 """Ridge, against scikit-learn, himalaya, the Huth lab's code, closed forms and plain loops."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -12,22 +11,16 @@ from ridge_utils.ridge import ridge as huth_ridge
 from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit
-from threadpoolctl import threadpool_limits
 
 from bert_encoding import ridge
 from bert_encoding.ridge import RIDGE_ALPHAS, RidgeFit, alpha_edge_share
 from bert_encoding.ridge_forms import FORMS
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 GRID = tuple(float(alpha) for alpha in np.logspace(-1, 4, 9))
 FOLD_SIZES = (30, 17, 22, 25)  # stories differ in length
 SHAPES = {"tall": 12, "wide": 150}  # n_features beside 94 rows
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small matrices: a second thread only waits, for minutes where other programs use the cores."""
-    with threadpool_limits(1):
-        yield
 
 
 fit_ridge = partial(ridge.fit_ridge, precision="float64")

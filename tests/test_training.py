@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from make_data import story_words
+from make_trials import PEFT_WARNS, TRAINING, some_windows, without_dropout
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -17,32 +17,11 @@ from bert_encoding.encoders import Encoder
 from bert_encoding.finetune import MaskedLM
 from bert_encoding.seeds import generator
 from bert_encoding.training import Progress, Training, l2_sp_terms, train
-from bert_encoding.windows import Window, cut_windows, tokenize
 
 CPU = torch.device("cpu")
-TRAINING = Training(
-    lr=1e-2,
-    epochs=1,
-    batch_size=4,
-    accumulation=1,
-    weight_decay=0.0,
-    warmup_epochs=0.0,
-    schedule="constant",
-    max_grad_norm=1e9,
-    precision="float32",
-)
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB."
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
 class NoisyLines(NamedTuple):
@@ -114,18 +93,6 @@ def gradients() -> Iterator[list[list[torch.Tensor]]]:
     hook = register_optimizer_step_pre_hook(listen)
     yield found
     hook.remove()
-
-
-def some_windows(encoder: Encoder, n_words: int, seed: int = 0) -> list[Window]:
-    tokens = tokenize(story_words(n_words, seed), encoder.tokenizer)
-    return cut_windows(tokens, 32, 30, encoder.tokenizer)
-
-
-def without_dropout(model: torch.nn.Module) -> Any:
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
-    return model
 
 
 # --- accumulation -----------------------------------------------------------------------------------------------------

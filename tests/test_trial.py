@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import make_lab
+from make_trials import PEFT_WARNS, make_task
 from peft import PeftModel
 from sklearn.linear_model import Ridge
 from transformers import BertForMaskedLM, BertModel
@@ -25,10 +25,7 @@ from bert_encoding import trial as module
 from bert_encoding.chain import Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.datasets.splits import choose_stories, split_stories
-from bert_encoding.datasets.story import Dataset
 from bert_encoding.encoders import Encoder, load_encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.finetune import Probes
@@ -41,17 +38,7 @@ SUBJECT = "subject2"
 METHODS = ("word_rate", "frozen", "lora")
 N_SPECIAL = 5  # [PAD] [UNK] [CLS] [SEP] [MASK], the first ids of the tiny vocabulary
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +84,6 @@ def uneven_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
         words[5], words[6], words[60] = "", "{cg}", "--"
         stories[name] = replace(stories[name], words=tuple(words))
     return make_task(replace(dataset, stories=stories))
-
-
-def make_task(dataset: Dataset, n_outer_folds: int = 1) -> Task:
-    inspected = inspect(dataset)
-    train, test = choose_stories(inspected, inspected.subjects, None, None, seed=0)
-    return Task(inspected, split_stories(train, test, 0, n_outer_folds), 0)
 
 
 def config(encoder: Encoder, **changes: Any) -> TrialConfig:

@@ -1,13 +1,13 @@
 """Every way of adapting BERT, through the whole chain of a trial."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from make_data import make_lab
-from transformers.models.bert.modeling_bert import BertEmbeddings
+from make_trials import make_task
+from transformers import BertModel
 
 from bert_encoding import chain as chain_module
 from bert_encoding import trial as trial_module
@@ -15,8 +15,7 @@ from bert_encoding.adapters import load_adapter
 from bert_encoding.chain import Chain, Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
-from bert_encoding.datasets.splits import choose_stories, split_stories
+from bert_encoding.datasets.splits import split_stories
 from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.material import Material
@@ -28,8 +27,7 @@ SUBJECT = "subject2"
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    dataset = inspect(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
-    return Task(dataset, split_stories(*choose_stories(dataset, (SUBJECT,), None, None, 0), 0, 1), 0)
+    return make_task(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
 
 
 def config(encoder: Encoder, **changes: Any) -> TrialConfig:
@@ -107,37 +105,6 @@ def test_with_patience_the_epoch_of_the_lowest_held_out_loss_counts(
     assert True in kept, "or nothing was restored"
 
 
-def test_epochs_that_are_not_scored_change_nothing_else(task: Task, tiny_encoder: Encoder) -> None:
-    heard: list[dict[str, float]] = []
-    settings = config(tiny_encoder, epochs=5, lr=0.05)
-    every = run_trial(settings, task)
-    some = run_trial(replace(settings, score_every=2), task, lambda scores: heard.append(scores) or True)
-    assert [epoch["epoch"] for epoch in some.epochs if "cc_mean" in epoch] == [2, 4, 5]
-    assert [scores["epoch"] for scores in heard] == [2, 4, 5]
-    for row, full in zip(some.epochs, every.epochs, strict=True):
-        assert {name: full[name] for name in row if name != "seconds"} == {
-            name: value for name, value in row.items() if name != "seconds"
-        }
-        assert {"mlm_loss_train", "mlm_loss_heldout", "optimizer_steps"} < set(row)
-    of_best = ("cc_best", "epoch_best")
-    assert {k: v for k, v in some.scores.items() if k not in of_best} == {
-        k: v for k, v in every.scores.items() if k not in of_best
-    }
-    assert some.scores["cc_best"] == max(row["cc_mean"] for row in some.epochs if "cc_mean" in row)
-    assert np.array_equal(some.cc[SUBJECT], every.cc[SUBJECT], equal_nan=True)
-
-
-def test_the_epoch_that_patience_restores_is_scored(task: Task, tiny_encoder: Encoder) -> None:
-    settings = config(tiny_encoder, epochs=6, lr=0.05, patience=2)
-    every, last = run_trial(settings, task), run_trial(replace(settings, score_every=1000), task)
-    kept = int(last.scores["epoch_kept"])
-    assert kept < 6, "or there was nothing to score in the end"
-    assert [row["epoch"] for row in last.epochs if "cc_mean" in row and row["epoch"] < 6] == [kept]
-    assert last.epochs[kept - 1]["cc_mean"] == last.scores["cc_mean"] == every.scores["cc_mean"]
-    assert np.array_equal(last.cc[SUBJECT], every.cc[SUBJECT], equal_nan=True)
-    assert last.scores["cc_seen"] == every.scores["cc_seen"]
-
-
 def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: Encoder) -> None:
     record = run_trial(config(tiny_encoder, method="random"), task, score_test=True)
     other = run_trial(config(tiny_encoder, method="random", seed=1), task)
@@ -152,14 +119,14 @@ def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
 ) -> None:
     monkeypatch.setattr(chain_module, "_LAYERS", {})
     passes = []
-    forward = BertEmbeddings.forward
+    forward = BertModel.forward
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
         passes.append(1)
         return forward(self, *args, **kwargs)
 
     alone = [run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 1, 2, (0, 2))]
-    monkeypatch.setattr(BertEmbeddings, "forward", count)
+    monkeypatch.setattr(BertModel, "forward", count)
     n_passes = []
     for layer, expected in zip((0, 1, 2, (0, 2)), alone, strict=True):
         passes.clear()

@@ -1,30 +1,17 @@
 """What a space tells beyond the others: calibrated where it tells nothing, found where it tells something."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
-from bert_encoding import devices
 from bert_encoding.ridge import CrossValidatedRidge
 from bert_encoding.significance import block_permutation_p
 from bert_encoding.unique import Chance, unique_p, what_is_left
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")
+
 N_FIT, N_SCORED, N_VOXELS = 700, 400, 400  # voxels to which the space adds nothing, and as many to which it does
 STORY = np.arange(N_SCORED) * 2 // N_SCORED
 CHANCE = Chance(STORY, 200, 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cpu_multiplies_bfloat16", lambda: False)
 
 
 def make_predictions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
