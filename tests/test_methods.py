@@ -1,14 +1,14 @@
 """The ways of adapting BERT: what trains, what does not, how many parameters, how far they went."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_data import story_words
-from make_trials import PEFT_WARNS
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
@@ -18,6 +18,7 @@ from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.methods import (
     Change,
+    CheapDropout,
     count_parameters,
     measure_change,
     prepare_model,
@@ -26,7 +27,8 @@ from bert_encoding.methods import (
 )
 from bert_encoding.records import BERT_METHODS
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 # Written by hand from the names in transformers' modeling_bert.py. The decoder's matrix and bias are tied: to the word
 # embeddings, and to cls.predictions.bias.
@@ -96,6 +98,15 @@ CASES: dict[str, Case] = {
 }
 TUNING = [name for name, (_, trained) in CASES.items() if trained]
 ADAPTERS = [name for name in TUNING if "method" not in CASES[name][0]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -545,3 +556,47 @@ def test_state_of_another_method_is_refused(tiny_encoder: Encoder) -> None:
     with pytest.raises(ValueError, match=r"bert\.embeddings\.LayerNorm\.bias is on one side only"):
         restore_state(full, tuned_state(partial))
     assert weights_fingerprint(full) == before
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(1000, 1001), (1001, 999)])
+def test_cheap_dropout_drops_the_share_and_keeps_the_mean(rate: float, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(shape, requires_grad=True)
+    found = CheapDropout(rate).train()(x)
+    kept = found != 0
+    n, n_kept = x.numel(), int(kept.sum())
+    assert abs(n_kept - n * (1 - rate)) < 5 * math.sqrt(n * rate * (1 - rate))  # five standard deviations
+    np.testing.assert_allclose(found[kept].detach(), 1 / (1 - rate), rtol=2e-4)
+    for axis in (0, 1):  # rows and columns alike: no pattern in what is dropped
+        shares = kept.double().mean(dim=axis)
+        assert (shares - (1 - rate)).abs().max() < 6 * math.sqrt(rate * (1 - rate) / shape[axis])
+    neighbours = float((kept[:, 1:] & kept[:, :-1]).double().mean())
+    assert neighbours == pytest.approx((1 - rate) ** 2, abs=4e-3)
+    found.sum().backward()
+    assert torch.equal(x.grad, found.detach())
+
+
+def test_cheap_dropout_follows_the_seed_and_does_nothing_outside_training() -> None:
+    x, dropout = torch.randn(7, 9), CheapDropout(0.3)
+    torch.manual_seed(1)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(CheapDropout(0.0).train()(x), x)
+    assert CheapDropout(0.3).train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "full", "partial"])
+def test_all_dropout_of_a_model_to_train_is_the_cheap_one(method: str, tiny_encoder: Encoder) -> None:
+    model = prepare_model(TrialConfig(method=method, model=tiny_encoder.name, frozen_blocks=1), tiny_encoder)
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(dropouts) > 2
+    assert all(isinstance(module, CheapDropout) for module in dropouts)
+    assert not any(isinstance(module, CheapDropout) for module in tiny_encoder.model.modules())
