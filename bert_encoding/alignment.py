@@ -5,11 +5,13 @@ rate is shifted against them: with text and responses aligned it predicts best w
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from bert_encoding.baselines import word_rate
+from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.inspect_responses import Block
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import TRIMS, Dataset, Story, Trim
@@ -34,9 +36,7 @@ MIN_STORIES, STORY_VOXELS = 5, 4096  # for a story's own lag: stories to learn a
 # ones lie clearly elsewhere and none of the 1116 others. With 10 voxels it would be 1 in 60 of the others, so the lags
 # of single stories count only where most of them show well.
 MIN_STORY_HEIGHT, MIN_STORY_LEAD, MIN_USUAL_HEIGHT = 3.0, 1.5, 4.5
-MAX_TRACE = (
-    1.9  # of a story that does not follow its words; 22 of 26 that were swapped in pairs, none of 101 right ones
-)
+MAX_TRACE = 1.9  # of a story that does not follow its words; 22 of 26 swapped in pairs, none of 101 right ones
 MAX_SHOWN = 8  # stories in a message
 NEAR_TRS = 2  # shifts so close to the subject's peak count as the same
 
@@ -327,6 +327,16 @@ def check_alignment(profile: LagProfile, trust: bool = False) -> list[str]:
             "is usual: are TR times and trim right?"
         )
     return notes
+
+
+def inspect_aligned(dataset: Dataset, names: list[str], trust: bool) -> Dataset:
+    """Inspect the data, and in the same pass see whether responses follow the words in these stories, no others."""
+    sums = LagSums(dataset.only(names, dataset.subjects))
+    inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
+    assert inspected.voxel_masks is not None
+    profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
+    notes = [note for profile in profiles for note in check_alignment(profile, trust)]
+    return replace(inspected, notes=(*inspected.notes, *notes))
 
 
 def _mixture(profile: LagProfile) -> str:

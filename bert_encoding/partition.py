@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from bert_encoding.alignment import LagSums, check_alignment
+from bert_encoding.alignment import inspect_aligned
 from bert_encoding.banded import HIMALAYA, OWN, check_solver
 from bert_encoding.chain import Chain, Task
 from bert_encoding.command import Names, Text, Whole, absolute, parse_layer
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
 from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.demo import demo_stories, simulate_listener
@@ -303,18 +302,8 @@ def _open_task(
     if len(fit) < MIN_FIT_STORIES:
         raise InputError(f"{dataset.source}: {len(fit)} stories to fit; at least {MIN_FIT_STORIES} are needed")
     if path not in DEMOS:
-        dataset = _inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
+        dataset = inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
     return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
-
-
-def _inspect_aligned(dataset: Dataset, fit: list[str], trust: bool) -> Dataset:
-    """Inspect the data, and in the same pass see whether responses follow the words; test stories have no say."""
-    sums = LagSums(dataset.only(fit, dataset.subjects))
-    inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
-    assert inspected.voxel_masks is not None
-    profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
-    notes = [note for profile in profiles for note in check_alignment(profile, trust)]
-    return replace(inspected, notes=(*inspected.notes, *notes))
 
 
 def _about(base: TrialConfig, names: Subset, solver: str | None, task: Task) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bert_encoding.alignment import LagSums, check_alignment
+from bert_encoding.alignment import inspect_aligned
 from bert_encoding.chain import Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
-from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
 from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.demo import N_VOXELS, demo_stories, simulate_listener
@@ -96,19 +95,9 @@ def prepare(options: Options, space: Space) -> Study:
     train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
     used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
-    inspected = _on_given_voxels(options, _inspect_aligned(used, train, options.trust_alignment))
+    inspected = _on_given_voxels(options, inspect_aligned(used, train, options.trust_alignment))
     _check_choice(options, {subject: inspected.n_valid(subject) for subject in subjects})
     return Study(options, space, inspected, splits, base)
-
-
-def _inspect_aligned(dataset: Dataset, train: list[str], trust: bool) -> Dataset:
-    """Inspect the data, and in the same pass see whether responses follow the words; test stories have no say."""
-    sums = LagSums(dataset.only(train, dataset.subjects))
-    inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
-    assert inspected.voxel_masks is not None
-    profiles = [sums.profile(subject, inspected.voxel_masks[subject]) for subject in dataset.subjects]
-    notes = [note for profile in profiles for note in check_alignment(profile, trust)]
-    return replace(inspected, notes=(*inspected.notes, *notes))
 
 
 def general_text(options: Options) -> dict[str, str]:
