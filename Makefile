@@ -2,16 +2,19 @@
 # make test    all tests but those marked slow
 # make test-slow   the tests that take longer
 # make check   ruff and mypy
+# make bench   a student's script beside this program; DATA=FOLDER for real stories, BENCH='--only stages' for a part
 # make lock    pin the newest allowed versions (needs a network)
 # Each sets up what it needs in .venv; PYTHON and VENV may be given.
 
 PYTHON ?= python3
 VENV ?= .venv
+DATA ?= demo
+BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements.lock)
 
-.PHONY: demo test test-slow check lock clean
+.PHONY: demo test test-slow check bench lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/python study/run.py --space lora_full --data demo --trials 6 --confirm 1 --name demo-$$(date +%Y%m%d-%H%M%S)
@@ -26,6 +29,9 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/bench.py --data $(DATA) --folder results/bench $(BENCH)
 
 # torch comes first and with its own dependencies: on a GPU machine these are the CUDA libraries, which no lock that
 # also serves a laptop can name. Everything else is pinned; the demo encoder comes without its helper package.

@@ -1,6 +1,8 @@
 """The yardstick of the bench does the library's work: same windows, vectors, ridge, loss; and the bench keeps books."""
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.embed import embed_stories
 from bert_encoding.encoders import Encoder
+from bert_encoding.records import TrialRecord, read_records, write_record
 from bert_encoding.trial import run_trial
 from bert_encoding.windows import Tokens, cut_windows, tokenize, training_windows
 
@@ -170,11 +173,13 @@ SCRIPT_RUN = {
     "counts": {"tokens": 40_000, "tokens_whole": 120_000, "words": 2000, "words_whole": 6000},
     "scores": {"cc_mean": 0.1, "mlm_loss_heldout": 4.0},
     "wall": 125.0,
+    "peak_gb": {"memory": 3.0},
 }
 OUR_RUN = SCRIPT_RUN | {
     "seconds": {"start": 5.0, "load": 1.0, "train": 20.0, "embed": 2.5, "ridge": 3.0, "cc_seen": 1.0, "other": 2.0},
     "scores": {"cc_mean": 0.1031, "mlm_loss_heldout": 4.03},
     "wall": 36.0,
+    "peak_gb": {"memory": 9.0, "gpu": 1.5},
 }
 
 
@@ -185,14 +190,17 @@ def test_the_table_of_stages_has_rates_ratios_and_bars() -> None:
         ["200.0", "800.0", "4.00", "4", "held"],
     ]
     assert lines[3].split()[-7:] == ["6.0", "3.0", "2.00", "2.7", "missed", "by", "26%"]
-    assert lines[4].split()[-7:] == ["125.0", "36.0", "3.47", "4", "missed", "by", "13%"]
+    assert lines[4].split()[-7:] == ["123.0", "36.0", "3.42", "4", "missed", "by", "15%"]
+    assert lines[5].split()[-3:] == ["6.0", "6.0", "1.00"]
+    assert lines[6].split()[-3:] == ["3.0", "1.5", "2.00"]
     loss, cc = bench_tables.score_lines(SCRIPT_RUN, OUR_RUN)
     assert loss.endswith("+0.75%, bar 1%: held")
     assert cc.endswith("+0.0031, bar 0.003: missed")
 
 
 def test_a_part_is_made_whole_by_tokens_and_words() -> None:
-    assert bench_tables.extrapolated(SCRIPT_RUN).trial_s == pytest.approx(300 + 30 + 6 + 5 + 1 + 2)
+    assert bench_tables.extrapolated(SCRIPT_RUN).trial_s == pytest.approx(300 + 30 + 6 + 5 + 1)
+    assert bench_tables.extrapolated(OUR_RUN).trial_s == pytest.approx(60 + 7.5 + 3 + 5 + 1 + 1 + 2)
 
 
 def test_an_exponent_is_that_of_the_power() -> None:
@@ -222,3 +230,42 @@ def test_voxels_are_the_first_or_noise(task: Task, n_voxels: int) -> None:
     measured = task.dataset.valid_responses("beta", "subject2")
     assert Y.shape == (len(measured), n_voxels)
     assert np.array_equal(Y, measured[:, :n_voxels]) == (n_voxels == 5)
+
+
+@pytest.fixture
+def finished_study(tmp_path: Path) -> Path:
+    """Two trials of a study, the second one stopped."""
+    for at, (status, cc) in enumerate((("complete", 0.10), ("stopped", 0.05))):
+        point = bench_studies.configurations(2)[at]
+        record = TrialRecord(
+            status,
+            "lora",
+            {"stride": 256, **point},
+            trial_id=f"t{at}",
+            phase="search",
+            scores={"cc_mean": cc, "mlm_loss_heldout": 4.0 + at, "epochs_done": 3.0 - at},
+            seconds={"total": 10.0},
+        )
+        write_record(tmp_path, record)
+        os.utime(tmp_path / "trials" / f"t{at}" / "record.json", (1000 + 12 * at, 1000 + 12 * at))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("enough", "until"), [(0.1, 70.0), (0.11, None)])
+def test_a_study_is_read_configuration_by_configuration(
+    finished_study: Path, enough: float, until: float | None
+) -> None:
+    points = bench_studies.configurations(2)
+    found = bench_studies.read_our_study(finished_study, points[::-1], 930.0, enough)
+    assert found["cc"] == [0.05, 0.10]
+    assert found["losses"] == [5.0, 4.0]
+    assert found["epochs_done"] == [2.0, 3.0]
+    assert (found["best"], found["seconds_until_found"], found["at_once"]) == (0.10, until, 1)
+    assert found["seconds_of_trials"] == 20.0
+
+
+def test_a_study_with_answers_from_records_does_not_count(finished_study: Path) -> None:
+    record = read_records(finished_study)[1]
+    write_record(finished_study, replace(record, repeat_of="t0"))
+    with pytest.raises(RuntimeError, match="failed or answered"):
+        bench_studies.read_our_study(finished_study, bench_studies.configurations(2), 0.0, 0.1)

@@ -1,6 +1,6 @@
 """The course script beside the library, in one run on the same stories: seconds, ratios, scores, and whether bars hold.
 
-python tests/benchmarks/bench.py --data FOLDER [--only stages] [--folder bench-results] [--save]
+python tests/benchmarks/bench.py --data FOLDER [--only stages] [--folder results/bench] [--save]
 
 Every measurement is a process of its own, one after the other; let nothing else run meanwhile. With ``--folder`` each
 is kept as it ends, and taken from there if what was measured has not changed, so a bench that was cut off goes on.
@@ -29,7 +29,11 @@ from bench_tables import CC_TOLERANCE, extrapolated, own_lines, rates, score_lin
 from compare_ridge import machine
 from cyclopts import Parameter
 
+from bert_encoding.demo import demo_stories
+from bert_encoding.demo_names import DEMOS
+
 Part = Literal["stages", "study", "base", "growth"]
+N_STORIES = 20
 PARTS: tuple[Part, ...] = ("stages", "study", "base", "growth")
 SETTINGS_OF_SCRIPT = (
     "lora_alpha lora_dropout weight_decay max_grad_norm warmup_epochs batch_size window_tokens stride "
@@ -59,12 +63,13 @@ app = cyclopts.App(help=__doc__, default_parameter=Parameter(negative=""))
 def main(
     *,
     data: str = "demo",
-    train_stories: int = 20,
+    model: str = "minilm",
+    train_stories: int | None = None,
     epochs: int = 3,
     only: Annotated[list[Part] | None, Parameter(consume_multiple=True)] = None,
     configurations_: Annotated[int, Parameter(name="--configurations")] = 8,
     base_steps: int = 30,
-    stories: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = STORIES,
+    stories: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True)] = None,
     voxels: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = VOXELS,
     folder: Path | None = None,
     save: bool = False,
@@ -78,8 +83,10 @@ def main(
     ----------
     data
         'demo', or the folder of the data.
+    model
+        The encoder of all parts but base.
     train_stories
-        Stories of a trial, fit and validation together.
+        Stories of a trial, fit and validation together. [default: 20, or all of the demo]
     epochs
         Of fine-tuning.
     only
@@ -90,7 +97,7 @@ def main(
     base_steps
         Training steps of the large encoder.
     stories, voxels
-        Sizes of the growth.
+        Sizes of the growth. [default: 5, 10, 20, 40 stories, of the demo what it has; 100, 1000, 10000 voxels]
     folder
         Where results are kept. [default: nowhere]
     save
@@ -99,8 +106,11 @@ def main(
         Assumptions of the projection: fine-tuning of BERT-base, ridge on a GPU over ridge here, reading responses.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        given = data if data.startswith("demo") else str(Path(data).resolve())
-        shared = {"data": given, "model": "minilm", "train_stories": train_stories, "epochs": epochs}
+        given = data if data in DEMOS else str(Path(data).resolve())
+        n_most = demo_size() if data in DEMOS else max(STORIES)
+        n_stories = train_stories or min(N_STORIES, n_most)
+        sizes = stories or tuple(n for n in STORIES if n <= n_most)
+        shared = {"data": given, "model": model, "train_stories": n_stories, "epochs": epochs}
         bench = Bench(folder or Path(temporary), shared)
         wanted = Projection(
             gpu_tokens_per_second=gpu_tokens_per_second, gpu_speedup=gpu_speedup, read_gb_per_s=read_gb_per_second
@@ -109,7 +119,7 @@ def main(
             "stages": bench.stages,
             "study": lambda: bench.study(configurations_),
             "base": lambda: bench.base(base_steps),
-            "growth": lambda: bench.growth(tuple(stories), tuple(voxels), wanted),
+            "growth": lambda: bench.growth(sizes, voxels, wanted),
         }
         lines = [bench.headline()]
         print(lines[0], flush=True)
@@ -170,7 +180,7 @@ class Bench:
         points = configurations(n)
         script = run_script_study(points, lambda point: self.script(self.shared | point)) | {"points": points}
         same, early = (self._our_study(points, stops, script["best"] - CC_TOLERANCE) for stops in (False, True))
-        first = f"{n} configurations; ours runs {same['max_concurrent']} at once, with its two baselines"
+        first = f"{n} configurations; ours ran {same['at_once']} at once, and two baselines before"
         return [first, *study_table(script, same, early)]
 
     def _our_study(self, points: list[dict[str, Any]], early: bool, enough: float) -> Result:
@@ -211,6 +221,11 @@ class Bench:
 
     def _asked(self, options: Result) -> Result:
         return {"options": options, "machine": self.machine}
+
+
+def demo_size() -> int:
+    """Return how many stories of the demo are not test stories."""
+    return len(demo_stories().stories) - len(demo_stories().published_test)
 
 
 def make_base_encoder(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from course_script import SPLIT_SEED, load_data
+from course_script import SPLIT_SEED, Clock, load_data, peak_gb
 
 import bert_encoding.finetune
 from bert_encoding.adapters import masked_lm
@@ -24,11 +24,14 @@ from bert_encoding.chain import Chain, Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
+from bert_encoding.devices import pick_device
 from bert_encoding.features import downsample_story
+from bert_encoding.finetune import make_probes, probe_loss
 from bert_encoding.material import Material
 from bert_encoding.methods import prepare_model
 from bert_encoding.training import train
 from bert_encoding.trial import run_trial
+from bert_encoding.windows import training_windows
 
 
 def main() -> None:
@@ -48,7 +51,7 @@ def main() -> None:
         run_parts(config, task, given.max_steps, given.embed_stories) if given.max_steps else run_whole(config, task)
     )
     found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
-    found |= {"n_threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    found |= {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peak_gb()}
     given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -86,7 +89,6 @@ def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
         "shape": shape_of(config, task),
         "scores": {name: record.scores[name] for name in ("cc_mean", "mlm_loss_heldout", "mlm_loss_train", "cc_seen")},
         "notes": record.notes,
-        "peak_memory_gb": record.peak_memory_gb,
     }
 
 
@@ -163,8 +165,11 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
 
 
 def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | None) -> dict[str, Any]:
-    """Time some training steps, the embedding of some stories, and ridge on random word vectors of all stories."""
-    split, clock = task.splits[0], _Laps()
+    """Time some training steps, the embedding of some stories, and ridge on random word vectors of all stories.
+
+    Losses are read on one probe; a trial reads two after every epoch, and one of general text before and after.
+    """
+    split, clock = task.splits[0], Clock()
     chain = Chain(config, task)
     assert chain.encoder is not None
     model = prepare_model(config, chain.encoder)
@@ -182,8 +187,16 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     clock.lap("random")
     chain.score(on_trs, split.fit, split.validation)
     clock.lap("ridge")
+    chain.score_seen(on_trs, split.fit)
+    clock.lap("cc_seen")
+    length = config.embed_window_tokens
+    windows = training_windows(list(chain.tokens(split.fit).values()), length, length - 2, chain.encoder.tokenizer)
+    probes = make_probes(windows, windows, chain.encoder.tokenizer, config.probe_tokens, SPLIT_SEED)
+    probe_loss(trained, probes.heldout, config.precision, chain.device)
+    clock.lap("probe")
+    clock.seconds["other"] += (2 * config.epochs + 2) * clock.seconds["probe"]
     return {
-        "seconds": {name: took for name, took in clock.seconds.items() if name != "random"},
+        "seconds": {name: took for name, took in clock.seconds.items() if name not in ("random", "probe")},
         "counts": {
             "steps": progress.optimizer_steps,
             "tokens": progress.tokens_seen,
@@ -193,20 +206,6 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
         },
         "scores": {},
     }
-
-
-class _Laps:
-    """Seconds from one lap to the next."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self._began = now - self._began, now
 
 
 def n_words(dataset: Dataset, names: tuple[str, ...]) -> int:

@@ -1,7 +1,6 @@
 """A study of given configurations: the course script once for each, and ours, as it is and with early stopping."""
 
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_kept import ROOT, Result, child_environment, command_line, run_process, run_script
+from bench_tables import trial_seconds
 
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
@@ -44,7 +44,7 @@ def run_script_study(points: list[dict[str, Any]], run_one: Callable[[dict[str, 
     results = [run_one(point) for point in points]
     cc = [result["scores"]["cc_mean"] for result in results]
     return {
-        "seconds": sum(result["wall"] for result in results),
+        "seconds": sum(trial_seconds(result) for result in results),
         "cc": cc,
         "losses": [result["scores"]["mlm_loss_heldout"] for result in results],
         "best": max(cc),
@@ -109,8 +109,8 @@ def read_our_study(folder: Path, points: list[dict[str, Any]], began: float, eno
         raise RuntimeError(f"{folder}: {len(records)} trials, expected {len(points)}; failed or answered: {bad}")
     found = {_point_of(record.config, points): record for record in records}
     ended = {at: (folder / "trials" / r.trial_id / "record.json").stat().st_mtime - began for at, r in found.items()}
+    began_s = {at: ended[at] - record.seconds["total"] for at, record in found.items()}
     good = [ended[at] for at, record in found.items() if record.scores["cc_mean"] >= enough]
-    study = json.loads((folder / "study.json").read_text())
     return {
         "cc": [found[at].scores["cc_mean"] for at in range(len(points))],
         "losses": [found[at].scores["mlm_loss_heldout"] for at in range(len(points))],
@@ -119,7 +119,7 @@ def read_our_study(folder: Path, points: list[dict[str, Any]], began: float, eno
         "best": max(record.scores["cc_mean"] for record in records),
         "seconds_until_found": min(good, default=None),
         "seconds_of_trials": sum(record.seconds["total"] for record in records),
-        "max_concurrent": study.get("options", {}).get("max_concurrent"),
+        "at_once": max(sum(began_s[o] < ended[at] <= ended[o] for o in found) for at in found),
     }
 
 

@@ -99,7 +99,15 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "scores": {"cc_mean": float(np.mean([np.mean(one) for one in cc.values()])), "mlm_loss_heldout": loss},
         "n_threads": torch.get_num_threads(),
         "device": device.type,
+        "peak_gb": peak_gb(),
     }
+
+
+def peak_gb() -> dict[str, float]:
+    """Return the peak memory of this process in GB, and on a GPU that of its tensors."""
+    (peak,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+    found = {"memory": int(peak.split()[1]) / 1e6}
+    return found | ({"gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
 
 
 class Clock:
