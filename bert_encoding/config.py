@@ -107,7 +107,7 @@ class TrialConfig:
     hidden_dropout: float | None = None
     attention_dropout: float | None = 0.0
     precision: str = "auto"
-    embed_precision: str = "float32"
+    embed_precision: str = "auto"
     score_every: int = 1
     delays: tuple[int, ...] = (1, 2, 3, 4)
     ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bert_encoding.command import absolute, parse_layer
-from bert_encoding.config import MLM_TEXTS
+from bert_encoding.config import MLM_TEXTS, TrialConfig
 from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo_names import DEMO, DEMOS
+from bert_encoding.devices import PRECISIONS
 from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
 from bert_encoding.records import BAG_OF_WORDS, ENCODING, RANDOM, STATIC, STUDY_FILE, read_json
@@ -75,6 +76,7 @@ class Options:
     confirm: int = FINALISTS
     confirm_seeds: int = FRESH_SEEDS
     delta: float = DELTA
+    embed_precision: str = TrialConfig.embed_precision
     deltas_before: list[float] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
 
@@ -87,7 +89,7 @@ class Options:
 SCIENCE = (
     "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
     "sampler scheduler outer_folds mlm_text baselines static_vectors probe control_text train_examples examples "
-    "max_length clean keep_adapters confirm confirm_seeds delta deltas_before"
+    "max_length clean keep_adapters confirm confirm_seeds delta deltas_before embed_precision"
 ).split()
 # What it takes from there too, if it was given and these machines can: with other values it is the same study.
 SHARES = ("cpus_per_trial", "gpus_per_trial")
@@ -108,6 +110,7 @@ ENCODING_OPTIONS: dict[str, Any] = {
     "static_vectors": "",
     "confirm_seeds": FRESH_SEEDS,
     "delta": DELTA,
+    "embed_precision": TrialConfig.embed_precision,
 }
 TEXT_OPTIONS: dict[str, Any] = {"train_examples": None, "examples": None, "max_length": None, "clean": False}
 
@@ -167,6 +170,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         confirm=_confirm(values, space),
         confirm_seeds=values.get("confirm_seeds", FRESH_SEEDS),
         delta=values.get("delta", DELTA),
+        embed_precision=values.get("embed_precision", TrialConfig.embed_precision),
         deltas_before=_deltas_before(given, recorded),
         asked={name: values[name] for name in ASKED if name in values},
     )
@@ -405,6 +409,8 @@ def _check(options: Options) -> None:
         raise InputError(f"--trial-timeout {options.trial_timeout:g}: must be a number of seconds above 0")
     if options.tensorboard and is_url(options.out):
         raise InputError(f"--tensorboard: needs a folder, and cannot write to --out {options.out}; leave it out")
+    if options.embed_precision not in PRECISIONS:
+        raise InputError(f"--embed-precision {options.embed_precision}: must be one of {', '.join(PRECISIONS)}")
     if options.mlm_text not in MLM_TEXTS:
         raise InputError(f"--mlm-text {options.mlm_text}: must be one of {', '.join(MLM_TEXTS)}")
     if not options.name or "/" in options.name or options.name.startswith("."):

@@ -22,6 +22,7 @@ from study.options import (
     read_recorded,
     resolve_options,
 )
+from study.prepare import base_config
 from study.spaces import Space, load_space
 
 
@@ -97,6 +98,15 @@ def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> Non
     assert found.data == str(tmp_path / "some" / "folder")
     assert resolve(smoke, data="some/folder", model="minilm").model == "minilm"
     assert resolve(smoke, data="~/lab").data == str(Path.home().resolve() / "lab")
+
+
+def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: Space) -> None:
+    found = resolve(smoke, embed_precision="bfloat16")
+    assert base_config(found).embed_precision == options_record(found)["embed_precision"] == "bfloat16"
+    recorded = {name: value for name, value in options_record(found).items() if value is not None}
+    assert resolve_options({}, recorded, smoke).embed_precision == "bfloat16"
+    with pytest.raises(InputError, match="--embed-precision half: must be one of auto, float32, bfloat16"):
+        resolve(smoke, embed_precision="half")
 
 
 def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
