@@ -20,7 +20,7 @@ import bench_studies
 import bench_tables
 import course_script
 
-from bert_encoding.chain import Task
+from bert_encoding.chain import Chain, Task
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
@@ -269,3 +269,26 @@ def test_a_study_with_answers_from_records_does_not_count(finished_study: Path) 
     write_record(finished_study, replace(record, repeat_of="t0"))
     with pytest.raises(RuntimeError, match="failed or answered"):
         bench_studies.read_our_study(finished_study, bench_studies.configurations(2), 0.0, 0.1)
+
+
+@pytest.mark.parametrize("score_every", [1, 2])
+def test_a_trial_of_ours_is_timed_by_stages(task: Task, tiny_bert: Path, score_every: int) -> None:
+    setting = replace(SETTING, model=str(tiny_bert), score_every=score_every)
+    found = bench_ours.run_whole(setting, task)
+    n_words = bench_ours.n_words(task.dataset, task.splits[0].fit + task.splits[0].validation)
+    assert found["counts"]["words"] == n_words * (2 // score_every)
+    assert found["counts"]["n_voxels"] == 12
+    assert found["shape"]["n_features"] == 4 * 32
+    assert set(found["seconds"]) == {"train", "embed", "ridge", "cc_seen", "other"}
+    assert min(found["seconds"].values()) > 0
+    assert Chain.score.__qualname__ == "Chain.score"  # nothing is watched any more
+
+
+def test_a_part_of_a_trial_says_what_the_whole_would_be(task: Task, tiny_bert: Path) -> None:
+    setting = replace(SETTING, model=str(tiny_bert))
+    found, whole = bench_ours.run_parts(setting, task, 3, 2), bench_ours.run_whole(setting, task)
+    assert found["counts"]["steps"] == 3
+    assert found["counts"]["tokens_whole"] == whole["counts"]["tokens"]
+    assert found["counts"]["words"] == bench_ours.n_words(task.dataset, task.splits[0].fit[:2])
+    assert 2 * found["counts"]["words_whole"] == whole["counts"]["words"]
+    assert set(found["seconds"]) == set(whole["seconds"])
