@@ -52,6 +52,8 @@ OTHER = {  # a value that is not the default, for every setting of a trial that 
     "hidden_dropout": 0.21,
     "attention_dropout": 0.31,
     "precision": "float32",
+    "embed_precision": "float32",
+    "score_every": 17,
     "delays": (2, 5),
     "ridge_alphas": (1.0, 7.0, 50.0),
     "n_folds": 3,

@@ -88,7 +88,9 @@ def uneven_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 def config(encoder: Encoder, **changes: Any) -> TrialConfig:
     settings = {"epochs": 2, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
-    return TrialConfig(**{"model": encoder.name, "precision": "float32"} | settings | changes)
+    return TrialConfig(
+        **{"model": encoder.name, "precision": "float32", "embed_precision": "float32"} | settings | changes
+    )
 
 
 def assert_same_bits(first: TrialRecord, second: TrialRecord) -> None:

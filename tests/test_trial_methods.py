@@ -33,7 +33,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def config(encoder: Encoder, **changes: Any) -> TrialConfig:
     settings = {"epochs": 1, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
     settings |= {"frozen_blocks": 1, "probe_tokens": 200}
-    return TrialConfig(**{"model": encoder.name, "precision": "float32"} | settings | changes)
+    return TrialConfig(
+        **{"model": encoder.name, "precision": "float32", "embed_precision": "float32"} | settings | changes
+    )
 
 
 WAYS: dict[str, dict[str, Any]] = {

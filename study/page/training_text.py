@@ -163,6 +163,9 @@ def _further(configs: Configs, task: str) -> str:
         told.append(f"A penalty of {_of(configs, 'l2_sp')} / 2 times the squared distance from the start was added.")
     if any(_each(configs, "replay")):
         told.append(f"A share of {_of(configs, 'replay')} of the windows of a step was general text.")
+    rarely = [config["score_every"] for config in configs if config.get("score_every", 1) > 1]
+    if rarely:
+        told.append(f"CC was computed after every {one_or_several(rarely)} epochs and after the last.")
     if any(_each(configs, "match_steps")):
         which = "" if all(_each(configs, "match_steps")) else "In some trials "
         told.append(f"{which or 'A'}{'an' if which else 'n'} epoch had as many steps as windows without overlap give.")
