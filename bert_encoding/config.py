@@ -57,9 +57,9 @@ class TrialConfig:
     hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
         With 0 on attention probabilities the fused attention kernel can be used, about 4 times faster on a CPU.
     precision : of the fine-tuning's matrix products: ``auto`` is bfloat16 where the processor multiplies it natively
-    embed_precision : of the products that make word vectors, the same choices; leave it equal in all trials and
-        baselines. ``auto`` is several times faster and moves a voxel's CC by about 3e-4, more where it tips the choice
-        of its ridge_alpha
+    embed_precision : of the products that make word vectors, the same choices; equal in all trials and baselines. On
+        100 components of real data bfloat16 moved mean CC by 1e-4 (SD over 12 splits) and tuned less frozen by as
+        much, without a bias above 1e-4 (``tests/benchmarks/embedding_precision.py``)
     score_every : score CC after every so many epochs and after the last one; losses are read after each
     delays : FIR delays in TRs
     ridge_alphas, n_folds : penalties, and story folds inside fit that choose among them

@@ -154,7 +154,7 @@ def main(
         CC below which an effect does not matter; verdicts of 'no effect' go by it. Set it in advance. [default: 0.002]
     embed_precision
         Of the products that make word vectors: 'float32', or 'auto' (bfloat16 where the processor multiplies it, two to
-        three times faster). [default: DEFAULT_PRECISION]
+        three times faster). [default: auto]
     name
         Of the study. [default: space and date]
     out
