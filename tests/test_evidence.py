@@ -1,6 +1,7 @@
 """A whole study gathered: every table with its columns, verdicts in summary.json, two studies beside each other."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ from study.answers import evidence, importances
 from study.answers.compare import check_comparable, compare
 from study.answers.evidence import Evidence, gather, verdict_record
 from study.answers.which_runs import resume_command
+from study.figures import draw_all
+from study.report import write_report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -300,3 +303,21 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         raise SystemExit(run_app(analysis.app, list(arguments)))
     return int(str(ended.value.code or 0))
+
+
+def test_epochs_that_were_not_scored_cost_no_figure_and_no_verdict(folder: Path, tmp_path: Path) -> None:
+    """As ``score_every`` leaves them: losses after every epoch, CC after the last."""
+    rare = tmp_path / "rare"
+    shutil.copytree(folder, rare)
+    for file in rare.glob("trials/*/record.json"):
+        record = read_json(file)
+        for epoch in record["epochs"][:-1]:
+            del epoch["cc_mean"]
+        write_json(file, record)
+    every, sparse = gather(folder), gather(rare)
+    assert sparse.epochs["cc_mean"].notna().sum() < every.epochs["cc_mean"].notna().sum()
+    assert [one.answer for one in sparse.verdicts] == [one.answer for one in every.verdicts]
+    np.testing.assert_array_equal(sparse.epochs["mlm_loss_heldout"], every.epochs["mlm_loss_heldout"])
+    drawn = [[one.name for one in draw_all(found, tmp_path / name)] for name, found in (("a", every), ("b", sparse))]
+    assert drawn[0] == drawn[1]
+    assert write_report(rare, sparse).stat().st_size > 100_000

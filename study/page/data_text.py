@@ -96,8 +96,9 @@ def word_vectors(study: Study, records: Sequence[TrialRecord]) -> str:
         f"Word vectors came from {model_name(model['name'])}{weights}, {_layers(layers or [config['layer']])}, "
         f"read in windows of {number(config['embed_window_tokens'])} tokens that begin every "
         f"{counted(config['embed_stride'], 'token')}, with matrix products in {precision}; a word's vector is the mean "
-        "over its tokens, then over the windows that it appears in. Vectors were downsampled to the volumes (TRs) by a Lanczos filter of "
-        f"three lobes, as a weighted sum, delayed by {joined([str(delay) for delay in config['delays']])} "
+        "over its tokens, then over the windows that it appears in. Vectors were downsampled to the volumes (TRs) by a "
+        "Lanczos filter of three lobes, as a weighted sum, delayed by "
+        f"{joined([str(delay) for delay in config['delays']])} "
         f"{'TR' if list(config['delays']) == [1] else 'TRs'} inside each story, and z-scored with constants of the fit "
         "stories."
     )
