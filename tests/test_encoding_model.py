@@ -54,7 +54,9 @@ Trial = tuple[Chain, TrialRecord, Path | None]
 @pytest.fixture(scope="module")
 def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
     """The frozen encoder, its test stories scored too, and a tuned one, read at two layers."""
-    base = TrialConfig(model=tiny_encoder.name, precision="float32", epochs=1, lr=1e-2, warmup_epochs=0.0)
+    base = TrialConfig(
+        model=tiny_encoder.name, precision="float32", embed_precision="float32", epochs=1, lr=1e-2, warmup_epochs=0.0
+    )
     base = replace(base, embed_window_tokens=64, embed_stride=40)
     frozen, lora = replace(base, method="frozen"), replace(base, layer=(1, 2))
     folder = tmp_path_factory.mktemp("trial") / "adapter"

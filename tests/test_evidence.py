@@ -20,7 +20,6 @@ from study.answers.compare import check_comparable, compare
 from study.answers.evidence import Evidence, gather, verdict_record
 from study.answers.which_runs import resume_command
 from study.figures import draw_all
-from study.report import write_report
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -318,6 +317,5 @@ def test_epochs_that_were_not_scored_cost_no_figure_and_no_verdict(folder: Path,
     assert sparse.epochs["cc_mean"].notna().sum() < every.epochs["cc_mean"].notna().sum()
     assert [one.answer for one in sparse.verdicts] == [one.answer for one in every.verdicts]
     np.testing.assert_array_equal(sparse.epochs["mlm_loss_heldout"], every.epochs["mlm_loss_heldout"])
-    drawn = [[one.name for one in draw_all(found, tmp_path / name)] for name, found in (("a", every), ("b", sparse))]
-    assert drawn[0] == drawn[1]
-    assert write_report(rare, sparse).stat().st_size > 100_000
+    drawn = [one.name for one in draw_all(sparse, tmp_path / "figures")]
+    assert {"losses", "score_by_rank", "history"} <= set(drawn)

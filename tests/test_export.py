@@ -111,7 +111,8 @@ def test_vectors_are_those_of_the_trial(layer: Any, folder: Path, tiny_bert: Pat
 
     heard = inspect(open_dataset(folder))
     names = tuple(heard.stories)
-    config = TrialConfig(method="frozen", model=str(tiny_bert), layer=layer, embed_window_tokens=64, embed_stride=20)
+    reading = {"embed_window_tokens": 64, "embed_stride": 20, "embed_precision": "float32"}  # as export reads
+    config = TrialConfig(method="frozen", model=str(tiny_bert), layer=layer, **reading)
     chain = Chain(config, Task(heard, (Split(names[:4], names[4:6], names[6:]),), 0))
     assert chain.encoder is not None
     expected = chain.vectors(chain.encoder.copy_model().bert, names, names[:4])

@@ -102,6 +102,7 @@ def _file(folder: Path, record: TrialRecord) -> Path:
     return folder / "trials" / record.trial_id / "record.json"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_full_memory_and_a_full_disk_concern_one_trial_each(tmp_path: Path, private_tmp: Path) -> None:
     folder, lrs = tmp_path / "s", [0.01, WAITS_ONCE, NEEDS_TOO_MUCH, FILLS_ITS_DISK, 0.02]
     driver = begin(folder, private_tmp, lrs)

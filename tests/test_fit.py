@@ -43,6 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     root = tmp_path_factory.mktemp("made")
     make_lab(root / "lab", subjects=SUBJECTS, n_words=100)
     given = {"space": "smoke", "data": str(root / "lab"), "model": str(tiny_bert), "epochs": 1, "out": str(root)}
+    given |= {"embed_precision": "float32"}
     space = load_space("smoke")
     study = prepare(resolve_options(given | {"name": "s"}, {}, space), space)
     task = study.task()

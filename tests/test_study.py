@@ -195,7 +195,8 @@ def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert:
     pd.testing.assert_frame_equal(load_trials(study), trials)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path, sent: signal.Signals) -> None:
     command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "40")
     study = tmp_path / "out" / "s"

@@ -36,6 +36,7 @@ def command(folder: Path, task: str, epochs: int, *more: str) -> list[str]:
     return [sys.executable, str(RUN), *shared, "--out", str(folder / "out"), "--name", "s", *more]
 
 
+@pytest.mark.slow
 def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: Path) -> None:
     options = ("--trials", "2", "--max-length", "32", "--train-examples", "300")
     done = run_command(command(tmp_path, "classification", 6, *options), private_tmp)
