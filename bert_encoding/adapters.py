@@ -182,7 +182,7 @@ def _save_converted(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
-    """Return the encoder with a saved adapter applied: the same embeddings as in the trial that saved it.
+    """Return the encoder with a saved adapter applied: the same weights as in the trial that saved it.
 
     The adapter's keys name the masked LM (``base_model.model.bert.encoder...``); put onto a bare ``BertModel`` they
     match nothing and PEFT only warns. So it is loaded onto the masked LM, and the encoder inside is returned.
@@ -218,7 +218,7 @@ def save_whole(model: BertForMaskedLM, folder: Path) -> None:
 
 
 def load_whole(encoder: Encoder, folder: Path) -> BertModel:
-    """Return a saved whole model's encoder: the same embeddings as in the trial that saved it.
+    """Return a saved whole model's encoder: the same weights as in the trial that saved it.
 
     Raises
     ------

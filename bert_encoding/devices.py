@@ -16,7 +16,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """Turn ``auto`` into bfloat16 where the processor multiplies it natively (and so faster), else float32."""
     if precision != "auto":
         return precision
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bfloat16()
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_multiplies_bfloat16()
+    )
     return "bfloat16" if native else "float32"
 
 

@@ -1,17 +1,21 @@
 """Words to vectors: one a word, from any layer of BERT, from several at once, or from their mean."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 from transformers import BertModel, BertTokenizerFast
 
 from bert_encoding.devices import resolve_precision
 from bert_encoding.windows import Tokens, Window, cut_windows, pad
+
+BATCH_SIZES = {"cpu": 2, "cuda": 32}
 
 
 def embed_stories(
@@ -24,7 +28,7 @@ def embed_stories(
     stride: int,
     precision: str,
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return a vector for every word of every story: the mean over the word's tokens inside a window, then over the
     windows that the word appears in.
@@ -33,6 +37,7 @@ def embed_stories(
     ----------
     layer : 0 is the embedding output, ``n_layers`` the last block, as in ``hidden_states``; of several the mean
     window_tokens, stride : as in ``cut_windows``
+    batch_size : windows read at once, by each core; None is 2 on a CPU, whose caches are small, and 32 on a GPU
 
     Returns
     -------
@@ -46,7 +51,13 @@ def embed_stories(
         if a word with tokens got no vector, or a vector is not finite.
     """
     layers = (layer,) if isinstance(layer, int) else layer
-    arrays = _embed(bert, stories, tokenizer, (layers,), _Reading(window_tokens, stride, precision, device, batch_size))
+    arrays = _embed(
+        bert,
+        stories,
+        tokenizer,
+        (layers,),
+        _Reading(window_tokens, stride, precision, device, batch_size or BATCH_SIZES.get(device.type, 32)),
+    )
     return {name: vectors[0] for name, vectors in arrays.items()}
 
 
@@ -60,7 +71,7 @@ def embed_layers(
     stride: int,
     precision: str,
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> dict[int, dict[str, np.ndarray]]:
     """Return what ``embed_stories`` returns for each of several layers, layer -> story -> (n_words, n_hidden), from
     one forward pass.
@@ -75,7 +86,13 @@ def embed_layers(
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers {list(layers)}: one is named twice")
     groups = tuple((layer,) for layer in layers)
-    arrays = _embed(bert, stories, tokenizer, groups, _Reading(window_tokens, stride, precision, device, batch_size))
+    arrays = _embed(
+        bert,
+        stories,
+        tokenizer,
+        groups,
+        _Reading(window_tokens, stride, precision, device, batch_size or BATCH_SIZES.get(device.type, 32)),
+    )
     return {layer: {name: vectors[at] for name, vectors in arrays.items()} for at, layer in enumerate(layers)}
 
 
@@ -119,7 +136,7 @@ def _check_layers(groups: tuple[tuple[int, ...], ...], n_layers: int) -> None:
 
 
 class _Means(NamedTuple):
-    """The words of one window, (n_words_here,), and their means, (n_groups, n_words_here, n_hidden) float64."""
+    """The words of one window, (n_words_here,), and their means, (n_groups, n_words_here, n_hidden)."""
 
     words: np.ndarray
     means: np.ndarray
@@ -167,11 +184,41 @@ def _read(
     """Yield the word means of each window, window by window."""
     bert.to(reading.device).eval()
     blocks = _blocks(bert, max(layer for group in groups for layer in group), reading)
-    for start in range(0, len(jobs), reading.batch_size):
-        batch = jobs[start : start + reading.batch_size]
+
+    def read(batch: Sequence[tuple[str, Window]]) -> list[tuple[str, _Means]]:
         hidden = _forward(bert, blocks, [window for _, window in batch], pad_id, groups, reading.device)
-        for row, (name, window) in enumerate(batch):
-            yield name, _word_means([states[row, 1 : 1 + len(window.word_ids)] for states in hidden], window)
+        return [
+            (name, _word_means([states[row, 1 : 1 + len(window.word_ids)] for states in hidden], window))
+            for row, (name, window) in enumerate(batch)
+        ]
+
+    batches = (jobs[start : start + reading.batch_size] for start in range(0, len(jobs), reading.batch_size))
+    for means in _side_by_side(read, batches, reading.device):
+        yield from means
+
+
+def _side_by_side(work: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yield ``work(item)`` of each, in order; on a CPU several at once, a core each.
+
+    Whole batches side by side wait for each other less than the cores of one small product do, and the number of cores
+    changes no bit. Few are ahead of what was yielded, for their hidden states are large.
+    """
+    n_threads = torch.get_num_threads()
+    if device.type != "cpu" or n_threads == 1:
+        yield from map(work, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            ahead: deque[Any] = deque()
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * n_threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class _Block(NamedTuple):
@@ -212,11 +259,20 @@ def _rounded(pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> tup
 
 
 def _merged(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and bias of a linear layer, its adapter merged into a copy; the layer stays as it is."""
-    if isinstance(layer, LoraLayer):
-        layer = copy.deepcopy(layer)
-        layer.merge()
+    """Return weight and bias of a linear layer, its adapter merged into a copy; the layer stays as it is.
+
+    Raises
+    ------
+    TypeError
+        if it is something else, whose forward pass is not known here.
+    """
+    if isinstance(layer, BaseTunerLayer):  # LoRA or any other
+        if not layer.disable_adapters:
+            layer = copy.deepcopy(layer)
+            layer.merge()
         layer = layer.get_base_layer()
+    if type(layer) is not torch.nn.Linear:
+        raise TypeError(f"{type(layer).__name__}: neither a linear layer nor one with an adapter")
     return layer.weight.detach(), layer.bias.detach()
 
 
@@ -230,8 +286,8 @@ def _forward(
 ) -> list[np.ndarray]:
     """Return the hidden states a group of layers, each (n_windows, longest, n_hidden).
 
-    BERT's own forward pass but for its pooler, and no further than the highest layer asked for. What runs from block
-    to block stays float32; only the inputs of matrix products are rounded, if they are to be.
+    BERT's own forward pass but for its pooler, and no further than the highest layer asked for. In bfloat16 run the
+    products, attention and the activation; sums from block to block and norms stay float32.
     """
     ids, mask = pad(windows, pad_id)
     wanted = {layer for group in groups for layer in group}
@@ -260,9 +316,9 @@ def _through(block: _Block, hidden: torch.Tensor, allowed: torch.Tensor | None) 
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (n_windows, n_heads, longest, n_hidden / n_heads)
     read = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     attended = functional.linear(read.transpose(1, 2).reshape(n_windows, longest, n_hidden), *block.attended)
-    hidden = block.norms[0](hidden + attended)
+    hidden = block.norms[0](attended.float().add_(hidden))
     inner = block.activation(functional.linear(hidden.to(dtype), *block.up))
-    output: torch.Tensor = block.norms[1](hidden + functional.linear(inner, *block.down))
+    output: torch.Tensor = block.norms[1](functional.linear(inner, *block.down).float().add_(hidden))
     return output
 
 
@@ -274,11 +330,12 @@ def _mean(states: Sequence[torch.Tensor]) -> np.ndarray:
 
 def _word_means(hidden: Sequence[np.ndarray], window: Window) -> _Means:
     """Return the words of a window and the mean over each one's tokens."""
-    words, starts, sizes = np.unique(window.word_ids, return_index=True, return_counts=True)
+    starts = np.flatnonzero(np.diff(window.word_ids, prepend=-1))  # word ids do not decrease
+    words, sizes = window.word_ids[starts], np.diff(starts, append=len(window.word_ids))
     if words.size == 0:
         return _Means(words, np.empty((len(hidden), 0, hidden[0].shape[1])))
-    sums = [np.add.reduceat(states.astype(np.float64), starts, axis=0) for states in hidden]
-    return _Means(words, np.stack(sums) / sizes[:, None])
+    sums = np.stack([np.add.reduceat(states, starts, axis=0) for states in hidden])  # of few tokens: float32 does
+    return _Means(words, sums / sizes[:, None].astype(sums.dtype))
 
 
 def _averages(name: str, tokens: Tokens, windows: _Sums) -> list[np.ndarray]:

@@ -243,6 +243,10 @@ def load_config(name: str) -> Any:
             f"--model {name}: not found on disk or hub; check the name and the network, or use {MINILM}, which needs "
             f"none ({first_line(error)})"
         ) from None
+    if getattr(config, "is_decoder", False):
+        raise InputError(
+            f"--model {name}: a BERT that reads in one direction (is_decoder); only two-sided ones are supported"
+        )
     if config.model_type != "bert":
         raise InputError(
             f"--model {name}: a {config.model_type} model; only BERT is supported "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from bert_encoding.datasets.story import Story, Trim
 
@@ -47,10 +48,15 @@ def lanczos_downsample(
     ``1 / mean(diff(tr_times_s))``. A sum, not a mean: word rate enters the features, as in the published pipelines
     (HuthLab/deep-fMRI-dataset, encoding/ridge_utils/interpdata.py, ``lanczosinterp2D``).
     """
-    cutoff = 1 / np.mean(np.diff(tr_times_s))
-    x = (np.asarray(tr_times_s)[:, None] - np.asarray(word_times_s)[None, :]) * cutoff  # (n_trs, n_words)
-    weights = np.sinc(x) * np.sinc(x / n_lobes) * (np.abs(x) <= n_lobes)
-    return weights @ vectors
+    words, trs = np.asarray(word_times_s), np.asarray(tr_times_s)
+    cutoff = 1 / np.mean(np.diff(trs))
+    reach = n_lobes / cutoff
+    first, stop = np.searchsorted(trs, words - reach, "left"), np.searchsorted(trs, words + reach, "right")
+    columns = np.repeat(np.arange(len(words)), stop - first)  # the word of each weight that is not zero
+    rows = np.arange(len(columns)) - np.repeat(np.cumsum(stop - first) - stop, stop - first)
+    x = (trs[rows] - words[columns]) * cutoff
+    weights = csr_array((np.sinc(x) * np.sinc(x / n_lobes), (rows, columns)), shape=(len(trs), len(words)))
+    return weights @ np.asarray(vectors, dtype=np.float64)
 
 
 def delay(X: np.ndarray, delays: Sequence[int]) -> np.ndarray:

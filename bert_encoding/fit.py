@@ -1,6 +1,7 @@
 """The command ``fit``: the ridge weights of a study's model, refitted on all stories but the test stories, on disk."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,8 @@ def _fit(
     notes = _notes(folder, about, record)
     task = open_task(folder, about, data)
     origin = Origin(folder.resolve().name, record.trial_id, _validation_cc(folder, record))
-    chain = Chain(TrialConfig.from_dict(record.config), task)
+    config = replace(TrialConfig.from_dict(record.config), embed_precision="float32")  # as new stories are read
+    chain = Chain(config, task)
     split = task.splits[0]
     fit_encoding_model(chain, split.fit + split.validation, file, adapter=adapter, origin=origin, say=print)
     for note in notes:

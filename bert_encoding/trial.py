@@ -51,7 +51,8 @@ def run_trial(
 
     Parameters
     ----------
-    report : called after every scored epoch with its scores; False stops the trial there
+    report : called after every epoch with its scores, of one that is not scored with its losses alone; False stops the
+        trial there
     adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several); of ``full``
         and ``partial`` nothing is saved, as a search would fill the disk
     with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
@@ -74,12 +75,11 @@ def run_trial(
     status = COMPLETE
     for results in _side_by_side([fold.epochs() for fold in folds]):
         epochs.append(_mean_scores(results) | {"seconds": time.perf_counter() - started})
-        keep_going = report(epochs[-1]) if _is_scored(results) else True
+        keep_going = report(epochs[-1])
         if not keep_going and config.method in TUNED and epochs[-1]["epoch"] < config.epochs:
             status = STOPPED
             break
     results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
-    _complete(epochs, results)
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
     scores = _final_scores(epochs, _mean_scores(results)) | _mean_of([fold.traits() for fold in folds])
     scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
@@ -242,15 +242,14 @@ class _Fold:
             yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
-        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored; it is
-        scored now if it was not yet."""
-        result = last
-        if self.best is not None:
-            result, state = self.best
-            restore_state(self.model, state)
-            assert result.losses is not None
-            self.notes.append(f"epoch {result.losses.epoch} of the lowest held-out loss is restored")
-        return result if result.scores else self._score(result.losses)
+        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored."""
+        if self.best is None:
+            return last
+        best, state = self.best
+        restore_state(self.model, state)
+        assert best.losses is not None
+        self.notes.append(f"epoch {best.losses.epoch} of the lowest held-out loss is restored")
+        return best
 
     def score_seen(self, result: FoldEpoch) -> float:
         grids = {subject: scores.grid for subject, scores in result.scores.items()}
@@ -356,14 +355,6 @@ def _is_scored(results: tuple[FoldEpoch, ...]) -> bool:
     return all(result.scores for result in results)
 
 
-def _complete(epochs: list[dict[str, float]], results: tuple[FoldEpoch, ...]) -> None:
-    """Add the scores of the epoch that counts to its row, where it was scored only in the end; in place."""
-    kept = {result.losses.epoch for result in results if result.losses is not None}
-    for row in epochs:
-        if kept == {row["epoch"]} and "cc_mean" not in row:
-            row.update({name: value for name, value in _mean_scores(results).items() if name not in row})
-
-
 def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
     """Average one epoch over the splits; without scores unless all of them were scored."""
     rows = []
@@ -379,7 +370,7 @@ def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
 
 def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> dict[str, Any]:
     """The trial's scores are those of the epoch that counts; its best epoch is noted beside them."""
-    best = max([row for row in epochs if "cc_mean" in row] or [final], key=lambda row: row["cc_mean"])
+    best = max((row for row in epochs if "cc_mean" in row), key=lambda row: row["cc_mean"])
     kept = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
     spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
     return (

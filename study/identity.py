@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bert_encoding.config import TrialConfig
 from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.encoders import BUNDLED, checkpoint_fingerprint
 from bert_encoding.errors import InputError
@@ -43,8 +42,7 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
     unless it ``may_fetch``, the precision on a cluster's workers."""
     space, model, base = study.space, study.options.model, study.base
     at_hand = may_fetch or model in BUNDLED or Path(model).is_dir()
-    asked = _precision_asked(base)
-    here = study.options.machines.is_local or asked != "auto"
+    here = study.options.machines.is_local or base.precision != "auto"
     return (
         provenance()
         | {
@@ -53,16 +51,11 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
             "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
             "model": {"name": model, "weights": checkpoint_fingerprint(model) if at_hand else None},
             "config": asdict(base),
-            "precision": resolve_precision(asked, pick_device()) if here else None,
+            "precision": resolve_precision(base.precision, pick_device()) if here else None,
             "options": options_record(study.options),
         }
         | study.about(task)
     )
-
-
-def _precision_asked(base: TrialConfig) -> str:
-    """Return ``auto`` if the machine decides the precision of any product."""
-    return "auto" if "auto" in (base.precision, base.embed_precision) else base.precision
 
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[Difference]:
@@ -157,7 +150,7 @@ def _ask_worker(study: AnyStudy, folder: Place) -> str:
     options = study.options
     remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(_look_around)
     try:
-        return str(ray.get(remote.remote(_precision_asked(study.base), str(folder))))
+        return str(ray.get(remote.remote(study.base.precision, str(folder))))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None

@@ -189,12 +189,12 @@ def _run(job: Job, task: Any, study: Place, report: Any) -> TrialRecord:
     from bert_encoding.text_task import TextTask
     from bert_encoding.text_trial import run_text_trial
     from bert_encoding.trial import run_test, run_trial
-    from study.travel import check_weights
+    from study.travel import check_weights, with_settled_precision
 
     def keep_going(scores: dict[str, float]) -> bool:
         return report(scores) is not False
 
-    config = TrialConfig.from_dict(job.config)
+    config = with_settled_precision(TrialConfig.from_dict(job.config), str(study))
     check_weights(str(study), config.model)
     with naming_full_disk(study), saving_adapter(study, job.trial_id) as folder:
         if job.is_final:

@@ -18,7 +18,7 @@ from bert_encoding.records import BAG_OF_WORDS, ENCODING, RANDOM, STATIC, STUDY_
 from bert_encoding.storage import Place, children, is_url, modified_s, open_place
 from study.answers.delta import DELTA
 from study.machines import Machines, check_fits, find_machines
-from study.scheduler import SCHEDULERS
+from study.scheduler import NO_SCHEDULER, SCHEDULERS
 from study.spaces import Space
 
 MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
@@ -77,6 +77,7 @@ class Options:
     confirm_seeds: int = FRESH_SEEDS
     delta: float = DELTA
     embed_precision: str = TrialConfig.embed_precision
+    score_every: int = TrialConfig.score_every
     deltas_before: list[float] = field(default_factory=list)
     asked: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +90,8 @@ class Options:
 SCIENCE = (
     "space data trim trust_alignment model layer subjects voxels train_stories test_stories trials epochs seed "
     "sampler scheduler outer_folds mlm_text baselines static_vectors probe control_text train_examples examples "
-    "max_length clean keep_adapters confirm confirm_seeds delta deltas_before embed_precision"
+    "max_length clean keep_adapters confirm confirm_seeds delta deltas_before embed_precision "
+    "score_every"
 ).split()
 # What it takes from there too, if it was given and these machines can: with other values it is the same study.
 SHARES = ("cpus_per_trial", "gpus_per_trial")
@@ -111,6 +113,7 @@ ENCODING_OPTIONS: dict[str, Any] = {
     "confirm_seeds": FRESH_SEEDS,
     "delta": DELTA,
     "embed_precision": TrialConfig.embed_precision,
+    "score_every": TrialConfig.score_every,
 }
 TEXT_OPTIONS: dict[str, Any] = {"train_examples": None, "examples": None, "max_length": None, "clean": False}
 
@@ -171,6 +174,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         confirm_seeds=values.get("confirm_seeds", FRESH_SEEDS),
         delta=values.get("delta", DELTA),
         embed_precision=values.get("embed_precision", TrialConfig.embed_precision),
+        score_every=values.get("score_every", TrialConfig.score_every),
         deltas_before=_deltas_before(given, recorded),
         asked={name: values[name] for name in ASKED if name in values},
     )
@@ -385,7 +389,7 @@ def check_take_over(options: Options, resume: bool, take_over: bool) -> None:
 
 def _check(options: Options) -> None:
     lowest = {"trials": 0, "epochs": 1, "seed": 0, "outer_folds": 1, "max_concurrent": 1, "keep_adapters": 0}
-    lowest |= {"confirm": 0, "confirm_seeds": 1}
+    lowest |= {"confirm": 0, "confirm_seeds": 1, "score_every": 1}
     for name in (known.name for known in fields(options) if known.name in lowest):
         if (value := getattr(options, name)) < lowest[name]:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {lowest[name]}")
@@ -405,6 +409,11 @@ def _check(options: Options) -> None:
         raise InputError(f"--confirm {options.confirm}: with --trials 0 nothing is searched; leave it out")
     if options.scheduler not in SCHEDULERS:
         raise InputError(f"--scheduler {options.scheduler}: must be one of {', '.join(SCHEDULERS)}")
+    if options.scheduler != NO_SCHEDULER and options.score_every > 1:
+        raise InputError(
+            f"--score-every {options.score_every}: --scheduler {options.scheduler} goes by the CC of every epoch; "
+            "leave one of them out"
+        )
     if options.trial_timeout is not None and not 0 < options.trial_timeout < math.inf:
         raise InputError(f"--trial-timeout {options.trial_timeout:g}: must be a number of seconds above 0")
     if options.tensorboard and is_url(options.out):

@@ -78,7 +78,7 @@ def prepare(options: Options, space: Space) -> Study:
     check_meaning(options, is_text=False)
     check_model_name(options.model)
     base = base_config(options)
-    trains = rehearse(space, base, options.scheduler)
+    trains = rehearse(space, base)
     if options.trials and trains and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
     is_demo = options.data in DEMOS
@@ -161,4 +161,5 @@ def base_config(options: Options) -> TrialConfig:
         mlm_text=options.mlm_text,
         seed=options.seed,
         embed_precision=options.embed_precision,
+        score_every=options.score_every,
     )

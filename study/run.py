@@ -80,6 +80,7 @@ def main(
     confirm_seeds: Whole = None,
     delta: Number = None,
     embed_precision: Text = None,
+    score_every: Whole = None,
     name: Text = None,
     out: Text = None,
     keep_adapters: Whole = None,
@@ -153,8 +154,10 @@ def main(
     delta
         CC below which an effect does not matter; verdicts of 'no effect' go by it. Set it in advance. [default: 0.002]
     embed_precision
-        Of the products that make word vectors: 'float32', or 'auto' (bfloat16 where the processor multiplies it, two to
-        three times faster). [default: auto]
+        Of the products that make word vectors: 'float32', 'bfloat16' (two to three times faster where the processor
+        multiplies it) or 'auto', the faster one; settled once for a study. [default: auto]
+    score_every
+        Compute CC after every so many epochs and after the last; not with early stopping. [default: 1]
     name
         Of the study. [default: space and date]
     out

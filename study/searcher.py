@@ -114,7 +114,7 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna of an epoch and, if its rule says so, put the stop sign up; the trial waits meanwhile."""
         asked = self.asked.get(trial_id)
-        if asked is None or result.get("ended"):
+        if asked is None or result.get("ended") or self.measure.column not in result:
             return
         epoch = int(result["epoch"])
         should_stop = self._report(asked, epoch, result[self.measure.column])

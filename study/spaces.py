@@ -21,7 +21,7 @@ from study.scheduler import NO_SCHEDULER, SCHEDULERS
 DEFAULT_TRIALS = 20
 # What the frozen baseline shares with every trial; a search over these would compare different things.
 SHARED_WITH_BASELINE = (
-    "model layer embed_stride embed_window_tokens embed_precision delays ridge_alphas n_folds probe_tokens"
+    "model layer embed_stride embed_window_tokens embed_precision score_every delays ridge_alphas n_folds probe_tokens"
 ).split()
 N_REHEARSALS = 50  # random suggestions that are checked before anything runs
 
@@ -127,7 +127,7 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
     return replace(base, **values)
 
 
-def rehearse(space: Space, base: TrialConfig, scheduler: str = NO_SCHEDULER) -> bool:
+def rehearse(space: Space, base: TrialConfig) -> bool:
     """Check the start points and many random suggestions before anything runs; return whether any of them trains BERT.
 
     Raises
@@ -142,13 +142,13 @@ def rehearse(space: Space, base: TrialConfig, scheduler: str = NO_SCHEDULER) -> 
         trains = False
         for point in space.start:
             fixed = optuna.trial.FixedTrial(point)
-            trains |= _rehearse_one(space, base, scheduler, fixed, f"START point {point}")
+            trains |= _rehearse_one(space, base, fixed, f"START point {point}")
             if unused := sorted(set(point) - set(fixed.params)):
                 raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
         seen = []
         for _ in range(N_REHEARSALS):
             asked = study.ask()
-            trains |= _rehearse_one(space, base, scheduler, asked, "space(trial)")
+            trains |= _rehearse_one(space, base, asked, "space(trial)")
             seen.append(asked.distributions)
     try:
         make_sampler(space.sampler, 0)
@@ -158,7 +158,7 @@ def rehearse(space: Space, base: TrialConfig, scheduler: str = NO_SCHEDULER) -> 
     return trains
 
 
-def _rehearse_one(space: Space, base: TrialConfig, scheduler: str, trial: optuna.trial.BaseTrial, what: str) -> bool:
+def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> bool:
     try:
         suggested = space.suggest(trial)
         if not isinstance(suggested, dict):
@@ -175,10 +175,6 @@ def _rehearse_one(space: Space, base: TrialConfig, scheduler: str, trial: optuna
                     f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
                     "use the command line"
                 )
-        if scheduler != NO_SCHEDULER and config.score_every > 1:
-            raise InputError(
-                f"score_every {config.score_every}: with --scheduler {scheduler} every epoch must be scored; leave it 1"
-            )
         return config.method in TUNED
     except InputError as error:
         raise InputError(f"{space.path}: {error}") from None

@@ -63,7 +63,7 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
     if space.task == ADAPT and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to adapt; use minilm")
     base = base_config(options)
-    rehearse(space, base, options.scheduler)
+    rehearse(space, base)
     task = make_text_task(
         space.task, _open(options), options.seed, n_train=options.train_examples, max_length=options.max_length
     )

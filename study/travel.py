@@ -5,6 +5,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.stamps import file_stamp
 from bert_encoding.datasets.story import Dataset
@@ -54,6 +55,21 @@ def _stamp(responses: Responses, stamps: dict[Path, str]) -> Responses:
         except OSError as error:
             raise InputError(f"{responses.path}: {error.strerror or error}") from None
     return replace(responses, stamp=stamps[responses.path])
+
+
+def with_settled_precision(config: TrialConfig, study: str) -> TrialConfig:
+    """Return the configuration with the precision of word vectors that the study settled on, whatever this machine
+    would choose: a baseline and a trial must read alike."""
+    settled = _settled_precision(study)
+    if config.embed_precision != "auto" or settled is None:
+        return config
+    return replace(config, embed_precision=settled)
+
+
+@functools.cache
+def _settled_precision(study: str) -> str | None:
+    file = open_place(study) / STUDY_FILE
+    return read_json(file).get("precision") if file.is_file() else None
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import story_words
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import BertModel, BertTokenizerFast
 
 from bert_encoding.embed import embed_layers, embed_stories
@@ -166,6 +166,56 @@ def test_adapters_are_read_as_if_merged_and_stay_as_they_are(settings: dict[str,
     assert weights_fingerprint(model) == before
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [IA3Config(target_modules=["query", "dense"], feedforward_modules=[]), LoHaConfig(r=2, target_modules=["value"])],
+    ids=["ia3", "loha"],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_other_kinds_are_read_and_those_that_are_switched_off_are_not(
+    adapter: Any, tiny_encoder: Encoder
+) -> None:
+    model = get_peft_model(tiny_encoder.copy_model(), adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3
+    bert = model.get_base_model().bert.eval()
+    tokens = {"plain": tokenize(STORIES["plain"], tiny_encoder.tokenizer)}
+    reading: dict[str, Any] = {"layer": 2, "window_tokens": 32, "stride": 12, "precision": "float32", "device": CPU}
+    found = embed_stories(bert, tokens, tiny_encoder.tokenizer, **reading)["plain"]
+    expected = plain_vectors(STORIES["plain"], bert, tiny_encoder.tokenizer, 2, 32, 12)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    assert np.abs(expected - embed(tiny_encoder)["plain"]).max() > 1e-2
+    with model.disable_adapter():
+        off = embed_stories(bert, tokens, tiny_encoder.tokenizer, **reading)["plain"]
+    assert np.array_equal(off, embed(tiny_encoder)["plain"])
+
+
+def test_a_layer_that_is_no_linear_one_is_refused(tiny_encoder: Encoder) -> None:
+    bert = tiny_encoder.copy_model().bert
+    bert.encoder.layer[0].output.dense = torch.nn.Identity()
+    tokens = {"plain": tokenize(STORIES["plain"], tiny_encoder.tokenizer)}
+    with pytest.raises(TypeError, match="Identity: neither a linear layer"):
+        embed_stories(
+            bert, tokens, tiny_encoder.tokenizer, layer=2, window_tokens=32, stride=12, precision="float32", device=CPU
+        )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_number_of_threads_changes_no_bit(precision: str, tiny_encoder: Encoder) -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(embed(tiny_encoder, precision=precision))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one[name], found[0][name]) for one in found for name in STORIES)
+
+
 def test_no_block_above_the_highest_layer_is_computed(tiny_encoder: Encoder) -> None:
     expected, bert = embed(tiny_encoder, layer=1), tiny_encoder.copy_model().bert
     with torch.no_grad():
@@ -176,7 +226,7 @@ def test_no_block_above_the_highest_layer_is_computed(tiny_encoder: Encoder) -> 
     assert all(np.array_equal(found[name], expected[name]) for name in STORIES)
 
 
-def test_bfloat16_rounds_inputs_of_products_alone(tiny_encoder: Encoder) -> None:
+def test_sums_from_block_to_block_stay_float32(tiny_encoder: Encoder) -> None:
     """Layer 0 passes no product; the others keep more digits than bfloat16 has."""
     exact, coarse = embed(tiny_encoder, layer=0), embed(tiny_encoder, layer=0, precision="bfloat16")
     assert all(np.array_equal(exact[name], coarse[name]) for name in STORIES)
@@ -255,11 +305,11 @@ def test_all_layers_come_from_one_pass(tiny_encoder: Encoder) -> None:
     embeddings = tiny_encoder.model.bert.embeddings
     hook = embeddings.register_forward_hook(lambda module, given, output: batches.append(len(given[0])))
     try:
-        embed(tiny_encoder)
+        embed(tiny_encoder, batch_size=8)
         one = len(batches)
-        embed_several(tiny_encoder, ALL_LAYERS)
+        embed_several(tiny_encoder, ALL_LAYERS, batch_size=8)
         several = len(batches) - one
-        embed(tiny_encoder, layer=(0, 1, 2))
+        embed(tiny_encoder, layer=(0, 1, 2), batch_size=8)
         mean = len(batches) - one - several
     finally:
         hook.remove()

@@ -177,6 +177,11 @@ def test_gpt2_is_refused_with_the_reason(tmp_path: Path) -> None:
         assert_refused(load, str(tmp_path), "a gpt2 model; only BERT is supported")
 
 
+def test_a_bert_that_reads_in_one_direction_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BertConfig(is_decoder=True).to_dict()))
+    assert_refused(check_model_name, str(tmp_path), "a BERT that reads in one direction")
+
+
 @pytest.mark.parametrize("as_pickle", [False, True])
 def test_checkpoint_without_safetensors_is_refused(as_pickle: bool, tiny_bert: Path, tmp_path: Path) -> None:
     folder = tmp_path / "weightless"

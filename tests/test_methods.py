@@ -589,6 +589,10 @@ def test_cheap_dropout_follows_the_seed_and_does_nothing_outside_training() -> N
     assert not torch.equal(first, second)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(CheapDropout(0.0).train()(x), x)
+    assert torch.equal(CheapDropout(1.0).train()(x), torch.zeros_like(x))
+    assert CheapDropout(0.3).train()(x[:0]).shape == (0, 9)
+    turned = x.T.requires_grad_()
+    assert ((found := CheapDropout(0.3).train()(turned)) == 0).any() and found.shape == (9, 7)
     assert CheapDropout(0.3).train()(x.bfloat16()).dtype == torch.bfloat16
 
 

@@ -38,7 +38,7 @@ from study.options import resolve_options
 from study.prepare import prepare
 from study.session import in_key
 from study.spaces import load_space
-from study.travel import check_weights, for_workers
+from study.travel import check_weights, for_workers, with_settled_precision
 
 __all__ = ["bucket", "s3_endpoint"]  # fixtures
 CONFIG = TrialConfig(model="none", epochs=2)
@@ -336,6 +336,16 @@ def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
     token = sent["file"]["session"]["id"]
     assert [job.session for job in sent["jobs"]] == [token, token]
     assert sent["key"] == key_maker(in_key(sent["file"], sent["file"]["precision"]))(CONFIG)
+
+
+def test_word_vectors_are_made_in_the_precision_that_the_study_settled_on(tmp_path: Path) -> None:
+    """Whatever this machine would choose; what was asked for by name stays."""
+    write_json(tmp_path / "study.json", {"precision": "bfloat16"})
+    asked = TrialConfig(embed_precision="auto", precision="auto")
+    assert with_settled_precision(asked, str(tmp_path)) == replace(asked, embed_precision="bfloat16")
+    exact = replace(asked, embed_precision="float32")
+    assert with_settled_precision(exact, str(tmp_path)) == exact
+    assert with_settled_precision(asked, str(tmp_path / "nowhere")) == asked
 
 
 def test_other_weights_under_the_model_s_name_fail_the_trial(tmp_path: Path, tiny_bert: Path) -> None:

@@ -109,6 +109,15 @@ def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: 
         resolve(smoke, embed_precision="half")
 
 
+def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
+    found = resolve(smoke, score_every=3)
+    assert base_config(found).score_every == options_record(found)["score_every"] == 3
+    with pytest.raises(InputError, match="--score-every 3: --scheduler asha goes by the CC of every epoch"):
+        resolve(smoke, score_every=3, scheduler="asha")
+    with pytest.raises(InputError, match="--score-every 0: must be at least 1"):
+        resolve(smoke, score_every=0)
+
+
 def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     found = resolve(smoke, model="checkpoint", out="there", name="n")

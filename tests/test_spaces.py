@@ -266,13 +266,6 @@ def test_a_space_that_suggests_nonsense_is_refused_before_anything_runs(
     assert "\n" not in str(refused.value)
 
 
-def test_early_stopping_needs_every_epoch_scored(write: Callable[[str], str]) -> None:
-    space = load_space(write(returning("{'score_every': 3}")))
-    assert rehearse(space, TrialConfig(epochs=3))
-    with pytest.raises(InputError, match="score_every 3: with --scheduler asha every epoch must be scored"):
-        rehearse(space, TrialConfig(epochs=3), "asha")
-
-
 def test_word_vectors_of_trials_and_baselines_are_made_alike(write: Callable[[str], str]) -> None:
     space = load_space(write(returning("{'embed_precision': 'bfloat16'}")))
     assert rehearse(space, TrialConfig(embed_precision="bfloat16"))

@@ -1,5 +1,6 @@
 """Every way of adapting BERT, through the whole chain of a trial."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from make_data import make_lab
 from make_trials import make_task
-from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from bert_encoding import chain as chain_module
 from bert_encoding import trial as trial_module
@@ -107,6 +108,32 @@ def test_with_patience_the_epoch_of_the_lowest_held_out_loss_counts(
     assert True in kept, "or nothing was restored"
 
 
+def test_epochs_that_are_not_scored_change_nothing_else(task: Task, tiny_encoder: Encoder) -> None:
+    heard: list[dict[str, float]] = []
+    settings = config(tiny_encoder, epochs=5, lr=0.05)
+    every = run_trial(settings, task)
+    some = run_trial(replace(settings, score_every=2), task, lambda scores: heard.append(scores) or True)
+    assert [epoch["epoch"] for epoch in some.epochs if "cc_mean" in epoch] == [2, 4, 5]
+    assert [(scores["epoch"], "cc_mean" in scores) for scores in heard] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+        (5, True),
+    ]
+    for row, full in zip(some.epochs, every.epochs, strict=True):
+        assert {name: full[name] for name in row if name != "seconds"} == {
+            name: value for name, value in row.items() if name != "seconds"
+        }
+        assert {"mlm_loss_train", "mlm_loss_heldout", "optimizer_steps"} < set(row)
+    of_best = ("cc_best", "epoch_best")
+    assert {k: v for k, v in some.scores.items() if k not in of_best} == {
+        k: v for k, v in every.scores.items() if k not in of_best
+    }
+    assert some.scores["cc_best"] == max(row["cc_mean"] for row in some.epochs if "cc_mean" in row)
+    assert np.array_equal(some.cc[SUBJECT], every.cc[SUBJECT], equal_nan=True)
+
+
 def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: Encoder) -> None:
     record = run_trial(config(tiny_encoder, method="random"), task, score_test=True)
     other = run_trial(config(tiny_encoder, method="random", seed=1), task)
@@ -121,14 +148,14 @@ def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
 ) -> None:
     monkeypatch.setattr(chain_module, "_LAYERS", {})
     passes = []
-    forward = BertModel.forward
+    forward = BertEmbeddings.forward
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
         passes.append(1)
         return forward(self, *args, **kwargs)
 
     alone = [run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 1, 2, (0, 2))]
-    monkeypatch.setattr(BertModel, "forward", count)
+    monkeypatch.setattr(BertEmbeddings, "forward", count)
     n_passes = []
     for layer, expected in zip((0, 1, 2, (0, 2)), alone, strict=True):
         passes.clear()

@@ -270,7 +270,7 @@ def provenance_rows(study: dict[str, Any]) -> list[tuple[str, str]]:
         ("code of bert_encoding", study["code"]),
         ("Python", f"{study['python']}, {study['platform']}"),
         ("packages", joined([f"{name} {version}" for name, version in study["versions"].items()])),
-        ("precision of training", study["precision"] or "not known yet"),
+        ("precision of products", study["precision"] or "not known yet"),
         ("model", f"{study['model']['name']} (weights {study['model']['weights'] or 'not known yet'})"),
         ("data", f"{data['source']} (fingerprint {data['fingerprint']})"),
         ("voxels", f"{study['voxels']['asked']} (key {study['voxels']['key']})"),

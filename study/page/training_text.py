@@ -164,7 +164,7 @@ def _further(configs: Configs, task: str) -> str:
     if any(_each(configs, "replay")):
         told.append(f"A share of {_of(configs, 'replay')} of the windows of a step was general text.")
     rarely = [config["score_every"] for config in configs if config.get("score_every", 1) > 1]
-    if rarely:
+    if rarely and task == ENCODING:
         told.append(f"CC was computed after every {one_or_several(rarely)} epochs and after the last.")
     if any(_each(configs, "match_steps")):
         which = "" if all(_each(configs, "match_steps")) else "In some trials "
