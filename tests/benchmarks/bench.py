@@ -7,11 +7,16 @@ is kept as it ends, and taken from there if what was measured has not changed, s
 """
 
 import datetime
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cyclopts
+import torch
 from bench_growth import (
     AT_ONCE,
     STORIES,
@@ -23,38 +28,42 @@ from bench_growth import (
     project,
     projection_lines,
 )
-from bench_kept import HERE, Result, kept, source_hash
+from bench_kept import HERE, ROOT, Result, data_fingerprint, kept, source_hash, versions
 from bench_studies import configurations, run_course_script, run_our_study, run_our_trial, run_script_study
-from bench_tables import CC_TOLERANCE, extrapolated, own_lines, rates, score_lines, stage_table, study_table
+from bench_tables import (
+    check_alike,
+    extrapolated,
+    own_lines,
+    rates,
+    score_lines,
+    setting_lines,
+    stage_table,
+    study_table,
+)
 from compare_ridge import machine
 from cyclopts import Parameter
+from transformers import BertConfig, BertForMaskedLM
 
+from bert_encoding.config import TrialConfig
 from bert_encoding.demo import demo_stories
 from bert_encoding.demo_names import DEMOS
+from bert_encoding.encoders import load_encoder, quiet
 
 Part = Literal["stages", "study", "base", "growth"]
 N_STORIES = 20
+DEMO_FOLDER = ROOT / "bert_encoding" / "data"
 PARTS: tuple[Part, ...] = ("stages", "study", "base", "growth")
-SETTINGS_OF_SCRIPT = (
-    "lora_alpha lora_dropout weight_decay max_grad_norm warmup_epochs batch_size window_tokens stride "
-    "embed_window_tokens embed_stride mask_probability delays ridge_alphas n_folds probe_tokens"
-).split()
+# What the script takes from the library and its numbers rest on. Not finetune.py, whose speed changes: the script only
+# draws probes with it, and check_alike refuses others. The settings of TrialConfig are part of the question.
 SOURCES_OF_SCRIPT = (
     "tests/benchmarks/course_script.py",
     "bert_encoding/datasets/*.py",
-    "bert_encoding/demo.py",
     "bert_encoding/encoders.py",
-    "bert_encoding/windows.py",
-    "bert_encoding/masking.py",
-    "bert_encoding/finetune.py:make_probes",
+    "bert_encoding/demo.py",
+    "bert_encoding/listeners.py",
 )
-SOURCES_OF_OURS = ("bert_encoding/*.py", "bert_encoding/datasets/*.py", "tests/benchmarks/bench_ours.py")
-SOURCES_OF_STUDY = (
-    "bert_encoding/*.py",
-    "bert_encoding/datasets/*.py",
-    "study/*.py",
-    "tests/benchmarks/bench_studies.py",
-)
+SOURCES_OF_OURS = ("bert_encoding/**/*.py", "tests/benchmarks/bench_ours.py", "tests/benchmarks/course_script.py")
+SOURCES_OF_STUDY = ("bert_encoding/**/*.py", "study/**/*.py", "tests/benchmarks/bench_studies.py")
 
 app = cyclopts.App(help=__doc__, default_parameter=Parameter(negative=""))
 
@@ -73,9 +82,6 @@ def main(
     voxels: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = VOXELS,
     folder: Path | None = None,
     save: bool = False,
-    gpu_tokens_per_second: float = Projection().gpu_tokens_per_second,
-    gpu_speedup: float = Projection().gpu_speedup,
-    read_gb_per_second: float = Projection().read_gb_per_s,
 ) -> None:
     """Measure, and print a table of each part.
 
@@ -96,14 +102,14 @@ def main(
         Of the study.
     base_steps
         Training steps of the large encoder.
-    stories, voxels
-        Sizes of the growth. [default: 5, 10, 20, 40 stories, of the demo what it has; 100, 1000, 10000 voxels]
+    stories
+        Numbers of stories of the growth. [default: 5, 10, 20, 40, of the demo what it has]
+    voxels
+        Numbers of voxels of the growth.
     folder
         Where results are kept. [default: nowhere]
     save
         Also write the tables to bench-DATE.txt beside this file.
-    gpu_tokens_per_second, gpu_speedup, read_gb_per_second
-        Assumptions of the projection: fine-tuning of BERT-base, ridge on a GPU over ridge here, reading responses.
     """
     with tempfile.TemporaryDirectory() as temporary:
         given = data if data in DEMOS else str(Path(data).resolve())
@@ -111,15 +117,12 @@ def main(
         n_stories = train_stories or min(N_STORIES, n_most)
         sizes = stories or tuple(n for n in STORIES if n <= n_most)
         shared = {"data": given, "model": model, "train_stories": n_stories, "epochs": epochs}
-        bench = Bench(folder or Path(temporary), shared)
-        wanted = Projection(
-            gpu_tokens_per_second=gpu_tokens_per_second, gpu_speedup=gpu_speedup, read_gb_per_s=read_gb_per_second
-        )
+        bench = Bench((folder or Path(temporary)).resolve(), shared)
         makers = {
             "stages": bench.stages,
             "study": lambda: bench.study(configurations_),
             "base": lambda: bench.base(base_steps),
-            "growth": lambda: bench.growth(sizes, voxels, wanted),
+            "growth": lambda: bench.growth(sizes, voxels),
         }
         lines = [bench.headline()]
         print(lines[0], flush=True)
@@ -143,64 +146,75 @@ class Bench:
     """
 
     def __init__(self, folder: Path, shared: Result) -> None:
-        self.folder, self.shared, self.machine = folder, shared, machine()
-        self.settings = _settings()
+        self.folder, self.shared = folder, shared
+        data = DEMO_FOLDER if shared["data"] in DEMOS else Path(shared["data"])
+        self.fixed = {"machine": machine(), "data": data_fingerprint(data), "versions": versions()}
 
     def headline(self) -> str:
         """Say when, where and on what."""
         options = ", ".join(f"{name} {value}" for name, value in self.shared.items() if name != "data")
         name = Path(self.shared["data"]).name
-        return f"{datetime.date.today().isoformat()}, {self.machine}; data {name}, {options}"
+        return f"{datetime.date.today().isoformat()}, {self.fixed['machine']}; data {name}, {options}"
 
-    def script(self, options: Result, **meaning: str) -> Result:
-        """Return a run of the course script; ``meaning`` replaces what only this run knows by that name."""
-        asked, run = self._asked(options) | {"settings": self.settings}, options | meaning
-        return kept(self.folder, "script", asked, source_hash(*SOURCES_OF_SCRIPT), lambda: run_course_script(run))
+    def script(self, options: Result) -> Result:
+        """Return a run of the course script."""
+        asked = self._asked(options) | {"settings": asdict(TrialConfig())}
+        return kept(self.folder, "script", asked, source_hash(*SOURCES_OF_SCRIPT), lambda: run_course_script(options))
 
-    def ours(self, options: Result, **meaning: str) -> Result:
-        """Return a trial of ours; ``meaning`` as of ``script``."""
-        asked, run = self._asked(options), options | meaning
-        return kept(self.folder, "ours", asked, source_hash(*SOURCES_OF_OURS), lambda: run_our_trial(run))
+    def ours(self, options: Result) -> Result:
+        """Return a trial of ours."""
+        asked = self._asked(options)
+        return kept(self.folder, "ours", asked, source_hash(*SOURCES_OF_OURS), lambda: run_our_trial(options))
 
     def stages(self) -> list[str]:
-        """One trial of each, ours scoring once and after every epoch."""
+        """One trial of each; ours scoring once, after every epoch, and once with the dropout of the script."""
         script, once = self.script(self.shared), self.ours(self.shared)
+        check_alike(script, once)
         every = self.ours(self.shared | {"score_every": 1})
-        columns = [("ours", rates(once)), ("every epoch", rates(every))]
+        dropping = self.ours(self.shared | {"attention_dropout": script["dropout"]["attention"]})
+        alike = [("ours", once), ("ours, dropout as the script's", dropping)]
+        columns = [alike[0], ("every epoch", every), alike[1]]
         return [
-            *stage_table(rates(script), columns),
-            *score_lines(script, once),
-            f"threads: script {script['n_threads']}, ours {once['n_threads']}; device {once['device']}; tokens without "
-            f"padding; ours scores once, as the script does, or after every epoch ({self.shared['epochs']} times)",
+            *stage_table(rates(script), [(name, rates(found)) for name, found in columns]),
+            *score_lines(script, alike),
+            f"ours scores once, as the script does, or after every epoch ({self.shared['epochs']} times)",
+            *setting_lines(script, alike),
             *own_lines(once),
         ]
 
     def study(self, n: int) -> list[str]:
         """So many configurations: the script once for each, ours as a study, and as a study that stops early."""
-        points = configurations(n)
-        script = run_script_study(points, lambda point: self.script(self.shared | point)) | {"points": points}
-        same, early = (self._our_study(points, stops, script["best"] - CC_TOLERANCE) for stops in (False, True))
+        points, ours = configurations(n), self.ours(self.shared)
+
+        def run_one(point: dict[str, Any]) -> Result:
+            found = self.script(self.shared | point)
+            check_alike(found, ours)
+            return found
+
+        script = run_script_study(points, run_one)
+        same, early = (self._our_study(points, stops) for stops in (False, True))
         first = f"{n} configurations; ours ran {same['at_once']} at once, and two baselines before"
         return [first, *study_table(script, same, early)]
 
-    def _our_study(self, points: list[dict[str, Any]], early: bool, enough: float) -> Result:
-        asked = self._asked(self.shared) | {"points": points, "early": early, "enough": enough}
+    def _our_study(self, points: list[dict[str, Any]], early: bool) -> Result:
+        asked = self._asked(self.shared) | {"points": points, "early": early}
         sources = source_hash(*SOURCES_OF_STUDY)
-        return kept(self.folder, "study", asked, sources, lambda: run_our_study(self.shared, points, early, enough))
+        return kept(self.folder, "study", asked, sources, lambda: run_our_study(self.shared, points, early))
 
     def base(self, n_steps: int) -> list[str]:
         """An encoder as large as BERT-base with random weights: a part of a trial, made whole by tokens and words."""
-        with tempfile.TemporaryDirectory() as temporary:
-            model = str(make_base_encoder(Path(temporary) / "base"))
-            options = self.shared | {"model": "random, sized as BERT-base", "max_steps": n_steps, "embed_stories": 2}
-            script, ours = self.script(options, model=model), self.ours(options, model=model)
+        with base_encoder(self.folder / "base-sized") as model:
+            options = self.shared | {"model": str(model), "max_steps": n_steps, "embed_stories": 2}
+            script, ours = self.script(options), self.ours(options)
+        check_alike(script, ours)
         return [
             f"BERT-base-sized, random weights: {n_steps} training steps, 2 stories embedded, ridge whole on random",
             "word vectors; the trial is EXTRAPOLATED from these by tokens and words",
             *stage_table(extrapolated(script), [("ours", extrapolated(ours))]),
+            *setting_lines(script, [("ours", ours)]),
         ]
 
-    def growth(self, stories: tuple[int, ...], voxels: tuple[int, ...], wanted: Projection) -> list[str]:
+    def growth(self, stories: tuple[int, ...], voxels: tuple[int, ...]) -> list[str]:
         """Seconds of a trial of ours against stories, voxels, and trials at once; the large study projected."""
         by_stories = [self.ours(self.shared | {"train_stories": n}) for n in stories]
         by_voxels = [self.ours(self.shared | {"voxels": n}) for n in voxels]
@@ -212,7 +226,7 @@ class Bench:
             "",
             *at_once_lines(AT_ONCE, at_once),
             "",
-            *projection_lines(wanted, project(wanted, by_stories[-1], by_voxels[-1])),
+            *projection_lines(Projection(), project(Projection(), by_stories, by_voxels)),
         ]
 
     def _at_once(self, n: int, has_gpu: bool) -> Result:
@@ -220,7 +234,7 @@ class Bench:
         return kept(self.folder, "at-once", asked, sources, lambda: measure_at_once(self.shared, n, has_gpu))
 
     def _asked(self, options: Result) -> Result:
-        return {"options": options, "machine": self.machine}
+        return {"options": options} | self.fixed
 
 
 def demo_size() -> int:
@@ -228,26 +242,17 @@ def demo_size() -> int:
     return len(demo_stories().stories) - len(demo_stories().published_test)
 
 
-def make_base_encoder(folder: Path) -> Path:
-    """Write an encoder of BERT-base's size with random weights and the tokenizer of ``minilm``; return its folder."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM
-
-    from bert_encoding.encoders import load_encoder, quiet
-
+@contextmanager
+def base_encoder(folder: Path) -> Iterator[Path]:
+    """Write an encoder of BERT-base's size with random weights and the tokenizer of ``minilm``, for a while."""
     torch.manual_seed(0)
-    with quiet():
-        load_encoder("minilm").tokenizer.save_pretrained(folder)
-        BertForMaskedLM(BertConfig()).save_pretrained(folder)
-    return folder
-
-
-def _settings() -> Result:
-    """Return the settings that the course script takes from the library's defaults."""
-    from bert_encoding.config import TrialConfig
-
-    config = TrialConfig()
-    return {name: getattr(config, name) for name in SETTINGS_OF_SCRIPT}
+    try:
+        with quiet():
+            load_encoder("minilm").tokenizer.save_pretrained(folder)
+            BertForMaskedLM(BertConfig()).save_pretrained(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,18 +19,18 @@ class Projection(NamedTuple):
 
     Attributes
     ----------
-    n_stories : training stories of a subject, all that nine subjects of the public data set can have heard
+    n_stories : training stories of each subject, as ds003020 has them, the test stories included
     gpu_tokens_per_second : of fine-tuning BERT-base
     gpu_speedup : of one GPU over the machine that measured, in ridge
     read_gb_per_s : at which a worker reads responses
-    start_s : of a worker, once, and of a trial's model and adapter
+    start_s : of a worker, once
+    trial_start_s : of a trial's model and adapter
     """
 
     n_trials: int = 1000
-    n_subjects: int = 9
+    n_stories: tuple[int, ...] = (84, 84, 84, 26, 27, 27, 27, 27, 54)
     n_voxels: int = 95_000
     n_gpus: int = 64
-    n_stories: int = 84
     n_features: int = 3072
     epochs: int = 3
     gpu_tokens_per_second: float = 100_000.0
@@ -45,8 +46,8 @@ def measure_at_once(options: Result, n_trials: int, has_gpu: bool) -> Result:
     asked = [without(options, "seed") | {"threads": threads, "seed": seed} for seed in range(n_trials)]
     began = time.perf_counter()
     with ThreadPoolExecutor(n_trials) as pool:
-        found = list(pool.map(run_our_trial, asked))
-    return {"wall": time.perf_counter() - began, "walls": [one["wall"] for one in found]}
+        list(pool.map(run_our_trial, asked))
+    return {"wall": time.perf_counter() - began}
 
 
 def growth_lines(what: str, sizes: tuple[int, ...], found: list[Result]) -> list[str]:
@@ -59,7 +60,7 @@ def growth_lines(what: str, sizes: tuple[int, ...], found: list[Result]) -> list
     return [*lines, f"{'exponent':>12s}" + "".join(f"{power:6.2f} +- {error:4.2f}" for power, error in exponents)]
 
 
-def exponent(sizes: tuple[int, ...], seconds: list[float]) -> tuple[float, float]:
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Return ``b`` of ``seconds = a size^b``, fitted to logarithms, and its standard error."""
     from numpy import log
 
@@ -76,6 +77,34 @@ def at_once_lines(sizes: tuple[int, ...], found: list[Result]) -> list[str]:
     return [*lines, f"exponent of the seconds {power:.2f} (0: side by side costs nothing, 1: nothing is gained)"]
 
 
+class Ridge(NamedTuple):
+    """Seconds of ridge, its nested form included, at one size of the data.
+
+    Attributes
+    ----------
+    once_s : whatever the voxels: Gram matrices and decompositions of all sets of folds
+    per_voxel_s : a voxel
+    """
+
+    once_s: float
+    per_voxel_s: float
+
+
+def split_ridge(by_voxels: list[Result]) -> Ridge:
+    """Part the seconds of ridge by the line through the fewest and the most voxels."""
+    few, many = by_voxels[0], by_voxels[-1]
+    n = many["counts"]["n_voxels"] - few["counts"]["n_voxels"]
+    if n <= 0:
+        return Ridge(0.0, ridge_s(many) / many["counts"]["n_voxels"])
+    per_voxel_s = max(0.0, (ridge_s(many) - ridge_s(few)) / n)
+    return Ridge(max(0.0, ridge_s(few) - per_voxel_s * few["counts"]["n_voxels"]), per_voxel_s)
+
+
+def ridge_s(found: Result) -> float:
+    """Return the seconds of ridge in one trial, with those of the CC inside the fit stories."""
+    return found["seconds"]["ridge"] + found["seconds"]["cc_seen"]
+
+
 class Row(NamedTuple):
     """One stage of the projection: seconds a trial, and what that rests on."""
 
@@ -84,51 +113,85 @@ class Row(NamedTuple):
     because: str
 
 
-def project(wanted: Projection, stories: Result, voxels: Result) -> list[Row]:
+def project(wanted: Projection, by_stories: list[Result], by_voxels: list[Result]) -> list[Row]:
     """Return how long a trial of the large study would take, stage by stage.
 
     Parameters
     ----------
-    stories : a measured trial, of which tokens a story are taken
-    voxels : a measured trial of one subject with many voxels, of which ridge is taken
+    by_stories : trials that were measured with more and more stories; tokens a story are the last one's
+    by_voxels : trials of one subject that were measured with more and more voxels, of which ridge is taken
     """
-    shape, counts = voxels["shape"], voxels["counts"]
-    per_story = stories["counts"]["tokens"] / stories["shape"]["n_fit_stories"] / stories["shape"]["epochs"]
-    tokens = per_story * wanted.n_stories * wanted.epochs
-    n_rows = shape["n_fit_rows"] / shape["n_fit_stories"] * wanted.n_stories
-    here_s = voxels["seconds"]["ridge"] + voxels["seconds"]["cc_seen"]
-    larger = n_rows / shape["n_fit_rows"] * wanted.n_features / shape["n_features"]
-    larger *= wanted.n_voxels / counts["n_voxels"] * wanted.n_subjects
-    read_gb = wanted.n_subjects * n_rows * wanted.n_voxels * 4 / 1e9
+    rows_a_story = by_voxels[-1]["shape"]["n_fit_rows"] / by_voxels[-1]["shape"]["n_fit_stories"]
+    read_gb = sum(wanted.n_stories) * rows_a_story * wanted.n_voxels * 4 / 1e9
     return [
-        Row(
-            "fine-tuning",
-            tokens / wanted.gpu_tokens_per_second,
-            f"{per_story:.0f} tokens a story (measured), {wanted.n_stories} stories and {wanted.epochs} epochs "
-            f"(assumed), BERT-base at {wanted.gpu_tokens_per_second:g} tokens/s (assumed; --gpu-tokens-per-second)",
-        ),
-        Row(
-            "embedding",
-            tokens / wanted.epochs / (2 * wanted.gpu_tokens_per_second),
-            "every window once, twice as fast as fine-tuning (assumed: a frozen weight has no gradient, so a pass "
-            "forward is half of the work)",
-        ),
-        Row(
-            "ridge",
-            here_s * larger / wanted.gpu_speedup,
-            f"{here_s:.1f} s (measured: one subject, {shape['n_fit_rows']} rows, {shape['n_features']} features, "
-            f"{counts['n_voxels']} voxels), {larger:.0f} times the work (assumed: linear in {n_rows:.0f} rows, "
-            f"{wanted.n_features} features, voxels and subjects), a GPU as fast as {wanted.gpu_speedup:g} of this "
-            "machine (assumed; --gpu-speedup)",
-        ),
+        *_rows_of_bert(wanted, by_stories),
+        *_rows_of_ridge(wanted, by_stories, by_voxels),
         Row(
             "reading",
             read_gb / wanted.read_gb_per_s,
             f"{read_gb:.0f} GB of float32 responses anew in every trial (assumed: no worker's memory holds them) at "
-            f"{wanted.read_gb_per_s:g} GB/s a worker (assumed; --read-gb-per-second)",
+            f"{wanted.read_gb_per_s:g} GB/s a worker (assumed)",
         ),
         Row("start", wanted.trial_start_s, "of model and adapter (assumed)"),
     ]
+
+
+def _rows_of_bert(wanted: Projection, by_stories: list[Result]) -> list[Row]:
+    shape, n_stories = by_stories[-1]["shape"], max(wanted.n_stories)
+    per_story = by_stories[-1]["counts"]["tokens"] / shape["n_fit_stories"] / shape["epochs"]
+    tokens, rate = per_story * n_stories, wanted.gpu_tokens_per_second
+    return [
+        Row(
+            "fine-tuning",
+            tokens * wanted.epochs / rate,
+            f"{per_story:.0f} tokens a story (measured), {n_stories} stories, all that any subject heard, and "
+            f"{wanted.epochs} epochs (assumed), BERT-base at {rate:g} tokens/s (assumed), linear in stories (assumed; "
+            f"{_measured(by_stories, 'n_fit_stories', 'train')})",
+        ),
+        Row(
+            "embedding",
+            tokens / (2 * rate),
+            "every window once, twice as fast as fine-tuning (assumed: a frozen weight has no gradient, so a pass "
+            f"forward is half of the work), linear in stories (assumed; "
+            f"{_measured(by_stories, 'n_fit_stories', 'embed')})",
+        ),
+    ]
+
+
+def _rows_of_ridge(wanted: Projection, by_stories: list[Result], by_voxels: list[Result]) -> list[Row]:
+    """Decompositions are made once a set of stories, whatever the voxels; all else once a voxel."""
+    shape, ridge = by_voxels[-1]["shape"], split_ridge(by_voxels)
+    wider = wanted.n_features / shape["n_features"]
+    n_sets = len(set(wanted.n_stories))
+    longer = sum(wanted.n_stories) / shape["n_fit_stories"]
+    speed = f"a GPU as fast as {wanted.gpu_speedup:g} of this machine (assumed)"
+    return [
+        Row(
+            "decomposing",
+            ridge.once_s * wider**3 * n_sets / wanted.gpu_speedup,
+            f"{ridge.once_s:.1f} s whatever the voxels (measured: {shape['n_features']} features, all folds and pairs "
+            f"of folds), with the cube of {wanted.n_features} features (assumed, not measured; more rows than "
+            f"features), for {n_sets} sets of stories (assumed: subjects with equally many heard the same), {speed}",
+        ),
+        Row(
+            "each voxel",
+            ridge.per_voxel_s * wanted.n_voxels * longer * wider / wanted.gpu_speedup,
+            f"{ridge.per_voxel_s * 1000:.3f} ms a voxel (measured: {shape['n_fit_rows']} rows, {shape['n_features']} "
+            f"features), {wanted.n_voxels} voxels of {len(wanted.n_stories)} subjects with "
+            f"{', '.join(map(str, wanted.n_stories))} stories, {longer * wider:.0f} times the work (assumed: linear in "
+            f"rows, features and voxels; ridge whole, {_measured(by_stories, 'n_fit_rows', 'ridge', 'cc_seen')} of "
+            f"rows, {_measured(by_voxels, 'n_voxels', 'ridge', 'cc_seen')} of voxels), {speed}",
+        ),
+    ]
+
+
+def _measured(found: list[Result], size: str, *stages: str) -> str:
+    """Say with which power of a size the seconds of some stages grew."""
+    sizes = [(one["shape"] | one["counts"])[size] for one in found]
+    if len(set(sizes)) < 2:
+        return "exponent not measured"
+    power, _ = exponent(sizes, [sum(one["seconds"][stage] for stage in stages) for one in found])
+    return f"measured exponent {power:.2f}"
 
 
 def projection_lines(wanted: Projection, rows: list[Row]) -> list[str]:
@@ -136,8 +199,8 @@ def projection_lines(wanted: Projection, rows: list[Row]) -> list[str]:
     trial_s = sum(row.seconds for row in rows)
     total_s = wanted.start_s + wanted.n_trials * trial_s / wanted.n_gpus
     return [
-        f"{wanted.n_trials} trials x {wanted.n_subjects} subjects x {wanted.n_voxels} voxels on {wanted.n_gpus} GPUs, "
-        "projected:",
+        f"{wanted.n_trials} trials x {len(wanted.n_stories)} subjects x {wanted.n_voxels} voxels on {wanted.n_gpus} "
+        "GPUs, projected:",
         *(f"{row.stage:>12s}{row.seconds:10.1f} s a trial: {row.because}" for row in rows),
         f"{'study':>12s}{total_s / 3600:10.1f} h, {wanted.n_trials * trial_s / 3600:.0f} GPU hours: one GPU a trial, "
         f"none waits, none stops early, and {wanted.start_s:g} s until workers are up (assumed)",

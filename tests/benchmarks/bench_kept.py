@@ -1,6 +1,5 @@
 """Measurements in processes of their own, kept as JSON: a bench that was cut off goes on, and uses nothing stale."""
 
-import ast
 import hashlib
 import json
 import os
@@ -9,12 +8,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TAIL_LINES = 20  # of a failed process, shown
+LIBRARIES = ("torch", "transformers", "peft", "numpy", "ridge_utils")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 Result = dict[str, Any]
 
@@ -42,26 +44,28 @@ def kept(folder: Path, name: str, asked: Result, sources: str, measure: Callable
     return found
 
 
-def source_hash(*parts: str) -> str:
-    """Return a hash of source files, named from the repository root, with ``*`` or as ``file.py:function``."""
+def source_hash(*patterns: str) -> str:
+    """Return a hash of source files, named from the repository root, with ``*`` for some and ``**`` for all below."""
     digest = hashlib.sha256()
-    for part in parts:
-        name, _, function = part.partition(":")
-        files = sorted(file for file in ROOT.glob(name) if file.suffix == ".py")
+    for pattern in patterns:
+        files = sorted(file for file in ROOT.glob(pattern) if file.suffix == ".py")
         if not files:
-            raise ValueError(f"{part}: no such source")
+            raise ValueError(f"{pattern}: no such source")
         for file in files:
-            text = file.read_text()
-            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0")
-            digest.update((_function_source(text, function) if function else text).encode())
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _function_source(text: str, name: str) -> str:
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return ast.get_source_segment(text, node) or ""
-    raise ValueError(f"no function {name}")
+def data_fingerprint(folder: Path) -> str:
+    """Return a hash of the names and sizes of all files of a folder: cheap, and new data are rarely of the same."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = [(file.relative_to(folder).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that settle how fast and how well either side does."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def run_script(script: str, arguments: list[str]) -> Result:
@@ -94,8 +98,10 @@ def run_process(command: list[str], environment: dict[str, str]) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Return an environment in which this checkout is what is imported, and nothing is downloaded."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    """Return an environment in which this checkout is what is imported, nothing is downloaded, and no variable keeps
+    either side from using all cores."""
+    free = {name: value for name, value in os.environ.items() if name not in THREADS}
+    return free | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def command_line(options: Result) -> list[str]:

@@ -1,7 +1,8 @@
 """One trial of the library in a process of its own, timed by stages; ``bench.py`` starts it.
 
 A stage is timed as in the course script: fine-tuning without the reading of probes, embedding up to the scanner's
-clock, ridge up to the CC of the validation stories. What a trial does beyond that is told apart, and is in its total.
+clock, ridge up to the CC of the validation stories. What a trial does beyond that is told apart, and is in its total,
+the check of the data included.
 """
 
 import argparse
@@ -16,22 +17,22 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from course_script import SPLIT_SEED, Clock, load_data, peak_gb
+from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, load_data, peak_gb
 
 import bert_encoding.finetune
-from bert_encoding.adapters import masked_lm
+import bert_encoding.trial
+from bert_encoding.adapters import check_applied, masked_lm
 from bert_encoding.chain import Chain, Task, resident_encoder
 from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.devices import pick_device
+from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.features import downsample_story
-from bert_encoding.finetune import make_probes, probe_loss
+from bert_encoding.finetune import Probes, make_probes, probe_loss
 from bert_encoding.material import Material
-from bert_encoding.methods import prepare_model
+from bert_encoding.methods import measure_change, prepare_model
 from bert_encoding.training import train
 from bert_encoding.trial import run_trial
-from bert_encoding.windows import training_windows
 
 
 def main() -> None:
@@ -47,11 +48,14 @@ def main() -> None:
     task = Task(dataset, (split,), SPLIT_SEED)
     config = TrialConfig(model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs)
     config = replace(config, score_every=given.score_every or given.epochs)
+    if given.attention_dropout is not None:
+        config = replace(config, attention_dropout=given.attention_dropout)
     found = (
         run_parts(config, task, given.max_steps, given.embed_stories) if given.max_steps else run_whole(config, task)
     )
     found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
     found |= {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peak_gb()}
+    found |= settings_of(config)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -66,8 +70,20 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default={"seed": 0, "epochs": 3}[name])
     for name in ("train-stories", "max-steps", "embed-stories", "score-every", "voxels", "threads"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--attention-dropout", type=float, help="default: the library's")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
+
+
+def settings_of(config: TrialConfig) -> dict[str, Any]:
+    """Return precisions and dropouts as they are in effect here."""
+    dropout = dropout_of(resident_encoder(config.model).model.config)
+    set_here = {"attention": config.attention_dropout, "hidden": config.hidden_dropout}
+    asked = {"train": config.precision, "embed": config.embed_precision}
+    return {
+        "dropout": dropout | {name: value for name, value in set_here.items() if value is not None},
+        "precision": {stage: resolve_precision(precision, pick_device()) for stage, precision in asked.items()},
+    }
 
 
 def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
@@ -89,6 +105,7 @@ def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
         "shape": shape_of(config, task),
         "scores": {name: record.scores[name] for name in ("cc_mean", "mlm_loss_heldout", "mlm_loss_train", "cc_seen")},
         "notes": record.notes,
+        "probes": watch.probes,
     }
 
 
@@ -105,11 +122,11 @@ def shape_of(config: TrialConfig, task: Task) -> dict[str, int]:
 
 
 class Watch:
-    """Seconds of the stages of a trial, and the words that were embedded, each time anew."""
+    """Seconds of the stages of a trial, the words embedded, each time anew, and a hash of the probes."""
 
     def __init__(self) -> None:
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0, "cc_seen": 0.0}
-        self.words = 0
+        self.words, self.probes = 0, ""
 
     def timing(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, timed."""
@@ -148,7 +165,13 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
         watch.words += sum(len(dataset.stories[name].words) for name in names)
         return on_trs(chain, bert, names, fit)
 
+    def noting(*args: Any) -> Probes:
+        probes = make_probes(*args)
+        watch.probes = digest(probes)
+        return probes
+
     changes = (
+        (bert_encoding.trial, "make_probes", noting),
         (bert_encoding.finetune, "train", watch.timing_steps("train", train)),
         (Chain, "on_trs", counting),
         (Chain, "score", watch.timing("ridge", Chain.score)),
@@ -167,7 +190,8 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
 def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | None) -> dict[str, Any]:
     """Time some training steps, the embedding of some stories, and ridge on random word vectors of all stories.
 
-    Losses are read on one probe; a trial reads two after every epoch, and one of general text before and after.
+    What is beside the stages is timed once and counted as often as a trial does it. Losses are read on one probe; a
+    trial reads two after every epoch, and one of general text before and after.
     """
     split, clock = task.splits[0], Clock()
     chain = Chain(config, task)
@@ -184,19 +208,22 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     chain.on_trs(masked_lm(model).bert, embedded, split.fit)
     clock.lap("embed")
     on_trs = random_features(task.dataset, names, chain.encoder.n_hidden)
-    clock.lap("random")
+    probes = draw_probes(chain.encoder, task.dataset, split, config)
+    clock.lap("drawn")
     chain.score(on_trs, split.fit, split.validation)
     clock.lap("ridge")
     chain.score_seen(on_trs, split.fit)
     clock.lap("cc_seen")
-    length = config.embed_window_tokens
-    windows = training_windows(list(chain.tokens(split.fit).values()), length, length - 2, chain.encoder.tokenizer)
-    probes = make_probes(windows, windows, chain.encoder.tokenizer, config.probe_tokens, SPLIT_SEED)
     probe_loss(trained, probes.heldout, config.precision, chain.device)
     clock.lap("probe")
-    clock.seconds["other"] += (2 * config.epochs + 2) * clock.seconds["probe"]
+    check_applied(chain.encoder, masked_lm(model).bert, "fine-tuning")
+    clock.lap("check")
+    measure_change(model, chain.encoder)
+    clock.lap("change")
+    times = {"probe": 2 * config.epochs + 2, "check": config.epochs, "change": 1}
+    clock.seconds["other"] += sum(n * clock.seconds[part] for part, n in times.items())
     return {
-        "seconds": {name: took for name, took in clock.seconds.items() if name not in ("random", "probe")},
+        "seconds": {name: took for name, took in clock.seconds.items() if name not in ("drawn", *times)},
         "counts": {
             "steps": progress.optimizer_steps,
             "tokens": progress.tokens_seen,
@@ -205,6 +232,7 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
             "words_whole": n_words(task.dataset, names),
         },
         "scores": {},
+        "probes": digest(probes),
     }
 
 

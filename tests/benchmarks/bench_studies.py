@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_kept import ROOT, Result, child_environment, command_line, run_process, run_script
-from bench_tables import trial_seconds
+from bench_tables import CC_TOLERANCE, trial_seconds
 
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
 from study_process import environment_of, running_from
 
-from bert_encoding.records import FAILED, SEARCH, read_records
+from bert_encoding.devices import pick_device, resolve_precision
+from bert_encoding.records import BASELINE, FAILED, FROZEN, SEARCH, read_records
 
 NAME = "bench"
+PRIVATE = ("TMPDIR", "RAY_ADDRESS")  # what a study needs to find no cluster but its own
 EARLY = "asha"
 RANKS, LRS = (4, 16), (1e-4, 3e-4)
 SPACE = '''"""Which of these configurations predicts best? Scientific: rank, lr. Nuisance: seed. Fixed: the rest."""
@@ -43,12 +46,30 @@ def run_script_study(points: list[dict[str, Any]], run_one: Callable[[dict[str, 
     """Run the course script once for each configuration, one after the other; ``run_one`` runs it, or knows it."""
     results = [run_one(point) for point in points]
     cc = [result["scores"]["cc_mean"] for result in results]
+    margin = seed_sd(points, cc)
     return {
+        "points": points,
         "seconds": sum(trial_seconds(result) for result in results),
         "cc": cc,
         "losses": [result["scores"]["mlm_loss_heldout"] for result in results],
         "best": max(cc),
+        "margin": CC_TOLERANCE if margin is None else min(margin, CC_TOLERANCE),
+        "seed_sd": margin,
     }
+
+
+def seed_sd(points: list[dict[str, Any]], cc: list[float]) -> float | None:
+    """Return the SD of CC over seeds, pooled over the configurations alike but for the seed; None if none are.
+
+    ``s^2 = sum_g sum_i (cc_gi - mean_g)^2 / sum_g (n_g - 1)``
+    """
+    alike: dict[tuple[Any, ...], list[float]] = {}
+    for point, one in zip(points, cc, strict=True):
+        alike.setdefault(tuple(without(point, "seed").items()), []).append(one)
+    n_free = sum(len(group) - 1 for group in alike.values())
+    if not n_free:
+        return None
+    return float(np.sqrt(sum(np.var(group) * len(group) for group in alike.values()) / n_free))
 
 
 def run_course_script(options: Result) -> Result:
@@ -66,62 +87,64 @@ def without(options: Result, *names: str) -> Result:
     return {name: value for name, value in options.items() if name not in names}
 
 
-def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool, enough: float) -> Result:
+def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> Result:
     """Run ``study/run.py`` on a grid of the configurations in a fresh folder, so that no record answers anything.
 
     Parameters
     ----------
     early : score after every epoch and stop early, else score once, at the end
-    enough : CC at which the yardstick's best configuration counts as found
     """
     private = Path(tempfile.mkdtemp(prefix="b-"))
     try:
-        return _run_our_study(private, shared, points, early, enough)
+        return _run_our_study(private, shared, points, early)
     finally:
         for process in running_from(private):
             process.kill()
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _run_our_study(private: Path, shared: Result, points: list[dict[str, Any]], early: bool, enough: float) -> Result:
-    space, every = private / "bench_space.py", {"score_every": 1 if early else shared["epochs"]}
-    space.write_text(SPACE.format(points=[point | every for point in points]))
+def _run_our_study(private: Path, shared: Result, points: list[dict[str, Any]], early: bool) -> Result:
+    space = private / "bench_space.py"
+    space.write_text(SPACE.format(points=points))
     options = shared | {"space": space, "out": private / "results", "name": NAME, "trials": len(points), "confirm": 0}
     options |= {"address": "local", "scheduler": EARLY if early else "none"}
+    options |= {"score_every": None if early else shared["epochs"]}
     command = [sys.executable, str(ROOT / "study" / "run.py"), *command_line(options)]
     began, began_clock = time.time(), time.perf_counter()
-    run_process(command, child_environment() | environment_of(private) | {"PYTHONPATH": str(ROOT)})
+    run_process(command, child_environment() | {name: environment_of(private)[name] for name in PRIVATE})
     seconds = time.perf_counter() - began_clock
-    return read_our_study(private / "results" / NAME, points, began, enough) | {"seconds": seconds}
+    return read_our_study(private / "results" / NAME, points, began) | {"seconds": seconds}
 
 
-def read_our_study(folder: Path, points: list[dict[str, Any]], began: float, enough: float) -> Result:
-    """Return what a study found.
+def read_our_study(folder: Path, points: list[dict[str, Any]], began: float) -> Result:
+    """Return what a study found, configuration by configuration.
 
     Raises
     ------
     RuntimeError
         if trials are missing, failed, or were answered from a record.
     """
-    records = [record for record in read_records(folder) if record.phase == SEARCH]
+    every = read_records(folder)
+    records = [record for record in every if record.phase == SEARCH]
     bad = [record.trial_id for record in records if record.status == FAILED or record.repeat_of]
     if bad or len(records) != len(points):
         raise RuntimeError(f"{folder}: {len(records)} trials, expected {len(points)}; failed or answered: {bad}")
-    found = {_point_of(record.config, points): record for record in records}
-    ended = {at: (folder / "trials" / r.trial_id / "record.json").stat().st_mtime - began for at, r in found.items()}
-    began_s = {at: ended[at] - record.seconds["total"] for at, record in found.items()}
-    good = [ended[at] for at, record in found.items() if record.scores["cc_mean"] >= enough]
+    found = [next(record for record in records if _is_of(record.config, point)) for point in points]
+    ended = [(folder / "trials" / record.trial_id / "record.json").stat().st_mtime - began for record in found]
+    spans = [(end - record.seconds["total"], end) for end, record in zip(ended, found, strict=True)]
+    (frozen,) = (record for record in every if record.phase == BASELINE and record.method == FROZEN)
     return {
-        "cc": [found[at].scores["cc_mean"] for at in range(len(points))],
-        "losses": [found[at].scores["mlm_loss_heldout"] for at in range(len(points))],
-        "statuses": [found[at].status for at in range(len(points))],
-        "epochs_done": [found[at].scores["epochs_done"] for at in range(len(points))],
-        "best": max(record.scores["cc_mean"] for record in records),
-        "seconds_until_found": min(good, default=None),
+        "cc": [record.scores["cc_mean"] for record in found],
+        "losses": [record.scores["mlm_loss_heldout"] for record in found],
+        "epochs_done": [record.scores["epochs_done"] for record in found],
+        "ended_s": ended,
+        "best": max(record.scores["cc_mean"] for record in found),
+        "frozen": frozen.scores["cc_mean"],
+        "precision": resolve_precision(found[0].config["precision"], pick_device()),
         "seconds_of_trials": sum(record.seconds["total"] for record in records),
-        "at_once": max(sum(began_s[o] < ended[at] <= ended[o] for o in found) for at in found),
+        "at_once": max(sum(begin < now <= end for begin, end in spans) for _, now in spans),
     }
 
 
-def _point_of(config: dict[str, Any], points: list[dict[str, Any]]) -> int:
-    return next(at for at, point in enumerate(points) if all(config[name] == v for name, v in point.items()))
+def _is_of(config: dict[str, Any], point: dict[str, Any]) -> bool:
+    return all(config[name] == value for name, value in point.items())

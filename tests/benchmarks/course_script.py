@@ -10,9 +10,13 @@ Where correctness is not speed it does what the library does, and takes from it:
 which stories and voxels, the ridge folds, and the masked probes on which the held-out loss is read. Features are
 delayed in the whole story, then trimmed, then z-scored by the fit rows. All arithmetic is the script's own. It is given
 float32 features and responses, which the lab's code takes and is faster with, and torch's own number of threads.
+
+Two laps are the comparison's and not the script's, and are left out of its seconds: ``inspect``, the library's checks
+of the data (a student loads them), and ``probes``, the reading of the held-out loss.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -36,7 +40,7 @@ from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.demo import demo_stories, simulate_listener
 from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import Encoder, load_encoder, quiet
-from bert_encoding.finetune import make_probes
+from bert_encoding.finetune import Probes, make_probes
 from bert_encoding.windows import tokenize, training_windows
 
 SPLIT_SEED = 0  # of the choice of stories and of the ridge folds, the same for all configurations
@@ -77,30 +81,46 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune, embed, fit ridge and score; return seconds and counts a stage, and the scores."""
     clock = Clock()
-    dataset, split = load_data(given.data, given.train_stories)
+    opened, split = open_data(given.data, given.train_stories)
     encoder = load_encoder(given.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = TrialConfig(
         model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs, attention_dropout=None
     )
     clock.lap("load")
-    model, trained = finetune(encoder, dataset, split, setting, device, given.max_steps)
+    dataset = inspected(opened)
+    clock.lap("inspect")
+    stories = tokenize_all(dataset, split, encoder)
+    model, loader = prepare(encoder, [stories[name] for name in split.fit], setting, device)
+    clock.lap("prepare")
+    trained = train(model, loader, setting, device, given.max_steps)
     clock.lap("train")
-    vectors, n_embedded = embed_all(model.get_base_model().bert, encoder, dataset, split, setting, given.embed_stories)
+    vectors, n_embedded = embed_all(
+        model.get_base_model().bert, encoder, dataset, stories, setting, given.embed_stories
+    )
     clock.lap("embed")
     cc = {subject: encode(vectors, dataset, subject, split, setting) for subject in dataset.subjects}
     clock.lap("ridge")
-    loss = heldout_loss(model, encoder, dataset, split, setting, device)
+    probes = draw_probes(encoder, dataset, split, setting)
+    loss = heldout_loss(model, probes, device)
     clock.lap("probes")
-    n_words = sum(len(dataset.stories[name].words) for name in split.fit + split.validation)
+    n_words = sum(len(dataset.stories[name].words) for name in stories)
     return {
         "seconds": clock.seconds,
         "counts": trained | {"words": n_embedded, "words_whole": n_words, "n_voxels": sum(map(len, cc.values()))},
         "scores": {"cc_mean": float(np.mean([np.mean(one) for one in cc.values()])), "mlm_loss_heldout": loss},
         "n_threads": torch.get_num_threads(),
         "device": device.type,
+        "probes": digest(probes),
+        "precision": {"train": "float32", "embed": "float32"},
+        "dropout": dropout_of(model.config),
         "peak_gb": peak_gb(),
     }
+
+
+def dropout_of(config: Any) -> dict[str, float]:
+    """Return the probabilities of dropout of a checkpoint."""
+    return {"attention": config.attention_probs_dropout_prob, "hidden": config.hidden_dropout_prob}
 
 
 def peak_gb() -> dict[str, float]:
@@ -126,13 +146,24 @@ class Clock:
 
 
 def load_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
+    """Open and inspect the data and divide the stories, as a study does."""
+    dataset, split = open_data(path, n_train_stories)
+    return inspected(dataset), split
+
+
+def open_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
     """Open the data and divide the stories as a study does."""
     is_demo = path in DEMOS
     dataset = simulate_listener(demo_stories(path))[0] if is_demo else open_dataset(Path(path), TRIMS["published"])
     subjects = choose_subjects(dataset, None)
     train, test = choose_stories(dataset, subjects, None, n_train_stories, SPLIT_SEED)
     split = split_stories(train, test, SPLIT_SEED, 1)[0]
-    return (dataset if is_demo else inspect(dataset.only(train + test, subjects))), split
+    return (dataset if is_demo else dataset.only(train + test, subjects)), split
+
+
+def inspected(dataset: Dataset) -> Dataset:
+    """Let the library check the data and choose the voxels; the simulated listener has been through it."""
+    return inspect(dataset) if dataset.voxel_masks is None else dataset
 
 
 class Tokenized(NamedTuple):
@@ -148,6 +179,12 @@ def tokenize_story(spoken: tuple[str, ...], tokenizer: Any) -> Tokenized:
     return Tokenized(encoded["input_ids"], encoded.word_ids())
 
 
+def tokenize_all(dataset: Dataset, split: Split, encoder: Encoder) -> dict[str, Tokenized]:
+    """Cut the words of all fit and validation stories into word pieces, once."""
+    names = split.fit + split.validation
+    return {name: tokenize_story(dataset.stories[name].spoken, encoder.tokenizer) for name in names}
+
+
 def cut_windows(story: Tokenized, window_tokens: int, stride: int, tokenizer: Any) -> list[Tokenized]:
     """Cut a story into overlapping windows from [CLS] to [SEP]; their word ids leave these two out."""
     n_inner, windows, start = window_tokens - 2, [], 0
@@ -160,10 +197,10 @@ def cut_windows(story: Tokenized, window_tokens: int, stride: int, tokenizer: An
         start += stride
 
 
-def finetune(
-    encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, device: torch.device, max_steps: int | None
-) -> tuple[Any, dict[str, float]]:
-    """Train an adapter on the fit stories; return the model, and counts."""
+def prepare(
+    encoder: Encoder, stories: list[Tokenized], setting: TrialConfig, device: torch.device
+) -> tuple[Any, DataLoader[Any]]:
+    """Return a model with an adapter, and the training windows of some stories."""
     torch.manual_seed(setting.seed)
     tokenizer = encoder.tokenizer
     adapter = LoraConfig(
@@ -174,13 +211,11 @@ def finetune(
     )
     with quiet():
         model = get_peft_model(encoder.copy_model(), adapter).to(device)
-    stories = [tokenize_story(dataset.stories[name].spoken, tokenizer) for name in split.fit]
     windows = [w for s in stories for w in cut_windows(s, setting.window_tokens, setting.stride, tokenizer)]
     examples = [{"input_ids": window.ids} for window in windows if len(window.ids) >= MIN_TOKENS]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=setting.mask_probability)
     loader = DataLoader(examples, batch_size=setting.batch_size, shuffle=True, collate_fn=collator)  # type: ignore[arg-type]
-    counts = train(model, loader, setting, device, max_steps)
-    return model, counts | {"tokens_whole": setting.epochs * sum(len(example["input_ids"]) for example in examples)}
+    return model, loader
 
 
 def train(
@@ -192,6 +227,7 @@ def train(
     n_warmup, n_steps = round(setting.warmup_epochs * len(loader)), setting.epochs * len(loader)
     scheduler = get_scheduler("constant_with_warmup", optimizer, n_warmup, n_steps)
     counts = {"steps": 0, "steps_whole": n_steps, "tokens": 0, "positions": 0}
+    counts["tokens_whole"] = setting.epochs * sum(len(example["input_ids"]) for example in loader.dataset)
     model.train()
     for _ in range(setting.epochs):
         for batch in loader:
@@ -211,7 +247,12 @@ def train(
 
 
 def embed_all(
-    bert: Any, encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, n_stories: int | None
+    bert: Any,
+    encoder: Encoder,
+    dataset: Dataset,
+    stories: dict[str, Tokenized],
+    setting: TrialConfig,
+    n_stories: int | None,
 ) -> tuple[Words, int]:
     """Return the features on the scanner's clock, story -> (n_trs, n_hidden), and how many words were embedded.
 
@@ -219,12 +260,11 @@ def embed_all(
     ----------
     n_stories : embed so many; the word vectors of all others are random numbers
     """
-    names = split.fit + split.validation
     rng, n_embedded, found = np.random.default_rng(0), 0, {}
-    for at, name in enumerate(names):
+    for at, (name, tokenized) in enumerate(stories.items()):
         story = dataset.stories[name]
         if n_stories is None or at < n_stories:
-            vectors = embed_story(bert, story.spoken, encoder.tokenizer, setting)
+            vectors = embed_story(bert, tokenized, len(story.words), encoder.tokenizer, setting)
             n_embedded += len(vectors)
         else:
             vectors = rng.standard_normal((len(story.words), encoder.n_hidden), dtype=np.float32)
@@ -233,13 +273,12 @@ def embed_all(
     return found, n_embedded
 
 
-def embed_story(bert: Any, spoken: tuple[str, ...], tokenizer: Any, setting: TrialConfig) -> np.ndarray:
+def embed_story(bert: Any, story: Tokenized, n_words: int, tokenizer: Any, setting: TrialConfig) -> np.ndarray:
     """Return word vectors, (n_words, n_hidden): means over a word's tokens in a window, then over windows."""
     bert.eval()
     device = next(bert.parameters()).device
-    story = tokenize_story(spoken, tokenizer)
-    sums = np.zeros((len(spoken), bert.config.hidden_size))
-    counts = np.zeros(len(spoken))
+    sums = np.zeros((n_words, bert.config.hidden_size))
+    counts = np.zeros(n_words)
     for window in cut_windows(story, setting.embed_window_tokens, setting.embed_stride, tokenizer):
         with torch.no_grad():
             hidden = bert(torch.tensor([window.ids], device=device)).last_hidden_state[0, 1:-1].cpu().numpy()
@@ -291,22 +330,24 @@ def correlate(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.divide((y * p).sum(axis=0), norms, out=np.zeros(y.shape[1]), where=norms > 0)
 
 
-def heldout_loss(
-    model: Any, encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig, device: torch.device
-) -> float:
-    """Return the masked-LM loss on the masked tokens of validation stories on which the library reads it, nats a token.
-
-    This belongs to the comparison, not to the script, and is no part of any stage.
-    """
+def draw_probes(encoder: Encoder, dataset: Dataset, split: Split, setting: TrialConfig) -> Probes:
+    """Return the masked tokens on which the library reads the loss of a trial."""
     length, tokenizer = setting.embed_window_tokens, encoder.tokenizer
     windows = (
         training_windows([tokenize(dataset.stories[n].spoken, tokenizer) for n in names], length, length - 2, tokenizer)
         for names in (split.fit, split.validation)
     )
-    probes = make_probes(*windows, tokenizer, setting.probe_tokens, SPLIT_SEED).heldout
+    return make_probes(*windows, tokenizer, setting.probe_tokens, SPLIT_SEED)
+
+
+def heldout_loss(model: Any, probes: Probes, device: torch.device) -> float:
+    """Return the masked-LM loss on the masked tokens of validation stories, nats a token.
+
+    This belongs to the comparison, not to the script, and is no part of any stage.
+    """
     model.eval()
     total, n = 0.0, 0
-    for batch in probes:
+    for batch in probes.heldout:
         labels = np.full(batch.ids.shape, IGNORED)
         labels[batch.chosen] = batch.labels
         ids, attention, wanted = (torch.from_numpy(a).to(device) for a in (batch.ids, batch.attention, labels))
@@ -314,6 +355,15 @@ def heldout_loss(
             mean = model(input_ids=ids, attention_mask=attention, labels=wanted).loss
         total, n = total + float(mean) * batch.labels.size, n + batch.labels.size
     return total / n
+
+
+def digest(probes: Probes) -> str:
+    """Return a hash of the masked tokens on which the held-out loss is read; both sides must have the same."""
+    found = hashlib.sha256()
+    for batch in probes.heldout:
+        for array in (batch.ids, batch.chosen, batch.labels):
+            found.update(array.astype(np.int64).tobytes())
+    return found.hexdigest()[:16]
 
 
 if __name__ == "__main__":
