@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from make_data import story_words
+from make_trials import PEFT_WARNS
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
@@ -27,8 +28,7 @@ from bert_encoding.methods import (
 )
 from bert_encoding.records import BERT_METHODS
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 # Written by hand from the names in transformers' modeling_bert.py. The decoder's matrix and bias are tied: to the word
 # embeddings, and to cls.predictions.bias.
@@ -98,15 +98,6 @@ CASES: dict[str, Case] = {
 }
 TUNING = [name for name, (_, trained) in CASES.items() if trained]
 ADAPTERS = [name for name in TUNING if "method" not in CASES[name][0]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
