@@ -85,13 +85,18 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
     task: Task, tiny_bert: Path, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrialConfig(
-        method="frozen", model=str(tiny_bert), embed_window_tokens=64, embed_stride=24, precision="float32"
+        method="frozen",
+        model=str(tiny_bert),
+        embed_window_tokens=64,
+        embed_stride=24,
+        precision="float32",
+        embed_precision="float32",
     )
     monkeypatch.setattr("bert_encoding.evaluate.wider_grid", lambda *_: None)  # the script has one grid
     expected = run_trial(config, task, with_tests=False)
     split, dataset, bert = task.splits[0], task.dataset, tiny_encoder.copy_model().bert
     stories = course_script.tokenize_all(dataset, split, tiny_encoder)
-    on_trs, n_words = course_script.embed_all(bert, tiny_encoder, dataset, stories, config, None)
+    on_trs, n_words = course_script.embed_all(bert, tiny_encoder, dataset, stories, config)
     cc = course_script.encode(on_trs, dataset, "subject2", split, config)
     np.testing.assert_allclose(cc, expected.cc["subject2"], rtol=0, atol=1e-4)
     assert n_words == sum(len(dataset.stories[name].words) for name in split.fit + split.validation)
@@ -100,12 +105,14 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
     assert loss == pytest.approx(expected.epochs[-1]["mlm_loss_heldout"], abs=1e-5)
 
 
-def test_a_random_story_is_not_embedded(task: Task, tiny_encoder: Encoder) -> None:
+def test_random_stories_have_the_shape_of_embedded_ones(task: Task, tiny_encoder: Encoder) -> None:
     split, bert = task.splits[0], tiny_encoder.copy_model().bert
     stories = course_script.tokenize_all(task.dataset, split, tiny_encoder)
-    on_trs, n_words = course_script.embed_all(bert, tiny_encoder, task.dataset, stories, SETTING, 2)
+    first = {name: stories[name] for name in split.fit[:2]}
+    embedded, n_words = course_script.embed_all(bert, tiny_encoder, task.dataset, first, SETTING)
     assert n_words == sum(len(task.dataset.stories[name].words) for name in split.fit[:2])
-    assert {name: rows.shape for name, rows in on_trs.items()} == {
+    drawn = course_script.draw_all(tiny_encoder, task.dataset, list(stories)[2:])
+    assert {name: rows.shape for name, rows in (embedded | drawn).items()} == {
         name: (len(task.dataset.stories[name].tr_times_s), 32) for name in split.fit + split.validation
     }
 
@@ -130,7 +137,7 @@ def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Enco
 def test_the_script_runs_whole_and_tells_its_laps_apart(lab: Path, tiny_bert: Path) -> None:
     given = [str(lab), "--model", str(tiny_bert), "--epochs", "2", "--max-steps", "1", "--embed-stories", "1"]
     found = course_script.run(course_script.parse_arguments(given))
-    assert set(found["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "ridge", "probes"}
+    assert set(found["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "drawn", "ridge", "probes"}
     assert min(found["seconds"].values()) > 0
     assert (found["counts"]["steps"], found["counts"]["n_voxels"]) == (1, 12)
     assert found["counts"]["tokens"] < found["counts"]["tokens_whole"]

@@ -6,7 +6,7 @@ from bench_kept import Result
 
 BARS = {"train": 4.5, "embed": 4.0, "ridge": 2.7, "trial": 4.0, "study": 5.0, "early": 10.0}
 LOSS_TOLERANCE, CC_TOLERANCE = 0.01, 0.003
-NOT_THE_SCRIPTS = ("probes", "inspect")  # laps of the course script that a student's does not have
+NOT_THE_SCRIPTS = ("probes", "inspect", "drawn")  # laps of the course script that a student's does not have
 BESIDE_STAGES = ("start", "load", "prepare", "cc_seen", "other")
 
 

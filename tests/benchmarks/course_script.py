@@ -36,7 +36,7 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
-from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.datasets.story import TRIMS, Dataset, Story
 from bert_encoding.demo import demo_stories, simulate_listener
 from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import Encoder, load_encoder, quiet
@@ -95,10 +95,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     clock.lap("prepare")
     trained = train(model, loader, setting, device, given.max_steps)
     clock.lap("train")
-    vectors, n_embedded = embed_all(
-        model.get_base_model().bert, encoder, dataset, stories, setting, given.embed_stories
-    )
+    first = dict(list(stories.items())[: given.embed_stories])
+    vectors, n_embedded = embed_all(model.get_base_model().bert, encoder, dataset, first, setting)
     clock.lap("embed")
+    vectors |= draw_all(encoder, dataset, [name for name in stories if name not in first])
+    clock.lap("drawn")
     cc = {subject: encode(vectors, dataset, subject, split, setting) for subject in dataset.subjects}
     clock.lap("ridge")
     probes = draw_probes(encoder, dataset, split, setting)
@@ -247,30 +248,31 @@ def train(
 
 
 def embed_all(
-    bert: Any,
-    encoder: Encoder,
-    dataset: Dataset,
-    stories: dict[str, Tokenized],
-    setting: TrialConfig,
-    n_stories: int | None,
+    bert: Any, encoder: Encoder, dataset: Dataset, stories: dict[str, Tokenized], setting: TrialConfig
 ) -> tuple[Words, int]:
-    """Return the features on the scanner's clock, story -> (n_trs, n_hidden), and how many words were embedded.
-
-    Parameters
-    ----------
-    n_stories : embed so many; the word vectors of all others are random numbers
-    """
-    rng, n_embedded, found = np.random.default_rng(0), 0, {}
-    for at, (name, tokenized) in enumerate(stories.items()):
-        story = dataset.stories[name]
-        if n_stories is None or at < n_stories:
-            vectors = embed_story(bert, tokenized, len(story.words), encoder.tokenizer, setting)
-            n_embedded += len(vectors)
-        else:
-            vectors = rng.standard_normal((len(story.words), encoder.n_hidden), dtype=np.float32)
-        with np.errstate(invalid="ignore"):  # ridge_utils divides 0 by 0 at a word exactly at a TR, then mends it
-            found[name] = lanczosinterp2D(vectors, story.word_times_s, story.tr_times_s, window=3)
+    """Return the features on the scanner's clock, story -> (n_trs, n_hidden), and how many words were embedded."""
+    n_embedded, found = 0, {}
+    for name, tokenized in stories.items():
+        vectors = embed_story(bert, tokenized, len(dataset.stories[name].words), encoder.tokenizer, setting)
+        n_embedded += len(vectors)
+        found[name] = to_trs(vectors, dataset.stories[name])
     return found, n_embedded
+
+
+def draw_all(encoder: Encoder, dataset: Dataset, names: list[str]) -> Words:
+    """Return what ``embed_all`` does, of random word vectors: for stories that are not embedded."""
+    rng = np.random.default_rng(0)
+    stories = [dataset.stories[name] for name in names]
+    return {
+        story.name: to_trs(rng.standard_normal((len(story.words), encoder.n_hidden), dtype=np.float32), story)
+        for story in stories
+    }
+
+
+def to_trs(vectors: np.ndarray, story: Story) -> np.ndarray:
+    """Return word vectors on the scanner's clock, (n_trs, n_hidden)."""
+    with np.errstate(invalid="ignore"):  # ridge_utils divides 0 by 0 at a word exactly at a TR, then mends it
+        return np.asarray(lanczosinterp2D(vectors, story.word_times_s, story.tr_times_s, window=3))
 
 
 def embed_story(bert: Any, story: Tokenized, n_words: int, tokenizer: Any, setting: TrialConfig) -> np.ndarray:
