@@ -48,14 +48,14 @@ from bert_encoding.records import (
 )
 from bert_encoding.storage import Place, open_place
 from study.answers.compare import compare
-from study.answers.delta import DELTA
-from study.answers.evidence import ADAPTIVE, Evidence, gather
+from study.answers.delta import DELTA, check_delta
+from study.answers.evidence import Evidence
+from study.answers.gather import ADAPTIVE, gather
 from study.answers.reading import forced_lines as forced_lines
 from study.answers.reading import load_records as load_records
 from study.answers.reading import load_task as load_task
 from study.answers.verdict import Verdict
 from study.confirmed import confirm_lines
-from study.options import check_delta
 from study.scheduler import NO_SCHEDULER
 
 SHOWN = (

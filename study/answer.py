@@ -8,8 +8,9 @@ from bert_encoding.errors import InputError, first_line
 from bert_encoding.records import read_json, write_json
 from bert_encoding.storage import Place
 from study.analysis import load_delta, load_options, print_verdicts
-from study.answers.evidence import Evidence, gather, verdict_record
-from study.options import delta_note
+from study.answers.delta import delta_note
+from study.answers.evidence import Evidence
+from study.answers.gather import gather, verdict_record
 from study.report import report_lines
 
 SUMMARY_FILE = "summary.json"

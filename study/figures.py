@@ -1,6 +1,6 @@
 """The figures of a study: tables in, pictures out. Nothing is computed here but means of what is drawn.
 
-    from study.answers.evidence import gather
+    from study.answers.gather import gather
     from study.figures import draw_all
 
     draw_all(gather("results/lora_rank"), Path("figures"))

@@ -2,31 +2,37 @@
 
 import filecmp
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
-from pathlib import Path
 from typing import Any
 
-from bert_encoding.command import absolute, parse_layer
-from bert_encoding.config import MLM_TEXTS, TrialConfig
+from bert_encoding.command import absolute
+from bert_encoding.config import MLM_TEXTS, OLDER_SETTINGS, TrialConfig
 from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo_names import DEMO, DEMOS
 from bert_encoding.devices import PRECISIONS
-from bert_encoding.encoders import BUNDLED, DEFAULT_MODEL, MINILM
+from bert_encoding.encoders import DEFAULT_MODEL, MINILM
 from bert_encoding.errors import InputError
-from bert_encoding.records import BAG_OF_WORDS, ENCODING, RANDOM, STATIC, STUDY_FILE, read_json
+from bert_encoding.records import ENCODING, STUDY_FILE, read_json
 from bert_encoding.storage import Place, children, is_url, modified_s, open_place
-from study.answers.delta import DELTA
-from study.machines import Machines, check_fits, find_machines
+from study.answers.delta import DELTA, check_delta
+from study.machines import Machines
+from study.option_values import (
+    ALL,
+    parse_baselines,
+    parse_file,
+    parse_layers,
+    parse_model,
+    parse_names,
+    parse_out,
+    parse_voxels,
+)
 from study.scheduler import NO_SCHEDULER, SCHEDULERS
+from study.shares import SHARES, max_concurrent, share_of_trial
 from study.spaces import Space
 
-MAX_CPUS_A_TRIAL = 2  # more threads help a small BERT little; more trials at once help in full
-MAX_CPUS_BESIDE_GPU = 8
-MAX_CONCURRENT, MAX_CONCURRENT_CLUSTER = 8, 32  # unless told otherwise: each suggestion knows the ended trials alone
 KEEP_ADAPTERS = 5
 FINALISTS, FRESH_SEEDS = 3, 2  # of the confirm phase
-EXTRA_BASELINES = (BAG_OF_WORDS, STATIC, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,7 @@ SCIENCE = (
     "score_every"
 ).split()
 # What it takes from there too, if it was given and these machines can: with other values it is the same study.
-SHARES = ("cpus_per_trial", "gpus_per_trial")
 ASKED = (*SHARES, "max_concurrent", "trial_timeout", "tensorboard")
-ALL = "all"
 # What means nothing in the other kind of study, with the value that says nothing.
 ENCODING_OPTIONS: dict[str, Any] = {
     "trim": "published",
@@ -133,39 +137,40 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
     data = values.get("data", DEMO)
     if data not in DEMOS:
         data = str(absolute("--data", data))
-    cpus, gpus, machines = _share(values, tuple(name for name in SHARES if name not in given))
-    static = _file("--static-vectors", values["static_vectors"]) if values.get("static_vectors") else ""
+    cpus, gpus, machines = share_of_trial(values, tuple(name for name in SHARES if name not in given))
+    static = parse_file("--static-vectors", values["static_vectors"]) if values.get("static_vectors") else ""
+    older = OLDER_SETTINGS if recorded and space.task == ENCODING else asdict(TrialConfig())
     options = Options(
         space=str(space.path) if "/" in values["space"] or values["space"].endswith(".py") else values["space"],
         data=data,
         model=model_of(given, recorded),
-        layer=_layer(values.get("layer", "last")),
+        layer=parse_layers(values.get("layer", "last")),
         trim=values.get("trim", "published"),
         trust_alignment=values.get("trust_alignment", False),
-        subjects=_names(values.get("subjects")),
-        voxels=_voxels(values.get("voxels", ALL)),
+        subjects=parse_names(values.get("subjects")),
+        voxels=parse_voxels(values.get("voxels", ALL)),
         train_stories=values.get("train_stories"),
-        test_stories=_names(values.get("test_stories")),
+        test_stories=parse_names(values.get("test_stories")),
         trials=_trials(values.get("trials", space.trials), space),
         epochs=values.get("epochs", space.epochs or 3),
         seed=values.get("seed", 0),
         sampler=space.sampler,
         scheduler=values.get("scheduler", space.scheduler),
         name=values.get("name", f"{space.name}-{date.today():%Y-%m-%d}"),
-        out=str(_out(values.get("out", "results"))),
+        out=str(parse_out(values.get("out", "results"))),
         outer_folds=values.get("outer_folds", 1),
         mlm_text=values.get("mlm_text", "fit"),
-        baselines=_baselines(values.get("baselines"), static),
+        baselines=parse_baselines(values.get("baselines"), static),
         static_vectors=static,
-        probe=_file("--probe", values["probe"]) if values.get("probe") else "",
-        control_text=_file("--control-text", values["control_text"]) if values.get("control_text") else "",
+        probe=parse_file("--probe", values["probe"]) if values.get("probe") else "",
+        control_text=parse_file("--control-text", values["control_text"]) if values.get("control_text") else "",
         train_examples=values.get("train_examples"),
         examples=values.get("examples"),
         max_length=values.get("max_length"),
         clean=values.get("clean", False),
         cpus_per_trial=cpus,
         gpus_per_trial=gpus,
-        max_concurrent=_max_concurrent(values.get("max_concurrent"), machines.at_once(cpus, gpus), machines),
+        max_concurrent=max_concurrent(values.get("max_concurrent"), machines.at_once(cpus, gpus), machines),
         trial_timeout=values.get("trial_timeout"),
         tensorboard=values.get("tensorboard", False),
         keep_adapters=values.get("keep_adapters", KEEP_ADAPTERS),
@@ -173,8 +178,8 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
         confirm=_confirm(values, space),
         confirm_seeds=values.get("confirm_seeds", FRESH_SEEDS),
         delta=values.get("delta", DELTA),
-        embed_precision=values.get("embed_precision", TrialConfig.embed_precision),
-        score_every=values.get("score_every", TrialConfig.score_every),
+        embed_precision=values.get("embed_precision", older["embed_precision"]),
+        score_every=values.get("score_every", older["score_every"]),
         deltas_before=_deltas_before(given, recorded),
         asked={name: values[name] for name in ASKED if name in values},
     )
@@ -185,7 +190,7 @@ def resolve_options(given: dict[str, Any], recorded: dict[str, Any], space: Spac
 def model_of(given: dict[str, Any], recorded: dict[str, Any]) -> str:
     """Return the model that is given, recorded, or the data's default."""
     values = recorded | given
-    return _model(values.get("model") or (MINILM if values.get("data", DEMO) in DEMOS else DEFAULT_MODEL))
+    return parse_model(values.get("model") or (MINILM if values.get("data", DEMO) in DEMOS else DEFAULT_MODEL))
 
 
 def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, 
     """
     if not resume:
         return {}
-    root = _out(out or "results")
+    root = parse_out(out or "results")
     if name is None:
         begun = [file for folder in children(root) if (file := folder / STUDY_FILE).is_file()]
         if not begun:
@@ -225,102 +230,6 @@ def _deltas_before(given: dict[str, Any], recorded: dict[str, Any]) -> list[floa
     return [*before, last] if recorded and given.get("delta", last) != last else before
 
 
-def check_delta(delta: float) -> None:
-    """Refuse a delta that is no size of an effect.
-
-    Raises
-    ------
-    InputError
-        if it is not above 0 and below 1.
-    """
-    if not 0 < delta < 1:
-        raise InputError(f"--delta {delta:g}: must be a CC above 0 and below 1")
-
-
-def delta_note(options: dict[str, Any], delta: float) -> str | None:
-    """Say of a delta that it is not the one that was set before there were results; None if it is.
-
-    Parameters
-    ----------
-    options : of ``study.json``; a study that recorded none was begun with the default
-    delta : the one that verdicts go by
-    """
-    first = [*options.get("deltas_before", []), options.get("delta", DELTA)][0]
-    return None if delta == first else f"delta {delta:g} was chosen after the study ({first:g} was set)"
-
-
-def _share(values: dict[str, Any], recorded: tuple[str, ...]) -> tuple[float, float, Machines]:
-    """Return the CPUs and GPUs of a trial, and the machines, with a note on what of the ``recorded`` does not fit."""
-    machines = find_machines(values.get("address"))
-    n_cpus, n_gpus = machines.largest
-    one_by_one = [(name,) for name in reversed(recorded)]
-    for dropped in ((), *one_by_one, recorded):
-        wanted = {name: values[name] for name in SHARES if name in values and name not in dropped}
-        gpus = wanted.get("gpus_per_trial", 1.0 if n_gpus else 0.0)
-        cpus = wanted.get("cpus_per_trial", _default_cpus(n_cpus, n_gpus, gpus))
-        try:
-            check_fits(cpus, gpus, machines)
-            break
-        except InputError:
-            if dropped == recorded:  # what was given now does not fit
-                raise
-    notes = [
-        f"the --{name.replace('_', '-')} {values[name]:g} of the study does not fit here; the default is taken"
-        for name in dropped
-        if name in values
-    ]
-    return cpus, gpus, machines._replace(notes=(*machines.notes, *notes))
-
-
-def _default_cpus(n_cpus: int, n_gpus: int, gpus: float) -> float:
-    if n_gpus and gpus > 0:
-        return float(max(1, min(MAX_CPUS_BESIDE_GPU, int(n_cpus / n_gpus * min(gpus, 1)))))
-    return float(max(1, min(MAX_CPUS_A_TRIAL, n_cpus)))
-
-
-def _max_concurrent(given: int | None, at_once: int, machines: Machines) -> int:
-    """Return how many trials to run at once, no more than fit unless more machines may come than can be seen."""
-    if machines.can_add is None and given is not None:
-        return given
-    most = MAX_CONCURRENT if machines.is_local else MAX_CONCURRENT_CLUSTER
-    return min(most if given is None else given, max(1, at_once))
-
-
-def _model(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in BUNDLED and path.exists() else name
-
-
-def _voxels(voxels: str) -> str:
-    """Return ``all``, a number, or the absolute path of a file."""
-    if voxels == ALL:
-        return voxels
-    if voxels.lstrip("+-").isdecimal():
-        if int(voxels) < 1:
-            raise InputError(f"--voxels {voxels}: must be at least 1, 'all', or a file")
-        return str(int(voxels))
-    if not voxels.endswith((".npy", ".npz")):
-        raise InputError(f"--voxels {voxels}: give 'all', a number, or a file that ends in .npy or .npz")
-    return _file("--voxels", voxels)
-
-
-def _file(option: str, name: str) -> str:
-    path = absolute(option, name)
-    if not path.is_file():
-        raise InputError(f"{option} {name}: no such file")
-    return str(path)
-
-
-def _baselines(names: list[str] | None, static_vectors: str) -> list[str]:
-    chosen = [*(_names(names or None) or []), *([STATIC] if static_vectors else [])]
-    for name in chosen:
-        if name not in EXTRA_BASELINES:
-            raise InputError(f"--baselines {name}: must be one of {', '.join(EXTRA_BASELINES)}")
-    if STATIC in chosen and not static_vectors:
-        raise InputError(f"--baselines {STATIC}: name the file of vectors with --static-vectors FILE")
-    return list(dict.fromkeys(chosen))
-
-
 def _trials(trials: int, space: Space) -> int:
     """A grid has no more trials than points, times its seeds."""
     return trials if space.size is None else min(trials, space.size)
@@ -334,26 +243,6 @@ def _confirm(values: dict[str, Any], space: Space) -> int:
         return 0
     n: int = values.get("confirm", FINALISTS if values.get("trials", space.trials) else 0)
     return n
-
-
-def _layer(layer: str | int | list[int] | None) -> int | tuple[int, ...] | None:
-    """Return the layer that is given as text, or recorded as a number or several."""
-    if isinstance(layer, list | tuple):
-        return tuple(layer)
-    return layer if isinstance(layer, int) else parse_layer(layer)
-
-
-def _out(location: str) -> Place:
-    """Return where studies are kept: a URL of object storage, or the absolute path of a folder."""
-    return open_place(location) if is_url(location) else absolute("--out", location)
-
-
-def _names(values: list[str] | None) -> list[str] | None:
-    """Accept ``--subjects A B``, ``--subjects A --subjects B`` and ``--subjects A,B``."""
-    if values is not None and not any(part.strip() for value in values for part in value.split(",")):
-        raise InputError("--subjects, --test-stories: name at least one, or leave the option out")
-    names = [name for value in values or () for part in value.split(",") if (name := part.strip())]
-    return names or None
 
 
 def check_meaning(options: Options, is_text: bool) -> None:

@@ -19,7 +19,8 @@ from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.errors import InputError
 from bert_encoding.voxels import keep_voxels, read_voxels, voxels_key
-from study.options import ALL, Options, check_meaning
+from study.option_values import ALL
+from study.options import Options, check_meaning
 from study.spaces import Space, rehearse
 
 

@@ -17,7 +17,8 @@ from bert_encoding.errors import InputError, first_line
 from bert_encoding.records import read_records
 from bert_encoding.storage import Place, atomic_path, naming_full_disk, open_place
 from study.analysis import load_delta
-from study.answers.evidence import Evidence, gather
+from study.answers.evidence import Evidence
+from study.answers.gather import gather
 from study.figures import Drawn, draw_all, left_out
 from study.page.page import Page, make_page
 

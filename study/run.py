@@ -26,11 +26,12 @@ from bert_encoding.errors import InputError
 from bert_encoding.records import ENCODING, FAILED, STUDY_FILE, read_records, write_json
 from study.analysis import forced_lines, is_adaptive, load_task, load_trials, print_examples, print_study, standing
 from study.answer import SUMMARY_FILE, print_answer
+from study.answers.delta import delta_note
 from study.confirmed import confirm_lines, confirm_summary
 from study.looks import read_looks
 from study.machines import LOCAL, check_fits, describe_machines
 from study.memory import check_memory, worker_bytes
-from study.options import Options, check_take_over, delta_note, model_of, options_record, read_recorded, resolve_options
+from study.options import Options, check_take_over, model_of, options_record, read_recorded, resolve_options
 from study.phrases import counted
 from study.plan import MIN_FREE_BYTES, Done, check_space_on_disk, done_so_far, estimate, print_plan
 from study.prepare import Study, prepare

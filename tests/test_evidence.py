@@ -15,9 +15,11 @@ from bert_encoding.command import run_app
 from bert_encoding.errors import InputError
 from bert_encoding.records import read_json, write_json
 from study import analysis
-from study.answers import evidence, importances
+from study.answers import gather as gather_module
+from study.answers import importances
 from study.answers.compare import check_comparable, compare
-from study.answers.evidence import Evidence, gather, verdict_record
+from study.answers.evidence import Evidence
+from study.answers.gather import gather, verdict_record
 from study.answers.which_runs import resume_command
 from study.figures import draw_all
 
@@ -27,7 +29,7 @@ def _small_forests() -> Iterator[None]:
     """Forests have tests of their own."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(importances, "N_TREES", 2)
-        monkeypatch.setattr(evidence, "importances", partial(importances.importances, n_resamples=0))
+        monkeypatch.setattr(gather_module, "importances", partial(importances.importances, n_resamples=0))
         yield
 
 
@@ -63,8 +65,8 @@ def test_levels_are_those_of_the_baselines(folder: Path, found: Evidence) -> Non
 
 
 def test_tables_have_their_documented_columns(found: Evidence) -> None:
-    assert set(evidence.EPOCHS) <= set(found.epochs)
-    assert set(evidence.STORIES) == set(found.stories)
+    assert set(gather_module.EPOCHS) <= set(found.epochs)
+    assert set(gather_module.STORIES) == set(found.stories)
     assert found.epochs.loc[found.epochs["is_used"], "trial_id"].nunique() == 12
     assert found.varied == ("rank", "lr")
     assert set(found.varied) <= set(found.used)

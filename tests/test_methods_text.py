@@ -9,7 +9,8 @@ from fake_study import SMALL, Truth, write_fake_study
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.records import TrialRecord
-from study.answers.evidence import Evidence, gather
+from study.answers.evidence import Evidence
+from study.answers.gather import gather
 from study.page.inference_text import inference_paragraphs
 from study.page.methods_text import methods_paragraphs
 from study.phrases import counted, joined, number, one_or_several

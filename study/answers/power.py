@@ -165,6 +165,8 @@ _SILENT: dict[str, Any] = {
     "train_stories": None,
     "test_stories": None,
     "mlm_text": "fit",
+    "embed_precision": "auto",
+    "score_every": 1,
     "seed": 0,
 }
 

@@ -8,11 +8,11 @@ import pandas as pd
 
 from bert_encoding.intervals import N_RESAMPLES, TIME
 from bert_encoding.time_intervals import BLOCK_TRS
+from study.answers.delta import delta_note
 from study.answers.evidence import Evidence, Verdict
 from study.answers.slopes import ALL, BEND, NUISANCE, find_slope
 from study.answers.verdict import MIN_STORIES
 from study.drawing.style import floats
-from study.options import delta_note
 from study.phrases import counted, joined, number
 
 
