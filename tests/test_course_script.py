@@ -105,6 +105,11 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
     assert loss == pytest.approx(expected.epochs[-1]["mlm_loss_heldout"], abs=1e-5)
 
 
+def test_data_that_cannot_be_read_end_the_bench_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*no-such"):
+        bench.main(data=str(tmp_path / "no-such"))
+
+
 def test_random_stories_have_the_shape_of_embedded_ones(task: Task, tiny_encoder: Encoder) -> None:
     split, bert = task.splits[0], tiny_encoder.copy_model().bert
     stories = course_script.tokenize_all(task.dataset, split, tiny_encoder)
@@ -312,7 +317,7 @@ def test_the_settings_of_both_sides_are_named() -> None:
     text = "\n".join(bench_tables.setting_lines(SCRIPT_RUN, [("ours", OUR_RUN), ("dropping", SCRIPT_RUN)]))
     assert "script's held-out loss is read in float32, ours in bfloat16" in text
     assert "dropout on attention probabilities: script 0.1; ours 0; dropping 0.1" in text
-    assert "check of the data (7.0 s; ours has it in its loading), the reading of the loss (2.0 s)" in text
+    assert "check of the data (7.0 s; ours has it in its trial), the reading of the loss (2.0 s)" in text
     assert "the model with its adapter (4.0 s)" in text
 
 

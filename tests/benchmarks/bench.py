@@ -8,6 +8,7 @@ is kept as it ends, and taken from there if what was measured has not changed, s
 
 import datetime
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +42,14 @@ from bench_tables import (
     study_table,
 )
 from compare_ridge import machine
+from course_script import open_data
 from cyclopts import Parameter
 from transformers import BertConfig, BertForMaskedLM
 
 from bert_encoding.config import TrialConfig
-from bert_encoding.demo import demo_stories
 from bert_encoding.demo_names import DEMOS
 from bert_encoding.encoders import load_encoder, quiet
+from bert_encoding.errors import InputError
 
 Part = Literal["stages", "study", "base", "growth"]
 N_STORIES = 20
@@ -113,7 +115,7 @@ def main(
     """
     with tempfile.TemporaryDirectory() as temporary:
         given = data if data in DEMOS else str(Path(data).resolve())
-        n_most = demo_size() if data in DEMOS else max(STORIES)
+        n_most = n_train_stories(given)
         n_stories = train_stories or min(N_STORIES, n_most)
         sizes = stories or tuple(n for n in STORIES if n <= n_most)
         shared = {"data": given, "model": model, "train_stories": n_stories, "epochs": epochs}
@@ -130,10 +132,10 @@ def main(
             made = ["", f"== {part} ==", *makers[part]()]
             print("\n".join(made), flush=True)
             lines += made
-    if save:
-        file = HERE / f"bench-{datetime.date.today().isoformat()}.txt"
-        file.write_text("\n".join(lines) + "\n")
-        print(f"written: {file}")
+            if save:
+                file = HERE / f"bench-{datetime.date.today().isoformat()}.txt"
+                file.write_text("\n".join(lines) + "\n")
+                print(f"written: {file}", flush=True)
 
 
 class Bench:
@@ -237,9 +239,13 @@ class Bench:
         return {"options": options} | self.fixed
 
 
-def demo_size() -> int:
-    """Return how many stories of the demo are not test stories."""
-    return len(demo_stories().stories) - len(demo_stories().published_test)
+def n_train_stories(data: str) -> int:
+    """Return how many stories of the data are not test stories; say what is wrong with them before hours are spent."""
+    try:
+        _, split = open_data(data, None)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    return len(split.fit) + len(split.validation)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 from bench_kept import Result
 from bench_studies import run_our_trial, without
 from scipy.stats import linregress
@@ -62,9 +63,7 @@ def growth_lines(what: str, sizes: tuple[int, ...], found: list[Result]) -> list
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Return ``b`` of ``seconds = a size^b``, fitted to logarithms, and its standard error."""
-    from numpy import log
-
-    fit = linregress(log(sizes), log([max(one, 1e-3) for one in seconds]))
+    fit = linregress(np.log(sizes), np.log([max(one, 1e-3) for one in seconds]))
     return float(fit.slope), float(fit.stderr)
 
 

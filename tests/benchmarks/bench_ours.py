@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, load_data, peak_gb
+from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, inspected, open_data, peak_gb
 
 import bert_encoding.finetune
 import bert_encoding.trial
@@ -41,10 +41,13 @@ def main() -> None:
     seconds = {"start": time.time() - began}
     if given.threads:
         torch.set_num_threads(given.threads)
-    dataset, split = load_data(given.data, given.train_stories)
+    opened, split = open_data(given.data, given.train_stories)
+    resident_encoder(given.model)
+    seconds["load"] = time.time() - began - seconds["start"]
+    dataset = inspected(opened)
+    seconds["check"] = time.time() - began - seconds["start"] - seconds["load"]
     if given.voxels:
         dataset = with_voxels(dataset, given.voxels)
-    seconds["load"] = time.time() - began - seconds["start"]
     task = Task(dataset, (split,), SPLIT_SEED)
     config = TrialConfig(model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs)
     config = replace(config, score_every=given.score_every or given.epochs)

@@ -7,7 +7,7 @@ from bench_kept import Result
 BARS = {"train": 4.5, "embed": 4.0, "ridge": 2.7, "trial": 4.0, "study": 5.0, "early": 10.0}
 LOSS_TOLERANCE, CC_TOLERANCE = 0.01, 0.003
 NOT_THE_SCRIPTS = ("probes", "inspect", "drawn")  # laps of the course script that a student's does not have
-BESIDE_STAGES = ("start", "load", "prepare", "cc_seen", "other")
+BESIDE_STAGES = ("start", "load", "check", "prepare", "cc_seen", "other")
 
 
 class Rates(NamedTuple):
@@ -113,7 +113,7 @@ def setting_lines(script: Result, ours: list[tuple[str, Result]]) -> list[str]:
         f"dropout on attention probabilities: {dropouts[0]}",
         f"dropout on hidden states: {dropouts[1]}",
         f"left out of the script's seconds: our library's check of the data ({seconds['inspect']:.1f} s; ours has it "
-        f"in its loading), the reading of the loss ({seconds['probes']:.1f} s)",
+        f"in its trial), the reading of the loss ({seconds['probes']:.1f} s)",
         "in the script's trial, in none of its stages: tokens, windows, the model with its adapter "
         f"({seconds['prepare']:.1f} s)",
     ]
