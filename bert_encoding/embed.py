@@ -201,7 +201,7 @@ def _side_by_side(work: Callable[[Any], Any], items: Iterable[Any], device: torc
     """Yield ``work(item)`` of each, in order; on a CPU several at once, a core each.
 
     Whole batches side by side wait for each other less than the cores of one small product do, and the number of cores
-    changes no bit. Few are ahead of what was yielded, for their hidden states are large.
+    changes no bit. Few are ahead of what was yielded, so that results do not pile up.
     """
     n_threads = torch.get_num_threads()
     if device.type != "cpu" or n_threads == 1:
@@ -287,7 +287,8 @@ def _forward(
     """Return the hidden states a group of layers, each (n_windows, longest, n_hidden).
 
     BERT's own forward pass but for its pooler, and no further than the highest layer asked for. In bfloat16 run the
-    products, attention and the activation; sums from block to block and norms stay float32.
+    products, attention and the activation; sums from block to block and norms stay float32. Transformers' own pass under
+    autocast, with merged adapters and side by side like this, gave as exact vectors and 10 to 15% fewer words a second.
     """
     ids, mask = pad(windows, pad_id)
     wanted = {layer for group in groups for layer in group}

@@ -233,7 +233,7 @@ def _base_config(names: Subset, model: str | None, layer: str | None, seed: int)
     name, layers = model or MINILM, parse_layer(layer)
     check_model_name(name)
     check_layer(layers, name)
-    return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed)
+    return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed, embed_precision="float32")
 
 
 def _configs(base: TrialConfig, names: Subset, static_vectors: str | None) -> dict[str, TrialConfig]:

@@ -80,8 +80,11 @@ def run_trial(
             status = STOPPED
             break
     results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
+    final = _mean_scores(results)
+    if "cc_mean" not in epochs[-1]:  # stopped after an epoch that was not to be scored
+        epochs[-1] |= final
     tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
-    scores = _final_scores(epochs, _mean_scores(results)) | _mean_of([fold.traits() for fold in folds])
+    scores = _final_scores(epochs, final) | _mean_of([fold.traits() for fold in folds])
     scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
     test_scores: dict[str, SubjectScores] = {}
     scores["voxels_are_chosen"] = task.voxels_are_chosen
@@ -242,9 +245,10 @@ class _Fold:
             yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
-        """Return the epoch that counts: the last, or with patience the one of the lowest held-out loss, restored."""
+        """Return the epoch that counts, scored: the last, or with patience the one of the lowest held-out loss,
+        restored."""
         if self.best is None:
-            return last
+            return last if last.scores else self._score(last.losses)
         best, state = self.best
         restore_state(self.model, state)
         assert best.losses is not None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bert_encoding.config import TrialConfig
+from bert_encoding.config import OLDER_SETTINGS, TrialConfig
 from bert_encoding.records import (
     BASELINE,
     COMPLETE,
@@ -99,7 +99,7 @@ def choose_finalists(records: list[TrialRecord], k: int) -> list[TrialRecord]:
     found: dict[str, TrialRecord] = {}
     searched = [r for r in records if r.phase == SEARCH and r.status == COMPLETE and r.repeat_of is None]
     for record in sorted(searched, key=lambda record: (-record.scores["cc_mean"], record.trial_id)):
-        found.setdefault(content_key(record.config | {"seed": None}), record)
+        found.setdefault(content_key(OLDER_SETTINGS | record.config | {"seed": None}), record)
     return list(found.values())[:k]
 
 
@@ -120,7 +120,7 @@ def validation_jobs(options: Options, records: list[TrialRecord], look: int, mak
     jobs = []
     for finalist in choose_finalists(records, options.confirm):
         for seed in _seeds(options, records, look):
-            config = replace(TrialConfig.from_dict(finalist.config), seed=seed)
+            config = replace(_config_of(finalist), seed=seed)
             name = _validation_id(finalist.trial_id, seed)
             jobs.append(Job(name, CONFIRM, make_key(config), asdict(config), finalist.params))
     return jobs
@@ -166,9 +166,9 @@ def final_jobs(fixed: dict[str, Any], records: list[TrialRecord], make_key: Make
     fixed : content of ``confirm.json``
     """
     record_of = {record.trial_id: record for record in records}
-    configs = {r.trial_id: TrialConfig.from_dict(r.config) for r in records if _is_baseline(r)}
+    configs = {r.trial_id: _config_of(r) for r in records if _is_baseline(r)}
     for finalist in kept(fixed):
-        chosen = TrialConfig.from_dict(record_of[finalist].config)
+        chosen = _config_of(record_of[finalist])
         validated = [record_of.get(_validation_id(finalist, seed)) for seed in fixed["seeds"]]
         configs[finalist] = _without_patience(replace(chosen, seed=fixed["seeds"][0]), validated)
     jobs = []
@@ -241,6 +241,10 @@ def _without_patience(config: TrialConfig, validated: list[TrialRecord | None]) 
         return config
     epochs = [r.scores["epoch_kept"] for r in validated if r is not None and r.status == COMPLETE]
     return replace(config, patience=None, epochs=max(1, round(float(np.mean(epochs)))))
+
+
+def _config_of(record: TrialRecord) -> TrialConfig:
+    return TrialConfig.from_dict(OLDER_SETTINGS | record.config)
 
 
 def _is_baseline(record: TrialRecord) -> bool:

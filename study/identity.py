@@ -6,6 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from bert_encoding.config import OLDER_SETTINGS
 from bert_encoding.devices import pick_device, resolve_precision
 from bert_encoding.encoders import BUNDLED, checkpoint_fingerprint
 from bert_encoding.errors import InputError
@@ -43,6 +46,7 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
     space, model, base = study.space, study.options.model, study.base
     at_hand = may_fetch or model in BUNDLED or Path(model).is_dir()
     here = study.options.machines.is_local or base.precision != "auto"
+    device = pick_device() if study.options.gpus_per_trial else torch.device("cpu")
     return (
         provenance()
         | {
@@ -51,7 +55,7 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
             "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
             "model": {"name": model, "weights": checkpoint_fingerprint(model) if at_hand else None},
             "config": asdict(base),
-            "precision": resolve_precision(base.precision, pick_device()) if here else None,
+            "precision": resolve_precision(base.precision, device) if here else None,
             "options": options_record(study.options),
         }
         | study.about(task)
@@ -186,7 +190,8 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         for at, split in enumerate(identity["splits"])
         for role, names in split.items()
     }
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in identity["config"].items()}
+    config = OLDER_SETTINGS | identity["config"]
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     return {
         THE_TASK: str(identity.get("task", ENCODING)),
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",

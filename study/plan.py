@@ -123,10 +123,11 @@ def estimate(
         n_fit, p = _n_rows(dataset, stories), shape["n_hidden"] * len(base.delays)
         return _ridge_flops(n_fit, p, v, base, n_fits, is_nested)
 
+    n_scored = -(-epochs // base.score_every)  # the last epoch always
     trial = frozen = 0.0
     for split in splits:
         embed = read(split.fit + split.validation, embed_tokens)
-        trial += epochs * (2 * read(split.fit, train_tokens) + embed) + fit(split.fit, epochs)
+        trial += epochs * 2 * read(split.fit, train_tokens) + n_scored * embed + fit(split.fit, n_scored)
         frozen += embed + fit(split.fit, 1)
     known = splits[0].fit + splits[0].validation
     final_frozen = read(known + splits[0].test, embed_tokens) + fit(known, 1, is_nested=False)

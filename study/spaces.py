@@ -19,7 +19,7 @@ from study.samplers import SAMPLERS, Suggest, check_searchable, grid_size, make_
 from study.scheduler import NO_SCHEDULER, SCHEDULERS
 
 DEFAULT_TRIALS = 20
-# What the frozen baseline shares with every trial; a search over these would compare different things.
+# What all trials share, and the frozen baseline as far as it has it: a search over these compares different things.
 SHARED_WITH_BASELINE = (
     "model layer embed_stride embed_window_tokens embed_precision score_every delays ridge_alphas n_folds probe_tokens"
 ).split()

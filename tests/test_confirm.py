@@ -22,7 +22,7 @@ from study_process import RUN, private_tmp, run_command
 from bert_encoding.adapters import load_adapter, load_whole
 from bert_encoding.chain import Chain, Task
 from bert_encoding.command import BAD_INPUT, run_app
-from bert_encoding.config import TrialConfig
+from bert_encoding.config import OLDER_SETTINGS, TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
@@ -158,6 +158,13 @@ def test_finalists_are_the_best_different_complete_searched_trials() -> None:
     ]
     assert [one.trial_id for one in choose_finalists(records, 9)] == ["0002", "0006", "0007"]
     assert [one.trial_id for one in choose_finalists(records[::-1], 2)] == ["0002", "0006"]
+    older = replace(BASE, rank=5, embed_precision="float32", seed=9)
+    again = a_record("0008", 0.29, config=older)
+    for setting in OLDER_SETTINGS:
+        del again.config[setting]  # recorded before it could be set
+    other = ranked("0009", 0.28, 5)  # auto: another configuration
+    same = a_record("0010", 0.27, config=replace(older, seed=3))
+    assert [one.trial_id for one in choose_finalists([again, other, same], 9)] == ["0008", "0009"]
 
 
 def test_fresh_seeds_are_new_and_always_the_same() -> None:

@@ -209,9 +209,12 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     work(tmp_path, a_job(), gpu_share=share)
     assert limits == expected
     limits.clear()
-    monkeypatch.setattr("bert_encoding.voxels.choose_voxels", lambda config, task, n: {})
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "bert_encoding.voxels.choose_voxels", lambda config, task, n: asked.append(config.embed_precision) or {}
+    )
     module.choose(CONFIG, None, 3, torch.get_num_threads(), share)  # a task of its own, on the same card
-    assert limits == expected
+    assert (limits, asked) == (expected, ["float32"])
 
 
 def test_without_a_gpu_nothing_is_asked_of_one(

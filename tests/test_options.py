@@ -1,23 +1,25 @@
 """What the user asked for, what a resumed study recorded, and defaults, in that order."""
 
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bert_encoding.config import OLDER_SETTINGS
 from bert_encoding.errors import InputError
 from bert_encoding.records import write_json
-from study import options as options_module
+from study import shares
+from study.answers.delta import delta_note
+from study.identity import differences
 from study.machines import Machines, Node
 from study.options import (
     SCIENCE,
     Options,
     check_meaning,
     check_take_over,
-    delta_note,
     options_record,
     read_recorded,
     resolve_options,
@@ -43,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
-    monkeypatch.setattr(options_module, "find_machines", lambda address: machines)
+    monkeypatch.setattr(shares, "find_machines", lambda address: machines)
 
 
 def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
@@ -107,6 +109,24 @@ def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: 
     assert resolve_options({}, recorded, smoke).embed_precision == "bfloat16"
     with pytest.raises(InputError, match="--embed-precision half: must be one of auto, float32, bfloat16"):
         resolve(smoke, embed_precision="half")
+
+
+def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
+    recorded = {name: value for name, value in options_record(resolve(smoke)).items() if value is not None}
+    older = {name: value for name, value in recorded.items() if name not in OLDER_SETTINGS}
+    assert resolve_options({}, recorded, smoke).embed_precision == "auto"
+    found = base_config(resolve_options({}, older, smoke))
+    assert {name: getattr(found, name) for name in OLDER_SETTINGS} == {"embed_precision": "float32", "score_every": 1}
+    text = replace(smoke, task="classification")
+    on_text = resolve_options({}, older | {"confirm": 0}, text)
+    check_meaning(on_text, is_text=True)  # where word vectors mean nothing, the option must not seem to be given
+    identity = {"config": asdict(found), "splits": [], "space": {"name": "s", "hash": "h"}, "precision": "float32"}
+    identity |= {"data": {"source": "d", "fingerprint": "f"}, "voxels": {"asked": "all", "key": "k"}, "code": "c"}
+    identity |= {"model": {"name": "m", "weights": "w"}, "versions": {}}
+    before = identity | {"config": {k: v for k, v in asdict(found).items() if k not in OLDER_SETTINGS}}
+    assert differences(before, identity) == []
+    (one,) = differences(before, identity | {"config": asdict(replace(found, embed_precision="bfloat16"))})
+    assert str(one) == "the setting embed_precision changed from float32 to bfloat16"
 
 
 def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
@@ -527,7 +547,7 @@ def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: 
         asked.append(address)
         return Machines(None, "x", (Node(4, 0),))
 
-    monkeypatch.setattr(options_module, "find_machines", find)
+    monkeypatch.setattr(shares, "find_machines", find)
     resolve(smoke)
     resolve(smoke, address="10.0.0.5:6379")
     resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))

@@ -127,6 +127,8 @@ def test_tests_and_final_scores_are_forecast(dataset: Dataset, monkeypatch: pyte
         "final_tests_seconds": 4 * 400,
     }
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-12)
+    rarely = estimate(dataset, (split,), {"s": 4}, replace(base, score_every=2), options(epochs=3))
+    assert rarely.trial_seconds == pytest.approx(3 * 4 * train * 30 + 2 * 2 * embed * 60)  # after epochs 2 and 3
     rotated = replace(base), (split, Split(("a", "c"), ("b",), ("d",)))
     assert estimate(dataset, rotated[1], {"s": 4}, base, options(epochs=3)).tests_seconds == 4 * (300 + 200)
 

@@ -90,12 +90,14 @@ def test_more_seeds_help_against_trials_and_not_against_stories() -> None:
 def test_the_command_repeats_what_the_study_was_about() -> None:
     options = {
         "data": "/my data/lab", "model": "minilm", "layer": [4, 5], "trim": "course", "trust_alignment": True,
-        "subjects": ["s2"], "voxels": "all", "train_stories": 10, "seed": 0, "epochs": 3, "trials": 6, "sampler": "tpe",
+        "subjects": ["s2"], "voxels": "all", "train_stories": 10, "seed": 0,
+        "embed_precision": "float32", "epochs": 3, "trials": 6, "sampler": "tpe",
     }  # fmt: skip
     words = shlex.split(command(options, "lora_rank", "my study-more", 5, ["--out", "/else where"], 0.004))
     assert words == [
         "python", "study/run.py", "--space", "lora_rank", "--data", "/my data/lab", "--model", "minilm", "--layer",
         "4,5", "--trim", "course", "--trust-alignment", "--subjects", "s2", "--train-stories", "10",
+        "--embed-precision", "float32",
         "--outer-folds", "5", "--delta", "0.004", "--name", "my study-more", "--out", "/else where",
     ]  # fmt: skip
     plain = shlex.split(command({}, "lora_rank_small", "s"))

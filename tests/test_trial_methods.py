@@ -20,7 +20,7 @@ from bert_encoding.datasets.splits import split_stories
 from bert_encoding.encoders import Encoder, weights_fingerprint
 from bert_encoding.errors import InputError
 from bert_encoding.material import Material
-from bert_encoding.records import trials_frame
+from bert_encoding.records import STOPPED, trials_frame
 from bert_encoding.trial import run_trial
 
 SUBJECT = "subject2"
@@ -132,6 +132,21 @@ def test_epochs_that_are_not_scored_change_nothing_else(task: Task, tiny_encoder
     }
     assert some.scores["cc_best"] == max(row["cc_mean"] for row in some.epochs if "cc_mean" in row)
     assert np.array_equal(some.cc[SUBJECT], every.cc[SUBJECT], equal_nan=True)
+
+
+def test_a_trial_that_is_stopped_after_an_unscored_epoch_is_scored_there(task: Task, tiny_encoder: Encoder) -> None:
+    settings = config(tiny_encoder, epochs=4, lr=0.05)
+
+    def until_third(scores: dict[str, float]) -> bool:
+        return scores["epoch"] < 3
+
+    every = run_trial(settings, task, until_third)
+    for rarely in (2, 4):  # scored before, and never scored
+        some = run_trial(replace(settings, score_every=rarely), task, until_third)
+        assert (some.status, some.scores["epochs_done"], some.scores["epoch_kept"]) == (STOPPED, 3, 3)
+        assert some.scores["cc_mean"] == every.scores["cc_mean"] == some.epochs[-1]["cc_mean"]
+        assert some.scores["cc_seen"] == every.scores["cc_seen"]
+        assert some.scores["cc_best"] == max(row["cc_mean"] for row in some.epochs if "cc_mean" in row)
 
 
 def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: Encoder) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bert_encoding.config import OLDER_SETTINGS
 from bert_encoding.demo_names import DEMO
 from bert_encoding.prediction_tests import FALSE_DISCOVERY_RATE
 from bert_encoding.records import BERT_METHODS, CLASSIFICATION, FAILED, TrialRecord
@@ -89,15 +90,13 @@ def word_vectors(study: Study, records: Sequence[TrialRecord]) -> str:
     """Say how words became features; all trials and baselines share it, but for the layer of frozen rows."""
     config, model = study["config"], study["model"]
     weights = f" (weights {model['weights']})" if model["weights"] else ""
-    asked = config.get("embed_precision", "float32")  # what there was before it could be chosen
-    precision = (study.get("precision") or "the machine's own precision") if asked == "auto" else asked
     layers = [r.config["layer"] for r in records if r.method in BERT_METHODS and r.status != FAILED]
     return (
         f"Word vectors came from {model_name(model['name'])}{weights}, {_layers(layers or [config['layer']])}, "
         f"read in windows of {number(config['embed_window_tokens'])} tokens that begin every "
-        f"{counted(config['embed_stride'], 'token')}, with matrix products in {precision}; a word's vector is the mean "
-        "over its tokens, then over the windows that it appears in. Vectors were downsampled to the volumes (TRs) by a "
-        "Lanczos filter of three lobes, as a weighted sum, delayed by "
+        f"{counted(config['embed_stride'], 'token')}, with matrix products in {vectors_precision(study)}; a word's "
+        "vector is the mean over its tokens, then over the windows that it appears in. Vectors were downsampled to the "
+        "volumes (TRs) by a Lanczos filter of three lobes, as a weighted sum, delayed by "
         f"{joined([str(delay) for delay in config['delays']])} "
         f"{'TR' if list(config['delays']) == [1] else 'TRs'} inside each story, and z-scored with constants of the fit "
         "stories."
@@ -193,3 +192,9 @@ def model_name(name: str) -> str:
 def source_name(study: Study) -> str:
     """Return what the data are called: the name of their folder or file, or of the demo."""
     return Path(str(study["data"]["source"])).name
+
+
+def vectors_precision(study: Study) -> str:
+    """Return in which precision the products were that made word vectors."""
+    asked: str = (OLDER_SETTINGS | study["config"])["embed_precision"]
+    return (study.get("precision") or "the machine's own precision") if asked == "auto" else asked

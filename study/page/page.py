@@ -21,10 +21,11 @@ from bert_encoding.records import (
 )
 from bert_encoding.storage import Place
 from study.analysis import forced_lines, gain_over_stories, standing, verdict_lines
+from study.answers.delta import delta_note
 from study.answers.evidence import Evidence, Verdict
 from study.confirm import is_complete
 from study.confirmed import confirm_lines
-from study.options import delta_note
+from study.page.data_text import vectors_precision
 from study.page.inference_text import inference_paragraphs
 from study.page.methods_text import methods_paragraphs
 from study.page.table import OUTCOMES, Sheet, brief, chance, meanings, sheet, signed, trial_columns, trial_sheet
@@ -270,7 +271,8 @@ def provenance_rows(study: dict[str, Any]) -> list[tuple[str, str]]:
         ("code of bert_encoding", study["code"]),
         ("Python", f"{study['python']}, {study['platform']}"),
         ("packages", joined([f"{name} {version}" for name, version in study["versions"].items()])),
-        ("precision of products", study["precision"] or "not known yet"),
+        ("precision of training", study["precision"] or "not known yet"),
+        ("precision of word vectors", vectors_precision(study)),
         ("model", f"{study['model']['name']} (weights {study['model']['weights'] or 'not known yet'})"),
         ("data", f"{data['source']} (fingerprint {data['fingerprint']})"),
         ("voxels", f"{study['voxels']['asked']} (key {study['voxels']['key']})"),
