@@ -15,7 +15,6 @@ from accelerate.utils.memory import (
 from peft.tuners.lora import LoraLayer
 from transformers import get_scheduler
 
-from bert_encoding.freed_memory import keeping_freed_memory
 from bert_encoding.seeds import derive_seed, generator
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -129,15 +128,14 @@ def train(
         n_wanted = objective.n_items if steps_an_epoch is None else n_steps * items_a_step
         order = _order(objective.n_items, n_wanted, generator(seed, "windows", epoch))
         model.train()
-        with keeping_freed_memory():
-            for start in range(0, n_wanted, items_a_step):
-                batch = objective.draw(order[start : start + items_a_step], epoch_rng)
-                steps, tokens = steps + 1, tokens + objective.n_tokens(batch)
-                gradient.compute(batch, f"step {steps} of epoch {epoch}")
-                torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
+        for start in range(0, n_wanted, items_a_step):
+            batch = objective.draw(order[start : start + items_a_step], epoch_rng)
+            steps, tokens = steps + 1, tokens + objective.n_tokens(batch)
+            gradient.compute(batch, f"step {steps} of epoch {epoch}")
+            torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
         yield Progress(epoch, steps, tokens, gradient.micro_batch)
 
 

@@ -1,14 +1,15 @@
 """What a worker does with one job: run the trial, write its record, report to Ray Tune."""
 
+import ctypes
 import logging
 import os
+import sys
 import traceback
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bert_encoding.config import TrialConfig
 from bert_encoding.errors import InputError
-from bert_encoding.freed_memory import return_freed_memory
 from bert_encoding.records import (
     BASELINE,
     FAILED,
@@ -99,7 +100,7 @@ def objective(
     except Exception as error:  # raised, it would cost two more tries, and its reason
         logger.warning("trial %s has left no record: %s", given.trial_id, error)
         record, unrecorded = _of_job(_failure(given, error), given), not isinstance(error, NotOurs)
-    return_freed_memory()
+    _return_memory()
     tune.report(_ending(record, given, metric) | {"unrecorded": unrecorded})
 
 
@@ -125,12 +126,12 @@ def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
 
 
 def choose(config: TrialConfig, task: Any, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
-    """Choose voxels in a Ray worker; see ``choose_voxels``. In float32, so that any machine chooses the same."""
+    """Choose voxels in a Ray worker; see ``choose_voxels``."""
     from bert_encoding.voxels import choose_voxels
 
     _limit_resources(n_threads, gpu_share)
-    chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
-    return_freed_memory()
+    chosen = choose_voxels(config, task, n)
+    _return_memory()
     return chosen
 
 
@@ -232,6 +233,14 @@ def _failure(job: Job, error: Exception) -> TrialRecord:
         scores={"is_user_error": True} if by_user else {},
         node=os.uname().nodename,
     )
+
+
+def _return_memory() -> None:
+    """Give freed pages back: a resident worker's heap is fragmented by training and would grow from trial to trial."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:
