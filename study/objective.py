@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bert_encoding.config import TrialConfig
@@ -126,11 +126,11 @@ def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
 
 
 def choose(config: TrialConfig, task: Any, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
-    """Choose voxels in a Ray worker; see ``choose_voxels``."""
+    """Choose voxels in a Ray worker; see ``choose_voxels``. In float32, so that any machine chooses the same."""
     from bert_encoding.voxels import choose_voxels
 
     _limit_resources(n_threads, gpu_share)
-    chosen = choose_voxels(config, task, n)
+    chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
     _return_memory()
     return chosen
 
