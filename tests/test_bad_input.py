@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from make_data import LabSequence, make_lab, make_tiny_bert, pickle_as_lab
 
 from bert_encoding.command import run_app
@@ -26,6 +27,7 @@ from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.errors import InputError
 from bert_encoding.records import TrialRecord, read_json, read_record, write_record
+from study import identity as identity_module
 from study import plan, run
 from study import session as session_module
 from study.identity import _look_around, differences, identify, resumed
@@ -560,6 +562,19 @@ def made(lab: Path, tiny_bert: Path, tmp_path: Path) -> Made:
                 TrialRecord("COMPLETE", method, asdict(config), trial_id, phase, params=params, scores=scores),
             )
     return Made(folder, ["--resume", "--name", "s", "--out", str(tmp_path / "out")], space, lab)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda")])
+def test_the_precision_is_that_of_the_device_that_a_trial_has(
+    gpus: float, device: str, lab: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver may see a GPU that its trials are not given."""
+    loaded = load_space("smoke")
+    options = resolve_options({"space": "smoke", "data": str(lab), "model": str(tiny_bert)}, {}, loaded)
+    study = prepare(replace(options, gpus_per_trial=gpus), loaded)
+    monkeypatch.setattr(identity_module, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(identity_module, "resolve_precision", lambda precision, where: f"{precision} on {where}")
+    assert identify(study, study.task())["precision"] == f"auto on {device}"
 
 
 def resume(made: Made, capsys: pytest.CaptureFixture[str], *more: str) -> Ended:

@@ -39,7 +39,8 @@ SETTING = TrialConfig(
 
 @pytest.fixture
 def task(lab: Path) -> Task:
-    dataset, split = course_script.load_data(str(lab), None)
+    opened, split = course_script.open_data(str(lab), None)
+    dataset = course_script.inspected(opened)
     return Task(dataset, (split,), course_script.SPLIT_SEED)
 
 

@@ -13,6 +13,7 @@ from make_lebel import make_lebel
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score as sklearn_r2
 
+from bert_encoding import partition as partition_module
 from bert_encoding import response_panels
 from bert_encoding.__main__ import app
 from bert_encoding.banded import BandedRidge
@@ -559,3 +560,9 @@ def test_a_folder_made_in_vain_is_taken_away(
         error = capsys.readouterr().err
         assert "vectors.txt: line 2" in error and error.count("\n") == 1
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["there", "vectors.txt"]
+
+
+def test_word_vectors_do_not_depend_on_what_the_processor_multiplies(tiny_bert: Path) -> None:
+    """There is no option for it here, and the table does not tell it."""
+    config = partition_module._base_config(("bert", "word_rate"), str(tiny_bert), None, 0)
+    assert (config.method, config.embed_precision) == ("frozen", "float32")

@@ -529,6 +529,25 @@ def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
     assert told["data"] == "/data/lab (fingerprint f1)"
     assert told["fit"] == "a, b, c"
     assert "sampler grid; scheduler none; seed 0" in told["options"]
+    assert told["precision of training"] == study_json()["precision"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
+def test_the_precision_of_word_vectors_is_told_beside_that_of_training(
+    asked: str | None, expected: str, tmp_path: Path
+) -> None:
+    """None: recorded before it could be chosen."""
+    config = {name: value for name, value in study_json()["config"].items() if name != "embed_precision"}
+    study = study_json(config=config | ({} if asked is None else {"embed_precision": asked}), precision="bfloat16")
+    root = parsed(page_of(tmp_path / "study", study, BASELINES))
+    found = section(root, "provenance")
+    told = dict(zip([d.whole_text for d in found.all("dt")], [d.whole_text for d in found.all("dd")], strict=True))
+    assert (told["precision of training"], told["precision of word vectors"]) == ("bfloat16", expected)
+    assert f"with matrix products in {expected}; a word" in section(root, "methods").whole_text
+
+
+def test_provenance_shows_the_source_of_the_space(tmp_path: Path) -> None:
+    found = section(parsed(page_of(tmp_path / "study", study_json(), BASELINES)), "provenance")
     assert [code.whole_text for code in found.all("code")] == [study_json()["space"]["source"]]
 
 

@@ -146,12 +146,6 @@ class Clock:
         self.seconds[name], self._began = now - self._began, now
 
 
-def load_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
-    """Open and inspect the data and divide the stories, as a study does."""
-    dataset, split = open_data(path, n_train_stories)
-    return inspected(dataset), split
-
-
 def open_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
     """Open the data and divide the stories as a study does."""
     is_demo = path in DEMOS
