@@ -13,8 +13,8 @@ from typing import Any
 
 import cyclopts
 
-from bert_encoding.command import run_app
-from bert_encoding.errors import InputError
+from bert_encoding.core.command_line import run_app
+from bert_encoding.core.errors import InputError
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "cluster.yaml"
 IMAGE = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"

@@ -4,7 +4,7 @@ python study/run.py --space lora_full
 """
 
 if __name__ == "__main__":  # the imports take seconds
-    from bert_encoding.interrupt import end_quietly
+    from bert_encoding.core.interrupt import end_quietly
 
     end_quietly()
 
@@ -20,22 +20,23 @@ import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
-from bert_encoding.command import INTERRUPTED, SOME_FAILED, Names, Number, Text, Whole, run_app
-from bert_encoding.encoders import check_model, model_shape
-from bert_encoding.errors import InputError
-from bert_encoding.records import ENCODING, FAILED, STUDY_FILE, read_records, write_json
-from study.analysis import forced_lines, is_adaptive, load_task, load_trials, print_examples, print_study, standing
-from study.answer import SUMMARY_FILE, print_answer
-from study.answers.delta import delta_note
-from study.confirmed import confirm_lines, confirm_summary
-from study.looks import read_looks
-from study.machines import LOCAL, check_fits, describe_machines
-from study.memory import check_memory, worker_bytes
-from study.options import Options, check_take_over, model_of, options_record, read_recorded, resolve_options
-from study.phrases import counted
-from study.plan import MIN_FREE_BYTES, Done, check_space_on_disk, done_so_far, estimate, print_plan
-from study.prepare import Study, prepare
-from study.session import (
+from bert_encoding.core.command_line import SOME_FAILED, Names, Number, Text, Whole, run_app
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import write_json
+from bert_encoding.core.interrupt import INTERRUPTED
+from bert_encoding.core.names import ENCODING, FAILED, STUDY_FILE
+from bert_encoding.language_model.encoder import check_model, model_shape
+from bert_encoding.trial.record import read_records
+from study.cluster.machines import LOCAL, check_fits, describe_machines
+from study.report.finish import SUMMARY_FILE, print_answer
+from study.results.confirmed import confirm_lines, confirm_summary
+from study.results.load import forced_lines, is_adaptive, load_task, load_trials
+from study.results.locked_stories import read_looks
+from study.results.printing import print_examples, print_study
+from study.results.standing import standing
+from study.session.memory import check_memory, worker_bytes
+from study.session.plan import MIN_FREE_BYTES, Done, check_space_on_disk, done_so_far, estimate, print_plan
+from study.session.session import (
     changes,
     check_look,
     check_new,
@@ -45,8 +46,12 @@ from study.session import (
     run_session,
     will_confirm,
 )
-from study.spaces import Space, load_space
-from study.text import TextStudy, prepare_text, print_text_plan
+from study.setup.delta import delta_note
+from study.setup.encoding_study import Study, prepare
+from study.setup.options import Options, check_take_over, model_of, options_record, read_recorded, resolve_options
+from study.setup.spaces import Space, load_space
+from study.setup.text_study import TextStudy, prepare_text, print_text_plan
+from study.wording import counted
 
 WIDTH_OF_A_LOG = 400
 DEFAULT_SPACE = "lora_full"

@@ -11,13 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 import pytest
 import torch
 from make_data import make_lab, make_tiny_bert
+from project import REAL_DATA
 from threadpoolctl import threadpool_limits
 
-from bert_encoding import devices, response_panels
-from bert_encoding.encoders import Encoder, load_encoder
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-REAL_DATA = SHARED / "data" / "uts02"
+from bert_encoding.core import devices
+from bert_encoding.language_model.encoder import Encoder, load_encoder
+from bert_encoding.regression import response_panels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,7 +78,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("this input should have been refused before Ray starts")
 
-    monkeypatch.setattr("study.session.connect", refuse)
+    monkeypatch.setattr("study.session.session.connect", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "local")
 
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import DEMOS
 from bert_encoding.datasets import lab, lebel2023
 from bert_encoding.datasets.rois import read_rois
 from bert_encoding.datasets.story import TRIMS, Dataset, Trim
-from bert_encoding.demo_names import DEMOS
-from bert_encoding.errors import InputError
 
 
 def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:

@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bert_encoding.errors import InputError, first_line
-from bert_encoding.seeds import generator
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.seeds import generator
 
 FORMATS = "a .txt, .csv or .parquet file, or a folder with a sub-folder of .txt files for each label"
 MAX_LABELS = 1000  # more are a column of something else, and would be held in memory

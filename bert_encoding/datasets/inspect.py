@@ -10,10 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_encoding.datasets.fingerprint import Hasher, hash_repeats, repeats_of
-from bert_encoding.datasets.inspect_responses import MAX_SHOWN, ResponseCheck, Watch, check_subject
+from bert_encoding.core.errors import InputError
+from bert_encoding.datasets.inspect_responses import (
+    MAX_SHOWN,
+    Hasher,
+    ResponseCheck,
+    Watch,
+    check_subject,
+    hash_repeats,
+    repeats_of,
+)
 from bert_encoding.datasets.story import Dataset, Story
-from bert_encoding.errors import InputError
 
 MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last TR
 

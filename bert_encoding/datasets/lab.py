@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.safe_pickle import DataSequence, PickledArray, read_pickle
 from bert_encoding.datasets.story import Dataset, Story
-from bert_encoding.errors import InputError, first_line
 
 TEXT_FILE = "raw_text.pkl"
 MAX_BYTES = 256 * 2**20  # of all words and times, unfolded; those of the lab's stories take 5

@@ -35,11 +35,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.lab import PUBLISHED_TEST, check_name, shown_name
 from bert_encoding.datasets.responses import Responses, check_regular
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.datasets.textgrid import INTERVALS, Interval, Tier, read_textgrid
-from bert_encoding.errors import InputError, first_line
 
 TR_S, LEAD_S = 2.0, 10.0
 PAD_TRS, CUT_TRS = 5, 20  # volumes without a TR time; volumes without responses

@@ -1,5 +1,9 @@
 """Measured responses where they lie: an array, a ``.npy`` file or an HDF5 data set, read in blocks of voxels."""
 
+import functools
+import hashlib
+import platform
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +13,64 @@ from typing import Any, Protocol
 import h5py
 import numpy as np
 
-from bert_encoding.datasets.stamps import check_regular as check_regular
-from bert_encoding.datasets.stamps import check_stamp
-from bert_encoding.errors import InputError, first_line
+from bert_encoding.core.errors import InputError, first_line
+
+N_SAMPLES, SAMPLE_BYTES = 8, 4096
+
+
+def file_stamp(path: Path) -> str:
+    """Return a hash of a file's size and of samples of its bytes, its first and last ones among them.
+
+    It tells other subjects, stories, preprocessing and half copies from the file, but not a single changed response;
+    whole brains are too large to be read by every worker only to be compared.
+
+    Raises
+    ------
+    InputError
+        if it is no file.
+    OSError
+        if it cannot be read.
+    """
+    check_regular(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for at in range(N_SAMPLES):
+            file.seek(last * at // (N_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def check_stamp(path: Path, stamp: str) -> None:
+    """Refuse a file that is not the one of the stamp; looked at once a process.
+
+    Raises
+    ------
+    InputError
+        naming file and machine.
+    """
+    try:
+        found = file_stamp(path)
+    except OSError:  # whoever opens it will say why it cannot
+        return
+    if found != stamp:
+        raise InputError(
+            f"{path}: on {platform.node()} not the responses that this study began with; copy them there anew, or use "
+            "a disk that all machines share"
+        )
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and neither file nor folder: reading a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # whoever opens it will say why it cannot
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: not a file but a {'pipe' if stat.S_ISFIFO(mode) else 'device or socket'}")
+
 
 BLOCK_BYTES = 64 * 2**20  # read at a time from files
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.errors import InputError, first_line
 
 FILES = ("rois.json", "rois.npz")
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.seeds import generator
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.errors import InputError
-from bert_encoding.seeds import generator
 
 VALIDATION_SHARE = 0.2
 MIN_FIT_STORIES = 3  # predicting one leaves two on which alphas are chosen

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from bert_encoding.errors import InputError
+from bert_encoding.core.errors import InputError
 
 INTERVALS, POINTS = "IntervalTier", "TextTier"
 BY_TIER = ("ooTextFile", "ooTextFile short")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_encoding.chain import Task
-from bert_encoding.config import TrialConfig
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories, split_stories
-from bert_encoding.trial import run_trial
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.run import run_trial
 
 RATES = (0.1, 0.0)
 COLUMNS = ("mlm_loss_train", "mlm_loss_heldout", "gap", "cc_mean", "cc_seen", "train_s")

@@ -46,10 +46,10 @@ from course_script import open_data
 from cyclopts import Parameter
 from transformers import BertConfig, BertForMaskedLM
 
-from bert_encoding.config import TrialConfig
-from bert_encoding.demo_names import DEMOS
-from bert_encoding.encoders import load_encoder, quiet
-from bert_encoding.errors import InputError
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import DEMOS
+from bert_encoding.language_model.encoder import load_encoder, quiet
+from bert_encoding.trial.config import TrialConfig
 
 Part = Literal["stages", "study", "base", "growth"]
 N_STORIES = 20
@@ -60,9 +60,9 @@ PARTS: tuple[Part, ...] = ("stages", "study", "base", "growth")
 SOURCES_OF_SCRIPT = (
     "tests/benchmarks/course_script.py",
     "bert_encoding/datasets/*.py",
-    "bert_encoding/encoders.py",
-    "bert_encoding/demo.py",
-    "bert_encoding/listeners.py",
+    "bert_encoding/language_model/encoder.py",
+    "bert_encoding/demo/stories.py",
+    "bert_encoding/demo/simulated_listeners.py",
 )
 SOURCES_OF_OURS = ("bert_encoding/**/*.py", "tests/benchmarks/bench_ours.py", "tests/benchmarks/course_script.py")
 SOURCES_OF_STUDY = ("bert_encoding/**/*.py", "study/**/*.py", "tests/benchmarks/bench_studies.py")

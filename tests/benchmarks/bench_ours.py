@@ -19,20 +19,20 @@ import psutil
 import torch
 from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, inspected, open_data, peak_gb
 
-import bert_encoding.finetune
-import bert_encoding.trial
-from bert_encoding.adapters import check_applied, masked_lm
-from bert_encoding.chain import Chain, Task, resident_encoder
-from bert_encoding.config import TrialConfig
+import bert_encoding.language_model.masked_lm
+import bert_encoding.trial.run
+from bert_encoding.core.devices import pick_device, resolve_precision
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.devices import pick_device, resolve_precision
-from bert_encoding.features import downsample_story
-from bert_encoding.finetune import Probes, make_probes, probe_loss
-from bert_encoding.material import Material
-from bert_encoding.methods import measure_change, prepare_model
-from bert_encoding.training import train
-from bert_encoding.trial import run_trial
+from bert_encoding.features.downsampling import downsample_story
+from bert_encoding.language_model.finetuning_methods import measure_change, prepare_model
+from bert_encoding.language_model.lora import check_applied, masked_lm
+from bert_encoding.language_model.masked_lm import Probes, make_probes, probe_loss
+from bert_encoding.language_model.training import train
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task, resident_encoder
+from bert_encoding.trial.run import run_trial
+from bert_encoding.trial.training_data import Material
 
 
 def main() -> None:
@@ -174,8 +174,8 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
         return probes
 
     changes = (
-        (bert_encoding.trial, "make_probes", noting),
-        (bert_encoding.finetune, "train", watch.timing_steps("train", train)),
+        (bert_encoding.trial.run, "make_probes", noting),
+        (bert_encoding.language_model.masked_lm, "train", watch.timing_steps("train", train)),
         (Chain, "on_trs", counting),
         (Chain, "score", watch.timing("ridge", Chain.score)),
         (Chain, "score_seen", watch.timing("cc_seen", Chain.score_seen)),
@@ -199,7 +199,7 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     split, clock = task.splits[0], Clock()
     chain = Chain(config, task)
     assert chain.encoder is not None
-    model = prepare_model(config, chain.encoder)
+    model = prepare_model(config.tuning, chain.encoder)
     material = Material(chain, split)
     trained, objective = material.objective(model)
     clock.lap("other")

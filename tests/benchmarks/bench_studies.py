@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from study_process import environment_of, running_from
 
-from bert_encoding.devices import pick_device, resolve_precision
-from bert_encoding.records import BASELINE, FAILED, FROZEN, SEARCH, read_records
+from bert_encoding.core.devices import pick_device, resolve_precision
+from bert_encoding.core.names import BASELINE, FAILED, FROZEN, SEARCH
+from bert_encoding.trial.record import read_records
 
 NAME = "bench"
 PRIVATE = ("TMPDIR", "RAY_ADDRESS")  # what a study needs to find no cluster but its own

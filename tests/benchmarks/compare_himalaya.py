@@ -12,18 +12,18 @@ from himalaya.ridge import RidgeCV
 from himalaya.scoring import correlation_score
 from sklearn.model_selection import PredefinedSplit
 
-from bert_encoding.config import TrialConfig
+from bert_encoding.core.devices import pick_device
+from bert_encoding.core.names import FROZEN
+from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories
-from bert_encoding.devices import pick_device
-from bert_encoding.embed import embed_stories
-from bert_encoding.encoders import load_encoder
-from bert_encoding.evaluate import make_design, prepare_ridge, score_subject
-from bert_encoding.features import ZScore
-from bert_encoding.records import FROZEN
-from bert_encoding.response_panels import stack_responses
-from bert_encoding.windows import tokenize
+from bert_encoding.features.bert_embeddings import embed_stories
+from bert_encoding.language_model.encoder import load_encoder
+from bert_encoding.language_model.windows import tokenize
+from bert_encoding.regression.response_panels import stack_responses
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.scoring import make_design, prepare_ridge, score_subject
 
 app = cyclopts.App()
 

@@ -142,8 +142,8 @@ def choose(name: str) -> Fit:
 
 def ours(X: np.ndarray, Y: np.ndarray, folds: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """Return weights and alphas of this project's ridge."""
-    from bert_encoding.devices import pick_device
-    from bert_encoding.ridge import CrossValidatedRidge
+    from bert_encoding.core.devices import pick_device
+    from bert_encoding.regression.ridge import CrossValidatedRidge
 
     grid = tuple(map(float, ALPHAS))
     fit = CrossValidatedRidge(X, folds, grid, device=pick_device(), precision=precision).fit(Y)

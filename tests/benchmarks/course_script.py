@@ -32,16 +32,16 @@ from ridge_utils.util import make_delayed
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, get_scheduler
 
-from bert_encoding.config import TrialConfig
+from bert_encoding.core.names import DEMOS
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
 from bert_encoding.datasets.story import TRIMS, Dataset, Story
-from bert_encoding.demo import demo_stories, simulate_listener
-from bert_encoding.demo_names import DEMOS
-from bert_encoding.encoders import Encoder, load_encoder, quiet
-from bert_encoding.finetune import Probes, make_probes
-from bert_encoding.windows import tokenize, training_windows
+from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.language_model.encoder import Encoder, load_encoder, quiet
+from bert_encoding.language_model.masked_lm import Probes, make_probes
+from bert_encoding.language_model.windows import tokenize, training_windows
+from bert_encoding.trial.config import TrialConfig
 
 SPLIT_SEED = 0  # of the choice of stories and of the ridge folds, the same for all configurations
 IGNORED = -100  # the label of a position that is not to be predicted

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 from attention_dropout import make_task
 
-from bert_encoding.adapters import masked_lm
-from bert_encoding.chain import Chain, Task
-from bert_encoding.config import TrialConfig
 from bert_encoding.datasets.splits import split_stories
-from bert_encoding.embed import embed_layers
-from bert_encoding.features import downsample_story
-from bert_encoding.finetune import MaskedLM
-from bert_encoding.material import Material
-from bert_encoding.methods import prepare_model
-from bert_encoding.training import train
+from bert_encoding.features.bert_embeddings import embed_layers
+from bert_encoding.features.downsampling import downsample_story
+from bert_encoding.language_model.finetuning_methods import prepare_model
+from bert_encoding.language_model.lora import masked_lm
+from bert_encoding.language_model.masked_lm import MaskedLM
+from bert_encoding.language_model.training import train
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
+from bert_encoding.trial.training_data import Material
 
 PRECISIONS = ("float32", "bfloat16")
 Features = dict[str, np.ndarray]  # story -> (n_trs, n_hidden)
@@ -64,7 +64,7 @@ def main() -> None:
 def tuned(chain: Chain) -> object:
     """Return the model after an epoch on the fit stories of the first split."""
     assert chain.encoder is not None
-    model = prepare_model(chain.config, chain.encoder)
+    model = prepare_model(chain.config.tuning, chain.encoder)
     trained, objective = Material(chain, chain.task.splits[0]).objective(model)
     assert isinstance(objective, MaskedLM)
     for _ in train(trained, objective, chain.config.training, chain.config.seed, chain.device):

@@ -17,15 +17,16 @@ import cyclopts
 import h5py
 import numpy as np
 
-from bert_encoding.chain import Chain, Task
-from bert_encoding.config import TrialConfig
+from bert_encoding.core.names import FROZEN
+from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import split_stories
 from bert_encoding.datasets.story import Dataset, Story
-from bert_encoding.demo import TR_S, demo_stories
-from bert_encoding.features import ZScore, story_features
-from bert_encoding.records import FROZEN
+from bert_encoding.demo.stories import TR_S, demo_stories
+from bert_encoding.features.downsampling import story_features
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
 
 N_STORIES, N_DIRECTIONS, SUBJECT = 60, 8, "large"
 PLANTED_EVERY = 50  # one voxel in so many, spread over the whole brain

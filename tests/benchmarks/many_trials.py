@@ -17,8 +17,9 @@ from typing import NamedTuple
 import cyclopts
 import psutil
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
+sys.path.insert(0, str(HELPERS))
 
 from study_process import environment_of, running_from  # noqa: E402
 
@@ -88,8 +89,8 @@ def measure(folder: Path, private_tmp: Path, n_trials: int, n_workers: int, samp
     folder.mkdir(parents=True)
     (folder / "space.py").write_text(SPACE.format(sampler=sampler))
     given = {"trials": n_trials, "max_concurrent": n_workers, "cpus": n_workers, "epochs": 1}
-    command = [sys.executable, str(TESTS / "stub_study.py"), str(folder), json.dumps(given)]
-    environment = environment_of(private_tmp) | {"PYTHONPATH": str(TESTS.parent), "RAY_ADDRESS": "local"}
+    command = [sys.executable, str(HELPERS / "stub_study.py"), str(folder), json.dumps(given)]
+    environment = environment_of(private_tmp) | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     with open(folder / "out", "w") as out:
         driver = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
         samples = list(_watch(driver, folder))

@@ -1,0 +1,130 @@
+"""A flat cortex: a mapper file says which pixels a voxel falls on.
+
+**Mapper files** are HDF5 as published with voxelwise-modelling data of the Gallant lab (``voxelwise_tutorials``):
+``voxel_to_flatmap`` (n_pixels, n_voxels), a sparse matrix kept as ``_data``, ``_indices``, ``_indptr`` and ``_shape``
+of its CSR form; ``flatmap_mask`` (width, height), True in the n_pixels that it fills; ``flatmap_curvature``, alike, for
+the background. The first axis runs from left to right, the second from bottom to top.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import scipy.sparse
+
+from bert_encoding.analyses.brain_maps.values import GREY, MAX_ELEMENTS
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.datasets.responses import Responses
+
+
+class Mapper(NamedTuple):
+    """How voxels fall on the flat cortex.
+
+    Attributes
+    ----------
+    weights : (n_pixels, n_voxels) sparse
+    inside : (width, height) True in the pixels that have a row of weights, in C order
+    curvature : (width, height), or None
+    """
+
+    weights: scipy.sparse.csr_matrix
+    inside: np.ndarray
+    curvature: np.ndarray | None = None
+
+
+def read_mapper(file: Path) -> Mapper:
+    """Read a mapper file.
+
+    Raises
+    ------
+    InputError
+        if it cannot be read, lacks something, or its parts do not belong together.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    names = [f"voxel_to_flatmap_{part}" for part in ("data", "indices", "indptr", "shape")]
+    *parts, shape = (_read_hdf5(file, name) for name in names)
+    inside = _read_hdf5(file, "flatmap_mask") != 0
+    curvature = _read_hdf5(file, "flatmap_curvature") if _has(file, "flatmap_curvature") else None
+    try:
+        n_pixels, n_voxels = (int(n) for n in shape)
+        weights = scipy.sparse.csr_matrix(tuple(parts), shape=(n_pixels, n_voxels), dtype=np.float64)
+        weights.check_format(full_check=True)
+    except Exception as error:  # whatever the parts hold
+        raise InputError(f"{file}: voxel_to_flatmap is no sparse matrix ({first_line(error)}); get it anew") from None
+    if not np.isfinite(weights.data).all():
+        raise InputError(f"{file}: voxel_to_flatmap holds weights that are not finite; get it anew")
+    if inside.ndim != 2 or np.count_nonzero(inside) != n_pixels:
+        raise InputError(
+            f"{file}: flatmap_mask, {inside.shape}, has {np.count_nonzero(inside)} pixels, voxel_to_flatmap {n_pixels}"
+        )
+    if curvature is not None and curvature.shape != inside.shape:
+        raise InputError(f"{file}: flatmap_curvature is {curvature.shape}, flatmap_mask {inside.shape}; get it anew")
+    return Mapper(weights, inside, curvature)
+
+
+def _has(file: Path, key: str) -> bool:
+    try:
+        with h5py.File(file, "r") as content:
+            return key in content
+    except Exception as error:  # a damaged file raises almost anything
+        raise InputError(f"{file}: not a readable HDF5 file ({first_line(error)}); get it anew") from None
+
+
+def _read_hdf5(file: Path, key: str) -> np.ndarray:
+    with Responses(path=file, key=key).open() as source:  # follows no link out of the file
+        n_elements = int(np.prod(source.shape, dtype=object))
+        if source.dtype.kind not in "biuf" or n_elements > MAX_ELEMENTS:
+            raise InputError(
+                f"{file}: {key!r} is {source.dtype} of shape {source.shape}; expected numbers, not so many"
+            )
+        try:
+            return np.asarray(source[()])
+        except Exception as error:  # a damaged file raises almost anything
+            raise InputError(f"{file}: {key!r} cannot be read ({first_line(error)}); get it anew") from None
+
+
+def flatten(values: np.ndarray, mapper: Mapper, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat image, NaN where nothing is known, and its grey background, (height, width).
+
+    A pixel is the weighted sum of its voxels. Those without a value are left out and the others weigh so much more;
+    where they are left with less than half of the weight, nothing is known.
+
+    Parameters
+    ----------
+    values : (n_voxels,)
+
+    Raises
+    ------
+    InputError
+        if the mapper was made for more or fewer voxels.
+    """
+    n_voxels = mapper.weights.shape[1]
+    if n_voxels != values.size:
+        raise InputError(
+            f"{what}: maps {n_voxels} voxels, the values are of {values.size}; give the mapper of this subject"
+        )
+    known = np.isfinite(values)
+    whole = mapper.weights @ np.ones(n_voxels)
+    weight = mapper.weights @ known.astype(np.float64)
+    enough = (whole > 0) & (weight >= whole / 2)
+    pixels = np.full(whole.shape, np.nan)
+    pixels[enough] = (mapper.weights @ np.where(known, values, 0.0))[enough] * (whole[enough] / weight[enough])
+    image, background = np.full((2, *mapper.inside.shape), np.nan)
+    image[mapper.inside] = pixels
+    background[mapper.inside] = _relief(mapper)
+    return image.T[::-1], background.T[::-1]
+
+
+def _relief(mapper: Mapper) -> np.ndarray | float:
+    """Return the curvature of the pixels as light and dark grey around ``GREY``."""
+    if mapper.curvature is None:
+        return GREY
+    curvature: np.ndarray = mapper.curvature[mapper.inside].astype(np.float64)
+    known = np.isfinite(curvature)
+    spread = np.ptp(curvature[known]) if known.any() else 0.0
+    if spread == 0 or not np.isfinite(spread):
+        return GREY
+    place = np.where(known, (curvature - curvature[known].min()) / spread, 0.5)
+    return GREY + 0.4 * (place - 0.5)

@@ -1,0 +1,175 @@
+"""Voxels in their volume: a mask says where they lie; as a NIfTI file, or as slices side by side.
+
+**How voxels are numbered.** Public and lab responses hold the voxels of a cortical mask in the order in which pycortex
+meets them. pycortex reads a NIfTI mask transposed, as (z, y, x), and counts its nonzero voxels in C order, so that x
+runs fastest (pycortex, ``Database.get_mask``; ``mask_thick.nii.gz`` of ds003020 is 54 x 84 x 84 for pycortex and
+84 x 84 x 54 for nibabel). nilearn counts the array as nibabel gives it, (x, y, z), so that z runs fastest. Both orders
+have as many voxels, and the wrong one scrambles the brain without any error: it is a setting (``--order``), and
+``doubt_order`` looks whether the other one would make the smoother map.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bert_encoding.analyses.brain_maps.values import GREY, MAX_ELEMENTS, read_array
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.datasets.responses import check_regular
+
+VOLUMES = (".nii.gz", ".nii")
+ZYX, XYZ = "zyx", "xyz"  # slowest axis first
+MIN_PAIRS = 100  # of neighbours, to say anything about the order
+
+
+class Mask(NamedTuple):
+    """Where the voxels lie.
+
+    Attributes
+    ----------
+    inside : True where there is a voxel; its C order is that of the voxels
+    order : its axes, "zyx" or "xyz"
+    affine : (4, 4) from (x, y, z) indices to millimetres; None if unknown
+    space : the NIfTI code of that space, 0 if unknown
+    """
+
+    inside: np.ndarray
+    order: str
+    affine: np.ndarray | None = None
+    space: int = 0
+
+
+def read_mask(given: str, order: str) -> Mask:
+    """Read a mask: NIfTI, or an array (``.npy``, ``.npz``, ``FILE.npz:NAME``) whose axes are already in ``order``.
+
+    Raises
+    ------
+    InputError
+        if it cannot be read, or is no 3-D array of numbers with a voxel inside.
+    """
+    if given.lower().endswith(VOLUMES):
+        values, affine, space = _read_nifti(Path(given))
+        values = values.T if order == ZYX else values
+    else:
+        (values, _), affine, space = read_array(given), None, 0
+    if values.ndim != 3 or values.dtype.kind not in "biuf":
+        raise InputError(f"{given}: a mask has three axes, this is {values.dtype} of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise InputError(f"{given}: is no mask, some of its voxels are not finite")
+    if not (values != 0).any():
+        raise InputError(f"{given}: the mask has no voxel inside")
+    return Mask(values != 0, order, affine, space)
+
+
+def _read_nifti(file: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the values (n_x, n_y, n_z), the affine and the code of its space."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    check_regular(file)
+    nibabel = _nibabel()
+    try:
+        image = nibabel.load(file)
+        shape, header = image.shape, image.header
+        too_large = int(np.prod([int(n) for n in shape], dtype=object)) > MAX_ELEMENTS
+        values = None if too_large else np.asarray(image.dataobj)
+        space = int(header["sform_code"]) or int(header["qform_code"])
+    except Exception as error:  # a damaged header raises almost anything
+        raise InputError(f"{file}: not a readable NIfTI file ({first_line(error)})") from None
+    if values is None:
+        raise InputError(f"{file}: its header says {shape} voxels, more than any mask; get it anew")
+    return values.reshape(shape[:3]) if shape[3:] == (1,) else values, image.affine, space
+
+
+def _nibabel() -> Any:
+    try:
+        return importlib.import_module("nibabel")
+    except ImportError:
+        raise InputError("NIfTI files need nibabel: pip install 'bert-encoding-study[maps]'") from None
+
+
+def fill_volume(values: np.ndarray, mask: Mask, what: str) -> np.ndarray:
+    """Return the voxels at their places, (n_x, n_y, n_z) float32 as nibabel has it; NaN outside the mask.
+
+    Parameters
+    ----------
+    values : (n_voxels,) in the order of ``mask``
+
+    Raises
+    ------
+    InputError
+        if the mask has more or fewer voxels.
+    """
+    n_inside = int(np.count_nonzero(mask.inside))
+    if n_inside != values.size:
+        raise InputError(
+            f"{what}: the mask has {n_inside} voxels, the values are of {values.size}; give the mask of this subject"
+        )
+    volume = np.full(mask.inside.shape, np.nan, np.float32)
+    volume[mask.inside] = values
+    return volume.T if mask.order == ZYX else volume
+
+
+def nifti_bytes(volume: np.ndarray, mask: Mask, title: str) -> bytes:
+    """Return a NIfTI-1 file of a volume, (n_x, n_y, n_z), in the space of its mask."""
+    image = _nibabel().Nifti1Image(np.asarray(volume, np.float32), mask.affine)
+    if mask.affine is not None:
+        image.set_sform(mask.affine, mask.space)
+        image.header.set_xyzt_units("mm")
+    image.header["descrip"] = title.encode("ascii", "replace")[:79]
+    return bytes(image.to_bytes())
+
+
+def doubt_order(values: np.ndarray, mask: Mask) -> str:
+    """Say so if the voxels seem to be numbered in the other order: a brain is smooth, and scrambled it is not."""
+    other = Mask(np.ascontiguousarray(mask.inside.T), XYZ if mask.order == ZYX else ZYX)
+    (here, n_pairs), (there, _) = (neighbour_cc(fill_volume(values, m, "")) for m in (mask, other))
+    if n_pairs < MIN_PAIRS or not there - here > max(0.1, 4 / np.sqrt(n_pairs)):
+        return ""
+    return (
+        f"neighbouring voxels correlate by {here:.2f}, but by {there:.2f} if they are numbered {other.order} "
+        f"instead of {mask.order}; try --order {other.order} (of an array mask: its transpose too)"
+    )
+
+
+def neighbour_cc(volume: np.ndarray) -> tuple[float, int]:
+    """Return the correlation of all voxels with the next one along each axis, and how many such pairs there are."""
+    axes = range(volume.ndim)
+    one = np.concatenate([np.moveaxis(volume, axis, 0)[:-1].ravel() for axis in axes])
+    next_one = np.concatenate([np.moveaxis(volume, axis, 0)[1:].ravel() for axis in axes])
+    both = np.isfinite(one) & np.isfinite(next_one)
+    pairs = np.stack([one[both], next_one[both]]).astype(np.float64)
+    if pairs.shape[1] < MIN_PAIRS or (np.ptp(pairs, axis=1) == 0).any():
+        return 0.0, 0
+    one, next_one = pairs - pairs.mean(axis=1, keepdims=True)
+    return float(one @ next_one / np.sqrt((one @ one) * (next_one @ next_one))), pairs.shape[1]
+
+
+def slices(volume: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
+    """Return the axial slices side by side from the lowest to the highest, and their grey background, (height, width).
+
+    Where the affine is known the front is up and the left is left; else the axes are taken as if they were x, y, z.
+
+    Parameters
+    ----------
+    volume : (n_x, n_y, n_z) values, NaN where there are none
+    """
+    inside = mask.inside.T if mask.order == ZYX else mask.inside
+    if mask.affine is not None:
+        orientation = _nibabel().io_orientation(mask.affine)
+        volume, inside = (_nibabel().apply_orientation(array, orientation) for array in (volume, inside))
+    used = np.ix_(*(np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)))
+    background = np.where(inside[used], GREY, np.nan)
+    return _side_by_side(np.where(inside, volume, np.nan)[used]), _side_by_side(background)
+
+
+def _side_by_side(volume: np.ndarray) -> np.ndarray:
+    """Return (height, width) from (n_x, n_y, n_z), a column of NaN and a row of NaN after each slice."""
+    n_z = volume.shape[2]
+    n_columns = int(np.ceil(np.sqrt(1.5 * n_z)))
+    n_rows = int(np.ceil(n_z / n_columns))
+    padded = np.pad(volume, ((0, 1), (1, 0), (0, n_rows * n_columns - n_z)), constant_values=np.nan)
+    tiles = padded[:, ::-1].transpose(2, 1, 0)  # (n_slices, height, width)
+    height, width = tiles.shape[1:]
+    grid = tiles.reshape(n_rows, n_columns, height, width).swapaxes(1, 2)
+    return grid.reshape(n_rows * height, n_columns * width)

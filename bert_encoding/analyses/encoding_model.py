@@ -1,0 +1,314 @@
+"""A fitted encoding model: from a trial's settings to ridge weights on disk, and from a new story to predictions."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_encoding.analyses.model_file import (
+    SUFFIX,
+    EncodingModel,
+    Fitted,
+    ModelSettings,
+    adapter_beside,
+    is_plain_name,
+    load_model,
+    write_model,
+)
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import FROZEN, LORA
+from bert_encoding.datasets.story import Dataset, Story
+from bert_encoding.features.downsampling import story_features
+from bert_encoding.features.word_tables import export_stories
+from bert_encoding.language_model.encoder import checkpoint_fingerprint, load_encoder
+from bert_encoding.language_model.lora import load_adapter
+from bert_encoding.regression.response_panels import stack_responses, voxel_panels, z_score
+from bert_encoding.regression.ridge import CrossValidatedRidge, RidgeFit, pressing_share, wider_grid
+from bert_encoding.trial.pipeline import Chain
+from bert_encoding.trial.scoring import design_on_trs, prepare_ridge
+
+__all__ = ["EncodingModel", "fit_encoding_model", "load_model", "predict_story"]
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MAX_TR_ERROR = 0.01  # share of a TR; published pipelines count 2.0 s where the scanner took 2.0045
+SPARE_BYTES = 2**20  # of a model besides its weights
+
+
+class Origin(NamedTuple):
+    """Where a model comes from: the names of study and trial, and the trial's validation CC, subject -> (n_all,)."""
+
+    study: str = ""
+    trial_id: str = ""
+    cc: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+NOWHERE = Origin()
+
+
+def fit_encoding_model(
+    chain: Chain,
+    stories: Sequence[str],
+    file: Path,
+    *,
+    adapter: Path | None = None,
+    origin: Origin = NOWHERE,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Fit ridge on some stories, for every subject of the chain's data set, and write ``file`` (``model.npz``) and,
+    of a tuned encoder, a copy of the adapter (``model/adapter``).
+
+    Features and responses are z-scored over all rows of the stories, so predictions are in standard deviations of the
+    responses. Responses, weights and predictions are held a panel of voxels at a time.
+
+    Parameters
+    ----------
+    chain : of a trial with method ``frozen``, or ``lora`` with its ``adapter``
+    say : is told when a subject is done
+
+    Raises
+    ------
+    InputError
+        if the files exist, the adapter does not fit or changes nothing, or there is no space.
+    """
+    config, dataset, encoder = chain.config, chain.task.dataset, chain.encoder
+    if encoder is None or config.method != (FROZEN if adapter is None else LORA):
+        raise ValueError(f"method {config.method}: only the frozen encoder, and LoRA with its adapter, can be kept")
+    check_output(file)
+    names = tuple(sorted(stories))
+    settings = _settings(chain, names, adapter, origin)
+    bert = encoder.copy_model().bert if adapter is None else load_adapter(encoder, adapter)
+    on_trs = chain.on_trs(bert, names, names)
+    design = design_on_trs(on_trs, dataset, names, names[:1], config, chain.task.split_seed)
+    _check_disk(file, sum(4 * design.fit.shape[1] * dataset.n_valid(subject) for subject in dataset.subjects))
+    ridge = prepare_ridge(design, config, chain.device)
+    subjects = {s: _fitted(ridge, dataset, s, names, origin.cc.get(s), say) for s in dataset.subjects}
+    with _adapter_copied(adapter, file):
+        write_model(file, settings, design.constants, subjects)
+
+
+def _settings(chain: Chain, stories: tuple[str, ...], adapter: Path | None, origin: Origin) -> ModelSettings:
+    config, dataset = chain.config, chain.task.dataset
+    for name in dataset.subjects:
+        if not is_plain_name(name):
+            raise InputError(f"{dataset.source}: subject {name!r:.80}: its name cannot be part of a file's name")
+    tr_s, first_tr_s = _clock([dataset.stories[name] for name in stories])
+    return ModelSettings(
+        encoder=config.model,
+        checkpoint=checkpoint_fingerprint(config.model),
+        adapter=None if adapter is None else adapter_hash(adapter),
+        layer=chain.layer,
+        window_tokens=config.embed_window_tokens,
+        stride=config.embed_stride,
+        delays=tuple(config.delays),
+        trim_trs=dataset.trim,
+        tr_s=tr_s,
+        first_tr_s=first_tr_s,
+        fit_stories=stories,
+        test_stories=tuple(sorted({name for split in chain.task.splits for name in split.test} - set(stories))),
+        fingerprint=dataset.fingerprint,
+        study=origin.study,
+        trial_id=origin.trial_id,
+    )
+
+
+def check_output(file: Path) -> None:
+    """Refuse a place that a model cannot or should not be written to.
+
+    Raises
+    ------
+    InputError
+        if it has another ending than ``.npz``, exists, or lies in no folder.
+    """
+    if file.suffix != SUFFIX:
+        raise InputError(f"--to {file}: give a name that ends in {SUFFIX}")
+    if not file.parent.is_dir():
+        raise InputError(f"--to {file}: no such folder {file.parent}; make it first")
+    for path in (file, adapter_beside(file)):
+        if path.exists():
+            raise InputError(f"{path}: exists already; move it away, or give another name with --to FILE{SUFFIX}")
+
+
+def _fitted(
+    ridge: CrossValidatedRidge,
+    dataset: Dataset,
+    subject: str,
+    stories: Sequence[str],
+    cc: np.ndarray | None,
+    say: Callable[[str], None],
+) -> Fitted:
+    assert dataset.voxel_masks is not None
+    mask = dataset.voxel_masks[subject]
+    if cc is not None and cc.shape != mask.shape:
+        raise InputError(f"subject {subject}: CC of {cc.size} voxels on record, {mask.size} in the data")
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for fit in _fit_panels(ridge, dataset, subject, stories, say):
+            yield fit.weights, fit.ridge_alphas
+        say(f"{subject}: {dataset.n_valid(subject)} voxels fitted on {ridge.n_rows} rows of {len(stories)} stories")
+
+    known = np.full(mask.size, np.nan, np.float32) if cc is None else cc
+    return Fitted(mask.size, np.flatnonzero(mask), known[mask], blocks())
+
+
+def _fit_panels(
+    ridge: CrossValidatedRidge, dataset: Dataset, subject: str, stories: Sequence[str], say: Callable[[str], None]
+) -> Iterator[RidgeFit]:
+    """Yield the fit of each panel of voxels, all from one grid of alphas, widened where ``score_subject`` would.
+
+    All voxels have a say in that before any weight is yielded: several panels, whose weights are not held, are fitted
+    twice.
+    """
+    panels = voxel_panels(dataset, subject, ridge.n_rows + ridge.n_features)  # rows of responses and of weights
+
+    def fit(columns: slice, ridge: CrossValidatedRidge) -> RidgeFit:
+        return ridge.fit(z_score(stack_responses(dataset, subject, stories, columns)))
+
+    only = fit(panels[0], ridge) if len(panels) == 1 else None
+    cv_cc = [fit(columns, ridge).cv_cc for columns in panels] if only is None else [only.cv_cc]
+    share = pressing_share(np.concatenate(cv_cc, axis=1))
+    grid = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
+    if grid is not None:
+        say(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {min(grid):g} to {max(grid):g}")
+        ridge, only = ridge.with_alphas(grid), None
+    if only is not None:
+        yield only
+        return
+    for columns in panels:
+        yield fit(columns, ridge)
+
+
+def _clock(stories: Sequence[Story]) -> tuple[float, float]:
+    """Return the seconds of a TR, and the usual middle of the first volume."""
+    steps = [float(np.mean(np.diff(story.tr_times_s))) for story in stories]
+    for story, step in zip(stories, steps, strict=True):
+        if abs(step - steps[0]) > MAX_TR_ERROR * steps[0]:
+            raise InputError(f"story {story.name}: a TR of {step:g} s, but {steps[0]:g} s in {stories[0].name}")
+    return steps[0], float(np.median([story.tr_times_s[0] for story in stories]))
+
+
+def _check_disk(file: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(file.parent).free
+    if n_bytes + SPARE_BYTES > free:
+        raise InputError(
+            f"{file}: the weights take {n_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; free some, or "
+            "give another place with --to"
+        )
+
+
+# --- the adapter ------------------------------------------------------------------------------------------------------
+
+
+def adapter_hash(folder: Path) -> str:
+    """Return a hash of an adapter's two files.
+
+    Raises
+    ------
+    InputError
+        if one is missing.
+    """
+    digest = hashlib.sha256()
+    for name in ADAPTER_FILES:
+        try:
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(
+                f"{folder / name}: cannot be read ({error.strerror}); the model needs its adapter"
+            ) from None
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _adapter_copied(adapter: Path | None, file: Path) -> Iterator[None]:
+    """Copy an adapter's files to beside the model; if the model cannot be written, take them away again."""
+    if adapter is None:
+        yield
+        return
+    to = adapter_beside(file)
+    try:
+        to.mkdir(parents=True)
+        for name in ADAPTER_FILES:
+            shutil.copyfile(adapter / name, to / name)
+        yield
+    except BaseException as error:
+        shutil.rmtree(to, ignore_errors=True)
+        with suppress(OSError):  # it may hold something else
+            to.parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{to}: cannot be written ({error.strerror})") from None
+        raise
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+def predict_story(
+    model: EncodingModel, story: Story, encoder_name: str | None = None
+) -> dict[str, Iterator[tuple[slice, np.ndarray]]]:
+    """Predict the responses to a story, a block of voxels at a time.
+
+    Parameters
+    ----------
+    story : with its words and TR times; responses are not read
+    encoder_name : where the pretrained encoder lies now, if it has moved; it must be the same
+
+    Returns
+    -------
+    subject -> iterator over blocks: columns among the subject's predicted voxels, and responses to the rows that the
+    trim keeps, (n_rows, n_columns) float32 in standard deviations. ``model.subjects[subject].voxels`` tells which
+    voxels the columns are.
+
+    Raises
+    ------
+    InputError
+        if the story has another TR or no row, or the encoder or the adapter is not the model's.
+    """
+    X = model_features(model, story, encoder_name)
+
+    def blocks(subject: str) -> Iterator[tuple[slice, np.ndarray]]:
+        for columns, weights in model.weights(subject):
+            yield columns, X @ weights
+
+    return {subject: blocks(subject) for subject in model.subjects}
+
+
+def model_features(model: EncodingModel, story: Story, encoder_name: str | None = None) -> np.ndarray:
+    """Return the features of a story as the model saw those it was fitted on, (n_rows, n_features) float32; arguments
+    and errors as of ``predict_story``."""
+    settings = model.settings
+    rows = settings.trim_trs.rows(len(story.tr_times_s))
+    if rows.stop <= rows.start:
+        raise InputError(
+            f"story {story.name}: {len(story.tr_times_s)} volumes, of which {sum(settings.trim_trs)} are cut: none left"
+        )
+    step, _ = _clock([story])
+    if abs(step - settings.tr_s) > MAX_TR_ERROR * settings.tr_s:
+        raise InputError(f"story {story.name}: a TR of {step:g} s; the model was fitted at {settings.tr_s:g} s")
+    features = story_features(_vectors(model, story, encoder_name), story, settings.delays, settings.trim_trs)
+    if features.shape[1] != model.n_features:
+        raise InputError(f"{model.file}: damaged: {model.n_features} features, but {features.shape[1]} of a story")
+    return model.constants.apply(features)
+
+
+def _vectors(model: EncodingModel, story: Story, encoder_name: str | None) -> np.ndarray:
+    """Return word vectors, (n_words, n_hidden)."""
+    settings = model.settings
+    if model.adapter_folder is not None and adapter_hash(model.adapter_folder) != settings.adapter:
+        raise InputError(f"{model.adapter_folder}: not the adapter that {model.file} was fitted with; put it back")
+    encoder = load_encoder(encoder_name or settings.encoder)
+    if checkpoint_fingerprint(encoder.name) != settings.checkpoint:
+        raise InputError(f"{model.file}: was fitted with another {encoder.name}; its files have changed since")
+    table = export_stories(
+        Dataset(source=str(model.file), stories={story.name: story}, subjects=(), published_test=()),
+        encoder,
+        adapter=model.adapter_folder,
+        layer=settings.layer,
+        window_tokens=settings.window_tokens,
+        stride=settings.stride,
+    )
+    return np.stack(table["vector"].to_list())

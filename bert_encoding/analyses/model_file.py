@@ -1,0 +1,384 @@
+"""The file of an encoding model: an uncompressed ``.npz``, written and read a block of voxels at a time.
+
+The weights of a whole brain are some gigabytes a subject, so they never lie in memory at once. Members:
+
+``settings``
+    text: JSON of ``ModelSettings`` and the number of voxels a subject
+``mean``, ``scale``
+    (n_features,) float64: z-score constants of the features
+``<subject>/weights``
+    (n_features, n_voxels) float32, a voxel after the other (Fortran order)
+``<subject>/ridge_alphas``, ``<subject>/cc``, ``<subject>/voxels``
+    (n_voxels,) float64, float32, int64: see ``SubjectModel``
+
+``numpy.load(file)["UTS03/weights"]`` reads it as well. Whatever a file claims, no more is read than it holds.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.storage import atomic_path
+from bert_encoding.core.zscore import ZScore
+from bert_encoding.datasets.responses import check_regular
+from bert_encoding.datasets.story import Trim
+
+VERSION = 2
+BLOCK_BYTES = 64 * 2**20  # of weights in memory at a time
+MAX_SETTINGS_BYTES = 16 * 2**20
+MAX_VOXELS = 10_000_000  # of a subject; a brain at 1 mm has a fifth of it
+SUFFIX = ".npz"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a story becomes features, and what the weights were fitted on.
+
+    Attributes
+    ----------
+    encoder, checkpoint : name and fingerprint of the pretrained BERT
+    adapter : hash of the adapter in the folder beside the file; None for the frozen encoder
+    layer, window_tokens, stride : as in ``embed_stories``
+    delays : in TRs
+    trim_trs : volumes cut at the start and the end of every story
+    tr_s, first_tr_s : seconds from one volume to the next; middle of a story's first one, from the story's start
+    fit_stories, fingerprint : what ridge was fitted on, and the hash of the whole data set
+    test_stories : those that the study keeps locked
+    study, trial_id : where the model comes from
+    """
+
+    encoder: str
+    checkpoint: str
+    adapter: str | None
+    layer: int | tuple[int, ...]
+    window_tokens: int
+    stride: int
+    delays: tuple[int, ...]
+    trim_trs: Trim
+    tr_s: float
+    first_tr_s: float
+    fit_stories: tuple[str, ...]
+    test_stories: tuple[str, ...]
+    fingerprint: str
+    study: str
+    trial_id: str
+
+
+class SubjectModel(NamedTuple):
+    """What is known of a subject's voxels, the weights aside.
+
+    Attributes
+    ----------
+    n_all : voxels of the responses, those that are masked out included
+    voxels : (n_voxels,) ascending indices of the predicted ones among all
+    ridge_alphas : (n_voxels,) the chosen penalties
+    cc : (n_voxels,) CC on validation stories, of the trial, whose ridge had not seen them; NaN where unknown
+    """
+
+    n_all: int
+    voxels: np.ndarray
+    ridge_alphas: np.ndarray
+    cc: np.ndarray
+
+
+class Fitted(NamedTuple):
+    """A subject to write; ``blocks`` yields weights (n_features, n_columns) and ridge_alphas (n_columns,), which
+    together make ``voxels.size`` columns."""
+
+    n_all: int
+    voxels: np.ndarray
+    cc: np.ndarray
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class EncodingModel:
+    """A model on disk; ``weights`` reads it a block at a time."""
+
+    file: Path
+    settings: ModelSettings
+    constants: ZScore
+    subjects: Mapping[str, SubjectModel]
+
+    @property
+    def n_features(self) -> int:
+        return len(self.constants.mean)
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter in PEFT format; None for the frozen encoder."""
+        return None if self.settings.adapter is None else adapter_beside(self.file)
+
+    def weights(self, subject: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the columns of a block among the subject's predicted voxels, and its weights, (n_features, n_columns)
+        float32.
+
+        Raises
+        ------
+        InputError
+            if the file was damaged since it was loaded.
+        """
+        with _open(self.file) as archive:
+            yield from _weights(archive, self.file, subject, self.n_features, self.subjects[subject].voxels.size)
+
+
+def adapter_beside(file: Path) -> Path:
+    """Return where the adapter of ``model.npz`` lies: ``model/adapter``."""
+    return file.with_suffix("") / "adapter"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_model(file: Path, settings: ModelSettings, constants: ZScore, subjects: Mapping[str, Fitted]) -> None:
+    """Write a model, whole or not at all; equal models give equal bytes.
+
+    Raises
+    ------
+    InputError
+        if there is no space, or the place may not be written.
+    """
+    sizes = {name: {"n_all": part.n_all, "n_voxels": int(part.voxels.size)} for name, part in subjects.items()}
+    about = {"version": VERSION, "n_features": len(constants.mean), "subjects": sizes} | asdict(settings)
+    try:
+        with atomic_path(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            _write(archive, "settings", np.array(json.dumps(about)))
+            _write(archive, "mean", constants.mean.astype(np.float64))
+            _write(archive, "scale", constants.std.astype(np.float64))
+            for name, part in subjects.items():
+                alphas = _write_weights(archive, f"{name}/weights", part, len(constants.mean))
+                _write(archive, f"{name}/ridge_alphas", alphas)
+                _write(archive, f"{name}/voxels", part.voxels.astype(np.int64))
+                _write(archive, f"{name}/cc", part.cc.astype(np.float32))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror or first_line(error)})") from None
+
+
+def _write(archive: zipfile.ZipFile, name: str, values: np.ndarray) -> None:
+    with _new_member(archive, name) as member:
+        np.lib.format.write_array(member, values, version=(1, 0), allow_pickle=False)
+
+
+def _write_weights(archive: zipfile.ZipFile, name: str, part: Fitted, n_features: int) -> np.ndarray:
+    """Write blocks as they come and return the ridge_alphas, (n_voxels,)."""
+    shape = (n_features, int(part.voxels.size))
+    alphas = []
+    with _new_member(archive, name) as member:
+        header = {"descr": "<f4", "fortran_order": True, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        for weights, chosen in part.blocks:
+            if len(weights) != n_features or weights.shape[1] != len(chosen) or not np.isfinite(weights).all():
+                raise RuntimeError(f"{name}: weights {weights.shape} for {n_features} features, or not finite")
+            member.write(np.ascontiguousarray(weights.T, dtype="<f4").data)  # (n_columns, n_features)
+            alphas.append(chosen.astype(np.float64))
+    found = np.concatenate(alphas) if alphas else np.empty(0)
+    if len(found) != shape[1]:
+        raise RuntimeError(f"{name}: {len(found)} voxels, not {shape[1]}")
+    return found
+
+
+def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(file: Path) -> EncodingModel:
+    """Read a model and check all of it: every shape, every value, every checksum. The weights are read through, not
+    kept.
+
+    Raises
+    ------
+    InputError
+        if the file is missing, damaged, compressed, of another version, or no encoding model.
+    """
+    with _open(file) as archive:
+        about = _read_settings(archive, file)
+        settings, sizes, n_features = _parse(about, file)
+        _check_members(archive, file, sizes)
+        mean, scale = (_read(archive, file, name, "<f8", n_features) for name in ("mean", "scale"))
+        if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
+            raise _damaged(file, "the z-score constants are not finite, or a scale is not above 0")
+        subjects = {name: _read_subject(archive, file, name, *size, n_features) for name, size in sizes.items()}
+    return EncodingModel(file, settings, ZScore(mean, scale), subjects)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[zipfile.ZipFile]:
+    """Yield the archive; whatever a damaged one raises becomes one line."""
+    check_regular(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; `python -m bert_encoding fit results/NAME` writes a model") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive raises almost anything
+        raise _damaged(file, first_line(error)) from None
+
+
+def _damaged(file: Path, why: str) -> InputError:
+    return InputError(f"{file}: not an encoding model, or damaged ({why}); fit it anew")
+
+
+def _check_members(archive: zipfile.ZipFile, file: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
+    expected = {"settings.npy", "mean.npy", "scale.npy"}
+    expected |= {f"{name}/{part}.npy" for name in sizes for part in ("weights", "ridge_alphas", "voxels", "cc")}
+    names = archive.namelist()
+    if other := sorted(expected ^ set(names)):
+        raise _damaged(file, f"{other[0]} is {'missing' if other[0] in expected else 'too many'}")
+    if len(names) > len(expected):
+        raise _damaged(file, "a member is there twice")
+
+
+@contextmanager
+def _member(archive: zipfile.ZipFile, file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[Any, ...], int]]:
+    """Yield a member behind its header, (shape, fortran_order, dtype), and the bytes that are left."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise InputError(f"{file}: {name} is compressed, and could unfold to any size; fit the model anew")
+    if info.file_size > file.stat().st_size:
+        raise _damaged(file, f"{name} claims more bytes than the file has")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):
+            raise _damaged(file, f"{name} has a header of version {version}")
+        header = np.lib.format.read_array_header_1_0(member)
+        yield member, header, info.file_size - member.tell()
+
+
+def _read(archive: zipfile.ZipFile, file: Path, name: str, dtype: str, n: int) -> np.ndarray:
+    """Return a member that must be (n,) of a type; the size is compared before anything is read."""
+    with _member(archive, file, name) as (member, (shape, _, found), n_left):
+        _expect(file, name, (shape, found), ((n,), np.dtype(dtype)), n_left)
+        return np.frombuffer(member.read(n_left), dtype)
+
+
+def _expect(file: Path, name: str, found: tuple[Any, Any], wanted: tuple[tuple[int, ...], Any], n_left: int) -> None:
+    if found != wanted or n_left != math.prod(wanted[0]) * wanted[1].itemsize:
+        raise _damaged(
+            file, f"{name} is {found[1]} of shape {found[0]} in {n_left} bytes, not {wanted[1]} of {wanted[0]}"
+        )
+
+
+def _weights(
+    archive: zipfile.ZipFile, file: Path, subject: str, n_features: int, n_voxels: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    name, n_columns = f"{subject}/weights", max(1, BLOCK_BYTES // (4 * n_features))
+    with _member(archive, file, name) as (member, (shape, is_fortran, dtype), n_left):
+        _expect(file, name, (shape, dtype), ((n_features, n_voxels), np.dtype("<f4")), n_left)
+        if not is_fortran and min(shape) > 1:
+            raise _damaged(file, f"{name} is not in Fortran order")
+        for start in range(0, n_voxels, n_columns):
+            columns = slice(start, min(start + n_columns, n_voxels))
+            content = member.read((columns.stop - start) * n_features * 4)
+            block = np.frombuffer(content, "<f4").reshape(columns.stop - start, n_features)
+            if not np.isfinite(block).all():
+                raise _damaged(file, f"{name} are not finite")
+            yield columns, block.T
+
+
+def _read_subject(
+    archive: zipfile.ZipFile, file: Path, name: str, n_all: int, n_voxels: int, n_features: int
+) -> SubjectModel:
+    voxels = _read(archive, file, f"{name}/voxels", "<i8", n_voxels)
+    alphas = _read(archive, file, f"{name}/ridge_alphas", "<f8", n_voxels)
+    cc = _read(archive, file, f"{name}/cc", "<f4", n_voxels)
+    if n_voxels < 1 or voxels[0] < 0 or voxels[-1] >= n_all or (np.diff(voxels) <= 0).any():
+        raise _damaged(file, f"{name}/voxels are not ascending indices below {n_all}")
+    if not np.isfinite(alphas).all() or (alphas <= 0).any() or (np.abs(cc) > 1).any():
+        raise _damaged(file, f"{name}: a ridge_alpha is not above 0, or a CC is beyond 1")
+    for _ in _weights(archive, file, name, n_features, n_voxels):
+        pass
+    return SubjectModel(n_all, voxels, alphas, cc)
+
+
+def _read_settings(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
+    if "settings.npy" not in archive.namelist():
+        raise _damaged(file, "settings.npy is missing")
+    with _member(archive, file, "settings") as (member, (shape, _, dtype), n_left):
+        if dtype.kind != "U" or shape != () or n_left != dtype.itemsize or n_left > MAX_SETTINGS_BYTES:
+            raise _damaged(file, f"its settings are {dtype} of shape {shape}, not text")
+        about = json.loads(str(np.frombuffer(member.read(n_left), dtype)[0]))
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        found = about.get("version") if isinstance(about, dict) else None
+        raise InputError(f"{file}: an encoding model of version {found!r:.20}, expected {VERSION}; fit it anew")
+    return about
+
+
+def _parse(about: dict[str, Any], file: Path) -> tuple[ModelSettings, dict[str, tuple[int, int]], int]:
+    """Return the settings, subject -> (n_all, n_voxels), and n_features, each checked."""
+    try:
+        values = {field.name: about[field.name] for field in fields(ModelSettings)}
+        for name, is_right in _RULES.items():
+            if not is_right(values[name]):
+                raise ValueError(f"{name} is {values[name]!r:.40}")
+        layer = values["layer"]
+        values["layer"] = tuple(layer) if isinstance(layer, list) else layer
+        values |= {name: tuple(values[name]) for name in ("delays", "fit_stories", "test_stories")}
+        values["trim_trs"] = Trim(*values["trim_trs"])
+        sizes = {name: (size["n_all"], size["n_voxels"]) for name, size in about["subjects"].items()}
+        for name, size in sizes.items():
+            if not is_plain_name(name) or not all(map(_is_count, size)) or size[0] > MAX_VOXELS:
+                raise ValueError(f"subject {name!r:.40} has {size!r:.40} voxels")
+        if not sizes or not _is_count(about["n_features"]) or about["n_features"] % len(values["delays"]):
+            raise ValueError(f"n_features is {about['n_features']!r:.40}, subjects are {len(sizes)}")
+        return ModelSettings(**values), sizes, about["n_features"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(file, f"its settings: {first_line(error)}") from None
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name can be part of a file's name: a path in it could lead anywhere."""
+    return isinstance(name, str) and 0 < len(name) <= 200 and not set(name) & {"/", "\\", "\0"} and name[0] != "."
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e6
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(v) is int and 0 <= v < 10_000 for v in values)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
+
+
+_RULES: dict[str, Callable[[Any], Any]] = {
+    "encoder": lambda v: _is_text(v) and v,
+    "checkpoint": _is_text,
+    "adapter": lambda v: v is None or _is_text(v),
+    "layer": lambda v: _are_counts(v if isinstance(v, list) else [v]),
+    "window_tokens": _is_count,
+    "stride": _is_count,
+    "delays": _are_counts,
+    "trim_trs": lambda v: _are_counts(v) and len(v) == 2,
+    "tr_s": lambda v: _is_number(v) and v > 0,
+    "first_tr_s": _is_number,
+    "fit_stories": _are_texts,
+    "test_stories": _are_texts,
+    "fingerprint": _is_text,
+    "study": _is_text,
+    "trial_id": _is_text,
+}

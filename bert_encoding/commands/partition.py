@@ -1,0 +1,272 @@
+"""The command ``partition``: what BERT predicts beyond other features (see ``analyses/variance_partitioning.py``).
+
+Feature spaces are fitted on all stories but the test stories and scored on these: nothing is tuned but penalties.
+"""
+
+import importlib.metadata
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_encoding.analyses.alignment import inspect_aligned
+from bert_encoding.analyses.partition_tables import (
+    ARRAYS,
+    BERT,
+    arrays_of,
+    ceiling_lines,
+    doubts,
+    noise_ceilings,
+    normalised_of,
+    partition_dataset,
+    print_tables,
+    table_of,
+)
+from bert_encoding.analyses.variance_partitioning import Subset
+from bert_encoding.core.command_line import Names, Text, Whole, absolute, parse_layer
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import code_fingerprint, write_json
+from bert_encoding.core.names import BAG_OF_WORDS, DEMOS, FROZEN, STATIC, WORD_RATE
+from bert_encoding.core.storage import atomic_path
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
+from bert_encoding.datasets.story import TRIMS
+from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.language_model.encoder import MINILM, check_layer, check_model_name, weights_fingerprint
+from bert_encoding.regression.banded_ridge import HIMALAYA, OWN, check_solver
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
+
+METHODS = {BERT: FROZEN, WORD_RATE: WORD_RATE, BAG_OF_WORDS: BAG_OF_WORDS, STATIC: STATIC}
+MAX_SPACES = 3
+JSON_FILE, ARRAYS_FILE = "partition.json", "partition.npz"
+PACKAGES = ("numpy", "torch", "transformers")
+
+
+def partition(
+    path: str,
+    /,
+    *,
+    model: Text = None,
+    layer: Text = None,
+    spaces: Names = None,
+    static_vectors: Text = None,
+    subjects: Names = None,
+    test_stories: Names = None,
+    train_stories: Whole = None,
+    trim: Text = None,
+    trust_alignment: bool = False,
+    banded: bool = False,
+    banded_solver: Text = None,
+    seed: Whole = None,
+    to: Text = None,
+) -> int:
+    """Say which voxels BERT predicts that word rate or static vectors do not, and what they explain in common.
+
+    Ridge is fitted on every combination of the feature spaces and scored on the test stories. Nothing is tuned here but
+    penalties, inside the other stories, so the test stories may be read.
+
+    Parameters
+    ----------
+    path
+        'demo', 'demo-null', 'demo-helps', or the folder of your data.
+    model
+        minilm, minilm-plain, a checkpoint folder or a hub name; frozen. [default: minilm]
+    layer
+        'last', a number from 0 (embeddings), or several to average, as in 4,5,6. [default: last]
+    spaces
+        Two or three of bert, word_rate, bag_of_words, static. [default: bert word_rate]
+    static_vectors
+        File of GloVe or word2vec vectors, for the space static.
+    subjects
+        Whose responses. [default: all]
+    test_stories
+        Stories to score. [default: the published ones]
+    train_stories
+        Fit on so many other stories, a seeded choice. [default: all others]
+    trim
+        How the responses were cut: published (10 volumes at the start, 5 at the end) or course (5, 10).
+        [default: published]
+    trust_alignment
+        Go on although word rate lags elsewhere than in aligned data.
+    banded
+        Give each space a penalty of its own in the joint fits.
+    banded_solver
+        Of --banded: own, or himalaya, which finds the same more slowly and needs the extra 'banded'. [default: own]
+    seed
+        Of folds, permutations and the choice of stories. [default: 0]
+    to
+        A new folder for partition.json and partition.npz. [default: results/partition/NAME]
+    """
+    names = _parse_spaces(spaces, static_vectors)
+    solver = _solver(banded, banded_solver)
+    folder = _output(to, path)
+    base = _base_config(names, model, layer, seed or 0)
+    task = _open_task(path, trim, trust_alignment, subjects, test_stories, train_stories, base.seed)
+    _fit_and_write(base, _configs(base, names, static_vectors), task, solver, folder)
+    return 0
+
+
+def _fit_and_write(
+    base: TrialConfig, configs: Mapping[str, TrialConfig], task: Task, solver: str | None, folder: Path
+) -> None:
+    test = task.splits[0].test
+    print(f"test stories are read ({', '.join(test)}): choose no layer or other setting by the result")
+    with _made(folder):
+        ceilings = noise_ceilings(task.dataset, test)
+        found, notes = partition_dataset(configs, task, solver, folder)
+    rows = table_of(found)
+    about = _about(base, tuple(configs), solver, task)
+    about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
+    about |= {"table": rows, "normalised": normalised_of(found, ceilings, test), "arrays": ARRAYS}
+    assert task.dataset.voxel_masks is not None
+    _write(folder, arrays_of(found, ceilings, test, task.dataset.voxel_masks), about)
+    print_tables(about)
+    print(f"{folder}: written")
+
+
+def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset:
+    names = [name for value in given or (BERT, WORD_RATE) for part in value.split(",") if (name := part.strip())]
+    if static_vectors and STATIC not in names:
+        names.append(STATIC)
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--spaces {name}: must be two or three of {', '.join(METHODS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--spaces {' '.join(names)}: a space is named twice")
+    if not 2 <= len(names) <= MAX_SPACES:
+        raise InputError(f"--spaces {' '.join(names)}: give two or three of {', '.join(METHODS)}")
+    if STATIC in names and not static_vectors:
+        raise InputError("--spaces static: name the file of vectors with --static-vectors FILE")
+    return tuple(names)
+
+
+def _solver(banded: bool, solver: str | None) -> str | None:
+    if solver is not None and not banded:
+        raise InputError(f"--banded-solver {solver}: means nothing without --banded")
+    if not banded:
+        return None
+    check_solver(solver or OWN)
+    return solver or OWN
+
+
+def _base_config(names: Subset, model: str | None, layer: str | None, seed: int) -> TrialConfig:
+    if BERT not in names:
+        for option, value in (("--model", model), ("--layer", layer)):
+            if value is not None:
+                raise InputError(f"{option} {value}: means nothing without the space {BERT}; leave it out")
+        return TrialConfig(method=WORD_RATE, seed=seed)
+    name, layers = model or MINILM, parse_layer(layer)
+    check_model_name(name)
+    check_layer(layers, name)
+    return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed, embed_precision="float32")
+
+
+def _configs(base: TrialConfig, names: Subset, static_vectors: str | None) -> dict[str, TrialConfig]:
+    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
+    return {
+        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
+    }
+
+
+def _output(to: str | None, path: str) -> Path:
+    folder = absolute("--to", to) if to else Path("results") / "partition" / (absolute("", path).name or "data")
+    for name in (JSON_FILE, ARRAYS_FILE):
+        if (folder / name).exists():
+            raise InputError(f"--to {folder}: holds a {name} already; give another folder, or move it away")
+    return folder
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make the folder before hours of computing, not after; if these fail, take away what is empty of it."""
+    new = [path for path in (folder, *folder.parents) if not _exists(path)]
+    try:
+        _make_folder(folder)
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something stays, and so do those above it
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # where one may not look there is nothing to take away
+        return True
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
+
+
+def _open_task(
+    path: str,
+    trim: str | None,
+    trust_alignment: bool,
+    subjects: list[str] | None,
+    test_stories: list[str] | None,
+    n_train_stories: int | None,
+    seed: int,
+) -> Task:
+    """Open and inspect the data; all stories but the test stories are fit stories."""
+    if trim is not None and trim not in TRIMS:
+        raise InputError(f"--trim {trim}: must be one of {', '.join(TRIMS)}")
+    if path in DEMOS:
+        dataset = simulate_listener(demo_stories(path))[0]
+    else:
+        dataset = open_dataset(Path(path), TRIMS[trim or "published"])
+    chosen = choose_subjects(dataset, subjects)
+    fit, test = choose_stories(dataset, chosen, test_stories, n_train_stories, seed)
+    if len(fit) < MIN_FIT_STORIES:
+        raise InputError(f"{dataset.source}: {len(fit)} stories to fit; at least {MIN_FIT_STORIES} are needed")
+    if path not in DEMOS:
+        dataset = inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
+    return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
+
+
+def _about(base: TrialConfig, names: Subset, solver: str | None, task: Task) -> dict[str, Any]:
+    """Return what a later reader needs to run it again."""
+    packages = (*PACKAGES, *([HIMALAYA] if solver == HIMALAYA else []))
+    about: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": sys.argv,
+        "code": code_fingerprint(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "spaces": names,
+        "banded_solver": solver,
+        "settings": {name: getattr(base, name) for name in ("delays", "ridge_alphas", "n_folds", "vocabulary", "seed")},
+        "model": None,
+        "data": {"source": task.dataset.source, "fingerprint": task.dataset.fingerprint, "trim": task.dataset.trim},
+        "stories": {"fit": task.splits[0].fit, "test": task.splits[0].test},
+    }
+    if base.method == FROZEN:
+        encoder = Chain(base, task).encoder
+        assert encoder is not None
+        weights = weights_fingerprint(encoder.model)
+        settings = {"layer": base.layer, "window_tokens": base.embed_window_tokens, "stride": base.embed_stride}
+        about["model"] = {"name": encoder.name, "weights": weights, **settings}
+    return about
+
+
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write both files; the table comes last, so one that exists is complete."""
+    try:
+        with atomic_path(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+        write_json(folder / JSON_FILE, about)
+    except OSError as error:
+        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,104 @@
+"""What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.interrupt import INTERRUPTED, listen_again
+
+BAD_INPUT, SOME_FAILED = 2, 3
+MAX_LAYERS = 1000
+WIDTH_OF_A_LOG = 240
+
+
+def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
+    """Return a converter for an option that may be absent; the word 'none' and half a trial are no values."""
+    return lambda type_, tokens: kind(tokens[0].value)
+
+
+Text = Annotated[str | None, Parameter(converter=_strictly(str))]
+Whole = Annotated[int | None, Parameter(converter=_strictly(int))]
+Number = Annotated[float | None, Parameter(converter=_strictly(float))]
+Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")]
+
+
+def absolute(option: str, name: str | Path) -> Path:
+    """Return a path that does not depend on the current folder.
+
+    Raises
+    ------
+    InputError
+        if its links go round in a circle, or ``~`` is nobody's.
+    """
+    try:
+        return Path(name).expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{option} {name}: {error}") from None
+
+
+def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
+    """Return the layer of ``4``, or the several of ``4,5`` or ``4-6``, to be averaged; None, the last, of ``last``.
+
+    Raises
+    ------
+    InputError
+        if it is none of these.
+    """
+    if given is None or given == "last":
+        return None
+    try:
+        first, dash, last = given.partition("-")
+        several = range(int(first), int(last) + 1) if dash and first else map(int, given.split(","))
+        layers = tuple(islice(several, MAX_LAYERS + 1))
+    except ValueError:
+        layers = ()
+    if not layers or len(layers) > MAX_LAYERS:
+        raise InputError(
+            f"--layer {given}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
+        )
+    return layers if (dash and first) or len(layers) > 1 else layers[0]
+
+
+def console_of_command() -> Console:
+    """Return the console of a command: as wide as the terminal, or wide enough for a table in a file."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Print lines as they are: not wrapped, without markup."""
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    app.suppress_keyboard_interrupt = False  # else it ends without a word
+    try:
+        listen_again()
+        code = app(
+            sys.argv[1:] if arguments is None else arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except (InputError, cyclopts.CycloptsError) as error:
+        return _refuse(str(error))
+    except OSError as error:  # a path that may not be entered, is too long, or is a file where a folder should be
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT

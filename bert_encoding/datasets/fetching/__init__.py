@@ -1,0 +1,4 @@
+"""Downloads of public data sets, resumed and verified.
+
+Imports ``core`` and the readers of ``datasets``.
+"""

@@ -1,0 +1,238 @@
+"""The bundled demo: sixteen stories and a simulated listener whose truth is known.
+
+The listener has three kinds of voxels. *Language* voxels follow the word vectors of the ``minilm`` encoder, cleaned of
+word rate and drift, through a few directions and a haemodynamic delay; *rate* voxels follow word rate; *silent* voxels
+follow nothing. In the plain demo language voxels follow the last layer of the frozen encoder. So it is right by
+construction, and fine-tuning can at best keep up with it. For the other demos see ``listeners``; everything else, the
+noise included, is the same in all of them.
+"""
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bert_encoding.core.names import DEMO, DEMOS
+from bert_encoding.core.seeds import generator
+from bert_encoding.core.zscore import ZScore
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.story import TRIMS, Dataset, Story
+from bert_encoding.demo.simulated_listeners import Followed, hidden_weights, what_is_followed
+from bert_encoding.features.downsampling import delay, lanczos_downsample
+from bert_encoding.features.word_rate import word_rate
+
+SUBJECT = "listener"
+TEST = ("ferry", "telescope")
+TR_S = 2.0
+N_LANGUAGE, N_RATE, N_SILENT = 160, 40, 100
+N_VOXELS = N_LANGUAGE + N_RATE + N_SILENT
+N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
+N_DRIFT = 8  # cosines over a story that count as drift: periods down to about 45 s
+HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
+N_REPEATS_TEST = 5  # test stories are averages over so many scans, kept as well
+SEED = 2026
+_VERSION = 1  # raise it whenever the simulation changes
+_STORIES = Path(__file__).parent / "data" / "stories"
+
+
+class Truth(NamedTuple):
+    """What the simulation knows.
+
+    Attributes
+    ----------
+    kind : (n_voxels,) "language", "rate" or "silent"
+    ceiling, ceiling_test : (n_voxels,) CC of a perfect prediction, for stories heard once and for test stories
+    """
+
+    kind: np.ndarray
+    ceiling: np.ndarray
+    ceiling_test: np.ndarray
+
+
+def demo_stories(name: str = DEMO) -> Dataset:
+    """Return the bundled stories without responses; needs no model.
+
+    Parameters
+    ----------
+    name : of the demo, one of ``DEMOS``: who will listen
+    """
+    if name not in DEMOS:
+        raise ValueError(f"no demo {name!r}; there are {', '.join(DEMOS)}")
+    stories = {path.stem: _story(path) for path in sorted(_STORIES.glob("*.txt"))}
+    return Dataset(source=name, stories=stories, subjects=(SUBJECT,), published_test=TEST)
+
+
+def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
+    """Let the simulated listener hear the bundled stories; return them with responses, inspected, and the truth.
+
+    Which listener, ``dataset.source`` says.
+
+    The fingerprint is made of text and simulation, not of the last bits of a forward pass, so that it is the same on
+    every machine.
+    """
+    truth = _truth()
+    stories = {name: _hear(dataset, name, signal, truth) for name, signal in _signals(dataset).items()}
+    heard = inspect(replace(dataset, stories=stories))
+    return replace(heard, fingerprint=_fingerprint(dataset)), truth
+
+
+def _hear(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Story:
+    """Return a story with responses, z-scored; a test story with its repeats too, on the scale of their mean.
+
+    Parameters
+    ----------
+    signal : (n_trs, n_voxels) responses without noise
+    """
+    ceiling = truth.ceiling_test if name in TEST else truth.ceiling
+    noise = _noise(signal.shape, "noise", name)
+    rows = dataset.trim.rows(len(signal))
+    kept = (ceiling * signal + np.sqrt(1 - ceiling**2) * noise)[rows]
+    scale = ZScore.learn(kept)
+    heard = replace(dataset.stories[name], responses={SUBJECT: Responses(array=scale.apply(kept))})
+    if name not in TEST:
+        return heard
+    repeats = [scale.apply((ceiling * signal + np.sqrt(1 - ceiling**2) * n)[rows]) for n in _noise_apart(noise, name)]
+    return replace(heard, repeats={SUBJECT: Responses(array=np.stack(repeats))})
+
+
+def _noise_apart(noise: np.ndarray, story: str) -> np.ndarray:
+    """Return the noise of each repeat, (n_repeats, n_trs, n_voxels), given that of their mean, (n_trs, n_voxels).
+
+    Independent Gaussian noise e_1 .. e_N of variance N, conditioned on its mean m, is m + e_i - mean(e): so the mean is
+    ``noise`` itself, and each repeat has N times its variance.
+    """
+    drawn = [_noise(noise.shape, "repeat", story, at) for at in range(N_REPEATS_TEST)]
+    apart = np.sqrt(N_REPEATS_TEST) * np.stack(drawn)
+    return noise + apart - apart.mean(axis=0)
+
+
+def _truth() -> Truth:
+    kind = np.repeat(["language", "rate", "silent"], [N_LANGUAGE, N_RATE, N_SILENT])
+    ceiling = generator(SEED, "ceiling").uniform(0.3, 0.7, kind.size)
+    ceiling[kind == "silent"] = 0
+    share = ceiling**2
+    return Truth(kind, ceiling, np.sqrt(share / (share + (1 - share) / N_REPEATS_TEST)))
+
+
+def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Return what each voxel would respond without noise, story -> (n_trs, n_voxels); unit variance over the rows that
+    responses keep."""
+    rate = {n: _downsample(s, word_rate(s.spoken)) for n, s in dataset.stories.items()}
+    kept = {n: dataset.trim.rows(len(rate[n])) for n in rate}
+    rng = generator(SEED, "weights")
+    language = _language(dataset, rate, kept, rng.standard_normal((N_DIRECTIONS, N_LANGUAGE)))
+    hrf = HAEMODYNAMICS[:, None] * rng.uniform(0.7, 1.3, (len(HAEMODYNAMICS), N_LANGUAGE + N_RATE))
+    signals = {}
+    for name in rate:
+        drive = np.hstack([language[name], np.repeat(rate[name], N_RATE, axis=1)])  # (n_trs, n_driven)
+        lagged = delay(drive, range(1, len(hrf) + 1)).reshape(len(drive), *hrf.shape)
+        signals[name] = np.einsum("tdv,dv->tv", lagged, hrf)
+    scale = ZScore.learn(np.vstack([signals[n][kept[n]] for n in signals]))
+    return {n: np.hstack([scale.apply(s), np.zeros((len(s), N_SILENT))]) for n, s in signals.items()}
+
+
+def _language(
+    dataset: Dataset, rate: dict[str, np.ndarray], kept: dict[str, slice], weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return what drives language voxels before any delay, story -> (n_trs, n_language).
+
+    Parameters
+    ----------
+    weights : (n_directions, n_language) how much each voxel follows each direction
+    """
+    parts, start = [], 0
+    for one in what_is_followed(dataset, N_LANGUAGE):
+        heard = _directions(_on_trs(dataset, one, rate, kept), rate, kept)
+        parts.append({n: heard[n] @ weights[:, start : start + one.n_voxels] for n in heard})
+        start += one.n_voxels
+    return {n: np.hstack([part[n] for part in parts]) for n in rate}
+
+
+def _on_trs(
+    dataset: Dataset, one: Followed, rate: dict[str, np.ndarray], kept: dict[str, slice]
+) -> dict[str, np.ndarray]:
+    """Return vectors on the scanner's clock, story -> (n_trs, n_hidden); of those that are followed only where they
+    differ from others, the coordinates on the strongest directions of the difference, (n_trs, n_directions)."""
+    X = {n: _downsample(dataset.stories[n], vectors) for n, vectors in one.vectors.items()}
+    if one.differs_from is None:
+        return X
+    change = {n: X[n] - _downsample(dataset.stories[n], vectors) for n, vectors in one.differs_from.items()}
+    axes = _strongest(change, _known(rate), kept)[2]
+    return {n: X[n] @ axes.T for n in X}
+
+
+def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]) -> dict[str, np.ndarray]:
+    """Return the strongest directions of the downsampled vectors, story -> (n_trs, n_directions), learnt on the rows
+    that responses keep; each of unit mean square there.
+
+    Word rate and slow drift are taken out first. BERT's vectors drift with the position in its window, whatever the
+    words; a listener who followed that would be predicted by any text.
+    """
+    known = _known(rate)
+    slopes, scale, axes = _strongest(X, known, kept)
+    n_rows = sum(len(X[n][kept[n]]) for n in X)
+    project = axes.T * (np.sqrt(n_rows) / scale)
+    return {n: (X[n] - known[n] @ slopes) @ project for n in X}
+
+
+def _strongest(
+    X: dict[str, np.ndarray], known: dict[str, np.ndarray], kept: dict[str, slice]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the slopes of vectors on what is known, (n_known, n_hidden), and of what is left the largest singular
+    values, (n_directions,), with their directions, (n_directions, n_hidden)."""
+    fit_known, fit_X = (np.vstack([values[n][kept[n]] for n in X]) for values in (known, X))
+    slopes = np.linalg.lstsq(fit_known, fit_X, rcond=None)[0]
+    _, scale, directions = np.linalg.svd(fit_X - fit_known @ slopes, full_matrices=False)
+    return slopes, scale[:N_DIRECTIONS], directions[:N_DIRECTIONS]
+
+
+def _known(rate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a constant, and word rate with its slow changes, story -> (n_trs, n_known)."""
+    return {n: np.hstack([np.ones_like(r), r * _drift(len(r))]) for n, r in rate.items()}
+
+
+def _drift(n_trs: int) -> np.ndarray:
+    """Return a constant and slow cosines over a story, (n_trs, 1 + N_DRIFT)."""
+    place = (np.arange(n_trs) + 0.5) / n_trs
+    return np.cos(np.pi * np.outer(place, np.arange(1 + N_DRIFT)))
+
+
+def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
+    return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
+
+
+def _noise(shape: tuple[int, ...], *names: str | int) -> np.ndarray:
+    """Return unit-variance noise with the slow drift of real responses: each TR keeps a third of the one before."""
+    keep = 1 / 3
+    white = generator(SEED, *names).standard_normal(shape)
+    noise = white.copy()
+    for t in range(1, len(noise)):
+        noise[t] = keep * noise[t - 1] + np.sqrt(1 - keep**2) * white[t]
+    return noise
+
+
+def _story(path: Path) -> Story:
+    """Read a story aloud: long words take longer, sentences end in a pause."""
+    rng = generator(SEED, "reading", path.stem)
+    words, times, now = [], [], 0.2
+    for written in path.read_text().lower().split():
+        word = re.sub(r"^[^a-z]+|[^a-z]+$", "", written)
+        if not word:
+            continue
+        duration = (0.10 + 0.045 * len(word)) * rng.uniform(0.8, 1.25)
+        words.append(word)
+        times.append(now + duration / 2)
+        pause = 0.6 if re.search(r"[.?!]", written) else 0.2 if written[-1] in ",;:" else 0.0
+        now += duration + pause * rng.uniform(0.5, 1.5)
+    n_trs = int(np.ceil((now + 9) / TR_S)) + TRIMS["published"].end_trs + 1
+    return Story(path.stem, tuple(words), np.array(times), np.arange(n_trs) * TR_S - 9, {})
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    text = "".join(" ".join((name, *story.words)) for name, story in dataset.stories.items())
+    content = hashlib.sha256(text.encode() + hidden_weights(dataset.source)).hexdigest()
+    return f"{dataset.source}-{_VERSION}-{content[:8]}"

@@ -1,0 +1,357 @@
+"""Cross-validated ridge regression: an alpha a voxel, folds made of whole stories.
+
+Weights minimise ``||X b - y||^2 + ridge_alpha ||b||^2`` for each voxel, ridge_alpha in himalaya's and scikit-learn's
+units (the Huth-lab code squares its alpha). There is no intercept: z-score ``X`` and ``Y`` before.
+
+Arithmetic is float32. To choose alphas, correlations need no predictions in their numerators, and only the norms of
+predictions in their denominators; these norms alone may be taken in bfloat16, where the machine multiplies it fast.
+Weights of small alphas are refined once by their residual. Where the smallest alpha is too small beside the largest
+eigenvalue for float32, everything is float64.
+"""
+
+import copy
+from collections.abc import Mapping
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bert_encoding.core.devices import resolve_precision
+from bert_encoding.regression.solvers import FORMS, Basis, Form, Targets, largest_eigenvalue, rows_of_folds, shrink
+
+RIDGE_ALPHAS = tuple(float(alpha) for alpha in np.logspace(2, 8, 13))
+BLOCK_BYTES = 2**28  # of working memory for a block of voxels
+ROUGH_CONDITION = 3e3  # largest eigenvalue / alpha from which on float32 weights are refined
+WORST_CONDITION = 1e5  # largest eigenvalue / smallest alpha that float32 is trusted with
+MANY_ROWS = 2**19  # numbers in the held-out rows from which on bfloat16 is worth its rounding
+MAX_EDGE_SHARE = 0.2
+MIN_EDGE_GAIN = (
+    1e-3  # of CC at an edge of the grid over the alpha beside it; below it further alphas would give nothing
+)
+DECADES_FURTHER = 2
+
+
+class RidgeFit(NamedTuple):
+    """A fitted model.
+
+    Attributes
+    ----------
+    weights : (n_features, n_voxels) float32
+    ridge_alphas : (n_voxels,) the chosen penalties
+    cv_cc : (n_alphas, n_voxels) mean over folds of the held-out CC that chose them (do not report its maximum)
+    """
+
+    weights: np.ndarray
+    ridge_alphas: np.ndarray
+    cv_cc: np.ndarray
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Return predicted responses, (n_trs, n_voxels) float32."""
+        return X @ self.weights
+
+
+class Prediction(NamedTuple):
+    """What a fitted model says of other rows.
+
+    Attributes
+    ----------
+    predicted : (n_rows, n_voxels) float32
+    ridge_alphas, cv_cc : as in ``RidgeFit``
+    """
+
+    predicted: np.ndarray
+    ridge_alphas: np.ndarray
+    cv_cc: np.ndarray
+
+
+def fit_ridge(
+    X: np.ndarray,
+    Y: np.ndarray,
+    folds: np.ndarray,
+    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
+    form: str = "auto",
+    device: torch.device | None = None,
+    precision: str = "auto",
+) -> RidgeFit:
+    """Fit ridge on arrays at once; see ``CrossValidatedRidge``, which also takes voxels in parts."""
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, device, precision).fit(Y)
+
+
+def cross_validated_predictions(
+    X: np.ndarray,
+    Y: np.ndarray,
+    folds: np.ndarray,
+    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
+    form: str = "auto",
+    device: torch.device | None = None,
+    precision: str = "auto",
+) -> np.ndarray:
+    """Predict each fold from the others; see ``CrossValidatedRidge.predict_left_out``."""
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, device, precision).predict_left_out(Y)
+
+
+class CrossValidatedRidge:
+    """Ridge on given features, for any number of voxels: what depends on the features alone is computed once.
+
+    Parameters
+    ----------
+    X : (n_trs, n_features), z-scored
+    folds : (n_trs,) fold of each row; a story must lie in one fold
+    form : ``primal`` (n_features x n_features), ``kernel`` (n_trs x n_trs), or ``auto``: the smaller
+    precision : ``auto``, or ``float64`` for all arithmetic
+
+    Raises
+    ------
+    ValueError
+        if shapes disagree, values are not finite, or there are fewer than two folds.
+    """
+
+    def __init__(
+        self,
+        X: np.ndarray,
+        folds: np.ndarray,
+        ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
+        form: str = "auto",
+        device: torch.device | None = None,
+        precision: str = "auto",
+    ) -> None:
+        if len(X) != len(folds):
+            raise ValueError(f"rows disagree: X {len(X)}, folds {len(folds)}")
+        if not np.isfinite(X).all():
+            raise ValueError("X has non-finite values")
+        self.rows = rows_of_folds(folds)
+        _check_n_folds(len(self.rows), 2)
+        self.device = device or torch.device("cpu")
+        self.ridge_alphas, self._precision = ridge_alphas, precision
+        self.n_rows, self.n_features = X.shape
+        self._form_name = ("kernel" if X.shape[0] < X.shape[1] else "primal") if form == "auto" else form
+        self._X = torch.from_numpy(X).to(self.device, torch.float32)
+        self.largest_eigenvalue = largest_eigenvalue(self._X)
+        self._prepare(_dtype(precision, self.largest_eigenvalue, ridge_alphas))
+
+    def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "CrossValidatedRidge":
+        """Return ridge on the same features with another grid; what is computed already is shared."""
+        other = copy.copy(self)
+        other.ridge_alphas = ridge_alphas
+        dtype = _dtype(self._precision, self.largest_eigenvalue, ridge_alphas)
+        if dtype != self.dtype:
+            other._prepare(dtype)
+        return other
+
+    def fit(self, Y: np.ndarray | Targets) -> RidgeFit:
+        """Choose each voxel's alpha by the mean held-out CC over folds, then fit on all rows.
+
+        Parameters
+        ----------
+        Y : (n_trs, n_voxels), z-scored; or prepared, where several fits share them
+
+        Raises
+        ------
+        ValueError
+            if rows disagree or values are not finite.
+        """
+        parts = [
+            (weights.to(torch.float32).cpu().numpy(), alphas, cv_cc)
+            for weights, alphas, cv_cc in map(self._fit_block, self._blocks(Y))
+        ]
+        return RidgeFit(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+
+    def fit_predict(self, Y: np.ndarray | Targets, X: np.ndarray) -> Prediction:
+        """Fit, and predict other rows; the weights, which may be large, are not kept.
+
+        Parameters
+        ----------
+        Y : as in ``fit``
+        X : (n_rows, n_features)
+        """
+        rows = torch.from_numpy(X).to(self.device, torch.float32)
+        parts = [
+            ((rows @ weights.to(torch.float32)).cpu().numpy(), alphas, cv_cc)
+            for weights, alphas, cv_cc in map(self._fit_block, self._blocks(Y))
+        ]
+        return Prediction(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+
+    def predict_left_out(self, Y: np.ndarray | Targets) -> np.ndarray:
+        """Predict each fold from the others, (n_trs, n_voxels) float32; alphas are chosen inside those others alone.
+
+        Choosing alphas on the fold that is then scored raises the CC of pure noise. A fit without folds j and k serves
+        twice: it scores j when k is predicted, and k when j is.
+
+        Raises
+        ------
+        ValueError
+            as ``fit``, and if there are fewer than three folds.
+        """
+        _check_n_folds(len(self._every), 3)
+        return np.concatenate([self._left_out_block(block).cpu().numpy() for block in self._blocks(Y)], axis=1)
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._form: Form = FORMS[self._form_name](self._X.to(dtype), self.rows)
+        self._bases: dict[tuple[int, ...], Basis] = {}
+        self._held_out: dict[int, torch.Tensor] = {}
+
+    @property
+    def _every(self) -> range:
+        return range(len(self.rows))
+
+    def _blocks(self, Y: np.ndarray | Targets) -> list[Targets]:
+        targets = Targets.prepare(Y, self.rows, self.device) if isinstance(Y, np.ndarray) else Y
+        size = block_bytes_per_voxel(self.n_rows, self.n_features, len(self._every), self.dtype.itemsize)
+        return list(targets.blocks(max(1, BLOCK_BYTES // size)))
+
+    def _fit_block(self, block: Targets) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Return weights, alphas and CC of one block of voxels."""
+        products = self._form.products(block.Y)
+        cc = torch.stack([self._cc_without(block, products, (fold,))[0] for fold in self._every]).mean(dim=0)
+        alphas = _best_alphas(cc, self.ridge_alphas)
+        full = self._basis(())
+        weights = self._form.weights(full, shrink(full, self._form.project(full, products), alphas))
+        self._refine(weights, block.Y, alphas)
+        return weights, alphas.cpu().numpy(), cc.cpu().numpy()
+
+    def _refine(self, weights: torch.Tensor, Y: torch.Tensor, alphas: torch.Tensor) -> None:
+        """Correct, in place and by their residual, the weights of voxels whose alpha float32 feels."""
+        rough = self.largest_eigenvalue > ROUGH_CONDITION * alphas
+        if self.dtype == torch.float64 or not rough.any():
+            return
+        found, X, alphas = weights[:, rough], self._X, alphas[rough]
+        residual = X.T @ (Y[:, rough].to(X) - X @ found) - alphas.to(X) * found
+        weights[:, rough] = found + self._form.invert(self._basis(()), residual, alphas)
+
+    def _left_out_block(self, block: Targets) -> torch.Tensor:
+        """Return predictions of one block of voxels, every row by a model that did not see its fold."""
+        products = self._form.products(block.Y)
+        inner: list[list[torch.Tensor]] = [[] for _ in self._every]
+        for one, other in combinations(self._every, 2):
+            cc = self._cc_without(block, products, (one, other))
+            inner[other].append(cc[0])
+            inner[one].append(cc[1])
+        predicted = torch.empty(block.Y.shape, dtype=torch.float32, device=self.device)
+        for fold in self._every:
+            alphas, basis = _best_alphas(torch.stack(inner[fold]).mean(dim=0), self.ridge_alphas), self._basis((fold,))
+            shrunk = shrink(basis, self._form.project(basis, products), alphas)
+            predicted[self.rows[fold]] = (self._form.held_out(basis, fold) @ shrunk).to(torch.float32)
+        return predicted
+
+    def _basis(self, out: tuple[int, ...]) -> Basis:
+        """Decompose all folds but ``out``, once."""
+        if out not in self._bases:
+            self._bases[out] = self._form.basis(tuple(fold for fold in self._every if fold not in out))
+        return self._bases[out]
+
+    def _cc_without(self, block: Targets, products: list[torch.Tensor], out: tuple[int, ...]) -> list[torch.Tensor]:
+        """Fit without the folds ``out`` and return the CC in each of them, (n_alphas, n_voxels) float64."""
+        basis = self._basis(out)
+        projected = self._form.project(basis, products)
+        return [self._cc_in_fold(basis, projected, block, fold) for fold in out]
+
+    def _cc_in_fold(self, basis: Basis, projected: torch.Tensor, block: Targets, fold: int) -> torch.Tensor:
+        """Return the CC of a fold for every alpha; 0 where a voxel is constant in it, so that the other folds choose.
+
+        With ``p_a = H D_a P`` for the centred rows ``H`` of the fold, ``y'p_a`` is ``D_a`` times ``(H'y) * P`` summed
+        over the basis, and only ``||p_a||`` needs the product.
+        """
+        rows = self._centred(basis, fold)
+        Y = block.Y[self.rows[fold]].to(rows)
+        shrinkage = 1 / (basis.eigenvalues + torch.tensor(self.ridge_alphas).to(rows)[:, None])  # (n_alphas, n)
+        numerators = shrinkage @ ((rows.T @ Y) * projected)
+        norms = self._norms(rows, shrinkage, projected)
+        cc = (numerators / (norms * block.norms[fold].to(norms))).to(torch.float64)
+        is_flat = norms <= 1e-10 * np.sqrt(len(rows))
+        return torch.where(is_flat | (block.norms[fold] == 0), 0.0, cc)
+
+    def _centred(self, basis: Basis, fold: int) -> torch.Tensor:
+        """Return the rows of a fold in the basis, centred; kept where the fold alone is left out."""
+        if fold in self._held_out and self._bases.get((fold,)) is basis:
+            return self._held_out[fold]
+        rows = self._form.held_out(basis, fold)
+        rows -= rows.mean(dim=0)
+        if self._bases.get((fold,)) is basis:
+            self._held_out[fold] = rows
+        return rows
+
+    def _norms(self, rows: torch.Tensor, shrinkage: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the norm of each voxel's prediction for every alpha, (n_alphas, n_voxels)."""
+        fast = self._fast_dtype(rows)
+        projected = projected.to(fast)
+        norms = [_column_norms((rows * shrunk).to(fast) @ projected) for shrunk in shrinkage]
+        return torch.stack(norms).to(rows)
+
+    def _fast_dtype(self, rows: torch.Tensor) -> torch.dtype:
+        """Return what norms are computed in: over few rows bfloat16 would be felt, and spare nothing."""
+        if self._precision == "float64" or rows.numel() < MANY_ROWS:
+            return rows.dtype
+        return torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
+
+
+def block_bytes_per_voxel(n_rows: int, n_features: int, n_folds: int, itemsize: int) -> int:
+    """Return the working memory of one voxel: its products by fold, their sum, projections, and a fold's prediction."""
+    n = min(n_rows, n_features)
+    return itemsize * (n * (n_folds + 4) + 3 * n_rows // n_folds) + 4 * n_rows
+
+
+def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_ALPHAS) -> dict[str, float]:
+    """Return the share of voxels whose alpha is the grid's smallest and largest."""
+    return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
+
+
+def pressing_share(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
+    """Return the share of voxels that would choose an alpha beyond the grid's low and high edge, to some avail.
+
+    Parameters
+    ----------
+    cv_cc : (n_alphas, n_voxels), alphas ascending
+    over_smoothed : every alpha is above the largest eigenvalue, where neighbours differ in scale alone
+    """
+    if len(cv_cc) < 2:
+        return {"low": 0.0, "high": 0.0}
+    best = cv_cc.argmax(axis=0)
+    low = (best == 0) & (over_smoothed | (cv_cc[0] - cv_cc[1] > MIN_EDGE_GAIN))
+    high = (best == len(cv_cc) - 1) & (cv_cc[-1] - cv_cc[-2] > MIN_EDGE_GAIN)
+    return {"low": float(low.mean()), "high": float(high.mean())}
+
+
+def wider_grid(
+    grid: tuple[float, ...], share: Mapping[str, float], largest_eigenvalue: float
+) -> tuple[float, ...] | None:
+    """Return the grid extended by two decades at each edge that presses more than a fifth of the voxels, else None.
+
+    It goes up only while alphas are not yet ten times the largest eigenvalue: beyond, predictions change in scale
+    alone, and the choice among such alphas is one of rounding. A grid of one alpha is a wish, and stays.
+
+    Parameters
+    ----------
+    share : ``pressing_share`` of all voxels
+    """
+    ordered = sorted(grid)
+    if len(ordered) < 2:
+        return None
+    step = np.log10(ordered[-1] / ordered[0]) / (len(ordered) - 1)
+    n_further = max(1, round(DECADES_FURTHER / step))
+    further = 10 ** np.linspace(DECADES_FURTHER / n_further, DECADES_FURTHER, n_further)
+    lower = tuple((ordered[0] / further).tolist()) if share["low"] > MAX_EDGE_SHARE else ()
+    may_rise = share["high"] > MAX_EDGE_SHARE and ordered[-1] < 10 * largest_eigenvalue
+    upper = tuple((ordered[-1] * further).tolist()) if may_rise else ()
+    return (*lower[::-1], *ordered, *upper) if lower or upper else None
+
+
+def _dtype(precision: str, eigenvalue: float, ridge_alphas: tuple[float, ...]) -> torch.dtype:
+    trusted = precision == "auto" and eigenvalue <= WORST_CONDITION * min(ridge_alphas)
+    return torch.float32 if trusted else torch.float64
+
+
+def _best_alphas(cc: torch.Tensor, ridge_alphas: tuple[float, ...]) -> torch.Tensor:
+    """Return the alpha of the highest CC, (n_voxels,)."""
+    return torch.tensor(ridge_alphas, dtype=torch.float64, device=cc.device)[cc.argmax(dim=0)]
+
+
+def _column_norms(predicted: torch.Tensor) -> torch.Tensor:
+    exact = predicted if predicted.dtype == torch.float64 else predicted.float()
+    return exact.square().sum(dim=0).sqrt()
+
+
+def _check_n_folds(n_folds: int, n_least: int) -> None:
+    if n_folds < n_least:
+        raise ValueError(f"{n_folds} folds: at least {n_least} are needed to choose alphas on rows that are not scored")

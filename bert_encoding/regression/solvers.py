@@ -1,0 +1,191 @@
+"""The two forms of the ridge equations, each made of products over rows that are computed once.
+
+Leaving folds out then costs a subtraction and an eigendecomposition, and one decomposition serves every alpha.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+
+class Basis(NamedTuple):
+    """The eigenvectors in which ridge on some folds is solved for every alpha at once."""
+
+    folds: tuple[int, ...]
+    eigenvalues: torch.Tensor  # (n,)
+    vectors: torch.Tensor  # (n_features, n) or (n_trs, n)
+
+
+class Form(Protocol):
+    """One form of the equations.
+
+    Parameters
+    ----------
+    X : (n_trs, n_features)
+    rows : row numbers of each fold
+    """
+
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None: ...
+
+    def basis(self, folds: tuple[int, ...]) -> Basis:
+        """Decompose the training rows of some folds."""
+
+    def held_out(self, basis: Basis, fold: int) -> torch.Tensor:
+        """Return the rows of another fold in the basis, (n_fold_rows, n)."""
+
+    def products(self, Y: torch.Tensor) -> list[torch.Tensor]:
+        """Return what ``project`` needs of some voxels, (n_trs, n_voxels), by fold."""
+
+    def project(self, basis: Basis, products: list[torch.Tensor]) -> torch.Tensor:
+        """Return the responses of the training rows in the basis, (n, n_voxels)."""
+
+    def weights(self, basis: Basis, shrunk: torch.Tensor) -> torch.Tensor:
+        """Return to features, (n_features, n_voxels)."""
+
+    def invert(self, basis: Basis, right: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+        """Return ``(X'X + alpha)^-1 right`` over the rows of ``basis``, (n_features, n_voxels)."""
+
+
+class PrimalForm:
+    """``X'X = V S V'`` gives ``b = V (S + alpha)^-1 V'X'y``; for more rows than features."""
+
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None:
+        self.X, self.rows = X, rows
+        self.gram = X.T @ X
+
+    def basis(self, folds: tuple[int, ...]) -> Basis:
+        gram = self.gram.clone()
+        for fold in set(range(len(self.rows))) - set(folds):
+            X = self.X[self.rows[fold]]
+            gram -= X.T @ X
+        return Basis(folds, *_eigh(gram))
+
+    def held_out(self, basis: Basis, fold: int) -> torch.Tensor:
+        return self.X[self.rows[fold]] @ basis.vectors
+
+    def products(self, Y: torch.Tensor) -> list[torch.Tensor]:
+        return [self.X[rows].T @ Y[rows].to(self.X) for rows in self.rows]
+
+    def project(self, basis: Basis, products: list[torch.Tensor]) -> torch.Tensor:
+        return basis.vectors.T @ sum((products[f] for f in basis.folds), torch.zeros_like(products[0]))
+
+    def weights(self, basis: Basis, shrunk: torch.Tensor) -> torch.Tensor:
+        return basis.vectors @ shrunk
+
+    def invert(self, basis: Basis, right: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+        return basis.vectors @ shrink(basis, basis.vectors.T @ right, alphas)
+
+
+class KernelForm:
+    """``XX' = U S U'`` gives ``b = X'U (S + alpha)^-1 U'y``; for more features than rows."""
+
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None:
+        self.X, self.rows = X, rows
+        self.kernel = X @ X.T
+
+    def basis(self, folds: tuple[int, ...]) -> Basis:
+        train = _rows(self.rows, folds)
+        return Basis(folds, *_eigh(self.kernel[train][:, train]))
+
+    def held_out(self, basis: Basis, fold: int) -> torch.Tensor:
+        return self.kernel[self.rows[fold]][:, _rows(self.rows, basis.folds)] @ basis.vectors
+
+    def products(self, Y: torch.Tensor) -> list[torch.Tensor]:
+        return [Y[rows].to(self.X) for rows in self.rows]
+
+    def project(self, basis: Basis, products: list[torch.Tensor]) -> torch.Tensor:
+        return basis.vectors.T @ torch.cat([products[f] for f in basis.folds])
+
+    def weights(self, basis: Basis, shrunk: torch.Tensor) -> torch.Tensor:
+        return self.X[_rows(self.rows, basis.folds)].T @ (basis.vectors @ shrunk)
+
+    def invert(self, basis: Basis, right: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+        X = self.X[_rows(self.rows, basis.folds)]
+        inside = basis.vectors @ shrink(basis, basis.vectors.T @ (X @ right), alphas)
+        return (right - X.T @ inside) / alphas.to(right)  # Woodbury's identity
+
+
+FORMS: dict[str, type[Form]] = {"primal": PrimalForm, "kernel": KernelForm}
+
+
+def shrink(basis: Basis, projected: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """Divide by ``eigenvalue + alpha`` of each voxel, (n, n_voxels)."""
+    return projected / (basis.eigenvalues[:, None] + alphas.to(projected))
+
+
+def largest_eigenvalue(X: torch.Tensor, n_steps: int = 30) -> float:
+    """Return the largest eigenvalue of ``X'X`` by power iteration, from below to a few percent."""
+    vector = torch.ones(X.shape[1], dtype=X.dtype, device=X.device) + torch.linspace(0, 1, X.shape[1]).to(X)
+    eigenvalue = 0.0
+    for _ in range(n_steps):
+        vector = vector / torch.linalg.vector_norm(vector).clamp(min=torch.finfo(X.dtype).tiny)
+        vector = X.T @ (X @ vector)
+        eigenvalue = float(torch.linalg.vector_norm(vector))
+    return eigenvalue
+
+
+def _rows(rows: list[np.ndarray], folds: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate([rows[fold] for fold in folds])
+
+
+def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    return eigenvalues.clamp(min=0), vectors
+
+
+class Targets(NamedTuple):
+    """Responses of some voxels to the rows that ridge fits.
+
+    Attributes
+    ----------
+    Y : (n_trs, n_voxels) float32 or float64, on the device where ridge computes
+    norms : (n_folds, n_voxels) of the centred rows of each fold; 0 where a voxel is constant there
+    """
+
+    Y: torch.Tensor
+    norms: torch.Tensor
+
+    @classmethod
+    def prepare(cls, Y: np.ndarray, rows: list[np.ndarray], device: torch.device | None = None) -> "Targets":
+        """Check responses, (n_trs, n_voxels), and move them to the device.
+
+        Parameters
+        ----------
+        rows : row numbers of each fold
+
+        Raises
+        ------
+        ValueError
+            if rows disagree or values are not finite.
+        """
+        n_rows = sum(map(len, rows))
+        if len(Y) != n_rows:
+            raise ValueError(f"rows disagree: X {n_rows}, Y {len(Y)}")
+        if not np.isfinite(Y).all():
+            raise ValueError("Y has non-finite values")
+        moved = torch.from_numpy(Y).to(device or "cpu")
+        return cls(moved, torch.stack([_centred_norms(moved[fold]) for fold in rows]))
+
+    def blocks(self, n_columns: int) -> Iterator["Targets"]:
+        """Yield the voxels ``n_columns`` at a time."""
+        for start in range(0, self.Y.shape[1], n_columns):
+            columns = slice(start, start + n_columns)
+            yield Targets(self.Y[:, columns], self.norms[:, columns])
+
+    @property
+    def n_bytes(self) -> int:
+        return self.Y.nbytes + self.norms.nbytes
+
+
+def rows_of_folds(folds: np.ndarray) -> list[np.ndarray]:
+    """Return the row numbers of each fold label, (n_trs,)."""
+    return [np.flatnonzero(folds == label) for label in np.unique(folds)]
+
+
+def _centred_norms(Y: torch.Tensor) -> torch.Tensor:
+    centred = Y - Y.mean(dim=0)
+    norms = centred.square_().sum(dim=0).sqrt()
+    norms[Y.amax(dim=0) == Y.amin(dim=0)] = 0  # the rounded mean of equal values leaves a trace
+    return norms

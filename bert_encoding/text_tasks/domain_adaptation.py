@@ -1,0 +1,146 @@
+"""A masked LM adapted to texts of a domain, such as tweets, with neither labels nor responses."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bert_encoding.core.devices import pick_device
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import LORA, TUNED
+from bert_encoding.language_model.encoder import Encoder
+from bert_encoding.language_model.finetuning_methods import prepare_model
+from bert_encoding.language_model.general_text import control_windows
+from bert_encoding.language_model.lora import check_applied, masked_lm, save_adapter, save_whole
+from bert_encoding.language_model.masked_lm import EpochLosses, MaskedLM, Probes, finetune, make_probes, probe_loss
+from bert_encoding.language_model.masking import MaskedBatch
+from bert_encoding.language_model.windows import Tokens, Window, training_windows
+from bert_encoding.text_tasks.task import TextTask, pick, read_texts, resolve_max_length
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import resident_encoder
+from bert_encoding.trial.training_data import general_probe
+
+PROBE_TOKENS = 512  # of a window of general text
+
+
+class AdaptRun:
+    """A masked LM trained on texts: a short text is one window, a long one several."""
+
+    def __init__(self, config: TrialConfig, task: TextTask) -> None:
+        self.config, self.task, self.device = config, task, pick_device()
+        self.encoder: Encoder = resident_encoder(config.model)
+        if not self.encoder.has_head:
+            raise InputError(f"--model {self.encoder.name}: has no trained masked-LM head to adapt; choose another")
+        self.length = resolve_max_length(task, config, self.encoder)
+        self.model: Any = prepare_model(config.tuning, self.encoder)
+        self.texts = read_texts(task.corpus, self.encoder)
+        self.seconds_train = 0.0
+        self.train = text_windows(pick(self.texts.tokens, task.train), self.length, self._stride, self.encoder)
+        self.notes = [f"{len(self.train)} windows of at most {self.length} tokens to train on"]
+
+    @property
+    def _stride(self) -> int:
+        return min(self.config.stride, self.length - 2)
+
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """Train and yield losses; a model that does not train is read once, as epoch 0."""
+        model, config, task = masked_lm(self.model).to(self.device), self.config, self.task
+        probes = self._probes()
+        self.general = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed)
+        self.before = [self._loss(batches) for batches in (*probes, self.general)]
+        if config.method not in TUNED:
+            yield _row(EpochLosses(0, 0, 0, self.before[0], self.before[1]))
+            return
+        steps = finetune(
+            model,
+            self._objective(),
+            probes,
+            config.training,
+            config.seed,
+            self.device,
+            patience=config.patience,
+            steps_an_epoch=self._steps_an_epoch(),
+        )
+        while True:
+            began = time.perf_counter()
+            losses = next(steps, None)
+            self.seconds_train += time.perf_counter() - began
+            if losses is None:
+                return
+            yield _row(losses)
+
+    def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
+        """Return the held-out loss, the lowest being best."""
+        return (-epoch["mlm_loss_heldout"],)
+
+    def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the losses before training, and those on general text: what adapting makes the model forget."""
+        if self.config.method in TUNED:
+            check_applied(self.encoder, masked_lm(self.model).bert, "fine-tuning")
+        train, heldout, general = self.before
+        return {
+            "mlm_loss_train_before": train,
+            "mlm_loss_heldout_before": heldout,
+            "probe_loss_before": general,
+            "probe_loss_after": self._loss(self.general),
+        }, []
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, or all weights; nothing if nothing trained."""
+        if self.config.method == LORA:
+            save_adapter(self.model, folder, self.config.model)
+        elif self.config.method in TUNED:
+            save_whole(self.model, folder)
+
+    def _objective(self) -> MaskedLM:
+        config, tokenizer = self.config, self.encoder.tokenizer
+        general = None
+        if config.replay:
+            general = control_windows(
+                tokenizer, self.length, self.length - 2, None, self.task.control_text, config.seed
+            )
+        return MaskedLM(self.train, tokenizer, config.mask_probability, config.whole_words, general, config.replay)
+
+    def _steps_an_epoch(self) -> int | None:
+        """Return the steps that windows without overlap would take, if strides shall be equalised."""
+        if not self.config.match_steps:
+            return None
+        apart = text_windows(pick(self.texts.tokens, self.task.train), self.length, self.length - 2, self.encoder)
+        return -(-len(apart) // (self.config.batch_size * self.config.accumulation))
+
+    def _probes(self) -> Probes:
+        """Losses are read on the same masked tokens in every trial."""
+        train, heldout = (
+            text_windows(pick(self.texts.tokens, places), self.length, self.length - 2, self.encoder)
+            for places in (self.task.train, self.task.heldout)
+        )
+        return make_probes(train, heldout, self.encoder.tokenizer, self.config.probe_tokens, self.task.split_seed)
+
+    def _loss(self, batches: list[MaskedBatch]) -> float:
+        return probe_loss(masked_lm(self.model), batches, self.config.precision, self.device)
+
+
+def text_windows(texts: list[Tokens], length: int, stride: int, encoder: Encoder) -> list[Window]:
+    """Cut texts into windows, none across two; a short text is a window of its own, however short.
+
+    Raises
+    ------
+    InputError
+        if no text has a token.
+    """
+    windows = [
+        window
+        for tokens in texts
+        if len(tokens.ids)
+        for window in training_windows([tokens], length, stride, encoder.tokenizer)
+    ]
+    if not windows:
+        raise InputError(f"none of {len(texts)} texts has a token that {encoder.name} knows")
+    return windows
+
+
+def _row(losses: EpochLosses) -> dict[str, float]:
+    """Return an epoch's losses, and the held-out perplexity: exp(loss), of masked tokens."""
+    row = {name: float(value) for name, value in losses._asdict().items() if name != "is_best"}
+    return row | {"perplexity": math.exp(min(losses.mlm_loss_heldout, 700.0))}

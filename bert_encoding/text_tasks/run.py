@@ -1,0 +1,144 @@
+"""One trial on text alone: train, judge on held-out texts, keep the best epoch; one report an epoch."""
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import BERT_METHODS, CLASSIFICATION, COMPLETE, STOPPED, TUNED
+from bert_encoding.language_model.encoder import Encoder
+from bert_encoding.language_model.finetuning_methods import (
+    count_parameters,
+    measure_change,
+    restore_state,
+    tuned_state,
+)
+from bert_encoding.text_tasks.classification import ClassifyRun
+from bert_encoding.text_tasks.domain_adaptation import AdaptRun
+from bert_encoding.text_tasks.task import Texts, TextTask, split_notes
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord
+from bert_encoding.trial.run import Report, peak_memory_gb
+
+
+class TextRun(Protocol):
+    """What a kind of text-only task does."""
+
+    model: Any
+    encoder: Encoder
+    texts: Texts
+    notes: list[str]
+    seconds_train: float
+
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """Train, and yield after every epoch what was read."""
+        ...
+
+    def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
+        """Return what is higher for a better epoch."""
+        ...
+
+    def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return further scores and some examples, once the best epoch is restored."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model."""
+        ...
+
+
+def run_text_trial(
+    config: TrialConfig,
+    task: TextTask,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+) -> TrialRecord:
+    """Run one configuration and return its record, which nobody has written yet.
+
+    The epoch that is best on held-out texts is restored, scored and saved: of the highest accuracy, among equals of
+    the lowest loss; of a masked LM of the lowest loss. Choosing it on the texts that judge it flatters it a little.
+
+    Parameters
+    ----------
+    report : called after every epoch with its scores; False stops the trial there
+    adapter_folder : where to save the model: an adapter, or all weights
+
+    Raises
+    ------
+    InputError
+        if the configuration does not fit the model or the task.
+    FloatingPointError, RuntimeError
+        if training diverged or a stage broke its promise.
+    """
+    started = time.perf_counter()
+    _check_settings(config, task.kind)
+    run: TextRun = ClassifyRun(config, task) if task.kind == CLASSIFICATION else AdaptRun(config, task)
+    epochs, best, status = _train(run, config, report, started)
+    further, examples = run.finish()
+    if adapter_folder is not None:
+        run.save(adapter_folder)
+    return TrialRecord(
+        status=status,
+        method=config.method,
+        config=asdict(config),
+        scores=_final_scores(best, epochs[-1]) | _traits(run, config) | further,
+        epochs=epochs,
+        examples=examples,
+        seconds={"train": run.seconds_train, "total": time.perf_counter() - started},
+        peak_memory_gb=peak_memory_gb(),
+        node=socket.gethostname(),
+        notes=[*task.corpus.notes, *split_notes(task, run.texts.examples), *run.notes],
+    )
+
+
+def _train(
+    run: TextRun, config: TrialConfig, report: Report, started: float
+) -> tuple[list[dict[str, float]], dict[str, float], str]:
+    """Return all epochs, the best one, which is restored, and whether the trial was stopped."""
+    epochs: list[dict[str, float]] = []
+    best: dict[str, float] | None = None
+    status = COMPLETE
+    for epoch in run.epochs():
+        epochs.append(epoch | {"seconds": time.perf_counter() - started})
+        if best is None or run.rank(epoch) > run.rank(best):
+            best, state = epoch, tuned_state(run.model)
+        if not report(epochs[-1]) and 0 < epoch["epoch"] < config.epochs:
+            status = STOPPED
+            break
+    assert best is not None
+    restore_state(run.model, state)
+    if best["epoch"] < epochs[-1]["epoch"]:
+        run.notes.append(f"epoch {best['epoch']:.0f}, the best on held-out texts, is restored")
+    return epochs, best, status
+
+
+def _check_settings(config: TrialConfig, kind: str) -> None:
+    """Refuse what means nothing without stories."""
+    needed: dict[str, Any] = {"objective": "mlm", "mlm_text": "fit"}
+    needed |= {"replay": 0, "match_steps": False} if kind == CLASSIFICATION else {}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise InputError(f"{name} {getattr(config, name)!r}: means nothing in a task {kind!r}; leave it {value!r}")
+    if config.method not in BERT_METHODS:
+        raise InputError(f"method {config.method!r}: has no BERT to read texts with; use {', '.join(BERT_METHODS)}")
+
+
+def _final_scores(best: dict[str, float], last: dict[str, float]) -> dict[str, Any]:
+    """The best epoch's scores are the trial's; what it cost goes up to the last."""
+    kept = {name: value for name, value in best.items() if name not in ("epoch", "seconds")}
+    spent = {name: last[name] for name in ("optimizer_steps", "tokens_seen")}
+    return kept | spent | {"epochs_done": last["epoch"], "epoch_kept": best["epoch"], "epoch_best": best["epoch"]}
+
+
+def _traits(run: TextRun, config: TrialConfig) -> dict[str, Any]:
+    """Return how much trained, and how far it went."""
+    counts = count_parameters(run.model)
+    traits: dict[str, Any] = {"n_trainable": float(counts.n_trainable), "share_trainable": counts.share}
+    if config.method in TUNED:
+        change = measure_change(run.model, run.encoder)
+        traits |= {"delta_norm": change.delta_norm, "stable_rank": change.stable_rank}
+    return traits

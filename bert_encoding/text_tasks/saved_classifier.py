@@ -1,0 +1,149 @@
+"""A trained classifier on disk: saved by its trial, loaded to predict as it did there."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, BertTokenizerFast
+
+from bert_encoding.core.devices import pick_device
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.files import read_json, write_json
+from bert_encoding.datasets.corpus import clean_text
+from bert_encoding.language_model.encoder import Encoder, checkpoint_fingerprint, load_encoder, quiet
+from bert_encoding.language_model.lora import save_adapter, share_like
+from bert_encoding.text_tasks.classifier import (
+    Prepared,
+    assemble,
+    log_probabilities,
+    read_logits,
+    read_vectors,
+    text_window,
+)
+from bert_encoding.text_tasks.task import tokenize_texts
+
+SETTINGS_FILE = "classifier.json"
+_ADAPTER, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_HEAD = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
+
+
+class Reading(NamedTuple):
+    """How a classifier reads, besides its weights.
+
+    Attributes
+    ----------
+    labels : names of the classes, in the order of its outputs
+    max_length : tokens read of a text, the last ones
+    precision : of matrix products
+    clean : whether texts are cleaned, as those it was trained on were
+    """
+
+    labels: tuple[str, ...]
+    max_length: int
+    precision: str
+    clean: bool
+
+
+class Classifier(NamedTuple):
+    """A trained classifier."""
+
+    model: Any
+    tokenizer: BertTokenizerFast
+    reading: Reading
+
+
+def save_classifier(folder: Path, prepared: Prepared, reading: Reading, encoder: Encoder) -> None:
+    """Write a classifier that ``load_classifier`` calls back.
+
+    With an adapter it is one in PEFT format, pooler and classes among it, to be put onto the base model; else all
+    weights and the tokenizer, as ``BertForSequenceClassification.from_pretrained`` reads them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = reading._asdict() | {"model": encoder.name}
+    if prepared.adapted is None:
+        with quiet():
+            prepared.model.save_pretrained(str(folder))
+            encoder.tokenizer.save_pretrained(str(folder))
+    else:
+        save_adapter(prepared.adapted, folder, encoder.name)
+        _add_head(folder, prepared.model)
+        settings["checkpoint"] = checkpoint_fingerprint(encoder.name)
+    write_json(folder / SETTINGS_FILE, settings)
+
+
+def _add_head(folder: Path, model: BertForSequenceClassification) -> None:
+    """Put the head into the adapter's files, under the names that PEFT gives to modules saved whole."""
+    state = model.state_dict()
+    head = {f"base_model.model.{name}": state[name].detach().cpu().contiguous() for name in _HEAD}
+    save_file(load_file(folder / _WEIGHTS) | head, folder / _WEIGHTS, metadata={"format": "pt"})
+    share_like(folder / _ADAPTER, folder / _WEIGHTS)
+    config = json.loads((folder / _ADAPTER).read_text())
+    config |= {"modules_to_save": ["classifier", "pooler"], "task_type": "SEQ_CLS"}
+    write_json(folder / _ADAPTER, config)
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """Load what ``save_classifier`` wrote.
+
+    Raises
+    ------
+    InputError
+        if there is none, it is damaged, or its base model is not the one it was trained on.
+    """
+    if not (folder / SETTINGS_FILE).is_file():
+        raise InputError(f"{folder}: no {SETTINGS_FILE}; give the folder of a trained classifier")
+    settings = read_json(folder / SETTINGS_FILE, required=(*Reading._fields, "model"))
+    load = _load_adapted if (folder / _ADAPTER).is_file() else _load_whole
+    try:
+        reading = Reading(tuple(settings["labels"]), settings["max_length"], settings["precision"], settings["clean"])
+        with quiet():
+            model, tokenizer = load(folder, settings)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: the classifier is damaged: {first_line(error)}") from None
+    if broken := [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]:
+        raise InputError(f"{folder}: the classifier is damaged: {broken[0]} is not finite")
+    if model.config.num_labels != len(reading.labels):
+        raise InputError(f"{folder}: {len(reading.labels)} labels, but weights for {model.config.num_labels}")
+    return Classifier(model.float().eval(), tokenizer, reading)
+
+
+def _load_adapted(folder: Path, settings: dict[str, Any]) -> tuple[Any, BertTokenizerFast]:
+    encoder = load_encoder(settings["model"])
+    if checkpoint_fingerprint(encoder.name) != settings.get("checkpoint"):
+        raise InputError(f"{folder}: was trained on another {encoder.name}; its files have changed since")
+    base = assemble(encoder.copy_model().bert, settings["labels"], seed=0)
+    tuned = PeftModel.from_pretrained(base, str(folder))
+    saved = set(load_file(folder / _WEIGHTS))
+    if other := sorted(saved ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
+        raise ValueError(f"{other[0]} is on one side only")
+    return tuned.get_base_model(), encoder.tokenizer
+
+
+def _load_whole(folder: Path, settings: dict[str, Any]) -> tuple[Any, BertTokenizerFast]:
+    model, info = BertForSequenceClassification.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if other := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ValueError(f"{other[0]} is on one side only")
+    return model, BertTokenizerFast.from_pretrained(folder)
+
+
+def class_probabilities(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
+    """Return the probability of each class, (n_texts, n_labels); rows sum to 1.
+
+    The same texts in the same order give the bits of the trial that saved the classifier, on the same processor.
+    """
+    model, tokenizer, reading = classifier
+    if not texts:
+        return np.empty((0, len(reading.labels)))
+    device = pick_device()
+    texts = [clean_text(text) for text in texts] if reading.clean else texts
+    windows = [text_window(tokens, reading.max_length, tokenizer) for tokens in tokenize_texts(texts, tokenizer)]
+    vectors = read_vectors(model, windows, tokenizer.pad_token_id, reading.precision, device)
+    return np.exp(log_probabilities(read_logits(model, vectors, device)))

@@ -1,0 +1,230 @@
+"""The stages of a trial that do not train: words -> vectors -> features -> ridge -> scores, with one setting."""
+
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bert_encoding.core.devices import pick_device
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import BAG_OF_WORDS, BERT_METHODS, FROZEN, STATIC, TUNED, WORD_RATE
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.features.bert_embeddings import embed_layers, embed_stories
+from bert_encoding.features.downsampling import downsample_story
+from bert_encoding.features.static_vectors import StaticVectors, coverage, read_static_vectors, static_vectors
+from bert_encoding.features.word_rate import bag_of_words, choose_vocabulary, distinct_words, word_rate
+from bert_encoding.language_model.encoder import Encoder, load_encoder
+from bert_encoding.language_model.windows import Tokens, tokenize
+from bert_encoding.regression.ridge import CrossValidatedRidge
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.scoring import Design, SubjectScores, design_on_trs, prepare_ridge, score_subject, seen_cc
+
+
+class Task(NamedTuple):
+    """What all trials of a study share.
+
+    Attributes
+    ----------
+    dataset : inspected
+    splits : one, or several that rotate; scores are means over them
+    split_seed : settles ridge folds and probe masks, the same in every trial
+    probe_text, control_text : files of text that is not stories, instead of the bundled ones
+    voxels_are_chosen : by the frozen encoder's own ``cc_seen``, which is then the best of many for it
+    """
+
+    dataset: Dataset
+    splits: tuple[Split, ...]
+    split_seed: int
+    probe_text: Path | None = None
+    control_text: Path | None = None
+    voxels_are_chosen: bool = False
+
+
+class Chain:
+    """The stages of one trial with its settings, and the seconds that each took."""
+
+    def __init__(self, config: TrialConfig, task: Task) -> None:
+        self.config, self.task = config, task
+        self.device = pick_device()
+        self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
+        self.notes: list[str] = []
+        self._latest: dict[tuple[str, ...], tuple[dict[str, np.ndarray], CrossValidatedRidge]] = {}
+        self.encoder = resident_encoder(config.model) if config.method in BERT_METHODS else None
+        if self.encoder is not None:
+            _check_fits(config, self.encoder)
+
+    @property
+    def layer(self) -> int | tuple[int, ...]:
+        assert self.encoder is not None
+        return self.encoder.n_layers if self.config.layer is None else self.config.layer
+
+    def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
+        assert self.encoder is not None
+        return {name: _tokens(self.encoder, self.task.dataset, name) for name in names}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - began
+
+    def on_trs(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return word vectors on the scanner's clock, story -> (n_trs, n_hidden).
+
+        Parameters
+        ----------
+        bert : what to embed with; None without an encoder
+        fit : the stories that may settle anything, such as a vocabulary
+        """
+        stories = self.task.dataset.stories
+        if self.config.keep_layers and self.config.method == FROZEN:
+            with self.timed("embed"):
+                return {name: self._kept_layers(bert, name) for name in names}
+        vectors = self.vectors(bert, names, fit)
+        with self.timed("embed"):
+            return {name: downsample_story(vectors[name], stories[name]) for name in names}
+
+    def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Return word vectors, story -> (n_words, n_hidden); parameters as ``on_trs``."""
+        with self.timed("embed"):
+            if self.encoder is None:
+                return self._plain_vectors(names, fit)
+            return embed_stories(bert, self.tokens(names), self.encoder.tokenizer, layer=self.layer, **self._windows)
+
+    @property
+    def _windows(self) -> dict[str, Any]:
+        return {
+            "window_tokens": self.config.embed_window_tokens,
+            "stride": self.config.embed_stride,
+            "precision": self.config.embed_precision,
+            "device": self.device,
+        }
+
+    def _kept_layers(self, bert: Any, name: str) -> np.ndarray:
+        """Return one story on the scanner's clock in the layer asked for; all layers are computed at once and kept."""
+        assert self.encoder is not None
+        reading = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
+        key = (self.encoder.name, self.task.dataset.fingerprint, reading, name)
+        if key not in _LAYERS:
+            every = range(self.encoder.n_layers + 1)
+            found = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=every, **self._windows)
+            story = self.task.dataset.stories[name]
+            _LAYERS[key] = np.stack([downsample_story(found[at][name], story) for at in every]).astype(np.float32)
+        chosen = (self.layer,) if isinstance(self.layer, int) else self.layer
+        return _LAYERS[key][list(chosen)].mean(axis=0, dtype=np.float64)
+
+    def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+        dataset = self.task.dataset
+        spoken = {name: dataset.stories[name].spoken for name in names}
+        if self.config.method == WORD_RATE:
+            return {name: word_rate(words) for name, words in spoken.items()}
+        if self.config.method == BAG_OF_WORDS:
+            vocabulary = choose_vocabulary([dataset.stories[name].spoken for name in fit], self.config.vocabulary)
+            return {name: bag_of_words(words, vocabulary) for name, words in spoken.items()}
+        assert self.config.method == STATIC
+        table = _static_table(Path(self.config.static_vectors), dataset)
+        share = coverage([word for words in spoken.values() for word in words], table)
+        self.notes = [f"{table.path.name} has a vector for {share:.1%} of the spoken words; the others are zero"]
+        return {name: static_vectors(words, table) for name, words in spoken.items()}
+
+    def score(
+        self,
+        on_trs: dict[str, np.ndarray],
+        fit: tuple[str, ...],
+        scored: tuple[str, ...],
+        *,
+        with_tests: bool = False,
+    ) -> dict[str, SubjectScores]:
+        """Fit ridge on some stories and score others."""
+        with self.timed("ridge"):
+            dataset = self.task.dataset
+            design, ridge = self._ridge(on_trs, fit, scored)
+            if len(self.task.splits) == 1:  # several splits would all be in memory together
+                self._latest[fit] = (on_trs, ridge)
+            return {
+                subject: score_subject(ridge, design, dataset, subject, fit, scored, with_tests=with_tests)
+                for subject in dataset.subjects
+            }
+
+    def score_seen(
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], grids: Mapping[str, tuple[float, ...]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,).
+
+        Parameters
+        ----------
+        grids : subject -> the alphas to choose from, where ``score`` found that others are wanted
+        """
+        with self.timed("ridge"):
+            dataset = self.task.dataset
+            scored_with, ridge = self._latest.pop(fit, (None, None))
+            if ridge is None or scored_with is not on_trs:
+                ridge = self._ridge(on_trs, fit, fit)[1]
+            wanted = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
+            return {
+                subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit) for subject, grid in wanted.items()
+            }
+
+    def forget_ridge(self) -> None:
+        """Free the decompositions of the last scores, which ``score_seen`` could have used."""
+        self._latest.clear()
+
+    def _ridge(
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+    ) -> tuple[Design, CrossValidatedRidge]:
+        self._latest.pop(fit, None)
+        design = design_on_trs(on_trs, self.task.dataset, fit, scored, self.config, self.task.split_seed)
+        return design, prepare_ridge(design, self.config, self.device)
+
+    def score_test(self, bert: Any, split: Split) -> dict[str, SubjectScores]:
+        """Refit ridge on fit + validation and score the test stories."""
+        fit = tuple(sorted(split.fit + split.validation))
+        return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test, with_tests=True)
+
+
+@functools.lru_cache(maxsize=2)
+def resident_encoder(name: str) -> Encoder:
+    """Load a model once a process; trials take copies of its pristine weights."""
+    return load_encoder(name)
+
+
+_TOKENS: dict[tuple[str, str, str], Tokens] = {}
+
+
+def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
+    """Tokenise a story once a process."""
+    key = (encoder.name, dataset.fingerprint, story)
+    if key not in _TOKENS:
+        _TOKENS[key] = tokenize(dataset.stories[story].spoken, encoder.tokenizer)
+    return _TOKENS[key]
+
+
+_LAYERS: dict[tuple[str, str, tuple[int, int, str], str], np.ndarray] = {}  # -> (n_layers + 1, n_trs, n_hidden)
+
+
+def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
+    for layer in () if config.layer is None else np.atleast_1d(config.layer):
+        if layer > encoder.n_layers:
+            raise InputError(f"layer {layer}: {encoder.name} has layers 0 (embeddings) to {encoder.n_layers}")
+    for name in ("window_tokens", "embed_window_tokens"):
+        if getattr(config, name) > encoder.max_tokens:
+            raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
+    if config.method in TUNED and not encoder.has_head:
+        raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
+
+
+_STATIC: dict[tuple[Path, str], StaticVectors] = {}
+
+
+def _static_table(path: Path, dataset: Dataset) -> StaticVectors:
+    """Read the vectors of a data set's words once a process."""
+    key = (path, dataset.fingerprint)
+    if key not in _STATIC:
+        words = distinct_words(story.spoken for story in dataset.stories.values())
+        _STATIC[key] = read_static_vectors(path, words)
+    return _STATIC[key]

@@ -1,0 +1,171 @@
+"""The one place that names, writes and reads result files."""
+
+import io
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from bert_encoding.core.files import read_json, write_json
+from bert_encoding.core.names import (
+    BASELINE,
+    COMPLETE,
+    CONFIRM,
+    DETAILS_FILE,
+    ENCODING,
+    METRICS,
+    RECORD_FILE,
+    SEARCH,
+    Metric,
+)
+from bert_encoding.core.storage import (
+    AnyPlace,
+    Place,
+    atomic_path,
+    entries,
+    local_folder,
+    make_folder,
+    map_places,
+    naming_full_disk,
+    remove_tree,
+)
+
+_ARRAYS = ("cc", "cc_test", "details")  # of a record, kept in files of their own
+
+
+@dataclass
+class TrialRecord:
+    """Everything about one trial that ended, well or badly.
+
+    Attributes
+    ----------
+    status : COMPLETE, STOPPED (early) or FAILED
+    key : hash of configuration, data, splits and code; equal keys mean equal results
+    repeat_of : the trial whose record answered this one
+    config : all settings; ``params`` is what the search space suggested
+    examples : of a text task, some held-out texts with what was predicted before and after
+    notes : what a reader of the scores should know
+    scores : of the last epoch, and of the trial as a whole
+    epochs, stories, subjects : rows of the tables of the same names
+    cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
+    details : further arrays, see ``outcome.voxel_details``; kept in details.npz of baselines and of the best trials
+    """
+
+    status: str
+    method: str
+    config: dict[str, Any]
+    trial_id: str = ""
+    phase: str = ""
+    error: str | None = None
+    key: str = ""
+    repeat_of: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    stories: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    subjects: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gb: float | None = None
+    node: str = ""
+    notes: list[str] = field(default_factory=list)
+    cc: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    cc_test: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    details: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+
+_FIELDS = {f.name for f in fields(TrialRecord)}
+
+
+def trial_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
+    """Return where a trial's files lie."""
+    return cast(AnyPlace, study / "trials" / trial_id)
+
+
+def adapter_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
+    """Return where a trial's adapter lies, in PEFT format."""
+    return cast(AnyPlace, trial_folder(study, trial_id) / "adapter")
+
+
+def saving_adapter(study: Place, trial_id: str) -> AbstractContextManager[Path]:
+    """Yield a folder of this machine to save a trial's adapter in; it is uploaded if the study lies elsewhere."""
+    return local_folder(adapter_folder(study, trial_id))
+
+
+def write_record(study: Place, record: TrialRecord) -> None:
+    """Write a record and its CC; the record comes last and is renamed into place, or uploaded as one object."""
+    folder = trial_folder(study, record.trial_id)
+    content = {k: v for k, v in asdict(replace(record, cc={}, cc_test={}, details={})).items() if k not in _ARRAYS}
+    with naming_full_disk(folder):
+        make_folder(folder)
+        arrays = record.cc | {f"test/{subject}": cc for subject, cc in record.cc_test.items()}
+        for name, content_of in (("cc.npz", arrays), (DETAILS_FILE, record.details)):
+            if content_of:
+                with atomic_path(folder / name) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **content_of)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+        write_json(folder / RECORD_FILE, content)
+
+
+def has_record(study: Place, trial_id: str) -> bool:
+    """Return whether a trial has ended."""
+    return (trial_folder(study, trial_id) / RECORD_FILE).exists()
+
+
+def read_records(study: Place) -> list[TrialRecord]:
+    """Return all records of a study without their CC, baselines first, then in order of their ids."""
+    records = map_places(_read_record, entries(study / "trials", RECORD_FILE), beside=study)
+    order = {BASELINE: 0, SEARCH: 1, CONFIRM: 2}
+    return sorted(records, key=lambda record: (order.get(record.phase, 3), record.trial_id))
+
+
+def read_record(study: Place, trial_id: str) -> TrialRecord:
+    """Return one record without its CC."""
+    return _read_record(trial_folder(study, trial_id) / RECORD_FILE)
+
+
+def _read_record(file: Place) -> TrialRecord:
+    content = read_json(file, required=("status", "method", "config"))
+    return TrialRecord(**{k: v for k, v in content.items() if k in _FIELDS})
+
+
+def read_cc(study: Place, trial_id: str) -> dict[str, np.ndarray]:
+    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored; nothing of a trial
+    on text."""
+    return _read_arrays(trial_folder(study, trial_id) / "cc.npz")
+
+
+def read_details(study: Place, trial_id: str) -> dict[str, np.ndarray]:
+    """Return a trial's further arrays, see ``outcome.voxel_details``; nothing where none are kept."""
+    return _read_arrays(trial_folder(study, trial_id) / DETAILS_FILE)
+
+
+def _read_arrays(file: Place) -> dict[str, np.ndarray]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def keep_best(study: Place, n: int, metric: Metric = METRICS[ENCODING]) -> None:
+    """Delete the adapters and the details of all but the ``n`` best complete searched trials that have them.
+
+    Records stay, and so does what baselines have.
+    """
+    searched = [record for record in read_records(study) if record.phase == SEARCH]
+    for name in ("adapter", DETAILS_FILE):
+        places = {place.parent.name: place for place in entries(study / "trials", name)}
+        having = [record for record in searched if record.trial_id in places]
+        complete = [record for record in having if record.status == COMPLETE]
+        best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
+        map_places(_remove, [places[record.trial_id] for record in having if record not in best], beside=study)
+
+
+def _remove(place: Place) -> None:
+    if place.name == DETAILS_FILE:
+        place.unlink()
+    else:
+        remove_tree(place)

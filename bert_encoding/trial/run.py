@@ -1,0 +1,418 @@
+"""One trial, the whole chain once: fine-tune, embed, downsample, ridge, score; one report an epoch.
+
+``run_trial`` runs alike in a notebook, a test and a Ray worker, and knows nothing of who listens.
+"""
+
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bert_encoding.core.names import COMPLETE, LORA, RANDOM, STOPPED, TUNED
+from bert_encoding.datasets.splits import Split
+from bert_encoding.language_model.finetuning_methods import (
+    count_parameters,
+    measure_change,
+    prepare_model,
+    restore_state,
+    tuned_state,
+)
+from bert_encoding.language_model.lora import check_applied, masked_lm, save_adapter, save_whole
+from bert_encoding.language_model.masked_lm import (
+    EpochLosses,
+    Probes,
+    finetune,
+    is_overfitting,
+    make_probes,
+    probe_loss,
+)
+from bert_encoding.language_model.windows import training_windows
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
+from bert_encoding.trial.record import TrialRecord
+from bert_encoding.trial.scoring import SubjectScores, edge_notes, merge_subjects
+from bert_encoding.trial.summaries import (
+    ceiling_notes,
+    columns_of_test,
+    mean_cc,
+    story_rows,
+    subject_rows,
+    voxel_details,
+)
+from bert_encoding.trial.training_data import Material, general_probe
+
+Report = Callable[[dict[str, float]], bool]
+
+
+class FoldEpoch(NamedTuple):
+    """One split after one epoch; ``on_trs`` is story -> (n_trs, n_hidden). ``scores`` is empty if it was not scored."""
+
+    losses: EpochLosses | None
+    scores: dict[str, SubjectScores]
+    on_trs: dict[str, np.ndarray]
+
+
+def run_trial(
+    config: TrialConfig,
+    task: Task,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+    score_test: bool = False,
+    with_tests: bool | None = None,
+) -> TrialRecord:
+    """Run one configuration and return its record, which nobody has written yet.
+
+    Parameters
+    ----------
+    report : called after every epoch with its scores, of one that is not scored with its losses alone; False stops the
+        trial there
+    adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several); of ``full``
+        and ``partial`` nothing is saved, as a search would fill the disk
+    with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
+    score_test : also refit ridge on fit + validation and score the test stories; only where nothing was tuned
+
+    Raises
+    ------
+    InputError
+        if the configuration does not fit the model.
+    FloatingPointError, RuntimeError
+        if training diverged or a stage broke its promise.
+    """
+    started = time.perf_counter()
+    if score_test and config.method in TUNED:
+        raise ValueError("a tuned model's test score belongs to the confirm phase")
+    chain = Chain(config, task)
+    wants_tests = config.method not in TUNED if with_tests is None else with_tests
+    folds = [_Fold(chain, split, wants_tests) for split in task.splits]
+    epochs: list[dict[str, float]] = []
+    status = COMPLETE
+    for results in _side_by_side([fold.epochs() for fold in folds]):
+        epochs.append(_mean_scores(results) | {"seconds": time.perf_counter() - started})
+        keep_going = report(epochs[-1])
+        if not keep_going and config.method in TUNED and epochs[-1]["epoch"] < config.epochs:
+            status = STOPPED
+            break
+    results = tuple(fold.settle(result) for fold, result in zip(folds, results, strict=True))
+    final = _mean_scores(results)
+    if "cc_mean" not in epochs[-1]:  # stopped after an epoch that was not to be scored
+        epochs[-1] |= final
+    tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
+    scores = _final_scores(epochs, final) | _mean_of([fold.traits() for fold in folds])
+    scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
+    test_scores: dict[str, SubjectScores] = {}
+    scores["voxels_are_chosen"] = task.voxels_are_chosen
+    if score_test:
+        test_scores = chain.score_test(folds[0].bert, task.splits[0])
+        tables.append((test_scores, 0, "test"))
+        scores |= columns_of_test(test_scores, task.dataset)
+    if adapter_folder is not None:
+        for at, fold in enumerate(folds):
+            fold.save_adapter(adapter_folder if len(folds) == 1 else adapter_folder / f"split{at}")
+    return TrialRecord(
+        status=status,
+        method=config.method,
+        config=asdict(config),
+        scores=scores,
+        epochs=epochs,
+        stories=[row for scored in tables for row in story_rows(*scored)],
+        subjects=[row for scored in tables for row in subject_rows(*scored)],
+        seconds=chain.seconds | {"total": time.perf_counter() - started},
+        peak_memory_gb=peak_memory_gb(),
+        node=socket.gethostname(),
+        notes=[
+            *chain.notes,
+            *(note for fold in folds for note in fold.notes),
+            *edge_notes({"": [result.scores for result in results], "test: ": [test_scores]}, config.ridge_alphas),
+            *ceiling_notes(test_scores, task.dataset),
+        ],
+        cc=mean_cc(task.dataset, [result.scores for result in results]),
+        cc_test=mean_cc(task.dataset, [test_scores]) if score_test else {},
+        details=voxel_details(task.dataset, {"validation": results[0].scores, "test": test_scores}),
+    )
+
+
+def run_test(
+    config: TrialConfig,
+    task: Task,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+) -> TrialRecord:
+    """Tune on fit + validation, refit ridge there, and score the test stories once: for what was chosen without them.
+
+    Nothing but the last epoch is scored, no masked-LM loss is read on test stories, and ``cc_mean`` stays empty. With
+    several splits, fit + validation is the same in all of them.
+
+    Parameters
+    ----------
+    report : called after every epoch of training with its masked-LM loss in training; its answer does not matter
+    adapter_folder : where to save the adapter, or all weights of ``full`` and ``partial``
+
+    Raises
+    ------
+    ValueError
+        if training would stop by a held-out loss: nothing but the test stories is held out here.
+    """
+    if config.patience is not None:
+        raise ValueError("patience needs held-out stories; give the number of epochs instead")
+    started = time.perf_counter()
+    chain, one = Chain(config, task), task.splits[0]
+    split = Split(tuple(sorted(one.fit + one.validation)), (), one.test)
+    fold = _Fold(chain, split, wants_tests=False)
+    epochs: list[dict[str, float]] = []
+    for losses in fold.tune():
+        epochs.append({name: float(getattr(losses, name)) for name in _OF_TRAINING})
+        report(epochs[-1])
+    found = chain.score_test(fold.bert, split)
+    if adapter_folder is not None:
+        fold.save_adapter(adapter_folder, or_whole=True)
+    last = {name: value for name, value in (epochs[-1] if epochs else {}).items() if name != "epoch"}
+    of_test = {"epochs_done": float(len(epochs)), "alpha_edge_share": merge_subjects(found)["alpha_edge_share"]}
+    return TrialRecord(
+        status=COMPLETE,
+        method=config.method,
+        config=asdict(config),
+        scores=fold.traits() | last | of_test | columns_of_test(found, task.dataset),
+        epochs=epochs,
+        stories=story_rows(found, 0, "test"),
+        subjects=subject_rows(found, 0, "test"),
+        seconds=chain.seconds | {"total": time.perf_counter() - started},
+        peak_memory_gb=peak_memory_gb(),
+        node=socket.gethostname(),
+        notes=[
+            *chain.notes,
+            *fold.notes,
+            *edge_notes({"": [found]}, config.ridge_alphas),
+            *ceiling_notes(found, task.dataset),
+        ],
+        cc_test=mean_cc(task.dataset, [found]),
+        details=voxel_details(task.dataset, {"test": found}),
+    )
+
+
+_OF_TRAINING = ("epoch", "mlm_loss_train", "optimizer_steps", "tokens_seen")
+
+
+def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoch, ...]]:
+    """Yield the epochs of all splits together; one that stopped early waits with its last."""
+    latest: list[FoldEpoch | None] = [None] * len(streams)
+    while True:
+        fresh = [next(stream, None) for stream in streams]
+        if not any(result is not None for result in fresh):
+            return
+        latest = [new or old for new, old in zip(fresh, latest, strict=True)]
+        yield tuple(result for result in latest if result is not None)
+
+
+class _Fold:
+    """One split of one trial: its own model, trained and scored epoch by epoch."""
+
+    def __init__(self, chain: Chain, split: Split, wants_tests: bool) -> None:
+        self.chain, self.split, self.wants_tests = chain, split, wants_tests
+        self.model: Any = None
+        self.trained: Any = None  # with the further heads of an objective
+        self.notes: list[str] = []
+        self.best: tuple[FoldEpoch, dict[str, torch.Tensor]] | None = None
+        self._loss_before: float | None = None
+        if chain.encoder is not None:
+            self.model = prepare_model(chain.config.tuning, chain.encoder)
+            if isinstance(chain.config.layer, tuple):
+                self.notes.append(f"word vectors are the mean of layers {', '.join(map(str, chain.config.layer))}")
+
+    @property
+    def _is_tuned(self) -> bool:
+        return self.chain.config.method in TUNED
+
+    @property
+    def bert(self) -> Any:
+        """The encoder as it is now; None without one."""
+        return None if self.model is None else masked_lm(self.model).bert
+
+    def epochs(self) -> Iterator[FoldEpoch]:
+        if not self._is_tuned:
+            yield self._score(self._frozen_losses())
+            return
+        so_far: list[EpochLosses] = []
+        for losses in self.tune():
+            so_far.append(losses)
+            if self.chain.config.mlm_text == "fit" and is_overfitting(so_far):
+                self.notes.append(
+                    f"overfitting in epoch {losses.epoch}: masked-LM loss {losses.mlm_loss_train:.2f} in training, "
+                    f"risen to {losses.mlm_loss_heldout:.2f} on held-out stories"
+                )
+            config = self.chain.config
+            is_due = losses.epoch % config.score_every == 0 or losses.epoch == config.epochs
+            result = self._score(losses) if is_due else FoldEpoch(losses, {}, {})
+            if config.patience is not None and losses.is_best:
+                self.best = (result, tuned_state(self.model))
+            yield result
+
+    def tune(self) -> Iterator[EpochLosses]:
+        """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
+        if not self._is_tuned:
+            return
+        assert self.chain.encoder is not None
+        self._loss_before = self._general_loss()
+        for losses in self._finetune():
+            check_applied(self.chain.encoder, self.bert, "fine-tuning")
+            yield losses
+
+    def settle(self, last: FoldEpoch) -> FoldEpoch:
+        """Return the epoch that counts, scored: the last, or with patience the one of the lowest held-out loss,
+        restored."""
+        if self.best is None:
+            return last if last.scores else self._score(last.losses)
+        best, state = self.best
+        restore_state(self.model, state)
+        assert best.losses is not None
+        self.notes.append(f"epoch {best.losses.epoch} of the lowest held-out loss is restored")
+        return best
+
+    def score_seen(self, result: FoldEpoch) -> float:
+        grids = {subject: scores.grid for subject, scores in result.scores.items()}
+        seen = self.chain.score_seen(result.on_trs, self.split.fit, grids).values()
+        return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
+
+    def traits(self) -> dict[str, float | None]:
+        """Return what is told of the tuned model beside its scores."""
+        chain = self.chain
+        layer = chain.layer if chain.encoder is not None else None
+        known: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
+        if self.model is None or not self._is_tuned:
+            return known | {"n_trainable": 0.0}
+        assert chain.encoder is not None
+        counts, change = count_parameters(self.trained), measure_change(self.model, chain.encoder)
+        return known | {
+            "n_trainable": float(counts.n_trainable),
+            "share_trainable": counts.share,
+            "delta_norm": change.delta_norm,
+            "stable_rank": change.stable_rank,
+            "probe_loss_before": self._loss_before,
+            "probe_loss_after": self._general_loss(),
+        }
+
+    def save_adapter(self, folder: Path, or_whole: bool = False) -> None:
+        """Write the adapter; of the other ways of tuning all weights, if told to; nothing if nothing trained."""
+        if self.chain.config.method == LORA:
+            save_adapter(self.model, folder, self.chain.config.model)
+        elif self._is_tuned and or_whole:
+            save_whole(self.model, folder)
+
+    def _score(self, losses: EpochLosses | None) -> FoldEpoch:
+        fit, validation = self.split.fit, self.split.validation
+        on_trs = self.chain.on_trs(self.bert, fit + validation, fit)
+        scores = self.chain.score(on_trs, fit, validation, with_tests=self.wants_tests)
+        return FoldEpoch(losses, scores, on_trs)
+
+    def _finetune(self) -> Iterator[EpochLosses]:
+        chain = self.chain
+        material = Material(chain, self.split)
+        self.trained, objective = material.objective(self.model)
+        self.notes += material.notes
+        steps = finetune(
+            self.trained,
+            objective,
+            self._probes(),
+            chain.config.training,
+            chain.config.seed,
+            chain.device,
+            patience=chain.config.patience,
+            steps_an_epoch=material.steps_an_epoch(),
+        )
+        losses: EpochLosses | None = None
+        while True:
+            if losses is None or losses.epoch < chain.config.epochs:
+                chain.forget_ridge()  # its memory is wanted for training
+            with chain.timed("train"):
+                losses = next(steps, None)
+            if losses is None:
+                return
+            yield losses
+
+    def _frozen_losses(self) -> EpochLosses | None:
+        chain = self.chain
+        if chain.encoder is None or not chain.encoder.has_head or chain.config.method == RANDOM:
+            return None
+        model, probes = self.model.to(chain.device), self._probes()
+        train, heldout = (probe_loss(model, batches, chain.config.precision, chain.device) for batches in probes)
+        return EpochLosses(0, 0, 0, train, heldout)
+
+    def _probes(self) -> Probes:
+        """Losses are read on the same masked tokens in every trial, whatever it trains with."""
+        chain, config, encoder = self.chain, self.chain.config, self.chain.encoder
+        assert encoder is not None
+        length = config.embed_window_tokens
+        train, heldout = (
+            training_windows(list(chain.tokens(names).values()), length, length - 2, encoder.tokenizer)
+            for names in (self.split.fit, self.split.validation or self.split.fit)  # a refit holds nothing out
+        )
+        return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
+
+    def _general_loss(self) -> float:
+        """Return the masked-LM loss on text that is no story: what tuning makes the model forget."""
+        chain = self.chain
+        assert chain.encoder is not None
+        config, task = chain.config, chain.task
+        batches = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed)
+        model = masked_lm(self.model).to(chain.device)
+        return probe_loss(model, batches, chain.config.precision, chain.device)
+
+
+def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
+    """Return the mean over splits; None where a value is None."""
+    means: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        means[name] = None if None in values else float(np.mean([v for v in values if v is not None]))
+    return means
+
+
+def _is_scored(results: tuple[FoldEpoch, ...]) -> bool:
+    """Whether every split of an epoch was scored."""
+    return all(result.scores for result in results)
+
+
+def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
+    """Average one epoch over the splits; without scores unless all of them were scored."""
+    rows = []
+    for result in results:
+        losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
+        rows.append({"epoch": 0.0} | losses | (merge_subjects(result.scores) if _is_scored(results) else {}))
+    names = dict.fromkeys(name for row in rows for name in row)  # a split may be too short for a p value
+    merged = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    if not np.isfinite(merged.get("cc_mean", 0)):
+        raise FloatingPointError(f"cc_mean is {merged['cc_mean']}")
+    return merged
+
+
+def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> dict[str, Any]:
+    """The trial's scores are those of the epoch that counts; its best epoch is noted beside them."""
+    best = max((row for row in epochs if "cc_mean" in row), key=lambda row: row["cc_mean"])
+    kept = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
+    spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
+    return (
+        kept
+        | spent
+        | {
+            "epochs_done": epochs[-1]["epoch"],
+            "epoch_kept": final["epoch"],
+            "cc_best": best["cc_mean"],
+            "epoch_best": best["epoch"],
+        }
+    )
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,1 +1,0 @@
-"""What stands on the report: methods, data, tables; and its templates."""

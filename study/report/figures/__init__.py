@@ -1,0 +1,4 @@
+"""The figures of the report, one kind per file: they draw what ``results`` computed.
+
+Imports ``results``.
+"""

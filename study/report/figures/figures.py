@@ -1,0 +1,130 @@
+"""The figures of a study: tables in, pictures out. Nothing is computed here but means of what is drawn.
+
+    from study.results.gather import gather
+    from study.report.figures.figures import draw_all
+
+    draw_all(gather("results/lora_rank"), Path("figures"))
+
+A figure that a study has no data for is left out, and `left_out` says why.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.storage import Place, atomic_path, make_folder
+from study.report.figures.heat import draw_heat, lacks_heat
+from study.report.figures.losses import draw_losses, lacks_losses
+from study.report.figures.parallel import draw_parallel, lacks_parallel
+from study.report.figures.rank import draw_gaps, draw_ranks, lacks_gaps, lacks_ranks
+from study.report.figures.search import (
+    draw_confirmed,
+    draw_history,
+    draw_importances,
+    draw_time,
+    lacks_confirmed,
+    lacks_history,
+    lacks_importances,
+    lacks_time,
+)
+from study.report.figures.style import Drawer, Picture, image_of, line, styled
+from study.report.figures.voxels import draw_histograms, draw_scatter, lacks_voxels
+from study.results.evidence import Evidence
+
+FIGURES = (
+    Drawer("score_by_rank", "Does a higher rank help?", lacks_ranks, draw_ranks),
+    Drawer("gap_by_rank", "Does a higher rank overfit?", lacks_gaps, draw_gaps),
+    Drawer("losses", "Loss in training and on held-out text", lacks_losses, draw_losses),
+    Drawer("rank_by_lr", "Rank and learning rate", lacks_heat, draw_heat),
+    Drawer("confirmed", "The finalists, confirmed", lacks_confirmed, draw_confirmed),
+    Drawer("history", "The search, trial by trial", lacks_history, draw_history),
+    Drawer("importances", "Which settings matter", lacks_importances, draw_importances),
+    Drawer("parallel", "All trials at once", lacks_parallel, draw_parallel),
+    Drawer("voxels", "CC over voxels", lacks_voxels, draw_histograms),
+    Drawer("voxel_pairs", "Tuned against frozen, voxel by voxel", lacks_voxels, draw_scatter),
+    Drawer("time", "Where time went", lacks_time, draw_time),
+)
+
+
+class Drawn(NamedTuple):
+    """A figure in two files.
+
+    Attributes
+    ----------
+    name : of both files, before the ending; plain letters
+    title : a few words for a heading; it is not in the picture
+    caption : what is drawn, and n
+    alt : the same in words, with its numbers, for who cannot see it. Caption and alt may hold names that a user chose:
+        escape them in HTML
+    """
+
+    name: str
+    png: Place
+    svg: Place
+    title: str
+    caption: str
+    alt: str
+
+
+class Absent(NamedTuple):
+    """A figure that was left out."""
+
+    name: str
+    title: str
+    reason: str
+
+
+def draw_all(evidence: Evidence, folder: Place, failed: Callable[[str, Exception], None] | None = None) -> list[Drawn]:
+    """Draw every figure that a study has data for, and write each as PNG and SVG.
+
+    The same evidence gives the same bytes.
+
+    Parameters
+    ----------
+    folder : made where it is missing; files of these names are replaced
+    failed : is told title and error of a figure that cannot be drawn, which is then left out; else the error is raised
+
+    Raises
+    ------
+    InputError
+        if the folder may not be written.
+    """
+    make_folder(folder)
+    drawn = []
+    for drawer in FIGURES:
+        try:
+            if not drawer.lacking(evidence):
+                drawn.append(_write(drawer, evidence, folder))
+        except InputError:
+            raise
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(drawer.title, error)
+    return drawn
+
+
+def left_out(evidence: Evidence) -> list[Absent]:
+    """Return the figures that `draw_all` leaves out, and why."""
+    reasons = [(drawer, drawer.lacking(evidence)) for drawer in FIGURES]
+    return [Absent(drawer.name, drawer.title, reason) for drawer, reason in reasons if reason]
+
+
+def draw(name: str, evidence: Evidence) -> Picture:
+    """Return one figure, named as in `FIGURES`; a ValueError where there is nothing to draw."""
+    drawer = next(drawer for drawer in FIGURES if drawer.name == name)
+    if reason := drawer.lacking(evidence):
+        raise ValueError(f"{name}: {reason}")
+    with styled():
+        return drawer.draw(evidence)
+
+
+def _write(drawer: Drawer, evidence: Evidence, folder: Place) -> Drawn:
+    files = {ending: folder / f"{drawer.name}.{ending}" for ending in ("png", "svg")}
+    with styled():
+        picture = drawer.draw(evidence)
+        images = {ending: image_of(picture.figure, ending, drawer.name) for ending in files}
+    for ending, file in files.items():
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(images[ending])
+    return Drawn(drawer.name, files["png"], files["svg"], drawer.title, line(picture.caption), line(picture.alt))

@@ -1,0 +1,160 @@
+"""All searched trials at once: a line each through its hyperparameters and its score."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from study.report.figures.style import GREY, INK, SEQUENTIAL, Picture, canvas, cc, floats, known, plain, sample, short
+from study.results.evidence import Evidence
+from study.wording import counted, joined
+
+MOST_AXES = 7  # hyperparameters; a screen holds no more names
+MOST_TICKS = 6
+LOG_FROM = 8  # times its lowest value: a parameter that reaches so far is drawn on a logarithmic scale
+
+
+class Scale(NamedTuple):
+    """A parameter on its own axis.
+
+    Attributes
+    ----------
+    places : (n_trials,) from 0 to 1, NaN where a trial has no value
+    ticks : place and name of what is written beside the axis
+    """
+
+    name: str
+    places: np.ndarray
+    ticks: tuple[tuple[float, str], ...]
+
+
+def lacks_parallel(evidence: Evidence) -> str:
+    """Say why no parallel coordinates can be drawn."""
+    rows = _rows(evidence)
+    if rows.empty:
+        return "no searched trial is complete"
+    return "" if _varied(evidence, rows) else "the search varied no hyperparameter"
+
+
+def _rows(evidence: Evidence) -> pd.DataFrame:
+    """Return the trials to draw: those that analyses of rank use, or without those all complete searched ones."""
+    used = known(evidence.used, evidence.facts.metric)
+    if len(used):
+        return used
+    trials = evidence.trials
+    return known(trials[(trials["phase"] == "search") & (trials["status"] == "COMPLETE")], evidence.facts.metric)
+
+
+def _varied(evidence: Evidence, rows: pd.DataFrame) -> list[str]:
+    return [name for name in evidence.varied if name in rows and rows[name].notna().any()][:MOST_AXES]
+
+
+def draw_parallel(evidence: Evidence) -> Picture:
+    """Draw parallel coordinates: a line a trial, dark for the worst to bright and thick for the best."""
+    facts, rows = evidence.facts, _rows(evidence)
+    rows = rows.sort_values(facts.metric, ascending=facts.is_gain, kind="stable")
+    score = floats(rows[facts.metric])
+    names = _varied(evidence, rows)
+    scales = [*(scale_of(name, rows[name]) for name in names), scale_of(facts.metric_label, rows[facts.metric], True)]
+    figure, axes = canvas(width=max(6.6, 1.35 * len(scales)), height=4.4)
+    plot = axes[0, 0]
+    _lines(plot, scales, score if facts.is_gain else -score)
+    for x, scale in enumerate(scales):
+        _axis(plot, x, scale)
+    plot.set_xlim(-0.75, len(scales) - 0.9)
+    plot.set_ylim(-0.06, 1.06)
+    _label(plot, scales)
+    beyond = len([name for name in evidence.varied if name in rows]) - len(names)
+    rest = f" {counted(beyond, 'further parameter')} not drawn." if beyond else ""
+    best = rows.iloc[-1]
+    settings = joined([f"{name} {_value(best[name])}" for name in names])
+    caption = (
+        f"Every complete searched trial as a line through its hyperparameters to its {facts.metric_label}, each axis "
+        f"on its own scale. Darker lines are better; thick: the best trial.{rest} {sample(evidence, len(rows))}."
+    )
+    alt = (
+        f"Parallel coordinates of {counted(len(rows), 'trial')} over {joined(names)}; {facts.metric_label} from "
+        f"{cc(score.min())} to {cc(score.max())}. Best trial {best['trial_id']}: {facts.metric_label} "
+        f"{cc(float(best[facts.metric]))} with {settings}."
+    )
+    return Picture(figure, caption, alt)
+
+
+def scale_of(name: str, values: pd.Series, is_score: bool = False) -> Scale:
+    """Place values on an axis from 0 to 1: numbers by size or logarithm, everything else side by side."""
+    numbers = (
+        floats(values) if not values.map(lambda one: isinstance(one, bool)).any() else np.full(len(values), np.nan)
+    )
+    if np.isfinite(numbers).any() and np.isfinite(numbers).sum() == values.notna().sum():
+        is_log = not is_score and np.nanmin(numbers) > 0 and np.nanmax(numbers) >= LOG_FROM * np.nanmin(numbers)
+        return _number_scale(f"{name} (log)" if is_log else name, numbers, is_log, is_score)
+    texts = values.astype("string")
+    levels = sorted(texts.dropna().unique())
+    places = {level: i / (len(levels) - 1) if len(levels) > 1 else 0.5 for i, level in enumerate(levels)}
+    ticks = tuple((place, short(level, 16)) for level, place in places.items())
+    found = np.array([places.get(text, np.nan) if not pd.isna(text) else np.nan for text in texts], float)
+    return Scale(name, found, ticks if len(ticks) <= 2 * MOST_TICKS else (ticks[0], ticks[-1]))
+
+
+def _number_scale(name: str, numbers: np.ndarray, is_log: bool, is_score: bool) -> Scale:
+    logs = np.log(numbers) if is_log else numbers
+    low, high = np.nanmin(logs), np.nanmax(logs)
+    span = high - low
+    places = (logs - low) / span if span else np.where(np.isfinite(logs), 0.5, np.nan)
+    values = np.unique(numbers[np.isfinite(numbers)])
+    at = np.unique(places[np.isfinite(places)])
+    if len(values) > MOST_TICKS or (len(at) > 1 and np.diff(at).min() < 0.07):
+        middle = np.exp((low + high) / 2) if is_log else (low + high) / 2
+        if (values == np.round(values)).all():  # a rank or a layer between two others is none
+            middle = values[np.argmin(np.abs((np.log(values) if is_log else values) - (low + high) / 2))]
+        values = np.array([values[0], middle, values[-1]])
+        at = ((np.log(values) if is_log else values) - low) / span
+    write = cc if is_score else plain
+    return Scale(name, places, tuple((float(place), write(value)) for place, value in zip(at, values, strict=True)))
+
+
+def _lines(axes: Axes, scales: list[Scale], goodness: np.ndarray) -> None:
+    """Draw a line a trial, the best last; it breaks where a trial has no value.
+
+    Parameters
+    ----------
+    goodness : (n_trials,) ascending
+    """
+    span = np.ptp(goodness) or 1.0
+    for i, good in enumerate(goodness):
+        is_best = i == len(goodness) - 1
+        y = [scale.places[i] for scale in scales]
+        # Bright for the worst, that the good ones stand out on white
+        colour = INK if is_best else SEQUENTIAL(1 - (good - goodness[0]) / span)
+        axes.plot(
+            y, color=colour, linewidth=2.4 if is_best else 0.9, alpha=1 if is_best else 0.6, marker=".", markersize=3
+        )
+
+
+def _axis(axes: Axes, x: int, scale: Scale) -> None:
+    axes.axvline(x, color=GREY, linewidth=0.8, zorder=0)
+    for place, text in scale.ticks:
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
+        axes.text(x - 0.06, place, text, ha="right", va="center", fontsize=7.5, color=INK, bbox=box, zorder=5)
+
+
+def _label(axes: Axes, scales: list[Scale]) -> None:
+    """Write the names below the axes, every other one a line lower: they are longer than the axes are apart."""
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(list(range(len(scales)))))
+    axes.xaxis.set_major_formatter(FixedFormatter([short(scale.name, 20) for scale in scales]))
+    for tick in axes.xaxis.get_major_ticks()[1::2]:
+        tick.set_pad(18)
+    axes.set_xlabel("hyperparameters, and the score last")
+    axes.set_ylabel("lowest to highest value tried (each axis its own)")
+    axes.tick_params(axis="x", length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _value(value: Any) -> str:
+    if pd.isna(value):
+        return "none"
+    return plain(float(value)) if isinstance(value, int | float | np.number) else str(value)

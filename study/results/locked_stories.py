@@ -1,0 +1,186 @@
+"""Who has looked at the locked test stories: ``confirm.json`` of this study, and of its neighbours.
+
+The first look of a study is ``confirm.json``, each further one ``confirm-2.json`` and so on. A look is planned in
+``study.json`` (``look_permitted``) when the user forces it, so that a session that goes on need not be told again.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import content_key, read_json, write_json
+from bert_encoding.core.names import DEMOS, ENCODING, FROZEN, STUDY_FILE, WORD_RATE
+from bert_encoding.core.storage import Place, children, open_place
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.trial.record import has_record, read_record
+from study.setup.options import Options
+
+PERMITTED = "look_permitted"
+Heard = dict[str, list[str]]  # story -> subjects, each with a hash of the story's words
+_REQUIRED = ("at", "data", "test_stories", "n_searched", "asked", "seeds", "finalists", "winner")
+_OF_DAMAGE = (InputError, OSError, AttributeError, IndexError, KeyError, TypeError)
+
+_log = logging.getLogger(__name__)
+
+
+class Look(NamedTuple):
+    """A study that has read test stories, when, and which of those that are asked about.
+
+    Attributes
+    ----------
+    baselines_only : they were scored with baselines alone (``--trials 0``), of which nothing was chosen
+    """
+
+    study: str
+    at: str
+    stories: tuple[str, ...]
+    baselines_only: bool = False
+
+    def __str__(self) -> str:
+        return f"study {self.study} ({self.at})"
+
+
+def heard_by(dataset: Dataset, stories: Sequence[str]) -> Heard:
+    """Return who heard each story; a story goes by its words, as other training stories or voxels do not unlock it."""
+    return {
+        name: [f"{subject} {content_key(dataset.stories[name].words)}" for subject in dataset.subjects]
+        for name in sorted(stories)
+    }
+
+
+def look_file(look: int) -> str:
+    """Return the name of the file of a look, counted from 1."""
+    return "confirm.json" if look == 1 else f"confirm-{look}.json"
+
+
+def id_on_test(name: str, look: int) -> str:
+    """Return the id of the trial that scores another one on the test stories."""
+    return f"test-{name}" + (f"-look{look}" if look > 1 else "")
+
+
+def read_looks(folder: Place) -> list[dict[str, Any]]:
+    """Return what a study keeps of its looks at the test stories, the first one first."""
+    looks: list[dict[str, Any]] = []
+    while (file := folder / look_file(len(looks) + 1)).is_file():
+        looks.append(read_json(file, required=_REQUIRED))
+    return looks
+
+
+def earlier_looks(options: Options, heard: Heard) -> list[Look]:
+    """Return the looks of this study and of those in the same place at any of these stories in the same subject.
+
+    Of another study that is private or damaged only a warning is given, which names it.
+    """
+
+    def read(folder: Place) -> list[Look]:
+        looks = [Look(folder.name, str(look["at"]), _shared(look, heard)) for look in read_looks(folder)]
+        return [look for look in looks if look.stories]
+
+    return _of_all(options, read)
+
+
+def earlier_baselines(options: Options, heard: Heard) -> list[Look]:
+    """Return the other studies in the same place whose baselines were scored on any of these stories.
+
+    Baselines choose nothing, so that they forbid no look. ``study.json`` does not say what was heard: here a story and
+    its subject go by their names.
+    """
+
+    def read(folder: Place) -> list[Look]:
+        if folder.name == options.folder.name or not (folder / STUDY_FILE).is_file():
+            return []
+        about = read_json(folder / STUDY_FILE)
+        stories = _shared_by_name(about, heard)
+        if not stories or not any(_has_test_score(folder, f"baseline-{name}") for name in (FROZEN, WORD_RATE)):
+            return []
+        return [Look(folder.name, str(about.get("created", "?")), stories, baselines_only=True)]
+
+    return _of_all(options, read)
+
+
+def _of_all(options: Options, read: Callable[[Place], list[Look]]) -> list[Look]:
+    """Return what is read of every study in the same place, in the order of time."""
+    found = []
+    for folder in children(open_place(options.out)):
+        try:
+            found += read(folder)
+        except _OF_DAMAGE as error:
+            if folder.name == options.folder.name:
+                raise
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            _warn_once(f"whether study {folder} has read these test stories is not known: {why}")
+    return sorted(found, key=lambda look: look.at)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning("%s", message)
+
+
+def _has_test_score(folder: Place, trial_id: str) -> bool:
+    return has_record(folder, trial_id) and "cc_test" in read_record(folder, trial_id).scores
+
+
+def _shared_by_name(about: dict[str, Any], heard: Heard) -> tuple[str, ...]:
+    """Return the test stories that a study, by its ``study.json``, has in common in one subject or more."""
+    if about.get("task", ENCODING) != ENCODING or not about.get("splits"):
+        return ()
+    subjects, test = set(about["data"]["n_voxels"]), about["splits"][0]["test"]
+    return tuple(name for name in heard if name in test and subjects & {who.rpartition(" ")[0] for who in heard[name]})
+
+
+def _shared(look: dict[str, Any], heard: Heard) -> tuple[str, ...]:
+    """Return the stories that a look has read; one that does not say in whom is taken to have read them in all."""
+    if "heard" not in look:
+        return tuple(name for name in heard if name in look["test_stories"])
+    return tuple(name for name in heard if set(heard[name]) & set(look["heard"].get(name, ())))
+
+
+def next_look(options: Options, n_searched: int, is_again: bool, is_complete: bool) -> int | None:
+    """Return the number of the look that a session shall end with; None where nothing new is to be confirmed.
+
+    Parameters
+    ----------
+    n_searched : searched trials that have ended
+    is_again : the user asks for another look
+    is_complete : the last look has scored all that it is to score
+    """
+    if options.confirm == 0:
+        return None
+    looks = read_looks(options.folder)
+    if not looks:
+        return 1
+    last, n = looks[-1], len(looks)
+    has_more = max(options.trials, n_searched) > last["n_searched"] or options.confirm > last["asked"]
+    return n + 1 if has_more or (is_again and is_complete) or _permitted(options.folder) > n else None
+
+
+def check_looks(options: Options, look: int | None, heard: Heard, is_again: bool) -> None:
+    """Refuse to look at the same locked stories a second time; who listens to the demo is simulated, and may.
+
+    Raises
+    ------
+    InputError
+        if this study or another in the same place has looked already, and the user does not force it.
+    """
+    if look is None or options.data in DEMOS or is_again or _permitted(options.folder) >= look:
+        return
+    before = earlier_looks(options, heard)
+    if before:
+        raise InputError(
+            f"{options.folder}: the test stories {', '.join(before[-1].stories)} have been read by {before[-1]}; "
+            "search without test scores with --confirm 0, or read them again with --look-again, which is recorded"
+        )
+
+
+def permit_look(folder: Place, look: int) -> None:
+    """Note in ``study.json`` that the user wants this look although it is not the first."""
+    file = folder / STUDY_FILE
+    write_json(file, read_json(file) | {PERMITTED: look})
+
+
+def _permitted(folder: Place) -> int:
+    file = folder / STUDY_FILE
+    return int(read_json(file).get(PERMITTED, 0)) if file.is_file() else 0

@@ -1,0 +1,49 @@
+"""Jobs that are known from the start, handed to Ray Tune one after the other."""
+
+from collections import deque
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from bert_encoding.core.names import Metric
+from study.search.worker import Job
+
+
+class JobList(Searcher):  # type: ignore[misc]  # Ray's own is untyped to us
+    """Hands out a list of jobs; how each ends is in its record, and one that fails stops nothing.
+
+    Parameters
+    ----------
+    jobs : to be run, in this order
+    measure : what the progress line shows of a trial
+    """
+
+    def __init__(self, jobs: list[Job], measure: Metric) -> None:
+        super().__init__()
+        self.waiting, self.measure = deque(jobs), measure
+        self.error: str | None = None
+        self.reasons: dict[str, str] = {}  # Ray's id -> why a worker was ended
+        self.jobs: dict[str, Job] = {}
+
+    @property
+    def n_jobs(self) -> int:
+        """Jobs still to be handed out."""
+        return len(self.waiting)
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.error is not None or not self.waiting:
+            return Searcher.FINISHED
+        self.jobs[trial_id] = self.waiting.popleft()
+        return self.jobs[trial_id].to_dict()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing to learn: the jobs are given."""
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: records are the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("resume a study from its records, with --resume")

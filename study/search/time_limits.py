@@ -1,0 +1,132 @@
+"""What the driver does for trials that cannot end by themselves: a time limit, and records for the dead."""
+
+import time
+from typing import Any
+
+import ray
+from ray import tune
+
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.names import FAILED
+from bert_encoding.core.storage import Place
+from bert_encoding.trial.record import TrialRecord, write_record
+from study.search.job_list import JobList
+from study.search.searcher import StudySearcher
+from study.search.worker import Job, find_record
+
+RETRIES = 2  # of a trial whose worker died
+MAX_UNRECORDED = 3  # trials in a row that could not write their records, before a study ends
+
+
+class TrialGuard(tune.Callback):
+    """Ends trials that take too long, and records those that left no record: their worker died, or could not write.
+
+    A hanging trial may hold its whole process, so nothing inside it can be asked to stop: its worker is ended, and the
+    trial is not tried again. The other trials notice nothing.
+
+    What a worker could not write, for want of space, say, its driver may: it needs less, and may sit on another
+    machine. Where it cannot either, or several trials in a row could not, the study ends: the next ones would run for
+    nothing.
+
+    Parameters
+    ----------
+    folder : of the study
+    limit_s : seconds that a trial may take, from the start of its worker's work on it; None is no limit
+    """
+
+    def __init__(self, folder: Place, searcher: StudySearcher | JobList, limit_s: float | None = None) -> None:
+        self.folder, self.searcher, self.limit_s = folder, searcher, limit_s
+        self.running: dict[str, tuple[float, Any]] = {}  # Ray's id -> when it began, Ray's trial
+        self.n_unrecorded = 0  # in a row
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running[trial.trial_id] = (time.monotonic(), trial)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if not result.get("ended"):
+            return
+        self.running.pop(trial.trial_id, None)
+        if not result.get("unrecorded"):
+            self.n_unrecorded = 0
+            return
+        self.n_unrecorded += 1
+        job, reason = self.searcher.jobs[trial.trial_id], result["error"] or "no reason given"
+        self._record(job, reason, bool(result.get("is_user_error")))
+        if self.n_unrecorded == MAX_UNRECORDED and self.searcher.error is None:
+            last = reason.strip().splitlines()[-1]
+            self.searcher.error = f"{MAX_UNRECORDED} trials in a row could not write their records; the last: {last}"
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.pop(trial.trial_id, None)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        forget(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record a trial that was given up, unless it has left a record itself."""
+        self.running.pop(trial.trial_id, None)
+        job = self.searcher.jobs[trial.trial_id]
+        reason = self.searcher.reasons.get(trial.trial_id, died(RETRIES))
+        self._record(job, reason)
+        forget(trial)
+
+    def _record(self, job: Job, reason: str, by_user: bool = False) -> None:
+        """Record a failure, unless the trial has left a record itself; end the study if that cannot be done."""
+        try:
+            if find_record(self.folder, job) is None:
+                write_record(self.folder, failed_record(job, reason, by_user))
+        except (InputError, OSError) as error:  # no space, for one: nothing can be recorded any more
+            self.searcher.error = first_line(error)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End what has taken too long; Ray Tune comes by several times a second."""
+        if self.limit_s is None:
+            return
+        now = time.monotonic()
+        for trial_id, (began, trial) in list(self.running.items()):
+            if now - began > self.limit_s:
+                del self.running[trial_id]
+                self._end(trial)
+
+    def _end(self, trial: Any) -> None:
+        worker = trial.temporary_state.ray_actor
+        if worker is None:
+            return
+        self.searcher.reasons[trial.trial_id] = f"no end after {self.limit_s:g} s (--trial-timeout)"
+        trial.max_failures = 0  # it would only hang again
+        ray.kill(worker)
+
+
+def forget(trial: Any) -> None:
+    """Free what Ray Tune keeps of an ended trial for tables of its own: most of what a trial costs the driver.
+
+    Its last result stays: Ray Tune prints a line about a trial that has none.
+    """
+    for kept in (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
+        kept.clear()
+
+
+def died(retries: int) -> str:
+    """Return the reason that is recorded of a trial whose worker died whenever it was tried."""
+    return f"its worker died {retries + 1} times"
+
+
+def failed_record(job: Job, reason: str, by_user: bool = False) -> TrialRecord:
+    """Return the record of a trial that could not write one; ``by_user``: its reason is one line for the user."""
+    return TrialRecord(
+        status=FAILED,
+        method=job.config["method"],
+        config=job.config,
+        trial_id=job.trial_id,
+        phase=job.phase,
+        error=reason,
+        key=job.key,
+        params=job.params,
+        scores={"is_user_error": True} if by_user else {},
+    )

@@ -1,0 +1,202 @@
+"""The jobs of a session through Ray Tune: who hands them out, who watches, who stops them."""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+
+from bert_encoding.core.names import METRICS
+from bert_encoding.core.storage import Place
+from bert_encoding.trial.record import TrialRecord
+from study.search.dashboard import JOURNAL_FILE, Journal
+from study.search.early_stopping import StopSign, put_up_sign
+from study.search.job_list import JobList
+from study.search.progress import ProgressLine
+from study.search.searcher import StudySearcher
+from study.search.tensorboard import TensorBoard
+from study.search.time_limits import RETRIES, TrialGuard
+from study.search.worker import Job, objective
+from study.setup.encoding_study import Study
+from study.setup.samplers import NO_SCHEDULER
+from study.setup.text_study import TextStudy
+
+NEVER_S = "1e9"
+OF_TUNE = {signal.SIGINT, signal.SIGUSR1}  # what Ray Tune takes for an interruption
+
+
+def run_jobs(
+    study: Study | TextStudy,
+    task: Any,
+    folder: Place,
+    records: list[TrialRecord],
+    baselines: list[Job],
+    make_key: Callable[..., str],
+    first_id: int,
+    private: Path,
+    console: Console,
+    is_mixed: bool = False,
+) -> str | None:
+    """Run baselines and search; every trial leaves a record. Needs Ray.
+
+    Parameters
+    ----------
+    records : of earlier sessions
+    baselines : jobs that lack a record
+    make_key : configuration -> identity
+    first_id : number of the next trial
+    private : folder for Ray Tune's own files
+    is_mixed : the study was forced to go on although it had changed
+
+    Returns
+    -------
+    Why the search ended before its time, in one line; None if it did not.
+    """
+    options, metric = study.options, METRICS[study.space.task]
+    sign = None if options.scheduler == NO_SCHEDULER else put_up_sign()
+    journal = Journal(folder / JOURNAL_FILE, options.name, metric.is_gain) if isinstance(folder, Path) else None
+    searcher = StudySearcher(
+        study.space,
+        study.base,
+        baselines,
+        options.trials,
+        records,
+        make_key,
+        options.seed,
+        first_id,
+        metric,
+        scheduler=options.scheduler,
+        sign=sign,
+        journal=journal,
+        is_mixed=is_mixed,
+    )
+    return _watch("search", study, task, folder, records, searcher, sign, private, console)
+
+
+def run_list(
+    name: str,
+    study: Study | TextStudy,
+    task: Any,
+    folder: Place,
+    records: list[TrialRecord],
+    jobs: list[Job],
+    private: Path,
+    console: Console,
+) -> str | None:
+    """Run given jobs, none of which stops early; parameters and result as of ``run_jobs``.
+
+    Parameters
+    ----------
+    name : tells these jobs from others of the session
+    """
+    searcher = JobList(jobs, METRICS[study.space.task])
+    return _watch(name, study, task, folder, records, searcher, None, private, console)
+
+
+def _watch(
+    name: str,
+    study: Study | TextStudy,
+    task: Any,
+    folder: Place,
+    records: list[TrialRecord],
+    searcher: StudySearcher | JobList,
+    sign: StopSign | None,
+    private: Path,
+    console: Console,
+) -> str | None:
+    """Run what a searcher hands out, with a progress line and a guard; return its error."""
+    options, n_jobs = study.options, searcher.n_jobs
+    with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
+        watching: list[tune.Callback] = [TrialGuard(folder, searcher, options.trial_timeout), progress]
+        if options.tensorboard and isinstance(folder, Path):
+            watching.append(TensorBoard(folder))
+        _tune(name, study, task, folder, searcher, sign, watching, private, n_jobs)
+    return searcher.error
+
+
+def _tune(
+    name: str,
+    study: Study | TextStudy,
+    task: Any,
+    folder: Place,
+    searcher: StudySearcher | JobList,
+    sign: StopSign | None,
+    watching: list[tune.Callback],
+    private: Path,
+    n_jobs: int,
+) -> None:
+    """Run ``n_jobs`` jobs on resident workers.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        if it was interrupted, be it after the last job.
+    """
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the records and the progress line tell them
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # it ends trials in good order
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = NEVER_S  # Ray Tune's own state, which nobody reads, grows with the trials
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    options = study.options
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            objective,
+            task=task,
+            study=str(folder),
+            metric=METRICS[study.space.task],
+            n_threads=max(1, int(options.cpus_per_trial)),
+            gpu_share=options.gpus_per_trial,
+            sign=sign,
+        ),
+        {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial},
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=n_jobs,
+            max_concurrent_trials=options.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(private),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=watching,
+            verbose=0,
+        ),
+    )
+    with passing_on_interrupts():
+        tuner.fit()
+
+
+@contextmanager
+def passing_on_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt after a block in which Ray Tune was interrupted, and put the handler of Ctrl-C back.
+
+    Tune takes the first Ctrl-C with a handler of its own, ends as if all were well, and says nothing of it; without a
+    Ctrl-C it leaves that handler behind, which would swallow the next. Python notes every signal it handles in the file
+    of ``signal.set_wakeup_fd``, whoever's the handler is.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    with tempfile.TemporaryFile() as noted:
+        os.set_blocking(noted.fileno(), False)  # asked for by the next line
+        others = signal.set_wakeup_fd(noted.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(others)
+            signal.signal(signal.SIGINT, before)
+        noted.seek(0)
+        was_interrupted = bool(OF_TUNE & set(noted.read()))
+    if was_interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,241 @@
+"""What a worker does with one job: run the trial, write its record, report to Ray Tune."""
+
+import ctypes
+import logging
+import os
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import content_key
+from bert_encoding.core.names import BASELINE, FAILED, SEARCH, Metric
+from bert_encoding.core.storage import Place, naming_full_disk, open_place
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord, has_record, read_cc, read_record, saving_adapter, write_record
+from study.cluster.lock import is_held_by, session_id
+from study.search.early_stopping import StopSign
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to run; the driver makes it, a worker receives it as Ray Tune's config.
+
+    Attributes
+    ----------
+    params : what Optuna suggested
+    repeat_of : a finished trial with the same key, whose record answers this job
+    score_test : also score the test stories (baselines of a study without a search)
+    is_final : refit on fit + validation and score the test stories alone (the end of the confirm phase)
+    session : of the driver that made it, the only one for which its record may be written; any if empty
+    """
+
+    trial_id: str
+    phase: str
+    key: str
+    config: dict[str, Any]
+    params: dict[str, Any] = field(default_factory=dict)
+    repeat_of: str | None = None
+    score_test: bool = False
+    is_final: bool = False
+    session: str = field(default_factory=session_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class NotOurs(InputError):
+    """Another session holds the study by now: nothing may be written for this one."""
+
+
+def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str, score_test: bool) -> str:
+    """Return the identity of a configuration: equal keys give equal results."""
+    return content_key(asdict(config), inputs, splits, code, score_test)
+
+
+def objective(
+    job: dict[str, Any],
+    *,
+    task: Any,
+    study: str,
+    metric: Metric,
+    n_threads: int,
+    gpu_share: float,
+    sign: StopSign | None = None,
+) -> None:
+    """Run one job in a Ray worker. A failure is recorded and reported, not raised: the worker stays usable.
+
+    The last report says how the trial ended. If it is ``unrecorded``, no record could be written here and the driver
+    has to do it; to try again would end the same way.
+
+    Parameters
+    ----------
+    sign : says after which epochs to stop; None stops nothing
+    """
+    from ray import tune
+
+    def report(scores: dict[str, float]) -> bool:
+        """Wait until the driver has seen an epoch, then look whether to go on."""
+        tune.report({"job": job["trial_id"], "scores": list(scores), **scores})
+        return sign is None or not sign.is_up(job["trial_id"], int(scores["epoch"]))
+
+    _limit_resources(n_threads, gpu_share)
+    given, unrecorded = Job(**job), False
+    try:
+        record = run_job(given, task, open_place(study), report)
+    except Exception as error:  # raised, it would cost two more tries, and its reason
+        logger.warning("trial %s has left no record: %s", given.trial_id, error)
+        record, unrecorded = _of_job(_failure(given, error), given), not isinstance(error, NotOurs)
+    _return_memory()
+    tune.report(_ending(record, given, metric) | {"unrecorded": unrecorded})
+
+
+def _ending(record: TrialRecord, job: Job, metric: Metric) -> dict[str, Any]:
+    """Return what the driver is told of a trial that has ended."""
+    return {
+        "job": record.trial_id,  # Ray Tune writes its own id over "trial_id"
+        "phase": record.phase,
+        "status": record.status,
+        "error": record.error,
+        "value": record.scores.get("cc_test" if job.is_final else metric.column),
+        "is_final": job.is_final,
+        "epochs_done": record.scores.get("epochs_done"),
+        "curve": curve(record, metric),
+        "is_user_error": record.scores.get("is_user_error", False),
+        "ended": True,
+    }
+
+
+def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
+    """Return what is searched for after every epoch: (epoch, value)."""
+    return [(int(epoch["epoch"]), epoch[metric.column]) for epoch in record.epochs if metric.column in epoch]
+
+
+def choose(config: TrialConfig, task: Any, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
+    """Choose voxels in a Ray worker; see ``choose_voxels``. In float32, so that any machine chooses the same."""
+    from bert_encoding.trial.voxel_selection import choose_voxels
+
+    _limit_resources(n_threads, gpu_share)
+    chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
+    _return_memory()
+    return chosen
+
+
+def run_job(job: Job, task: Any, study: Place, report: Any = lambda scores: None) -> TrialRecord:
+    """Run one job and write its record, or answer it from the record of an equal one.
+
+    A job whose worker died after it had written the record is tried again by Ray; it is answered from that record.
+
+    A worker may outlive its driver, on a machine that was cut off, say, while another session goes on with the study.
+    Its result is dropped if the lock is no longer its session's when the record would be written. Between that look and
+    the write the lock may still change hands. What can come of it is a whole record that the new session does not know
+    of: it counts when the study goes on again, and at worst answers the same question twice. It cannot be taken for
+    another trial's, as no session gives out an id that an earlier one may have given (``session.first_free_id``), and
+    the ids of baselines and of the confirm phase name what they run.
+
+    Parameters
+    ----------
+    report : called with the scores of every epoch; False stops the trial there
+
+    Raises
+    ------
+    NotOurs
+        if another session holds the study by now.
+    InputError
+        if the record cannot be written.
+    """
+    logging.getLogger("bert_encoding").setLevel(logging.WARNING)
+    if (finished := find_record(study, job)) is not None:
+        return finished
+    try:
+        record = _run(job, task, study, report) if job.repeat_of is None else _repeat(job, study)
+    except Exception as error:
+        record = _failure(job, error)
+    if job.session and not is_held_by(study, job.session):
+        raise NotOurs(f"{study}: trial {job.trial_id} is dropped: its run of the study is over or was taken over")
+    write_record(study, _of_job(record, job))
+    return record
+
+
+def _of_job(record: TrialRecord, job: Job) -> TrialRecord:
+    """Return the record with what the driver knows of its trial."""
+    record.trial_id, record.phase, record.key, record.params = job.trial_id, job.phase, job.key, job.params
+    return record
+
+
+def find_record(study: Place, job: Job) -> TrialRecord | None:
+    """Return the record that a job has left already, None if it has not."""
+    if not has_record(study, job.trial_id):
+        return None
+    record = read_record(study, job.trial_id)
+    return record if record.key == job.key else None
+
+
+def _run(job: Job, task: Any, study: Place, report: Any) -> TrialRecord:
+    from bert_encoding.text_tasks.run import run_text_trial
+    from bert_encoding.text_tasks.task import TextTask
+    from bert_encoding.trial.run import run_test, run_trial
+    from study.cluster.worker_data import check_weights, with_settled_precision
+
+    def keep_going(scores: dict[str, float]) -> bool:
+        return report(scores) is not False
+
+    config = with_settled_precision(TrialConfig.from_dict(job.config), str(study))
+    check_weights(str(study), config.model)
+    with naming_full_disk(study), saving_adapter(study, job.trial_id) as folder:
+        if job.is_final:
+            return run_test(config, task, keep_going, adapter_folder=folder)
+        kept = folder if job.phase == SEARCH else None
+        if isinstance(task, TextTask):
+            return run_text_trial(config, task, keep_going, adapter_folder=kept)
+        return run_trial(
+            config,
+            task,
+            keep_going,
+            adapter_folder=kept,
+            score_test=job.score_test,
+            with_tests=None if job.phase == BASELINE else False,
+        )
+
+
+def _repeat(job: Job, study: Place) -> TrialRecord:
+    assert job.repeat_of is not None
+    record = read_record(study, job.repeat_of)
+    record.repeat_of = record.repeat_of or job.repeat_of
+    record.seconds = dict.fromkeys(record.seconds, 0.0)
+    record.cc = read_cc(study, job.repeat_of)
+    return record
+
+
+def _failure(job: Job, error: Exception) -> TrialRecord:
+    """Record what went wrong: one line for a user's mistake, else the traceback."""
+    by_user = isinstance(error, InputError)
+    text = str(error) if by_user else "".join(traceback.format_exception(error)).strip()
+    return TrialRecord(
+        status=FAILED,
+        method=job.config["method"],
+        config=job.config,
+        error=text,
+        scores={"is_user_error": True} if by_user else {},
+        node=os.uname().nodename,
+    )
+
+
+def _return_memory() -> None:
+    """Give freed pages back: a resident worker's heap is fragmented by training and would grow from trial to trial."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+
+
+def _limit_resources(n_threads: int, gpu_share: float) -> None:
+    """Keep to the trial's share: Ray counts GPU fractions but does not enforce them, and may set one CPU thread."""
+    import torch
+
+    torch.set_num_threads(n_threads)
+    if torch.cuda.is_available() and 0 < gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share)

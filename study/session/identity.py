@@ -1,0 +1,247 @@
+"""What makes a study this study: kept in ``study.json``, compared when it goes on, recorded when it was forced to."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bert_encoding.core.devices import pick_device, resolve_precision
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import code_fingerprint, read_json, write_json
+from bert_encoding.core.names import ENCODING, STUDY_FILE
+from bert_encoding.core.storage import Place, open_place
+from bert_encoding.language_model.encoder import BUNDLED, checkpoint_fingerprint
+from bert_encoding.trial.config import OLDER_SETTINGS
+from study.setup.encoding_study import Study
+from study.setup.options import options_record
+from study.setup.text_study import TextStudy
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "optuna", "numpy", "scipy", "pandas")
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a later reader needs to run the study again."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": sys.argv,
+        "code": code_fingerprint(),
+        "git": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Return the commit of the source tree and whether it had changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+AnyStudy = Study | TextStudy
+IDENTITY = ("options", "space", "data", "voxels", "model", "splits", "config", "code", "precision", "versions")
+OF_THE_BEGINNING = ("name", "created", "command_line")  # a study that goes on keeps these
+THE_TASK, THE_VOXELS, THE_PRECISION = "the task", "the voxels", "the precision of this machine"
+
+
+class Difference(NamedTuple):
+    """Something that a study recorded and that is otherwise now."""
+
+    what: str
+    before: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.what} changed from {self.before} to {self.now}"
+
+    @property
+    def is_of_numbers(self) -> bool:
+        return self.before.isdecimal() or self.now.isdecimal()
+
+
+def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, Any]:
+    """Return what ``study.json`` keeps of a study. What is not known yet is None: the weights of a model on the hub
+    unless it ``may_fetch``, the precision on a cluster's workers."""
+    space, model, base = study.space, study.options.model, study.base
+    at_hand = may_fetch or model in BUNDLED or Path(model).is_dir()
+    here = study.options.machines.is_local or base.precision != "auto"
+    device = pick_device() if study.options.gpus_per_trial else torch.device("cpu")
+    return (
+        provenance()
+        | {
+            "name": study.options.name,
+            "task": space.task,
+            "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
+            "model": {"name": model, "weights": checkpoint_fingerprint(model) if at_hand else None},
+            "config": asdict(base),
+            "precision": resolve_precision(base.precision, device) if here else None,
+            "options": options_record(study.options),
+        }
+        | study.about(task)
+    )
+
+
+def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[Difference]:
+    """Return what must not change and did; a larger budget is no difference, nor are data that were moved."""
+    before, now = _comparable(recorded), _comparable(identity)
+    if recorded["data"]["fingerprint"] == identity["data"]["fingerprint"]:
+        before["the data"] = now["the data"]
+    if identity["model"]["weights"] is None and recorded["model"]["name"] == identity["model"]["name"]:
+        before["the model"] = now["the model"]
+    if None in (recorded["precision"], identity["precision"]):
+        before[THE_PRECISION] = now[THE_PRECISION]
+    return [Difference(what, str(before.get(what)), now[what]) for what in now if before.get(what) != now[what]]
+
+
+def read_identity(folder: Place, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``study.json`` says, with all that ``identity`` is compared with."""
+    return read_json(folder / STUDY_FILE, required=tuple(name for name in identity if name in IDENTITY))
+
+
+def resumed(
+    folder: Place, recorded: dict[str, Any], identity: dict[str, Any], may_force: bool, first_trial: str
+) -> dict[str, Any]:
+    """Return what ``study.json`` is to say of a study that goes on.
+
+    Parameters
+    ----------
+    may_force : go on although it differs, and record how
+    first_trial : id of the next trial
+
+    Raises
+    ------
+    InputError
+        naming the first difference, if there is one and it may not be forced.
+    """
+    found = differences(recorded, identity)
+    _check(folder, found, may_force)
+    if not found:
+        moved = {"data": recorded["data"] | {"source": identity["data"]["source"]}, "options": identity["options"]}
+        return recorded | moved | ({} if recorded["precision"] else {"precision": identity["precision"]})
+    kept = {*OF_THE_BEGINNING, *(name for name in ("precision",) if identity[name] is None)}
+    if THE_VOXELS not in (one.what for one in found):
+        kept.add("voxels")  # with the key of those that the study chose
+    changed = {name: value for name, value in identity.items() if name not in kept and recorded.get(name) != value}
+    was = {name: recorded[name] for name in changed if name in recorded}
+    return record_force(recorded | changed, found, was, first_trial)
+
+
+def record_force(
+    recorded: dict[str, Any], found: list[Difference], was: dict[str, Any], first_trial: str
+) -> dict[str, Any]:
+    """Return what ``study.json`` is to say of a study that went on although it differs.
+
+    Parameters
+    ----------
+    was : what it said before, where it differs
+    first_trial : the trials from this id on ran under what it says now
+    """
+    forced = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "first_trial": first_trial,
+        "differences": [one._asdict() for one in found],
+        "was": was,
+    }
+    return recorded | {"forced": [*recorded.get("forced", []), forced]}
+
+
+def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_trial: str) -> None:
+    """Ask a worker of a cluster in which precision it multiplies, which must stay the same; needs Ray.
+
+    Raises
+    ------
+    InputError
+        if finished trials ran in another one, unless that may be forced, or the worker does not see the study.
+    """
+    if study.options.machines.is_local:
+        return
+    recorded, now = read_json(folder / STUDY_FILE, required=("precision",)), _ask_worker(study, folder)
+    if recorded["precision"] == now:
+        return
+    settled = recorded | {"precision": now}
+    if recorded["precision"] is not None:
+        found = [Difference(THE_PRECISION, str(recorded["precision"]), now)]
+        _check(folder, found, may_force)
+        settled = record_force(settled, found, {"precision": recorded["precision"]}, first_trial)
+    write_json(folder / STUDY_FILE, settled)
+
+
+def _ask_worker(study: AnyStudy, folder: Place) -> str:
+    """Return the precision of a worker with a trial's resources."""
+    import ray
+
+    options = study.options
+    remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(_look_around)
+    try:
+        return str(ray.get(remote.remote(study.base.precision, str(folder))))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+
+
+def _look_around(precision: str, folder: str) -> str:
+    """Return the precision here; a record that is written where nobody else looks would be lost."""
+    if not (open_place(folder) / STUDY_FILE).is_file():
+        raise InputError(
+            f"{folder}: {platform.node()}, a machine of the cluster, does not see it; give an --out on a disk that all "
+            "of them share, or s3://bucket/prefix"
+        )
+    return resolve_precision(precision, pick_device())
+
+
+def _check(folder: Place, found: list[Difference], may_force: bool) -> None:
+    """Refuse to mix two studies, by name. Never to be mixed are scores of two tasks, and voxels that a study chose."""
+    own = "give the recorded value, or begin a new study with another --name"
+    never = [one for one in found if one.what == THE_TASK or (one.what == THE_VOXELS and one.is_of_numbers)]
+    if never and may_force:
+        raise InputError(f"{folder}: cannot resume, even by force: {never[0]}; {own}")
+    if found and not may_force:
+        others = ", ".join(one.what for one in found[1:])
+        also = f"; also changed: {others}" if others else ""
+        raise InputError(f"{folder}: cannot resume: {found[0]}; {own}, or go on with --force-resume{also}")
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, str]:
+    """Return what must not change, as text by name."""
+    stories = {
+        f"the {role} stories" + (f" of outer fold {at}" if len(identity["splits"]) > 1 else ""): ", ".join(names)
+        for at, split in enumerate(identity["splits"])
+        for role, names in split.items()
+    }
+    config = OLDER_SETTINGS | identity["config"]
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+    return {
+        THE_TASK: str(identity.get("task", ENCODING)),
+        "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
+        "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
+        "the trim": str(identity["data"].get("trim_trs")),
+        THE_VOXELS: _voxels_text(identity["voxels"]),
+        "the text that is not stories": str(identity.get("general_text")),
+        "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
+        "the code of bert_encoding": str(identity["code"]),
+        THE_PRECISION: str(identity["precision"]),
+        **{f"the version of {name}": version for name, version in identity["versions"].items()},
+        "the number of outer folds": str(len(identity["splits"])),
+        **stories,
+        **{f"the setting {name}": str(value) for name, value in settings.items()},
+    }
+
+
+def _voxels_text(voxels: dict[str, Any]) -> str:
+    """Describe which voxels are scored; a choice that the study makes itself is checked when it is read."""
+    asked = str(voxels["asked"])
+    return asked if asked.isdecimal() else f"{Path(asked).name} ({voxels['key']})"

@@ -1,0 +1,310 @@
+"""What a study will do, said before it does it."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import BASELINE, SEARCH
+from bert_encoding.core.storage import Place
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.language_model.encoder import model_shape
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import read_records
+from study.results.locked_stories import read_looks
+from study.search.worker import Job
+from study.session.confirm import final_jobs, kept, validation_jobs
+from study.session.memory import worker_bytes
+from study.setup.options import Options
+from study.setup.spaces import Space
+from study.wording import counted
+
+TOKENS_A_WORD = 1.2
+GPU_FLOPS = 1e14  # of one recent data-centre GPU in bfloat16, where it is not idle
+DOUBLE = 1.4  # float64 products, measured against float32 on a CPU
+MIN_FREE_BYTES = 200e6
+TESTS_S = 1e-6  # of permutations and resamples, a voxel and scored row; 0.8e-6 to 1.4e-6 measured on one core
+
+
+class Estimate(NamedTuple):
+    """A rough forecast.
+
+    Attributes
+    ----------
+    trial_seconds, baseline_seconds : of one trial with the base settings, and of the frozen baseline without its tests
+    tests_seconds : of the permutations and resamples of one baseline
+    final_seconds, final_baseline_seconds : of what is scored on the test stories, a finalist and the frozen baseline;
+        tests included
+    final_tests_seconds : of these tests alone
+    disk_bytes : what the study may write
+    """
+
+    trial_seconds: float
+    baseline_seconds: float
+    tests_seconds: float
+    final_seconds: float
+    final_baseline_seconds: float
+    final_tests_seconds: float
+    trial_bytes: float
+    disk_bytes: float
+
+
+class Done(NamedTuple):
+    """Trials that have ended, by what they were for.
+
+    Attributes
+    ----------
+    n_searched : of the search
+    n_validated : finalists with fresh seeds, each seed counted
+    n_finalists, n_baselines : scored on the test stories; a finalist that dropped out counts
+    """
+
+    n_searched: int = 0
+    n_validated: int = 0
+    n_finalists: int = 0
+    n_baselines: int = 0
+
+
+def done_so_far(options: Options, look: int | None) -> Done:
+    """Count what a study has behind it.
+
+    Parameters
+    ----------
+    look : the number of the look at the test stories that it shall end with; None for none
+    """
+    records = read_records(options.folder)
+    ended = {record.trial_id for record in records}
+    n_searched = sum(record.phase == SEARCH for record in records)
+    if look is None:
+        return Done(n_searched)
+
+    def count(jobs: list[Job]) -> int:
+        return sum(job.trial_id in ended for job in jobs)
+
+    looks = read_looks(options.folder)
+    if len(looks) < look:
+        return Done(n_searched, count(validation_jobs(options, records, look, _no_key)))
+    fixed = looks[look - 1]
+    k, baselines = n_finalists(options), [record for record in records if record.phase == BASELINE]
+    n_baselines = count(final_jobs(fixed | {"finalists": []}, baselines, _no_key))
+    n_scored = count(final_jobs(fixed, records, _no_key)) - n_baselines
+    n_dropped = max(0, k - len(kept(fixed)))
+    return Done(n_searched, k * options.confirm_seeds, n_scored + n_dropped, n_baselines)
+
+
+def _no_key(config: TrialConfig) -> str:
+    return ""
+
+
+def estimate(
+    dataset: Dataset, splits: tuple[Split, ...], n_voxels: dict[str, int], base: TrialConfig, options: Options
+) -> Estimate:
+    """Forecast time, memory and disk from the number of words, voxels and weights; no model is loaded.
+
+    A forward pass costs 2 floating-point operations a weight and token; LoRA training twice that again for the
+    gradients of the activations.
+    """
+    shape, v, epochs = model_shape(options.model), sum(n_voxels.values()), options.epochs
+    weights = shape["n_layers"] * (4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"])
+    train_tokens = TOKENS_A_WORD * (base.window_tokens - 2) / base.stride
+    embed_tokens = TOKENS_A_WORD * (base.embed_window_tokens - 2) / base.embed_stride
+
+    def read(stories: tuple[str, ...], tokens_a_word: float) -> float:
+        return 2 * weights * tokens_a_word * sum(len(dataset.stories[name].words) for name in stories)
+
+    def fit(stories: tuple[str, ...], n_fits: int, is_nested: bool = True) -> float:
+        n_fit, p = _n_rows(dataset, stories), shape["n_hidden"] * len(base.delays)
+        return _ridge_flops(n_fit, p, v, base, n_fits, is_nested)
+
+    n_scored = -(-epochs // base.score_every)  # the last epoch always
+    trial = frozen = 0.0
+    for split in splits:
+        embed = read(split.fit + split.validation, embed_tokens)
+        trial += epochs * 2 * read(split.fit, train_tokens) + n_scored * embed + fit(split.fit, n_scored)
+        frozen += embed + fit(split.fit, 1)
+    known = splits[0].fit + splits[0].validation
+    final_frozen = read(known + splits[0].test, embed_tokens) + fit(known, 1, is_nested=False)
+    final = final_frozen + epochs * 2 * read(known, train_tokens)
+    tests, final_tests = (
+        TESTS_S * v * sum(_n_rows(dataset, names) for names in scored)
+        for scored in ([split.validation for split in splits], [splits[0].test])
+    )
+    model_bytes = 4 * (weights + shape["n_hidden"] * 31_000)
+    trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
+    disk_bytes = MIN_FREE_BYTES + max(options.trials, 1) * (v * 4 * 2 + 1e5) + options.keep_adapters * 0.1 * model_bytes
+    speed = _flops_a_second(options)
+    finals = (final / speed + final_tests, final_frozen / speed + final_tests, final_tests)
+    return Estimate(trial / speed, frozen / speed, tests, *finals, trial_bytes, disk_bytes)
+
+
+def _n_rows(dataset: Dataset, stories: tuple[str, ...]) -> int:
+    return sum(len(dataset.stories[name].tr_times_s) - sum(dataset.trim) for name in stories)
+
+
+def _ridge_flops(
+    n_fit: int, n_features: int, n_voxels: int, base: TrialConfig, n_fits: int, is_nested: bool = True
+) -> float:
+    """Some fits, and the nested ones of ``cc_seen``: eigendecompositions, and a prediction for every alpha."""
+    size = min(n_fit, n_features)
+    n_folds, n_alphas = base.n_folds, len(base.ridge_alphas)
+    decompositions = n_fits * (n_folds + 1) + is_nested * n_folds * (n_folds + 1) / 2
+    predictions = n_fits * (n_alphas + 2) + is_nested * (n_folds - 1) * n_alphas
+    return DOUBLE * (10 * size**3 * decompositions + 2 * n_fit * size * n_voxels * predictions)
+
+
+def total_seconds(forecast: Estimate, options: Options, done: Done, confirms: bool) -> float:
+    """Return how long a study still takes; its workers are taken to be always busy.
+
+    Beside the frozen encoder, baselines cost little but their tests.
+    """
+    n_baselines = 2 + len(options.baselines)
+    seconds = 0.0
+    if not done.n_searched:  # to choose voxels is one more fit of the frozen encoder
+        at_once = min(n_baselines, options.max_concurrent)
+        seconds += forecast.baseline_seconds * (1 + options.voxels.isdecimal())
+        seconds += forecast.tests_seconds * n_baselines / at_once
+    seconds += forecast.trial_seconds * max(0, options.trials - done.n_searched) / options.max_concurrent
+    if confirms:
+        k = n_finalists(options)
+        finals = max(0, k - done.n_finalists) * forecast.final_seconds
+        finals += max(0, n_baselines - done.n_baselines) * forecast.final_tests_seconds
+        if not done.n_baselines:  # the frozen encoder comes first
+            finals += forecast.final_baseline_seconds - forecast.final_tests_seconds
+        n_validations = max(0, k * options.confirm_seeds - done.n_validated)
+        seconds += (n_validations * forecast.trial_seconds + finals) / options.max_concurrent
+    elif options.trials == 0 and not done.n_searched:
+        seconds += forecast.final_baseline_seconds + (n_baselines - 1) * forecast.final_tests_seconds
+    return seconds
+
+
+def n_finalists(options: Options) -> int:
+    """Return how many trials are confirmed, at most."""
+    return min(options.confirm, options.trials)
+
+
+def check_space_on_disk(folder: Place, needed_bytes: float) -> None:
+    """Refuse to begin where the results would not fit; object storage has no end.
+
+    Raises
+    ------
+    InputError
+        if the disk has less free than the study is expected to write.
+    """
+    if not isinstance(folder, Path):
+        return
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{parent}: no space: the study may write {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "free some or choose another --out"
+        )
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent}: may not be written; choose another --out")
+
+
+def print_plan(
+    console: Console,
+    options: Options,
+    space: Space,
+    dataset: Dataset,
+    splits: tuple[Split, ...],
+    n_voxels: dict[str, int],
+    forecast: Estimate,
+    done: Done,
+    confirms: bool,
+) -> None:
+    """Print stories by split, voxels, trials, and the forecast.
+
+    Parameters
+    ----------
+    done : trials that have ended
+    confirms : whether a confirm phase is still to come
+    """
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+
+    def add(name: str, text: str) -> None:
+        table.add_row(name, Text(text))  # not markup: a folder's name may have [brackets]
+
+    add("study", f"{options.name} -> {options.folder}")
+    add("question", f"{space.question} ({space.name})")
+    chosen = " (to be chosen by the frozen encoder)" if options.voxels.isdecimal() else ""
+    add("data", f"{dataset.source}: " + ", ".join(f"{s} {counted(n, 'voxel')}" for s, n in n_voxels.items()) + chosen)
+    for role in ("fit", "validation", "test"):
+        add(role, _describe(dataset, splits, role))
+    several = isinstance(options.layer, tuple)
+    layer = "last layer" if options.layer is None else f"{'mean of layers' if several else 'layer'} {options.layer}"
+    add("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
+    add(
+        "trials",
+        f"{2 + len(options.baselines)} baselines, {options.trials} searched{_told(done.n_searched)}; "
+        f"{counted(options.epochs, 'epoch')} each",
+    )
+    if confirms:
+        add("confirm", _describe_confirm(options, done))
+    if options.trials:
+        add("delta", f"{options.delta:g} CC: an effect within it does not matter")
+    add("search", f"sampler {options.sampler}, scheduler {options.scheduler}")
+    share = f"{options.cpus_per_trial:g} CPU" + (f", {options.gpus_per_trial:g} GPU" if options.gpus_per_trial else "")
+    add("workers", f"up to {options.max_concurrent} at once, {share} each")
+    add(
+        "estimate",
+        f"about {_duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
+        f"{_duration(total_seconds(forecast, options, done, confirms))} in all "
+        "(rough: from words, voxels and weights)",
+    )
+    console.print(table, soft_wrap=True)
+    for note in dataset.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _told(n_done: int) -> str:
+    return f", {n_done} of them done" if n_done else ""
+
+
+def _describe_confirm(options: Options, done: Done) -> str:
+    k, n_baselines = n_finalists(options), 2 + len(options.baselines)
+    n_jobs = k * options.confirm_seeds + k + n_baselines
+    return (
+        f"the best {k}, with {counted(options.confirm_seeds, 'fresh seed')} each; then these and {n_baselines} "
+        f"baselines once on the test stories: {n_jobs} more trials{_told(sum(done) - done.n_searched)}"
+    )
+
+
+def _describe(dataset: Dataset, splits: tuple[Split, ...], role: str) -> str:
+    if len(splits) > 1 and role != "test":
+        sizes = sorted({len(getattr(split, role)) for split in splits})
+        noun = "story" if sizes == [1] else "stories"
+        return f"{'-'.join(map(str, sizes))} {noun}, rotating over {len(splits)} outer folds"
+    names = getattr(splits[0], role)
+    words = sum(len(dataset.stories[name].words) for name in names)
+    rows = sum(len(dataset.stories[name].tr_times_s) - sum(dataset.trim) for name in names)
+    shown = ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:4])}, ... (all in study.json)"
+    return f"{counted(len(names), 'story', 'stories')}, {counted(words, 'word')}, {counted(rows, 'TR')}: {shown}"
+
+
+def _flops_a_second(options: Options) -> float:
+    """Measure the processor with a matrix product; assume a GPU's speed."""
+    if options.gpus_per_trial:
+        return GPU_FLOPS * min(options.gpus_per_trial, 1)
+    a = np.ones((1024, 1024), np.float32)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return float(2 * 1024**3 / min(seconds))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,63 @@
+"""The voxels of a study, chosen once and kept with it."""
+
+from typing import Any
+
+from rich.console import Console
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import read_json, write_json
+from bert_encoding.core.names import STUDY_FILE
+from bert_encoding.core.storage import Place, atomic_path, local_copy
+from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key, write_voxels
+from study.search.worker import choose
+from study.setup.encoding_study import Study
+
+VOXELS_FILE = "voxels.npz"
+
+
+def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) -> Task:
+    """Return the task on the study's voxels, choosing them on a worker if that has not been done; needs Ray.
+
+    Raises
+    ------
+    InputError
+        if the kept choice is damaged or is not the one that the finished trials used.
+    """
+    if not study.options.voxels.isdecimal():
+        return task
+    file = folder / VOXELS_FILE
+    if not file.exists():
+        console.print(f"choosing {study.options.voxels} voxels by the frozen encoder's CC inside the fit stories ...")
+        with atomic_path(file) as temporary:
+            write_voxels(temporary, _choose(study, task))
+    with local_copy(file) as copy:
+        voxels = read_voxels(copy, task.dataset)
+    chosen = task._replace(dataset=keep_voxels(task.dataset, voxels), voxels_are_chosen=True)
+    _check_kept(folder, file, voxels_key(chosen.dataset))
+    return chosen
+
+
+def _choose(study: Study, task: Task) -> dict[str, Any]:
+    import ray
+
+    options = study.options
+    remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(choose)
+    threads, n = max(1, int(options.cpus_per_trial)), int(options.voxels)
+    try:
+        found: dict[str, Any] = ray.get(remote.remote(study.base, task, n, threads, options.gpus_per_trial))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    return found
+
+
+def _check_kept(folder: Place, file: Place, key: str) -> None:
+    """Note the choice in ``study.json`` when it is made; afterwards it must stay the same."""
+    identity = read_json(folder / STUDY_FILE, required=("voxels",))
+    kept = identity["voxels"].get("key")
+    if kept is None:
+        write_json(folder / STUDY_FILE, identity | {"voxels": identity["voxels"] | {"key": key}})
+    elif kept != key:
+        raise InputError(f"{file}: not the voxels on which this study's trials were scored; put the old file back")

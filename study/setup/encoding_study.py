@@ -1,0 +1,165 @@
+"""From options to everything a study needs, checked; nothing is run or written."""
+
+import functools
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_encoding.analyses.alignment import inspect_aligned
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import DEMOS
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
+from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.demo.stories import N_VOXELS, demo_stories, simulate_listener
+from bert_encoding.language_model.encoder import MINILM_PLAIN, check_layer, check_model_name
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key
+from study.setup.options import ALL, Options, check_meaning
+from study.setup.spaces import Space, rehearse
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study before it runs. The demo's responses are simulated only when ``task`` is called."""
+
+    options: Options
+    space: Space
+    dataset: Dataset
+    splits: tuple[Split, ...]
+    base: TrialConfig
+
+    @property
+    def n_voxels(self) -> dict[str, int]:
+        """Voxels that will be scored, by subject."""
+        if self.options.voxels.isdecimal():
+            return dict.fromkeys(self.dataset.subjects, int(self.options.voxels))
+        if self.dataset.voxel_masks is None:
+            return dict.fromkeys(self.dataset.subjects, N_VOXELS)
+        return {subject: int(np.sum(mask)) for subject, mask in self.dataset.voxel_masks.items()}
+
+    def about(self, task: Task) -> dict[str, Any]:
+        """Return what ``study.json`` says of data, voxels and split."""
+        dataset, is_open = task.dataset, self.options.voxels.isdecimal() and not task.voxels_are_chosen
+        return {
+            "data": {
+                "source": dataset.source,
+                "fingerprint": dataset.fingerprint,
+                "n_voxels": self.n_voxels,
+                "trim_trs": list(dataset.trim),
+                "notes": list(dataset.notes),
+            },
+            "voxels": {"asked": self.options.voxels, "key": None if is_open else voxels_key(dataset)},
+            "splits": [asdict(split) for split in self.splits],
+            "general_text": general_text(self.options),
+        }
+
+    def task(self) -> Task:
+        """Return what all trials share."""
+        dataset = self.dataset
+        if dataset.voxel_masks is None:
+            dataset = _on_given_voxels(self.options, simulate_listener(dataset)[0])
+        probe, control = given_files(self.options)
+        return Task(dataset, self.splits, self.options.seed, probe_text=probe, control_text=control)
+
+
+def prepare(options: Options, space: Space) -> Study:
+    """Open the data, divide the stories, and check every setting that can be checked without a model.
+
+    Raises
+    ------
+    InputError
+        if anything asked for does not exist or does not fit.
+    """
+    check_meaning(options, is_text=False)
+    check_model_name(options.model)
+    base = base_config(options)
+    trains = rehearse(space, base)
+    if options.trials and trains and options.model == MINILM_PLAIN:
+        raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
+    is_demo = options.data in DEMOS
+    dataset = demo_stories(options.data) if is_demo else open_dataset(Path(options.data), TRIMS[options.trim])
+    subjects = choose_subjects(dataset, options.subjects)
+    if is_demo:  # whoever listens to the demo will have heard every story
+        heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
+        train, test = choose_stories(
+            replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed
+        )
+        splits = split_stories(train, test, options.seed, options.outer_folds)
+        _check_choice(options, dict.fromkeys(dataset.subjects, N_VOXELS))
+        return Study(options, space, dataset, splits, base)
+    train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
+    splits = split_stories(train, test, options.seed, options.outer_folds)
+    used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
+    inspected = _on_given_voxels(options, inspect_aligned(used, train, options.trust_alignment))
+    _check_choice(options, {subject: inspected.n_valid(subject) for subject in subjects})
+    return Study(options, space, inspected, splits, base)
+
+
+def general_text(options: Options) -> dict[str, str]:
+    """Return hashes of the files of general text that were given."""
+    given = {"probe": options.probe, "control": options.control_text}
+    return {name: file_hash(file) for name, file in given.items() if file}
+
+
+def given_files(options: Options) -> tuple[Path | None, Path | None]:
+    """Return the files of general text: probe and control, None where the bundled one is used."""
+    return (
+        Path(options.probe) if options.probe else None,
+        Path(options.control_text) if options.control_text else None,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def file_hash(path: str) -> str:
+    """Return a hash of a file's content, computed once a process."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _on_given_voxels(options: Options, dataset: Dataset) -> Dataset:
+    """Keep the voxels of a file; the choice of a number waits until the study runs."""
+    if options.voxels == ALL or options.voxels.isdecimal():
+        return dataset
+    return keep_voxels(dataset, read_voxels(Path(options.voxels), dataset))
+
+
+def _check_choice(options: Options, n_valid: dict[str, int]) -> None:
+    for subject, n in n_valid.items():
+        if options.voxels.isdecimal() and int(options.voxels) > n:
+            raise InputError(f"--voxels {options.voxels}: subject {subject} has {n} that can be scored; give fewer")
+
+
+def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str, ...]:
+    """Say which stories have text alone and stay out."""
+    names = [n for n, story in dataset.stories.items() if any(s not in story.responses for s in subjects)]
+    if not names:
+        return ()
+    lost = [name for name in dataset.published_test if name in names]
+    tests = (f"published test stories that a subject did not hear stay out: {', '.join(lost)}",) if lost else ()
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return (f"{len(names)} stories lack responses of a subject and stay out: {shown}", *tests)
+
+
+def base_config(options: Options) -> TrialConfig:
+    """Return the settings that the command line fixes; a space sets the others.
+
+    Raises
+    ------
+    InputError
+        if the model has no such layer.
+    """
+    check_layer(options.layer, options.model)
+    return TrialConfig(
+        model=options.model,
+        layer=options.layer,
+        epochs=options.epochs,
+        mlm_text=options.mlm_text,
+        seed=options.seed,
+        embed_precision=options.embed_precision,
+        score_every=options.score_every,
+    )

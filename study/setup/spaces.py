@@ -1,0 +1,252 @@
+"""Search-space files: find, load, check, and turn suggestions into trial settings."""
+
+import hashlib
+import importlib.util
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import optuna
+
+import search_spaces
+from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.names import ENCODING, FROZEN, METRICS, TUNED
+from bert_encoding.language_model.encoder import check_layer
+from bert_encoding.trial.config import TrialConfig
+from study.setup.samplers import (
+    NO_SCHEDULER,
+    SAMPLERS,
+    SCHEDULERS,
+    Suggest,
+    check_searchable,
+    grid_size,
+    make_sampler,
+    quiet_study,
+)
+
+DEFAULT_TRIALS = 20
+# What all trials share, and the frozen baseline as far as it has it: a search over these compares different things.
+SHARED_WITH_BASELINE = (
+    "model layer embed_stride embed_window_tokens embed_precision score_every delays ridge_alphas n_folds probe_tokens"
+).split()
+N_REHEARSALS = 50  # random suggestions that are checked before anything runs
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search-space file.
+
+    Attributes
+    ----------
+    suggest : Optuna trial -> all values that the space sets, suggested and constant
+    start : points tried first, each name -> value
+    scheduler : which rule stops trials early, if the command line names none
+    seeds : every configuration is run with each of them, a trial each; none means the study's seed alone
+    size : trials that there can be in a grid; None if it is none
+    baseline : settings of the frozen baseline of a text task, whose head trains too
+    """
+
+    name: str
+    path: Path
+    source_hash: str
+    question: str
+    suggest: Suggest
+    epochs: int | None
+    trials: int
+    start: tuple[dict[str, Any], ...]
+    sampler: str
+    task: str = ENCODING
+    scheduler: str = NO_SCHEDULER
+    seeds: tuple[int, ...] = ()
+    size: int | None = None
+    baseline: dict[str, Any] = field(default_factory=dict)
+
+
+def load_space(name: str, n_layers: int | None = None, sampler: str | None = None) -> Space:
+    """Load a bundled space by name, or a user's file.
+
+    Parameters
+    ----------
+    n_layers : of the model; a file that asks for them has a value ``N_LAYERS``
+    sampler : instead of the file's own
+
+    Raises
+    ------
+    InputError
+        if there is none, it cannot be imported, or it lacks what a space needs.
+    """
+    path = _find(name)
+    spec = importlib.util.spec_from_file_location(f"search_space_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the file is the user's own code
+        raise InputError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from None
+    function = getattr(module, "space", None)
+    if not callable(function):
+        raise InputError(f"{path}: no function space(trial)")
+    if n_layers is not None and hasattr(module, "N_LAYERS"):
+        module.N_LAYERS = n_layers  # type: ignore[attr-defined]
+    values = _module_values(path, module)
+    if sampler is not None:
+        values["SAMPLER"] = _known("--sampler", sampler, tuple(SAMPLERS))
+    size = grid_size(path, function) * max(1, len(values["SEEDS"])) if values["SAMPLER"] == "grid" else None
+    return Space(
+        name=path.stem,
+        path=path,
+        source_hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        question=((module.__doc__ or "").strip() or path.stem).splitlines()[0],
+        suggest=function,
+        epochs=values["EPOCHS"],
+        trials=values["TRIALS"] if size is None else min(values["TRIALS"], size),
+        start=tuple(values["START"]),
+        sampler=values["SAMPLER"],
+        task=values["TASK"],
+        scheduler=values["SCHEDULER"],
+        seeds=tuple(values["SEEDS"]),
+        size=size,
+        baseline=values["BASELINE"],
+    )
+
+
+def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig:
+    """Turn what a space returned into settings: ``log2_rank`` is a rank, ``alpha_factor`` times it lora_alpha.
+
+    Raises
+    ------
+    InputError
+        if a name is no setting or a value is not allowed.
+    """
+    values = dict(suggested)
+    for short, long in (("log2_rank", "rank"), ("alpha_factor", "lora_alpha")):
+        if short in values and long in values:
+            raise InputError(f"{short} and {long}: give one of the two")
+    if "log2_rank" in values:
+        values["rank"] = 2 ** values.pop("log2_rank")
+    if "alpha_factor" in values:
+        values["lora_alpha"] = values.pop("alpha_factor") * values.get("rank", base.rank)
+    known = TrialConfig.from_dict({})
+    for name in values:
+        if not hasattr(known, name):
+            TrialConfig.from_dict({name: values[name]})  # raises, listing the settings
+    return replace(base, **values)
+
+
+def rehearse(space: Space, base: TrialConfig) -> bool:
+    """Check the start points and many random suggestions before anything runs; return whether any of them trains BERT.
+
+    Raises
+    ------
+    InputError
+        if a suggestion is no valid configuration, a start point lacks a parameter, or the sampler cannot search it
+        or is not installed.
+    """
+    study = quiet_study(optuna.samplers.RandomSampler(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna only warns of a start value out of range
+        trains = False
+        for point in space.start:
+            fixed = optuna.trial.FixedTrial(point)
+            trains |= _rehearse_one(space, base, fixed, f"START point {point}")
+            if unused := sorted(set(point) - set(fixed.params)):
+                raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
+        seen = []
+        for _ in range(N_REHEARSALS):
+            asked = study.ask()
+            trains |= _rehearse_one(space, base, asked, "space(trial)")
+            seen.append(asked.distributions)
+    try:
+        make_sampler(space.sampler, 0)
+        check_searchable(space.sampler, seen)
+    except InputError as error:
+        raise InputError(f"{space.path}: {error}") from None
+    return trains
+
+
+def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> bool:
+    try:
+        suggested = space.suggest(trial)
+        if not isinstance(suggested, dict):
+            raise InputError(f"space(trial) returned {type(suggested).__name__}, expected a dict")
+        if space.seeds and "seed" in suggested:
+            raise InputError("SEEDS and a suggested seed: give one of the two")
+        config = to_trial_config(suggested, base)
+        for name in SHARED_WITH_BASELINE:
+            if name == "layer" and config.method == FROZEN:
+                check_layer(config.layer, base.model)
+                continue  # another layer of the untuned encoder is a row of its own
+            if getattr(config, name) != getattr(base, name):
+                raise InputError(
+                    f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
+                    "use the command line"
+                )
+        return config.method in TUNED
+    except InputError as error:
+        raise InputError(f"{space.path}: {error}") from None
+    except (Exception, SystemExit) as error:  # the file is the user's own code
+        raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _find(name: str) -> Path:
+    if name.endswith(".py") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"--space {name}: no such file")
+        return path.resolve()
+    folder = Path(next(iter(search_spaces.__path__)))
+    bundled = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    if name not in bundled:
+        raise InputError(f"--space {name}: unknown; use {', '.join(bundled)} or the path of your own FILE.py")
+    return folder / f"{name}.py"
+
+
+def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
+    """Return the optional values of a space file, checked."""
+    values: dict[str, Any] = {
+        "SAMPLER": "tpe",
+        "START": (),
+        "EPOCHS": None,
+        "TRIALS": DEFAULT_TRIALS,
+        "TASK": ENCODING,
+        "BASELINE": {},
+        "SCHEDULER": NO_SCHEDULER,
+        "SEEDS": (),
+    }
+    values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
+    valid = {
+        f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
+        f"one of {', '.join(SCHEDULERS)}": ("SCHEDULER", values["SCHEDULER"] in tuple(SCHEDULERS)),
+        "a list of different whole numbers from 0": ("SEEDS", _are_seeds(values["SEEDS"])),
+        f"one of {', '.join(METRICS)}": ("TASK", values["TASK"] in tuple(METRICS)),
+        "a dict": ("BASELINE", isinstance(values["BASELINE"], dict)),
+        "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
+        "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
+        "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),
+    }
+    for expected, (name, good) in valid.items():
+        if not good:
+            raise InputError(f"{path}: {name} {values[name]!r}: must be {expected}")
+    return values
+
+
+def _is_list_of_dicts(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, dict) for value in values)
+
+
+def _are_seeds(values: object) -> bool:
+    if not isinstance(values, list | tuple) or not all(_is_whole(value, 0) for value in values):
+        return False
+    return len(set(values)) == len(values)
+
+
+def _known(what: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{what} {value}: must be one of {', '.join(allowed)}")
+    return value
+
+
+def _is_whole(value: object, lowest: int) -> bool:
+    return type(value) is int and value >= lowest

@@ -1,0 +1,417 @@
+"""Voxels stand where they belong, in volumes and in pictures; what cannot be mapped is refused in one line."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse
+from matplotlib import colormaps
+from matplotlib.image import imread
+from scipy.ndimage import gaussian_filter
+
+from bert_encoding.analyses.brain_maps.flatmap import Mapper, flatten, read_mapper
+from bert_encoding.analyses.brain_maps.pictures import SEQUENTIAL, draw, paint, scale
+from bert_encoding.analyses.brain_maps.values import GREY, Values, check_values, read_array, read_trial
+from bert_encoding.analyses.brain_maps.volumes import Mask, doubt_order, fill_volume, read_mask, slices
+from bert_encoding.core.command_line import run_app
+from bert_encoding.core.errors import InputError
+
+SHAPE = (5, 4, 3)  # x, y, z
+AFFINE = np.array([[-2.0, 0, 0, 11], [0, 2.5, 0, -7], [0, 0, 3.0, 5], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def inside() -> np.ndarray:
+    """An asymmetric mask as nibabel has it, (x, y, z)."""
+    return np.random.default_rng(3).random(SHAPE) < 0.4
+
+
+@pytest.fixture
+def mask_file(tmp_path: Path, inside: np.ndarray) -> str:
+    nibabel = pytest.importorskip("nibabel")
+    file = tmp_path / "mask_thick.nii.gz"
+    nibabel.Nifti1Image(inside.astype(np.uint8), AFFINE).to_filename(file)
+    return str(file)
+
+
+@pytest.fixture
+def values(inside: np.ndarray) -> np.ndarray:
+    cc = np.random.default_rng(4).uniform(-0.1, 0.5, np.count_nonzero(inside))
+    cc[2] = np.nan
+    return cc.astype(np.float32)
+
+
+@pytest.fixture
+def study(tmp_path: Path, values: np.ndarray) -> Path:
+    for name, cc in {"0001": values, "baseline-frozen": values - np.linspace(-0.1, 0.2, values.size)}.items():
+        folder = tmp_path / "study" / "trials" / name
+        folder.mkdir(parents=True)
+        arrays = {"UTS03": cc, "test/UTS03": cc + 0.25}
+        np.savez(folder / "cc.npz", **(arrays | {"UTS01": cc[:3]} if name == "0001" else arrays))
+    return tmp_path / "study"
+
+
+def expected_volume(inside: np.ndarray, values: np.ndarray, order: str) -> np.ndarray:
+    """Place voxel by voxel, (x, y, z)."""
+    volume = np.full(inside.shape, np.nan)
+    n_x, n_y, n_z = inside.shape
+    steps = {
+        "zyx": [(x, y, z) for z in range(n_z) for y in range(n_y) for x in range(n_x)],
+        "xyz": [(x, y, z) for x in range(n_x) for y in range(n_y) for z in range(n_z)],
+    }[order]
+    count = 0
+    for place in steps:
+        if inside[place]:
+            volume[place] = values[count]
+            count += 1
+    return volume
+
+
+def run(*arguments: str) -> int:
+    app = importlib.import_module("bert_encoding.__main__").app
+    return run_app(app, ["map", *arguments])
+
+
+def write_mapper(file: Path, **changes: Any) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Write a mapper of 6 voxels to 7 of 4 x 3 pixels, and return it with its dense weights and its mask."""
+    rng = np.random.default_rng(5)
+    inside = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]], bool)  # (width, height)
+    dense = rng.random((7, 6)) * (rng.random((7, 6)) < 0.6)
+    dense[4] = 0  # a pixel that sees no voxel
+    dense[[0, 1, 2, 3, 5, 6]] /= dense[[0, 1, 2, 3, 5, 6]].sum(axis=1, keepdims=True)
+    sparse = scipy.sparse.csr_matrix(dense)
+    content = {f"voxel_to_flatmap_{part}": getattr(sparse, part) for part in ("data", "indices", "indptr", "shape")}
+    content |= {"flatmap_mask": inside, "flatmap_curvature": np.where(inside, rng.random(inside.shape), np.nan)}
+    with h5py.File(file, "w") as out:
+        for name, array in (content | changes).items():
+            if array is not None:
+                out[name] = array
+    return file, dense, inside
+
+
+# --- volumes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["zyx", "xyz"])
+def test_nifti_goes_round(
+    study: Path, mask_file: str, inside: np.ndarray, values: np.ndarray, order: str, tmp_path: Path
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    to = tmp_path / "cc.nii.gz"
+    options = () if order == "zyx" else ("--order", order)
+    code = run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(to), *options)
+    assert code == 0
+    image = nibabel.load(to)
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(image.affine, AFFINE)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, order).astype(np.float32))
+    as_read = np.asarray(image.dataobj).T if order == "zyx" else np.asarray(image.dataobj)  # as pycortex, or as nilearn
+    np.testing.assert_array_equal(as_read[(inside.T if order == "zyx" else inside)], values)
+    assert b"trial 0001, UTS03" in image.header["descrip"].tobytes()
+    again = tmp_path / "again.nii.gz"
+    run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(again), *options)
+    assert again.read_bytes() == to.read_bytes()
+
+
+def test_orders_differ(inside: np.ndarray, values: np.ndarray) -> None:
+    pycortex = fill_volume(values, Mask(inside.T, "zyx"), "mask")
+    nilearn = fill_volume(values, Mask(inside, "xyz"), "mask")
+    assert not np.array_equal(pycortex, nilearn, equal_nan=True)
+    np.testing.assert_array_equal(pycortex, expected_volume(inside, values, "zyx").astype(np.float32))
+    np.testing.assert_array_equal(nilearn, expected_volume(inside, values, "xyz").astype(np.float32))
+
+
+def test_array_mask_has_the_axes_of_its_order(tmp_path: Path, inside: np.ndarray, values: np.ndarray) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    np.save(tmp_path / "mask.npy", inside.T)
+    np.savez(tmp_path / "values.npz", unique=values, other=values)
+    given = ("--array", f"{tmp_path / 'values.npz'}:unique", "--to", str(tmp_path / "map.nii"))
+    assert run(*given, "--mask", str(tmp_path / "mask.npy")) == 0
+    image = nibabel.load(tmp_path / "map.nii")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, "zyx").astype(np.float32))
+    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (0, 0), "no space is claimed"
+
+
+def test_doubts_the_wrong_order_alone() -> None:
+    rng = np.random.default_rng(0)
+    smooth = gaussian_filter(rng.standard_normal((14, 20, 17)), 1.5)
+    inside = gaussian_filter(rng.standard_normal(smooth.shape), 2) > 0
+    mask = Mask(inside.T, "zyx")
+    assert doubt_order(smooth.T[inside.T], mask) == ""
+    assert "--order xyz" in doubt_order(smooth[inside], mask)
+    assert "--order zyx" in doubt_order(smooth.T[inside.T], Mask(inside, "xyz"))
+    for _ in range(5):
+        assert doubt_order(rng.standard_normal(np.count_nonzero(inside)), mask) == "", "noise has no order"
+
+
+def test_slices_stand_side_by_side(inside: np.ndarray, values: np.ndarray) -> None:
+    """Without an affine: slices of z, y upwards, x to the right; one row of NaN below and one column right of each."""
+    mask = Mask(inside.T, "zyx")
+    volume = expected_volume(inside, values, "zyx")
+    image, background = slices(volume, mask)
+    n_x, n_y, _ = SHAPE
+    n_columns = 3  # ceil(sqrt(1.5 * 3))
+    expected = np.full((n_y + 1, n_columns * (n_x + 1)), np.nan)
+    shade = expected.copy()
+    for x, y, z in np.argwhere(inside):
+        expected[n_y - 1 - y, z * (n_x + 1) + x] = volume[x, y, z]
+        shade[n_y - 1 - y, z * (n_x + 1) + x] = GREY
+    np.testing.assert_array_equal(image, expected)
+    np.testing.assert_array_equal(background, shade)
+
+
+def test_slices_show_the_left_on_the_left(inside: np.ndarray, values: np.ndarray) -> None:
+    """The affine runs x from right to left: the picture is that of the array turned round."""
+    pytest.importorskip("nibabel")
+    volume = expected_volume(inside, values, "zyx")
+    image, _ = slices(volume, Mask(inside.T, "zyx", AFFINE, 1))
+    turned, _ = slices(volume[::-1], Mask(inside[::-1].T, "zyx"))
+    np.testing.assert_array_equal(image, turned)
+
+
+# --- the flat cortex --------------------------------------------------------------------------------------------------
+
+
+def test_flat_image_is_the_product(tmp_path: Path) -> None:
+    file, dense, inside = write_mapper(tmp_path / "mapper.hdf")
+    values = np.random.default_rng(6).standard_normal(6)
+    image, background = flatten(values, read_mapper(file), "mapper")
+    expected = np.full((3, 4), np.nan)  # (height, width), the first row at the top
+    for pixel, (x, y) in enumerate(np.argwhere(inside)):
+        if pixel != 4:
+            expected[3 - 1 - y, x] = dense[pixel] @ values
+    np.testing.assert_allclose(image, expected, atol=1e-14)
+    np.testing.assert_array_equal(np.isfinite(background), inside.T[::-1])
+    np.testing.assert_allclose([np.nanmin(background), np.nanmax(background)], [0.5, 0.9])
+
+
+def test_voxels_without_a_value_are_left_out() -> None:
+    weights = scipy.sparse.csr_matrix([[0.75, 0.25, 0], [0.25, 0.75, 0], [0.5, 0, 0.5], [0, 1, 0]])
+    mapper = Mapper(weights, np.ones((4, 1), bool))
+    image, _ = flatten(np.array([2.0, np.nan, 4.0]), mapper, "mapper")
+    np.testing.assert_allclose(image, [[2.0, np.nan, 3.0, np.nan]], atol=1e-14)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_colours_lie_where_the_values_are() -> None:
+    image = np.array([[0.0, 1.0, np.nan], [0.5, 9.0, np.nan]])
+    background = np.array([[0.7, 0.7, 0.5], [0.7, 0.7, np.nan]])
+    painted = paint(image, background, (0.0, 1.0), SEQUENTIAL)
+    ramp = colormaps[SEQUENTIAL]
+    over = {at: 0.8 * np.array(ramp(at)[:3]) + 0.2 * 0.7 for at in (0.0, 0.5, 1.0)}
+    expected = [[over[0.0], over[1.0], [0.5] * 3], [over[0.5], over[1.0], [1.0] * 3]]
+    np.testing.assert_allclose(painted, expected, atol=1e-12)
+
+
+def test_colours_read_in_grey_and_differences_are_even() -> None:
+    luminance = colormaps[SEQUENTIAL](np.linspace(0, 1, 64))[:, :3] @ [0.299, 0.587, 0.114]
+    assert (np.diff(luminance) > 0).all()
+    low, high = scale(Values(np.array([-0.3, 0.1, np.nan]), "", "", "", is_difference=True))
+    assert low == -high == pytest.approx(-0.299)
+    assert scale(Values(np.array([-0.3, 0.2]), "", "CC", ""))[0] == 0
+    assert scale(Values(np.zeros(3), "", "CC", "")) == (0, 1), "no scale without width"
+
+
+def test_picture_has_a_square_a_pixel(tmp_path: Path) -> None:
+    image = np.array([[0.0, 1.0, np.nan], [0.5, np.nan, 0.25]])
+    background = np.array([[0.7, 0.7, 0.6], [0.7, np.nan, 0.7]])
+    found = Values(np.array([0.0, 1.0, 0.5, 0.25]), "title $x", "CC_a$", "", is_cc=True)
+    draw(image, background, found, tmp_path / "map.png", ".png")
+    picture = imread(tmp_path / "map.png")
+    by = -(-640 // 3)
+    assert picture.shape[:2] == (40 + 2 * by + 88, 3 * by)
+    painted = paint(image, background, scale(found), SEQUENTIAL)
+    squares = picture[40 : 40 + 2 * by, :, :3].reshape(2, by, 3, by, 3)
+    expected = np.broadcast_to(painted[:, None, :, None], squares.shape)
+    np.testing.assert_allclose(squares, expected, atol=1 / 255)
+    assert len(np.unique(picture[40 + 2 * by :, :, :3].reshape(-1, 3), axis=0)) > 100, "the colour bar"
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_command_draws(values: np.ndarray, tmp_path: Path, ending: str, start: bytes) -> None:
+    file, *_ = write_mapper(tmp_path / "mapper.hdf")
+    np.save(tmp_path / "six.npy", values[3:9])
+    to = tmp_path / f"flat{ending}"
+    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
+    content = to.read_bytes()
+    assert content.startswith(start) and len(content) > 1000
+    again = tmp_path / f"again{ending}"
+    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(again)) == 0
+    assert again.read_bytes() == content, "the same map gives the same file"
+
+
+def test_difference_to_the_baseline(
+    study: Path, mask_file: str, values: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ("--trial", "0001", "--minus", "baseline-frozen", "--subject", "UTS03", "--mask", mask_file)
+    assert run(str(study), *both, "--test", "--mosaic") == 0
+    file = study / "maps" / "0001-minus-baseline-frozen-UTS03-test.png"
+    assert len(np.unique(imread(file).reshape(-1, 4), axis=0)) > 10
+    out = capsys.readouterr().out
+    known = np.linspace(-0.1, 0.2, values.size)[np.isfinite(values)]
+    assert f"mean {known.mean():+.4f}, above 0 in {(known > 0).mean():.1%}" in out
+    assert str(file) in out
+    found = read_trial(study, "0001", "UTS03", minus="baseline-frozen")
+    np.testing.assert_allclose(found.values[np.isfinite(values)], known, atol=1e-6)
+    assert run(str(study), "--trial", "baseline-frozen", "--mask", mask_file) == 0
+    assert (study / "maps" / "baseline-frozen-UTS03.nii.gz").is_file(), "one subject need not be named"
+
+
+def test_a_map_that_exists_is_kept(study: Path, mask_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for to in ((), ("--to", str(study / "mine.nii"))):
+        given = (str(study), "--trial", "baseline-frozen", "--mask", mask_file, *to)
+        assert run(*given) == 0
+        file = Path(capsys.readouterr().out.splitlines()[-1])
+        file.write_text("precious")
+        assert run(*given) == 2
+        assert capsys.readouterr().err == f"error: {file}: exists already; give another name with --to, or delete it\n"
+        assert file.read_text() == "precious"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("STUDY --trial 0001 --subject UTS03", "give --mask FILE or --mapper FILE"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --mapper MASK", "one of the two"),
+        ("STUDY --trial 0001 --mask MASK", "say whose, as in --subject UTS01"),
+        ("STUDY --trial 0001 --subject UTS09 --mask MASK", "no subject UTS09; it holds UTS01, UTS03"),
+        ("STUDY --trial 0009 --mask MASK", "trials with CC are 0001, baseline-frozen"),
+        ("STUDY --trial .. --mask MASK", "--trial '..': is no trial's name; trials with CC are 0001, baseline-frozen"),
+        ("STUDY --trial ../trials/0001 --mask MASK", "--trial '../trials/0001': is no trial's name"),
+        ("STUDY --trial 0001 --subject UTS03 --minus ../0001 --mask MASK", "--minus '../0001': is no trial's name"),
+        ("STUDY/nowhere --trial 0001 --mask MASK", "is it a study's folder?"),
+        ("STUDY --subject UTS03 --mask MASK", "--trial ID"),
+        ("STUDY --trial 0001 --subject UTS01 --mask MASK", "voxels, the values are of 3;"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --order yxz", "give zyx or xyz"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --to x.gif", "ends in .nii.gz"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --mosaic --to x.nii.gz", "ends in .png"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --to MASK", "is read as well"),
+        ("STUDY --trial 0001 --subject UTS03 --mask MASK --to no/where.png", "no such folder"),
+        ("STUDY --trial 0001 --subject UTS03 --mapper MASK --order zyx", "belong to --mask"),
+        ("STUDY --trial 0001 --subject UTS03 --mapper MASK", "not a readable HDF5 file"),
+        ("STUDY --trial 0001 --subject UTS03 --mask STUDY/none.nii.gz", "no such file"),
+        ("STUDY --array STUDY/none.npy --mask MASK --to x.png", "--array stands alone"),
+        ("--array STUDY/none.npy --mask MASK", "say where to"),
+        ("--array STUDY/none.npy --mask MASK --to x.png", "none.npy: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    study: Path, mask_file: str, arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path(mask_file).read_bytes()
+    given = [word.replace("STUDY", str(study)).replace("MASK", mask_file) for word in arguments.split()]
+    assert run(*given) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+    assert Path(mask_file).read_bytes() == before
+
+
+def test_minus_must_have_as_many_voxels(study: Path) -> None:
+    np.savez(study / "trials" / "baseline-frozen" / "cc.npz", UTS03=np.ones(4))
+    with pytest.raises(InputError, match=r"--minus baseline-frozen: it has 4 voxels of UTS03, trial 0001 has \d+"):
+        read_trial(study, "0001", "UTS03", minus="baseline-frozen")
+    (study / "trials" / "baseline-frozen" / "cc.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(InputError, match=r"cc\.npz: not a readable"):
+        read_trial(study, "baseline-frozen", "UTS03")
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "huge"])
+def test_damaged_nifti_is_one_line(mask_file: str, damage: str) -> None:
+    import gzip
+
+    content = bytearray(gzip.decompress(Path(mask_file).read_bytes()))
+    if damage == "huge":
+        content[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()  # dim[1:4]
+    Path(mask_file).write_bytes({"cut": gzip.compress(content[:360]), "noise": b"noise" * 90}.get(damage, b""))
+    if damage == "huge":
+        Path(mask_file).write_bytes(gzip.compress(content))
+    with pytest.raises(InputError, match=r"mask_thick\.nii\.gz: (not a readable NIfTI file|its header says)"):
+        read_mask(mask_file, "zyx")
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.ones(3), "three axes"),
+        (np.zeros((2, 2, 2)), "no voxel inside"),
+        (np.full((2, 2, 2), np.nan), "not finite"),
+        (np.full((2, 2, 2), "a"), "three axes"),
+    ],
+)
+def test_what_is_no_mask(tmp_path: Path, array: np.ndarray, said: str) -> None:
+    np.save(tmp_path / "mask.npy", array)
+    with pytest.raises(InputError, match=said):
+        read_mask(str(tmp_path / "mask.npy"), "zyx")
+
+
+def test_what_is_no_array_of_voxels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "two.npz", a=np.ones(3), b=np.ones((2, 2)))
+    assert read_array(f"{tmp_path / 'two.npz'}:a")[1] == "a"
+    for given, said in {"two.npz": "holds several arrays; name one", "two.npz:c": "holds no 'c'"}.items():
+        with pytest.raises(InputError, match=said):
+            read_array(str(tmp_path / given))
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00\x76\x00{'descr'")
+    with pytest.raises(InputError, match=r"not a readable \.npy"):
+        read_array(str(tmp_path / "bad.npy"))
+    for values, said in (
+        (np.ones((2, 2)), "one number a voxel"),
+        (np.array([np.inf, 1]), "1 values are infinite"),
+        (np.array([np.nan, np.nan]), "nothing to draw"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_values(values, "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"voxel_to_flatmap_indices": None}, "no data set 'voxel_to_flatmap_indices'"),
+        ({"voxel_to_flatmap_indices": np.full(26, 99)}, "no sparse matrix"),
+        ({"voxel_to_flatmap_indptr": np.zeros(3, int)}, "no sparse matrix"),
+        ({"voxel_to_flatmap_shape": np.array([7, 6, 1])}, "no sparse matrix"),
+        ({"voxel_to_flatmap_shape": np.array([7, -6])}, "no sparse matrix"),
+        ({"voxel_to_flatmap_data": "text"}, "expected numbers"),
+        ({"flatmap_mask": np.ones((2, 2), bool)}, "has 4 pixels, voxel_to_flatmap 7"),
+        ({"flatmap_curvature": np.ones((2, 2))}, r"flatmap_curvature is \(2, 2\)"),
+        ({"flatmap_curvature": h5py.ExternalLink("/etc/passwd", "x")}, "not followed"),
+        ({"flatmap_mask": h5py.SoftLink("/elsewhere")}, "not followed"),
+    ],
+)
+def test_damaged_mapper_is_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    file, dense, _ = write_mapper(tmp_path / "mapper.hdf", **changes)
+    with pytest.raises(InputError, match=said) as caught:
+        read_mapper(file)
+    assert "\n" not in str(caught.value) and "mapper.hdf" in str(caught.value)
+    assert dense.shape == (7, 6)
+
+
+def test_mapper_that_claims_too_much(tmp_path: Path) -> None:
+    file, *_ = write_mapper(tmp_path / "mapper.hdf", voxel_to_flatmap_data=None)
+    with h5py.File(file, "a") as content:
+        content.create_dataset("voxel_to_flatmap_data", shape=(2**40,), dtype="f4", chunks=(1024,))
+    with pytest.raises(InputError, match="not so many"):
+        read_mapper(file)
+
+
+def test_mapper_of_another_subject(tmp_path: Path) -> None:
+    file, *_ = write_mapper(tmp_path / "mapper.hdf")
+    with pytest.raises(InputError, match=r"mapper\.hdf: maps 6 voxels, the values are of 5"):
+        flatten(np.ones(5), read_mapper(file), str(file))
+
+
+def test_without_nibabel(
+    study: Path, mask_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert run(str(study), "--trial", "baseline-frozen", "--mask", mask_file) == 2
+    assert "pip install 'bert-encoding-study[maps]'" in capsys.readouterr().err

@@ -1,0 +1,494 @@
+"""The doctor: every defect told, the verdict, what it prints, draws and returns; the commands around a study."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_data import LabSequence, make_lab, pickle_as_lab
+from project import REAL_DATA, ROOT
+from rich.console import Console
+
+from bert_encoding.__main__ import app
+from bert_encoding.analyses.alignment import SHIFTS, LagProfile
+from bert_encoding.analyses.data_report import (
+    Report,
+    check_dataset,
+    choose_heard,
+    draw_lags,
+    lag_lines,
+    print_report,
+    to_json,
+)
+from bert_encoding.core.command_line import run_app
+from bert_encoding.core.errors import InputError
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.lab import read_transcripts
+from bert_encoding.datasets.story import TRIMS, Dataset
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures go under the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A lab folder with a clear lag: more words than the usual small one."""
+    return make_lab(tmp_path / "good", n_words=300)
+
+
+def edit(lab: Path, story: str, change: Callable[[np.ndarray], np.ndarray], subject: str = "subject2") -> Path:
+    file = lab / subject / f"{story}.npy"
+    np.save(file, change(np.load(file)))
+    return file
+
+
+def with_nan(rows: np.ndarray) -> np.ndarray:
+    rows[3, 8] = np.nan
+    return rows
+
+
+def run(*arguments: str) -> int:
+    return run_app(app, list(arguments))
+
+
+def printed(report: Report) -> str:
+    out = StringIO()
+    print_report(Console(file=out, width=240), report, "a remark")
+    return out.getvalue()
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_good_data_are_usable(good: Path) -> None:
+    report = check_dataset(open_dataset(good))
+    assert (report.verdict, report.exit_code) == ("usable", 0)
+    assert (report.reasons, report.doubts, report.notes) == ((), (), ())
+    (profile,) = report.profiles
+    assert profile.peak in (2, 3)
+    assert report.survey.dataset.fingerprint == inspect(open_dataset(good)).fingerprint
+
+
+def test_masked_voxels_are_left_out(good: Path) -> None:
+    edit(good, "beta", with_nan)
+    report = check_dataset(open_dataset(good))
+    assert (report.verdict, report.exit_code) == ("usable with these masks", 1)
+    assert report.survey.left_out == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
+
+
+def test_other_scales_are_a_doubt(good: Path) -> None:
+    edit(good, "beta", lambda rows: 3 * rows)
+    edit(good, "zeta", lambda rows: rows + 100)
+    report = check_dataset(open_dataset(good))
+    assert (report.verdict, report.exit_code) == ("usable, with doubts", 1)
+    assert report.doubts == (
+        "subject2: 2 of 7 stories are not z-scored (mean 0 and SD 1 of each voxel in each story are expected, or "
+        "differences between stories drown the words): beta, zeta",
+    )
+    assert report.doubts[0] in inspect(open_dataset(good)).notes, "a study says so too"
+
+
+def test_no_clear_peak_is_a_doubt(good: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in sorted((good / "subject2").glob("*.npy")):
+        edit(good, file.stem, lambda rows: rng.standard_normal(rows.shape))
+    report = check_dataset(open_dataset(good))
+    assert report.verdict == "usable, with doubts"
+    assert "alignment could not be confirmed" in report.doubts[-1]
+
+
+def test_a_copy_of_a_story_or_of_a_listener_is_not_usable(good: Path) -> None:
+    shutil.copytree(good / "subject2", good / "subject2_backup")
+    report = check_dataset(open_dataset(good))
+    assert (report.verdict, report.exit_code) == ("not usable", 2)
+    assert len(report.reasons) == 7
+    assert report.reasons[0] == (
+        f"{good}: subject subject2_backup's responses to alpha are those of subject subject2 to alpha, number for "
+        "number; take out the copy"
+    )
+    with pytest.raises(InputError, match="subject2_backup's responses to alpha are those of subject subject2"):
+        inspect(open_dataset(good))
+
+
+def test_the_regions_found_are_told(good: Path) -> None:
+    (good / "subject2" / "rois.json").write_text('{"AC": [1, 2], "V1": [7]}')
+    assert "regions of subject2: AC (2 voxels), V1 (1 voxels)" in check_dataset(open_dataset(good)).notes
+
+
+@pytest.mark.parametrize(
+    ("lost", "value", "complaint"),
+    [
+        ([4, 7], np.nan, "has no finite voxel: in row 4, 7 no value is finite; interpolate there"),
+        (slice(None), 0.0, "has no voxel that is finite and varies; leave the story out or mend the file"),
+    ],
+    ids=["lost volumes", "zeros"],
+)
+def test_a_story_without_a_valid_voxel_is_named(good: Path, lost: Any, value: float, complaint: str) -> None:
+    rows = np.load(good / "subject2" / "beta.npy")
+    rows[lost] = value
+    np.save(good / "subject2" / "beta.npy", rows)
+    (reason,) = check_dataset(open_dataset(good)).reasons
+    assert f"beta.npy: story beta, subject subject2: {complaint}" in reason
+
+
+def test_the_wrong_trim_is_not_usable(good: Path) -> None:
+    report = check_dataset(open_dataset(good, TRIMS["course"]))
+    assert (report.verdict, report.exit_code) == ("not usable", 2)
+    (reason,) = report.reasons
+    assert reason.startswith(f"{good}: subject subject2: responses follow the words best at -")
+    assert "try --trim published" in reason
+
+
+def test_every_reason_is_told_and_the_other_stories_are_checked(good: Path) -> None:
+    (good / "subject2" / "beta.npy").write_bytes(b"\x93NUMPY damaged")
+    edit(good, "delta", lambda rows: rows.T)
+    report = check_dataset(open_dataset(good))
+    assert report.verdict == "not usable"
+    assert [("beta.npy: not a readable" in r, "looks transposed" in r) for r in report.reasons] == [
+        (True, False),
+        (False, True),
+    ]
+    assert report.profiles[0].peak in (2, 3)
+    text = printed(report)
+    lines = {line.split()[0]: line.rstrip() for line in text.splitlines() if line}
+    assert lines["beta"].endswith("NOT USABLE")
+    assert lines["delta"].endswith("NOT USABLE")
+    assert lines["gamma"].endswith("ok")
+    assert text.count("NOT USABLE") == 2
+    for reason in report.reasons:
+        assert f"  because {reason}\n" in text
+
+
+def test_nothing_readable_is_a_verdict_and_no_traceback(good: Path) -> None:
+    for file in (good / "subject2").glob("*.npy"):
+        file.write_bytes(b"")
+    report = check_dataset(open_dataset(good))
+    assert report.verdict == "not usable"
+    assert len(report.reasons) == 7
+    assert "lag of subject2: too little data" in printed(report)
+    assert json.loads(json.dumps(to_json(report), allow_nan=False))["lags"][0]["cc"] == [None] * 21
+
+
+def test_a_subject_without_a_valid_voxel_is_not_usable(good: Path) -> None:
+    edit(good, "alpha", lambda rows: np.where(np.arange(12) < 6, np.nan, rows))
+    edit(good, "beta", lambda rows: np.where(np.arange(12) < 6, rows, 0.0))
+    report = check_dataset(open_dataset(good))
+    assert "has no voxel that is finite and varies in every story" in report.reasons[0]
+    assert not report.profiles[0].is_clear
+
+
+def test_only_chosen_subjects_and_stories_that_were_heard(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    for name in ("alpha", "beta"):
+        (lab / "subject3" / f"{name}.npy").unlink()
+    (lab / "subject2" / "alpha.npy").unlink()
+    both = choose_heard(open_dataset(lab), None)
+    assert sorted(both.stories) == ["beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta"]
+    assert both.notes == (
+        "1 stories have text alone and stay out: alpha",
+        "1 stories lack responses of a subject, and of a study of all of them: beta",
+    )
+    report = check_dataset(both)
+    assert [(c.story, c.subject) for c in report.survey.responses][:2] == [("beta", "subject2"), ("delta", "subject2")]
+    assert len(report.survey.responses) == 6 + 5
+    alone = choose_heard(open_dataset(lab), ["subject3"])
+    assert (alone.subjects, len(alone.stories)) == (("subject3",), 5)
+    with pytest.raises(InputError, match="no subject x; it has subject2, subject3"):
+        choose_heard(open_dataset(lab), ["x"])
+
+
+def test_bad_text_of_a_story_that_nobody_heard_is_no_reason(good: Path) -> None:
+    read = read_transcripts(good / "raw_text.pkl")
+    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
+    content["unheard"] = LabSequence(["a"], np.array([np.nan]), np.arange(30) * 2.0)
+    (good / "raw_text.pkl").write_bytes(pickle_as_lab(content))
+    assert check_dataset(choose_heard(open_dataset(good), None)).verdict == "usable"
+
+
+# --- print, draw, JSON ------------------------------------------------------------------------------------------------
+
+
+def a_profile(cc: np.ndarray, floor: float) -> LagProfile:
+    peak = int(SHIFTS[np.argmax(cc)])
+    return LagProfile("here", "s", SHIFTS, cc, floor, peak, bool(cc.max() > floor), 2.0, TRIMS["published"])
+
+
+def test_the_bars() -> None:
+    cc = np.zeros(21)
+    cc[[12, 13, 0, 1]] = 0.05, 0.025, -0.01, 0.001
+    lines = lag_lines(a_profile(cc, 0.01))
+    assert lines[0].endswith("best at +2 TR (+4 s), clear")
+    assert lines[1] == "  -10 -0.0100 " + " " * 10 + ":"
+    assert lines[2] == "   -9 +0.0010 #" + " " * 9 + ":"
+    assert lines[13] == ">  +2 +0.0500 " + "#" * 50
+    assert lines[14] == ">  +3 +0.0250 " + "#" * 25
+    assert [line[:5].split()[-1] for line in lines[1:]] == [f"{shift:+d}" for shift in range(-10, 11)]
+    assert [line[5 - 1] for line in lines[1:] if line.startswith(">")] == ["1", "2", "3", "4"]
+
+
+def test_bars_below_the_floor_are_not_clear() -> None:
+    lines = lag_lines(a_profile(np.full(21, -0.01), 0.02))
+    assert lines[0].endswith("not clear of the noise")
+    assert {line[13:] for line in lines[1:]} == {" " * 51 + ":"}
+
+
+def test_the_table_has_a_line_a_story_with_its_counts(good: Path) -> None:
+    edit(good, "beta", with_nan)
+    edit(good, "gamma", lambda rows: rows[:-1])
+    lines = {line.split()[0]: line.split() for line in printed(check_dataset(open_dataset(good))).splitlines() if line}
+    n_rows = len(np.load(good / "subject2" / "beta.npy"))
+    assert lines["beta"][:9] == ["beta", "subject2", "307", "0", "0.0%", str(n_rows), "12", "1", "0"]
+    assert lines["beta"][9:] == ["0.00", "1.00-1.00", "-", "ok"]
+    n_rows = len(np.load(good / "subject2" / "gamma.npy"))
+    assert lines["gamma"][5:] == [str(n_rows), "of", str(n_rows + 1), "12", "-", "-", "-", "-", "-", "NOT", "USABLE"]
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "[bold]lab", stories=("[red]", "b", "c"))
+    text = printed(check_dataset(open_dataset(lab)))
+    assert "[red]" in text
+
+
+def test_json_holds_the_numbers(good: Path) -> None:
+    edit(good, "beta", with_nan)
+    report = check_dataset(open_dataset(good))
+    read = json.loads(json.dumps(to_json(report), allow_nan=False))
+    assert set(read) == set(
+        "kind source verdict reasons doubts left_out notes fingerprint trim stories responses voxels lags".split()
+    )
+    assert (read["kind"], read["source"], read["verdict"]) == ("responses", str(good), "usable with these masks")
+    assert read["trim"] == [10, 5]
+    assert read["voxels"] == {"subject2": {"all": 12, "valid": 11}}
+    assert read["left_out"] == list(report.survey.left_out)
+    assert [story["story"] for story in read["stories"]] == sorted(report.survey.dataset.stories)
+    beta = next(row for row in read["responses"] if row["story"] == "beta")
+    assert (beta["n_nonfinite"], beta["n_rows"], beta["problems"]) == (1, beta["n_rows_expected"], [])
+    (lag,) = read["lags"]
+    assert lag["shifts"] == list(range(-10, 11))
+    np.testing.assert_array_equal(lag["cc"], report.profiles[0].cc)
+    assert lag["peak_s"] == 2 * lag["peak"]
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.png", PNG), ("b.PDF", b"%PDF"), ("c.svg", b"<?xml")])
+def test_the_figure_is_drawn(name: str, begins: bytes, good: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / name
+    draw_lags(check_dataset(open_dataset(good)), file)
+    assert file.read_bytes().startswith(begins)
+    assert [path.name for path in file.parent.iterdir()] == [name]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_check_prints_the_verdict_and_saves_the_figure(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", str(good)) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "verdict: usable"
+    assert f"figure: {Path('results/check/good-lag.png')}" in out
+    assert err == ""
+    assert Path("results/check/good-lag.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "verdict"), [((), 1, "usable with these masks"), (("--trim", "course"), 2, "not usable")]
+)
+def test_check_as_json_prints_one_object(
+    options: tuple[str, ...], code: int, verdict: str, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(good, "beta", with_nan)
+    assert run("check", str(good), "--json", "--figure", "mine.png", *options) == code
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["verdict"], found["figure"], err) == (verdict, "mine.png", "")
+    assert Path("mine.png").read_bytes().startswith(PNG)
+
+
+def test_check_chooses_subjects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"), n_words=300)
+    edit(lab, "beta", with_nan, "subject3")
+    assert run("check", str(lab), "--subjects", "subject2", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["voxels"]) == ["subject2"]
+    assert run("check", str(lab), "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["lags"]) == 2
+
+
+def test_a_figure_that_cannot_be_written_does_not_cost_the_verdict(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("results").write_text("a file where the folder should be")
+    assert run("check", str(good)) == 0
+    out = capsys.readouterr().out
+    assert "no figure: results/check/good-lag.png: " in out
+    assert out.endswith("verdict: usable\n")
+    assert run("check", str(good), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["figure"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{lab}", "--trim", "10"], "--trim 10: give published or course"),
+        (["{lab}", "--subjects", "nobody"], "no subject nobody; it has subject2"),
+        (["{lab}", "--figure", "lag.txt"], "--figure lag.txt: give a name that ends in .png, .pdf, .svg"),
+        (["{lab}", "--clean"], "--clean: {lab} is no text corpus; leave the option out"),
+        (["{lab}", "--examples", "3"], "--examples: {lab} is no text corpus; leave the option out"),
+        (["{lab}", "--examples", "many"], "many"),
+        (["{lab}/nowhere"], "{lab}/nowhere: no such data"),
+        (["{lab}/subject2"], "{lab}/subject2: "),
+        ([], "path"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], said: str, lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", *(argument.format(lab=lab) for argument in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said.format(lab=lab).lower() in err.lower()
+    assert not Path("results").exists()
+
+
+def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "films.csv"
+    file.write_text("text,label\n" + "a fine film,good\na dull film \N{GRINNING FACE},bad\n" * 5)
+    assert run("check", str(file)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{file}: 10 texts, ")
+    assert lines[-1] == "verdict: usable"
+    assert run("check", str(file), "--clean", "--examples", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["source"], found["verdict"]) == ("text", str(file), "usable")
+    assert found["notes"][0].startswith(f"{file}: 4 texts, ")
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize("option", [["--trim", "course"], ["--subjects", "s"], ["--figure", "a.png"]])
+def test_text_has_no_responses(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("one\ntwo\n")
+    assert run("check", str(file), *option) == 2
+    assert capsys.readouterr().err == (f"error: {option[0]}: {file} is text without responses; leave the option out\n")
+
+
+@pytest.mark.demo
+def test_the_demo_is_usable_and_its_trim_matters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bert_encoding.demo import stories as demo
+
+    heard: list[Any] = [demo.simulate_listener(demo.demo_stories())]
+    monkeypatch.setattr(demo, "simulate_listener", lambda stories: heard[0])
+    assert run("check", "demo", "--json") == 0
+    (lag,) = json.loads(capsys.readouterr().out)["lags"]
+    assert lag["peak"] in (2, 3)
+    assert run("check", "demo", "--trim", "course", "--json") == 2
+    assert "try --trim published" in json.loads(capsys.readouterr().out)["reasons"][0]
+
+
+def test_it_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "bert_encoding", "check", str(lab), "--trim", "none"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "error: --trim none: give published or course\n")
+
+
+# --- fetch ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been fetched."""
+    from bert_encoding.datasets.fetching import lebel2023 as fetch
+    from bert_encoding.datasets.fetching.download import Fetched
+
+    calls: list[dict[str, Any]] = []
+
+    def pretend(subjects: list[str], to: Path, stories: list[str] | None = None, **options: Any) -> Fetched:
+        calls.append({"subjects": subjects, "to": to, "stories": stories} | options)
+        return Fetched(5, 2, 100, to)
+
+    monkeypatch.setattr(fetch, "fetch_lebel2023", pretend)
+    return calls
+
+
+def test_fetch_says_where_and_what_next(fetched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fetch", "lebel2023", "--subjects", "UTS01", "UTS03", "--to", "stories of [red]") == 0
+    (call,) = fetched
+    assert isinstance(call.pop("console"), Console)
+    assert call == {"subjects": ["UTS01", "UTS03"], "to": Path("stories of [red]"), "stories": None}
+    assert capsys.readouterr().out.splitlines() == [
+        "5 files lie in stories of [red], 2 of them were there before",
+        "next: python -m bert_encoding check 'stories of [red]'",
+    ]
+
+
+def test_fetch_passes_what_is_given(fetched: list[dict[str, Any]]) -> None:
+    options = "--subjects UTS03 --to d --stories life alternateithicatom --base-url https://a/ --keys-url https://b/"
+    assert run("fetch", "lebel2023", *options.split()) == 0
+    assert fetched[0]["stories"] == ["life", "alternateithicatom"]
+    assert (fetched[0]["base_url"], fetched[0]["keys_url"]) == ("https://a/", "https://b/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["other", "--subjects", "UTS03", "--to", "d"], "no data set 'other' to fetch; there is lebel2023"),
+        (["lebel2023", "--to", "d"], "name the subjects, as in --subjects UTS03"),
+        (["lebel2023", "--subjects", "UTS03"], "say where to, as in --to DIR"),
+    ],
+)
+def test_fetch_needs_to_know(
+    arguments: list[str], said: str, fetched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fetch", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert fetched == []
+
+
+# --- a real listener --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", str(REAL_DATA)) == 0
+    out = capsys.readouterr().out
+    assert "lag of uts02: " in out
+    assert "best at +2 TR (+4 s), clear" in out
+    assert out.splitlines()[-1] == "verdict: usable"
+    assert sum(line.rstrip().endswith(" ok") for line in out.splitlines()) == 101
+
+
+@pytest.mark.data
+def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", str(REAL_DATA), "--trim", "course") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "verdict: not usable"
+    assert "responses follow the words best at -3 TR (-6 s)" in lines[-1]
+    assert "try --trim published" in lines[-1]
+
+
+def test_choosing_leaves_the_data_set_as_it_was(lab: Path) -> None:
+    dataset: Dataset = open_dataset(lab)
+    before = replace(dataset)
+    check_dataset(choose_heard(dataset, None))
+    assert dataset == before

@@ -1,0 +1,518 @@
+"""The yardstick of the bench does the library's work: same windows, vectors, ridge, loss; and the bench keeps books."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench
+import bench_growth
+import bench_kept
+import bench_ours
+import bench_studies
+import bench_tables
+import course_script
+import numpy as np
+import pytest
+import torch
+
+from bert_encoding.core.devices import resolve_precision
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.features.bert_embeddings import embed_stories
+from bert_encoding.language_model.encoder import Encoder, load_encoder
+from bert_encoding.language_model.masked_lm import Probes
+from bert_encoding.language_model.windows import Tokens, cut_windows, tokenize, training_windows
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
+from bert_encoding.trial.record import TrialRecord, read_records, write_record
+from bert_encoding.trial.run import run_trial
+
+SETTING = TrialConfig(
+    window_tokens=64, stride=24, embed_window_tokens=64, embed_stride=24, epochs=2, attention_dropout=None
+)
+
+
+@pytest.fixture
+def task(lab: Path) -> Task:
+    opened, split = course_script.open_data(str(lab), None)
+    dataset = course_script.inspected(opened)
+    return Task(dataset, (split,), course_script.SPLIT_SEED)
+
+
+def test_the_data_are_divided_as_a_study_divides_them(task: Task) -> None:
+    split = task.splits[0]
+    assert split.test == ("wheretheressmoke",)
+    assert len(split.fit) == 5 and len(split.validation) == 1
+    assert task.dataset.n_valid("subject2") == 12
+
+
+@pytest.mark.parametrize(("window_tokens", "stride"), [(64, 24), (64, 62), (512, 256), (16, 3)])
+def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_tokens: int, stride: int) -> None:
+    for story in task.dataset.stories.values():
+        expected = cut_windows(
+            tokenize(story.spoken, tiny_encoder.tokenizer), window_tokens, stride, tiny_encoder.tokenizer
+        )
+        plain = course_script.tokenize_story(story.spoken, tiny_encoder.tokenizer)
+        found = course_script.cut_windows(plain, window_tokens, stride, tiny_encoder.tokenizer)
+        assert [window.ids for window in found] == [window.ids.tolist() for window in expected]
+        assert [window.word_ids for window in found] == [window.word_ids.tolist() for window in expected]
+
+
+def test_word_vectors_are_the_librarys(task: Task, tiny_encoder: Encoder) -> None:
+    story = task.dataset.stories["beta"]
+    tokens = {"beta": tokenize(story.spoken, tiny_encoder.tokenizer)}
+    expected = embed_stories(
+        tiny_encoder.model.bert,
+        tokens,
+        tiny_encoder.tokenizer,
+        layer=2,
+        window_tokens=64,
+        stride=24,
+        precision="float32",
+        device=torch.device("cpu"),
+    )["beta"]
+    tokenizer = tiny_encoder.tokenizer
+    tokenized = course_script.tokenize_story(story.spoken, tokenizer)
+    found = course_script.embed_story(tiny_encoder.model.bert, tokenized, len(story.words), tokenizer, SETTING)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_its_scores_of_the_frozen_model_are_the_librarys(
+    task: Task, tiny_bert: Path, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrialConfig(
+        method="frozen",
+        model=str(tiny_bert),
+        embed_window_tokens=64,
+        embed_stride=24,
+        precision="float32",
+        embed_precision="float32",
+    )
+    monkeypatch.setattr("bert_encoding.trial.scoring.wider_grid", lambda *_: None)  # the script has one grid
+    expected = run_trial(config, task, with_tests=False)
+    split, dataset, bert = task.splits[0], task.dataset, tiny_encoder.copy_model().bert
+    stories = course_script.tokenize_all(dataset, split, tiny_encoder)
+    on_trs, n_words = course_script.embed_all(bert, tiny_encoder, dataset, stories, config)
+    cc = course_script.encode(on_trs, dataset, "subject2", split, config)
+    np.testing.assert_allclose(cc, expected.cc["subject2"], rtol=0, atol=1e-4)
+    assert n_words == sum(len(dataset.stories[name].words) for name in split.fit + split.validation)
+    probes = course_script.draw_probes(tiny_encoder, dataset, split, config)
+    loss = course_script.heldout_loss(tiny_encoder.copy_model(), probes, torch.device("cpu"))
+    assert loss == pytest.approx(expected.epochs[-1]["mlm_loss_heldout"], abs=1e-5)
+
+
+def test_data_that_cannot_be_read_end_the_bench_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*no-such"):
+        bench.main(data=str(tmp_path / "no-such"))
+
+
+def test_random_stories_have_the_shape_of_embedded_ones(task: Task, tiny_encoder: Encoder) -> None:
+    split, bert = task.splits[0], tiny_encoder.copy_model().bert
+    stories = course_script.tokenize_all(task.dataset, split, tiny_encoder)
+    first = {name: stories[name] for name in split.fit[:2]}
+    embedded, n_words = course_script.embed_all(bert, tiny_encoder, task.dataset, first, SETTING)
+    assert n_words == sum(len(task.dataset.stories[name].words) for name in split.fit[:2])
+    drawn = course_script.draw_all(tiny_encoder, task.dataset, list(stories)[2:])
+    assert {name: rows.shape for name, rows in (embedded | drawn).items()} == {
+        name: (len(task.dataset.stories[name].tr_times_s), 32) for name in split.fit + split.validation
+    }
+
+
+def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Encoder) -> None:
+    dataset, split, device = task.dataset, task.splits[0], torch.device("cpu")
+    setting = TrialConfig(**{**vars(SETTING), "lr": 5e-2, "epochs": 4})
+    probes = course_script.draw_probes(tiny_encoder, dataset, split, setting)
+    before = course_script.heldout_loss(tiny_encoder.model, probes, device)
+    stories = course_script.tokenize_all(dataset, split, tiny_encoder)
+    model, loader = course_script.prepare(tiny_encoder, [stories[name] for name in split.fit], setting, device)
+    counts = course_script.train(model, loader, setting, device, None)
+    after = course_script.heldout_loss(model, probes, device)
+    assert after < before - 0.03
+    windows = training_windows(tokens_of(dataset, split, tiny_encoder), 64, 24, tiny_encoder.tokenizer)
+    per_epoch = sum(len(window.ids) for window in windows)
+    assert counts["tokens"] == counts["tokens_whole"] == 4 * per_epoch
+    assert counts["steps"] == counts["steps_whole"] == 4 * -(-len(windows) // 8)
+    assert counts["positions"] >= counts["tokens"]
+
+
+def test_the_script_runs_whole_and_tells_its_laps_apart(lab: Path, tiny_bert: Path) -> None:
+    given = [str(lab), "--model", str(tiny_bert), "--epochs", "2", "--max-steps", "1", "--embed-stories", "1"]
+    found = course_script.run(course_script.parse_arguments(given))
+    assert set(found["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "drawn", "ridge", "probes"}
+    assert min(found["seconds"].values()) > 0
+    assert (found["counts"]["steps"], found["counts"]["n_voxels"]) == (1, 12)
+    assert found["counts"]["tokens"] < found["counts"]["tokens_whole"]
+    assert found["counts"]["words"] < found["counts"]["words_whole"]
+    assert found["dropout"] == {"attention": 0.1, "hidden": 0.1}
+    assert found["precision"] == {"train": "float32", "embed": "float32"}
+
+
+def test_the_hash_of_probes_follows_ids_choice_and_labels(task: Task, tiny_encoder: Encoder) -> None:
+    probes = course_script.draw_probes(tiny_encoder, task.dataset, task.splits[0], SETTING)
+    first, digest = probes.heldout[0], course_script.digest(probes)
+    assert (
+        course_script.digest(course_script.draw_probes(tiny_encoder, task.dataset, task.splits[0], SETTING)) == digest
+    )
+    for changed in (
+        first._replace(ids=first.ids + 1),
+        first._replace(chosen=~first.chosen),
+        first._replace(labels=first.labels + 1),
+    ):
+        assert course_script.digest(Probes(probes.train, [changed, *probes.heldout[1:]])) != digest
+
+
+def tokens_of(dataset: Dataset, split: Split, encoder: Encoder) -> list[Tokens]:
+    return [tokenize(dataset.stories[name].spoken, encoder.tokenizer) for name in split.fit]
+
+
+def test_kept_results_answer_the_same_question_of_the_same_sources(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        asked.append(len(asked))
+        return {"seconds": 1.5 + len(asked)}
+
+    first = bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abc", measure)
+    assert bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abc", measure) == first == {"seconds": 2.5}
+    assert bench_kept.kept(tmp_path, "script", {"lr": 2e-4}, "abc", measure) == {"seconds": 3.5}
+    assert bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abd", measure) == {"seconds": 4.5}
+    assert len(asked) == 3
+
+
+def test_the_hash_of_sources_follows_files_in_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kept, "ROOT", tmp_path)
+    (tmp_path / "below").mkdir()
+    file = tmp_path / "below" / "one.py"
+    file.write_text("1\n")
+    (tmp_path / "two.py").write_text("2\n")
+    deep, flat = bench_kept.source_hash("**/*.py"), bench_kept.source_hash("*.py")
+    file.write_text("2\n")
+    assert bench_kept.source_hash("**/*.py") != deep
+    assert bench_kept.source_hash("*.py") == flat
+    with pytest.raises(ValueError, match="no such source"):
+        bench_kept.source_hash("other.py")
+
+
+def test_data_are_known_by_names_and_sizes(tmp_path: Path) -> None:
+    (tmp_path / "subject1").mkdir()
+    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"123")
+    before = bench_kept.data_fingerprint(tmp_path)
+    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"124")
+    assert bench_kept.data_fingerprint(tmp_path) == before
+    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"1234")
+    longer = bench_kept.data_fingerprint(tmp_path)
+    (tmp_path / "subject1" / "alpha.npy").rename(tmp_path / "subject1" / "beta.npy")
+    assert len({before, longer, bench_kept.data_fingerprint(tmp_path)}) == 3
+
+
+def test_the_question_names_machine_data_versions_and_settings(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(bench, "kept", lambda folder, name, question, *_: asked.append(question))
+    found = bench.Bench(tmp_path, {"data": str(lab)})
+    found.script({"lr": 1.0})
+    found.ours({"lr": 1.0})
+    assert set(asked[1]) == {"options", "machine", "data", "versions"}
+    assert asked[0] == asked[1] | {"settings": vars(TrialConfig())}
+    assert asked[1]["versions"]["torch"] == torch.__version__
+    assert set(asked[1]["versions"]) == {"torch", "transformers", "peft", "numpy", "ridge_utils"}
+
+
+def test_no_variable_keeps_a_process_from_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    assert not {name for name in bench_kept.child_environment() if name.endswith("_NUM_THREADS")}
+    assert bench_kept.child_environment()["PATH"] == os.environ["PATH"]
+
+
+def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(bench_studies, "run_process", lambda *run: runs.append(run))
+    monkeypatch.setattr(bench_studies, "read_our_study", lambda *_: {})
+    for early in (False, True):
+        bench_studies.run_our_study({"data": "demo", "epochs": 3}, bench_studies.configurations(2), early)
+    (same, environment), (early, _) = runs
+    assert "OMP_NUM_THREADS" not in environment
+    assert environment["RAY_ADDRESS"] == "local" and Path(environment["TMPDIR"]).name.startswith("b-")
+    assert same[same.index("--score-every") + 1] == "3" and same[same.index("--scheduler") + 1] == "none"
+    assert "--score-every" not in early and early[early.index("--scheduler") + 1] == "asha"
+
+
+def test_all_sources_of_the_bench_exist() -> None:
+    hashes = [
+        bench_kept.source_hash(*parts)
+        for parts in (bench.SOURCES_OF_SCRIPT, bench.SOURCES_OF_OURS, bench.SOURCES_OF_STUDY)
+    ]
+    assert len(set(hashes)) == 3
+
+
+def test_configurations_are_different_and_begin_alike() -> None:
+    points = bench_studies.configurations(8)
+    assert len({tuple(point.items()) for point in points}) == 8
+    assert points[:3] == bench_studies.configurations(3)
+    assert {point["seed"] for point in points} == {0, 1}
+
+
+SCRIPT_RUN = {
+    "seconds": {
+        "start": 5.0,
+        "load": 1.0,
+        "inspect": 7.0,
+        "prepare": 4.0,
+        "train": 100.0,
+        "embed": 10.0,
+        "ridge": 6.0,
+        "probes": 2.0,
+        "total": 134.0,
+    },
+    "counts": {"tokens": 40_000, "tokens_whole": 120_000, "words": 2000, "words_whole": 6000},
+    "scores": {"cc_mean": 0.1, "mlm_loss_heldout": 4.0},
+    "wall": 136.0,
+    "peak_gb": {"memory": 3.0},
+    "n_threads": 2,
+    "device": "cpu",
+    "probes": "abc",
+    "precision": {"train": "float32", "embed": "float32"},
+    "dropout": {"attention": 0.1, "hidden": 0.1},
+}
+OUR_RUN = SCRIPT_RUN | {
+    "seconds": {"start": 5.0, "load": 1.0, "train": 20.0, "embed": 2.5, "ridge": 3.0, "cc_seen": 1.0, "other": 2.0},
+    "scores": {"cc_mean": 0.1031, "mlm_loss_heldout": 4.03},
+    "wall": 36.0,
+    "peak_gb": {"memory": 9.0, "gpu": 1.5},
+    "precision": {"train": "bfloat16", "embed": "bfloat16"},
+    "dropout": {"attention": 0.0, "hidden": 0.1},
+}
+
+
+def test_the_table_of_stages_has_rates_ratios_and_bars() -> None:
+    lines = bench_tables.stage_table(bench_tables.rates(SCRIPT_RUN), [("ours", bench_tables.rates(OUR_RUN))])
+    assert [line.split()[-5:] for line in lines[1:3]] == [
+        ["400.0", "2000.0", "5.00", "4.5", "held"],
+        ["200.0", "800.0", "4.00", "4", "held"],
+    ]
+    assert lines[3].split()[-7:] == ["6.0", "3.0", "2.00", "2.7", "missed", "by", "26%"]
+    assert lines[4].split()[-7:] == ["127.0", "36.0", "3.53", "4", "missed", "by", "12%"]
+    assert lines[5].split()[-3:] == ["6.0", "6.0", "1.00"]
+    assert lines[6].split()[-3:] == ["3.0", "1.5", "2.00"]
+    loss, cc = bench_tables.score_lines(SCRIPT_RUN, [("ours", OUR_RUN)])
+    assert loss.endswith("+0.75%, bar 1%: held (ours)")
+    assert cc.endswith("+0.0031, bar 0.003: missed (ours)")
+
+
+def test_columns_of_the_table_of_stages_lie_below_their_heads() -> None:
+    name, ours = "ours, dropout as the script's", bench_tables.rates(OUR_RUN)
+    lines = bench_tables.stage_table(bench_tables.rates(SCRIPT_RUN), [("ours", ours), (name, ours)])
+    end = lines[0].index(name) + len(name)
+    assert [line[:end].split()[-1] for line in lines[1:]] == ["2000.0", "800.0", "3.0", "36.0", "6.0", "1.5"]
+
+
+def test_the_settings_of_both_sides_are_named() -> None:
+    text = "\n".join(bench_tables.setting_lines(SCRIPT_RUN, [("ours", OUR_RUN), ("dropping", SCRIPT_RUN)]))
+    assert "script's held-out loss is read in float32, ours in bfloat16" in text
+    assert "dropout on attention probabilities: script 0.1; ours 0; dropping 0.1" in text
+    assert "check of the data (7.0 s; ours has it in its trial), the reading of the loss (2.0 s)" in text
+    assert "the model with its adapter (4.0 s)" in text
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [({"n_threads": 1}, "on 2 threads, ours on 1"), ({"probes": "abd"}, "other masked tokens")]
+)
+def test_what_cannot_be_compared_is_refused(other: dict[str, Any], message: str) -> None:
+    bench_tables.check_alike(SCRIPT_RUN, OUR_RUN)
+    with pytest.raises(RuntimeError, match=message):
+        bench_tables.check_alike(SCRIPT_RUN, OUR_RUN | other)
+
+
+def test_a_part_is_made_whole_by_tokens_and_words() -> None:
+    assert bench_tables.extrapolated(SCRIPT_RUN).trial_s == pytest.approx(300 + 30 + 6 + 5 + 1 + 4)
+    assert bench_tables.extrapolated(OUR_RUN).trial_s == pytest.approx(60 + 7.5 + 3 + 5 + 1 + 1 + 2)
+
+
+def test_the_sd_over_seeds_is_pooled_over_configurations() -> None:
+    points = bench_studies.configurations(8)
+    cc = [0.10, 0.11, 0.12, 0.13, 0.102, 0.11, 0.12, 0.126]
+    assert bench_studies.seed_sd(points, cc) == pytest.approx(((2 * 0.001**2 + 2 * 0.002**2) / 4) ** 0.5)
+    assert bench_studies.seed_sd(points[:4], cc[:4]) is None
+
+
+def scripts_study(cc: list[float]) -> dict[str, Any]:
+    points = bench_studies.configurations(len(cc))
+    runs = iter(cc)
+    return bench_studies.run_script_study(
+        points, lambda _: SCRIPT_RUN | {"scores": {"cc_mean": next(runs), "mlm_loss_heldout": 4.0}}
+    )
+
+
+def test_the_scripts_study_leaves_out_what_no_student_does() -> None:
+    found = scripts_study([0.10, 0.11, 0.12, 0.13, 0.101, 0.11, 0.12, 0.13])
+    assert found["seconds"] == pytest.approx(8 * 127)
+    assert found["best"] == 0.13
+    assert found["margin"] == found["seed_sd"] == pytest.approx((0.0005**2 * 2 / 4) ** 0.5)
+    assert scripts_study([0.10, 0.11, 0.12, 0.13, 0.11, 0.11, 0.12, 0.13])["margin"] == 0.003
+    assert scripts_study([0.10, 0.11])["margin"] == 0.003
+
+
+OUR_STUDY = {
+    "cc": [0.0965, 0.0989],
+    "losses": [4.0, 4.02],
+    "epochs_done": [3, 3],
+    "ended_s": [30.0, 50.0],
+    "best": 0.0989,
+    "frozen": 0.0985,
+    "seconds_of_trials": 40.0,
+    "seconds": 25.4,
+    "precision": "bfloat16",
+}
+
+
+def test_a_study_that_misses_the_best_cc_holds_no_bar() -> None:
+    script = scripts_study([0.1, 0.1]) | {"margin": 0.001, "seed_sd": 0.001}
+    lines = bench_tables.study_table(script, OUR_STUDY | {"best": 0.0991, "cc": [0.0965, 0.0991]}, OUR_STUDY)
+    assert lines[2].split() == ["ratio", "10.00", "10.00"]
+    assert lines[3].split("  ")[-1].strip() == "10 missed: best CC not reached"
+    assert lines[3].split()[:3] == ["bar", "5", "held"]
+    assert lines[5].split()[-2:] == ["yes", "no"]
+    assert lines[6].split()[-2:] == ["50.0", "never"]
+    assert "is reached by 2 of 2 configurations of the script, by 1 of 2 trials of ours" in lines[9]
+    assert "best less 0.0010 (its SD over seeds is 0.0010; at most 0.003" in lines[9]
+    assert "our frozen baseline (0.0985) does not reach it" in lines[9]
+    assert "at most 0.0035, bar 0.003: missed; loss +0.25%, at most 0.50%, bar 1%: held" in lines[-1]
+
+
+def test_an_exponent_is_that_of_the_power() -> None:
+    power, error = bench_growth.exponent((5, 10, 40), [3 * 5**1.5, 3 * 10**1.5, 3 * 40**1.5])
+    assert power == pytest.approx(1.5)
+    assert error == pytest.approx(0, abs=1e-6)
+
+
+def measured(n_stories: int, n_voxels: int) -> dict[str, Any]:
+    """A trial whose fine-tuning grows with the square of the stories; 3 s of ridge are there without a voxel."""
+    seconds = {"train": 0.1 * n_stories**2, "embed": 1.0 * n_stories, "cc_seen": 2.0, "ridge": 1 + 0.004 * n_voxels}
+    return {
+        "seconds": seconds,
+        "counts": {"tokens": 6000 * n_stories, "n_voxels": n_voxels},
+        "shape": {"epochs": 3, "n_fit_stories": n_stories, "n_fit_rows": 300 * n_stories, "n_features": 1536},
+    }
+
+
+def test_the_projection_scales_what_was_measured() -> None:
+    wanted = bench_growth.Projection(gpu_tokens_per_second=1000, gpu_speedup=10, read_gb_per_s=2)
+    by_stories, by_voxels = [measured(n, 100) for n in (4, 16)], [measured(16, n) for n in (100, 1000)]
+    rows = bench_growth.project(wanted, by_stories, by_voxels)
+    found = {row.stage: row.seconds for row in rows}
+    assert found["fine-tuning"] == pytest.approx(2000 * 84 * 3 / 1000)
+    assert found["embedding"] == pytest.approx(2000 * 84 / 2000)
+    assert found["decomposing"] == pytest.approx(3 * 2**3 * 4 / 10)
+    assert found["each voxel"] == pytest.approx(0.004 * 95_000 * 2 * (3 * 84 + 26 + 4 * 27 + 54) / 16 / 10)
+    assert found["reading"] == pytest.approx((3 * 84 + 26 + 4 * 27 + 54) * 300 * 95_000 * 4 / 1e9 / 2)
+    assert "linear in stories (assumed; measured exponent 2.00)" in rows[0].because
+    assert "measured exponent 0.00 of rows" in rows[3].because
+    assert bench_growth.split_ridge(by_voxels[:1]) == (0.0, pytest.approx(3.4 / 100))
+
+
+@pytest.mark.parametrize("n_voxels", [5, 40])
+def test_voxels_are_the_first_or_noise(task: Task, n_voxels: int) -> None:
+    found = bench_ours.with_voxels(task.dataset, n_voxels)
+    assert found.n_valid("subject2") == n_voxels
+    Y = found.valid_responses("beta", "subject2")
+    measured = task.dataset.valid_responses("beta", "subject2")
+    assert Y.shape == (len(measured), n_voxels)
+    assert np.array_equal(Y, measured[:, :n_voxels]) == (n_voxels == 5)
+
+
+@pytest.fixture
+def finished_study(tmp_path: Path) -> Path:
+    """Two trials of a study, the second one stopped, and its frozen baseline."""
+    write_record(
+        tmp_path, TrialRecord("complete", "frozen", {}, trial_id="b", phase="baseline", scores={"cc_mean": 0.04})
+    )
+    for at, (status, cc) in enumerate((("complete", 0.10), ("stopped", 0.05))):
+        point = bench_studies.configurations(2)[at]
+        record = TrialRecord(
+            status,
+            "lora",
+            {"stride": 256, "precision": "float32", **point},
+            trial_id=f"t{at}",
+            phase="search",
+            scores={"cc_mean": cc, "mlm_loss_heldout": 4.0 + at, "epochs_done": 3.0 - at},
+            seconds={"total": 10.0},
+        )
+        write_record(tmp_path, record)
+        os.utime(tmp_path / "trials" / f"t{at}" / "record.json", (1000 + 12 * at, 1000 + 12 * at))
+    return tmp_path
+
+
+def test_a_study_is_read_configuration_by_configuration(finished_study: Path) -> None:
+    points = bench_studies.configurations(2)
+    found = bench_studies.read_our_study(finished_study, points[::-1], 930.0)
+    assert found["cc"] == [0.05, 0.10]
+    assert found["losses"] == [5.0, 4.0]
+    assert found["epochs_done"] == [2.0, 3.0]
+    assert found["ended_s"] == [82.0, 70.0]
+    assert (found["best"], found["frozen"], found["at_once"], found["precision"]) == (0.10, 0.04, 1, "float32")
+    assert found["seconds_of_trials"] == 20.0
+
+
+def test_a_study_with_answers_from_records_does_not_count(finished_study: Path) -> None:
+    record = read_records(finished_study)[2]
+    write_record(finished_study, replace(record, repeat_of="t0"))
+    with pytest.raises(RuntimeError, match="failed or answered"):
+        bench_studies.read_our_study(finished_study, bench_studies.configurations(2), 0.0)
+
+
+@pytest.mark.parametrize("score_every", [1, 2])
+def test_a_trial_of_ours_is_timed_by_stages(task: Task, tiny_bert: Path, score_every: int) -> None:
+    setting = replace(SETTING, model=str(tiny_bert), score_every=score_every)
+    found = bench_ours.run_whole(setting, task)
+    n_words = bench_ours.n_words(task.dataset, task.splits[0].fit + task.splits[0].validation)
+    assert found["counts"]["words"] == n_words * (2 // score_every)
+    assert found["counts"]["n_voxels"] == 12
+    assert found["shape"]["n_features"] == 4 * 32
+    assert set(found["seconds"]) == {"train", "embed", "ridge", "cc_seen", "other"}
+    assert min(found["seconds"].values()) > 0
+    assert found["probes"] == probes_of_script(task, tiny_bert)
+    assert Chain.score.__qualname__ == "Chain.score"  # nothing is watched any more
+
+
+def test_a_part_of_a_trial_says_what_the_whole_would_be(task: Task, tiny_bert: Path) -> None:
+    setting = replace(SETTING, model=str(tiny_bert))
+    found, whole = bench_ours.run_parts(setting, task, 3, 2), bench_ours.run_whole(setting, task)
+    assert found["counts"]["steps"] == 3
+    assert found["counts"]["tokens_whole"] == whole["counts"]["tokens"]
+    assert found["counts"]["words"] == bench_ours.n_words(task.dataset, task.splits[0].fit[:2])
+    assert 2 * found["counts"]["words_whole"] == whole["counts"]["words"]
+    assert set(found["seconds"]) == set(whole["seconds"])
+    assert found["probes"] == whole["probes"]
+
+
+def probes_of_script(task: Task, tiny_bert: Path) -> str:
+    encoder = load_encoder(str(tiny_bert))
+    return course_script.digest(course_script.draw_probes(encoder, task.dataset, task.splits[0], SETTING))
+
+
+def test_what_stands_beside_the_stages_is_timed_once_and_counted_as_often_as_it_is_done(
+    task: Task, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = {"probe_loss": 1.0, "check_applied": 10.0, "measure_change": 100.0}
+    clock = [0.0]
+    monkeypatch.setattr(course_script.time, "perf_counter", lambda: clock[0])
+    for name, seconds in slow.items():
+
+        def pass_time(*_: Any, seconds: float = seconds) -> None:
+            clock[0] += seconds
+
+        monkeypatch.setattr(bench_ours, name, pass_time)
+    found = bench_ours.run_parts(replace(SETTING, model=str(tiny_bert)), task, 1, 1)
+    assert found["seconds"]["other"] == (2 * 2 + 2) * 1.0 + 2 * 10.0 + 100.0
+
+
+@pytest.mark.parametrize(("given", "attention"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])
+def test_the_settings_in_effect_are_told(tiny_bert: Path, given: float | None, attention: float) -> None:
+    config = replace(SETTING, model=str(tiny_bert), attention_dropout=given, precision="float32")
+    found = bench_ours.settings_of(config)
+    assert found["dropout"] == {"attention": attention, "hidden": 0.1}
+    assert found["precision"] == {"train": "float32", "embed": resolve_precision("auto", torch.device("cpu"))}

@@ -1,0 +1,440 @@
+"""Word vectors for other programs: those of a trial, every occurrence of a word, and files without pickle."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from make_data import make_lab
+
+from bert_encoding.commands.export import export, parse_words
+from bert_encoding.core.command_line import parse_layer, run_app
+from bert_encoding.core.errors import InputError
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset
+from bert_encoding.features.bert_embeddings import embed_stories
+from bert_encoding.features.word_tables import export_stories, export_words
+from bert_encoding.language_model.encoder import Encoder, load_encoder, weights_fingerprint
+from bert_encoding.language_model.lora import add_adapter, masked_lm, save_adapter, save_whole
+from bert_encoding.language_model.windows import tokenize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+TEXTS = [
+    "The old house said no. In the garden my HOUSE walked!  Was it?",
+    "Nothing to see here.",
+    "mother's house-train; the houses, unhoused _house_ house1",
+]
+MONEY = """The bank lent him enough money to open a second shop.
+She paid the cheque into the bank on Friday afternoon.
+Our bank charges a fee for every transfer abroad.
+He asked the bank for a mortgage and was refused.
+Interest at the bank has fallen to almost nothing.
+Two clerks at the bank counted the notes again.
+I opened a savings account at the bank next door.
+The bank froze her account after the theft.
+Shares in the bank rose when the profits were published.
+Robbers broke into the bank and emptied the safe.""".splitlines()
+RIVER = """They moored the boat to a willow on the bank.
+The river had burst over its bank after the storm.
+We sat on the grassy bank and watched the ducks swim.
+An otter slid down the muddy bank into the water.
+Fishermen stood along the bank of the stream with their rods.
+Reeds grow thickly on the far bank of the river.
+The canoe drifted towards the left bank and ran aground.
+Cattle came down to the bank to drink from the river.
+The current had eaten away the sandy bank below the bridge.
+Swallows nest in holes in the steep bank above the stream.""".splitlines()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lab(tmp_path_factory.mktemp("data") / "lab")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path) -> Dataset:
+    return open_dataset(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with an adapter that changes something, and the model it was saved from."""
+    model = add_adapter(tiny_encoder.copy_model(), rank=2, lora_alpha=4.0, targets="q,v", dropout=0.0, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    saved = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, saved, tiny_encoder.name)
+    return saved, masked_lm(model).eval().bert
+
+
+def stacked(table: pd.DataFrame) -> np.ndarray:
+    return np.stack(table["vector"].to_list())
+
+
+def embedded(bert: Any, encoder: Encoder, dataset: Dataset, **settings: Any) -> np.ndarray:
+    """Return the vectors of all stories, one after the other."""
+    tokens = {name: tokenize(story.spoken, encoder.tokenizer) for name, story in dataset.stories.items()}
+    settings = {"layer": 2, "window_tokens": 512, "stride": 256, "precision": "float32", "device": CPU} | settings
+    found = embed_stories(bert, tokens, encoder.tokenizer, **settings)
+    return np.concatenate([found[name] for name in dataset.stories])
+
+
+def plain_word(encoder: Encoder, text: str, start: int, end: int, layer: int) -> np.ndarray:
+    """Return the mean over the tokens of ``text[start:end]`` in one forward pass of the whole text."""
+    encoded = encoder.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets = encoded.pop("offset_mapping")[0].tolist()
+    with torch.no_grad():
+        hidden = encoder.model.bert(**encoded, output_hidden_states=True).hidden_states[layer][0]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end]
+    return hidden[inside].double().mean(dim=0).numpy()
+
+
+# --- stories ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [None, 1, (0, 2)])
+def test_vectors_are_those_of_the_trial(layer: Any, folder: Path, tiny_bert: Path) -> None:
+    from bert_encoding.trial.config import TrialConfig
+    from bert_encoding.trial.pipeline import Chain, Task
+
+    heard = inspect(open_dataset(folder))
+    names = tuple(heard.stories)
+    reading = {"embed_window_tokens": 64, "embed_stride": 20, "embed_precision": "float32"}  # as export reads
+    config = TrialConfig(method="frozen", model=str(tiny_bert), layer=layer, **reading)
+    chain = Chain(config, Task(heard, (Split(names[:4], names[4:6], names[6:]),), 0))
+    assert chain.encoder is not None
+    expected = chain.vectors(chain.encoder.copy_model().bert, names, names[:4])
+    found = export_stories(heard, chain.encoder, layer=layer, window_tokens=64, stride=20)
+    for name, rows in found.groupby("story"):
+        np.testing.assert_allclose(stacked(rows), expected[str(name)], rtol=0, atol=1e-6)
+    assert list(found["story"].unique()) == list(names)
+
+
+def test_rows_are_those_of_the_transcript(tiny_encoder: Encoder, dataset: Dataset) -> None:
+    found = export_stories(dataset, tiny_encoder)
+    stories = dataset.stories.values()
+    assert found["word"].to_list() == [word for story in stories for word in story.words]
+    assert found["word_index"].to_list() == [at for story in stories for at in range(len(story.words))]
+    np.testing.assert_array_equal(found["time_s"], np.concatenate([story.word_times_s for story in stories]))
+    assert stacked(found).dtype == np.float32
+    np.testing.assert_allclose(
+        stacked(found), embedded(tiny_encoder.model.bert, tiny_encoder, dataset), rtol=0, atol=1e-5
+    )
+
+
+def test_a_row_without_speech_keeps_its_place(tiny_encoder: Encoder, dataset: Dataset) -> None:
+    from dataclasses import replace
+
+    story = dataset.stories["alpha"]
+    words = ("{ns}", *story.words[1:5], "", *story.words[6:])
+    found = export_stories(replace(dataset, stories={"alpha": replace(story, words=words)}), tiny_encoder)
+    assert found["word"].to_list() == list(words)
+    assert [not row.any() for row in stacked(found)] == [at in (0, 5) for at in range(len(words))]
+
+
+def test_an_adapter_is_applied(tiny_encoder: Encoder, dataset: Dataset, adapter: tuple[Path, Any]) -> None:
+    saved, tuned = adapter
+    found = stacked(export_stories(dataset, tiny_encoder, adapter=saved))
+    np.testing.assert_allclose(found, embedded(tuned, tiny_encoder, dataset), rtol=0, atol=1e-5)
+    assert np.abs(found - stacked(export_stories(dataset, tiny_encoder))).max() > 0.1
+
+
+def test_all_weights_of_a_trial_are_applied(tiny_encoder: Encoder, dataset: Dataset, tmp_path: Path) -> None:
+    model = tiny_encoder.copy_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.mul_(20)
+    save_whole(model, tmp_path)
+    found = stacked(export_stories(dataset, tiny_encoder, adapter=tmp_path))
+    np.testing.assert_allclose(found, embedded(model.bert, tiny_encoder, dataset), rtol=0, atol=1e-5)
+    assert np.abs(found - stacked(export_stories(dataset, tiny_encoder))).max() > 0.1
+
+
+def test_the_pristine_model_stays_so(tiny_encoder: Encoder, dataset: Dataset, adapter: tuple[Path, Any]) -> None:
+    before = weights_fingerprint(tiny_encoder.model)
+    export_stories(dataset, tiny_encoder, adapter=adapter[0])
+    export_words(TEXTS, ["house"], tiny_encoder)
+    assert weights_fingerprint(tiny_encoder.model) == before
+
+
+def test_texts_become_words_and_marks(tiny_encoder: Encoder) -> None:
+    texts = ["The house, don't!", "Night."] * 70  # more than are read at once
+    found = export_stories(texts, tiny_encoder, layer=1)
+    rows = ["The", "house", ",", "don't", "!", "Night", "."] * 70
+    assert found["word"].to_list() == rows
+    assert found["story"].to_list() == [str(n) for n in range(1, 141) for _ in range(5 if n % 2 else 2)]
+    assert found["word_index"].to_list() == [0, 1, 2, 3, 4, 0, 1] * 70
+    assert found["time_s"].isna().all()
+    expected = [plain_word(tiny_encoder, texts[0], *span, layer=1) for span in ((0, 3), (4, 9), (9, 10), (11, 16))]
+    np.testing.assert_allclose(stacked(found)[:4], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(stacked(found)[700 // 2 :][:4], expected, rtol=0, atol=1e-5)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_whole_word_is_found_in_its_sentence(tiny_encoder: Encoder) -> None:
+    occurrences, _ = export_words(TEXTS, ["house", "MY"], tiny_encoder)
+    found = [tuple(row) for row in occurrences[["word", "text", "sentence", "position"]].itertuples(index=False)]
+    assert found == [
+        ("house", 1, "The old house said no.", 2),
+        ("MY", 1, "In the garden my HOUSE walked!", 3),
+        ("house", 1, "In the garden my HOUSE walked!", 4),
+        ("house", 3, "mother's house-train; the houses, unhoused _house_ house1", 1),
+    ]
+    for word, _, sentence, position in found:
+        assert word.lower() in sentence.split()[position].lower()
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_word_vectors_equal_a_plain_loop(layer: int, tiny_encoder: Encoder) -> None:
+    words = ["house", "mother", "train", "garden my"]
+    occurrences, _ = export_words(TEXTS, words, tiny_encoder, layer=layer)
+    expected = []
+    for text in TEXTS:
+        places = [m for word in words for m in re.finditer(rf"(?<!\w){word}(?!\w)", text, re.IGNORECASE)]
+        for place in sorted(places, key=lambda m: m.start()):
+            expected.append(plain_word(tiny_encoder, text, *place.span(), layer=layer))
+    assert len(expected) == 6
+    np.testing.assert_allclose(stacked(occurrences), expected, rtol=0, atol=1e-5)
+
+
+def test_a_word_in_a_long_text_is_averaged_over_windows(tiny_encoder: Encoder) -> None:
+    text = " ".join(["the old night"] * 30 + ["house"] + ["walked on"] * 30)
+    occurrences, _ = export_words([text], ["house"], tiny_encoder, window_tokens=32, stride=10)
+    words = text.split()
+    tokens = {"text": tokenize(words, tiny_encoder.tokenizer)}
+    settings: dict[str, Any] = {"layer": 2, "window_tokens": 32, "stride": 10, "precision": "float32", "device": CPU}
+    expected = embed_stories(tiny_encoder.model.bert, tokens, tiny_encoder.tokenizer, **settings)["text"]
+    np.testing.assert_allclose(stacked(occurrences), expected[[words.index("house")]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "found"),
+    [
+        ("Don\u2019t, don't dont DON'T", ["don't"], [("don't", 0), ("don't", 1), ("don't", 3)]),
+        ("old houses, old house, house", ["house", "old house"], [("old house", 2), ("house", 4)]),
+        ("old house, old", ["old", "old house"], [("old house", 0), ("old", 2)]),
+        ("a b a", ["b", "a"], [("a", 0), ("b", 1), ("a", 2)]),
+        ("the old\n house", ["old house"], [("old house", 1)]),
+        ("c++ (c++), c", ["c++"], [("c++", 0), ("c++", 1)]),
+        (
+            "river-house, it's house's",
+            ["house", "it", "s"],
+            [("house", 0), ("it", 1), ("s", 1), ("house", 2), ("s", 2)],
+        ),
+    ],
+)
+def test_what_is_a_whole_word(text: str, words: list[str], found: list[tuple[str, int]], tiny_encoder: Encoder) -> None:
+    occurrences, _ = export_words([text], words, tiny_encoder)
+    assert list(zip(occurrences["word"], occurrences["position"], strict=True)) == found
+
+
+def test_sentences_end_after_their_marks(tiny_encoder: Encoder) -> None:
+    text = 'He said "the house." Then (the house!) "House?"  the\thouse'
+    occurrences, _ = export_words([text], ["house"], tiny_encoder)
+    assert occurrences["sentence"].to_list() == ['He said "the house."', "Then (the house!)", '"House?"', "the house"]
+    assert occurrences["position"].to_list() == [3, 2, 0, 1]
+
+
+def test_means_are_over_all_occurrences(tiny_encoder: Encoder) -> None:
+    occurrences, means = export_words(TEXTS * 50, ["mother", "river", "house"], tiny_encoder)  # in several batches
+    assert means[["word", "n"]].to_numpy().tolist() == [["mother", 50], ["house", 150]]
+    for row in means.itertuples():
+        chosen = stacked(occurrences[occurrences["word"] == row.word])
+        np.testing.assert_allclose(np.asarray(row.vector), chosen.mean(axis=0, dtype=np.float64), rtol=0, atol=1e-6)
+        assert np.asarray(row.vector).dtype == np.float32
+
+
+def cosine(vectors: np.ndarray) -> np.ndarray:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit @ unit.T
+
+
+def similarities(encoder: Encoder, layer: int) -> tuple[float, float]:
+    """Return the mean cosine similarity of ``bank`` within its two senses and across them."""
+    occurrences, _ = export_words(MONEY + RIVER, ["bank"], encoder, layer=layer)
+    assert len(occurrences) == 20
+    alike = cosine(stacked(occurrences).astype(np.float64))
+    is_money = np.arange(20) < 10
+    same = is_money[:, None] == is_money
+    others = ~np.eye(20, dtype=bool)
+    return float(alike[same & others].mean()), float(alike[~same].mean())
+
+
+@pytest.mark.demo
+def test_senses_of_a_word_lie_apart() -> None:
+    encoder = load_encoder("minilm")
+    found = {layer: similarities(encoder, layer) for layer in range(encoder.n_layers + 1)}
+    for layer in range(1, encoder.n_layers + 1):
+        within, across = found[layer]
+        assert within > across, (layer, within, across)
+    within, across = found[encoder.n_layers]
+    assert within - across > 0.1, "clearly so in the last layer"
+    words_alone = found[0]  # word and position alone: no sense to tell apart
+    assert words_alone[0] - words_alone[1] < 0.05
+
+
+# --- files and the command --------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    app = cyclopts.App(name="test")
+    app.command(export)
+    return run_app(app, ["export", *map(str, arguments)])
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS) + "\n")
+    return file
+
+
+def test_stories_to_parquet(
+    folder: Path, dataset: Dataset, tiny_bert: Path, tiny_encoder: Encoder, adapter: tuple[Path, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "new" / "vectors.parquet"
+    assert run("--model", tiny_bert, "--adapter", adapter[0], "--data", folder, "--layer", "1", "--to", file) == 0
+    read = pd.read_parquet(file)
+    expected = export_stories(dataset, tiny_encoder, adapter=adapter[0], layer=1)
+    assert list(read.columns) == ["story", "word_index", "word", "time_s", "vector"]
+    np.testing.assert_array_equal(stacked(read), stacked(expected))
+    assert stacked(read).dtype == np.float32
+    for column in ("story", "word_index", "word", "time_s"):
+        assert read[column].to_list() == expected[column].to_list()
+    assert [path.name for path in file.parent.iterdir()] == ["vectors.parquet"]
+
+
+def test_the_file_says_how_it_was_made(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    given = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
+    assert run(*given, "--to", tmp_path / "a.parquet") == run(*given, "--to", tmp_path / "a.npz") == 0
+    note = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[b"bert_encoding"])
+    assert note == {
+        **{"model": str(tiny_bert), "layer": [1, 2], "window_tokens": 60, "adapter": None},
+        **{"stride": 58, "source": str(text_file)},
+    }
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert json.loads(str(arrays["settings"])) == note
+
+
+def test_words_to_parquet_and_to_npz(
+    tiny_bert: Path, tiny_encoder: Encoder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", tiny_bert, "--text", text_file, "--words", "house, my,river")
+    assert run(*given, "--to", tmp_path / "w.parquet") == run(*given, "--to", tmp_path / "w.npz") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == ["house: 3 occurrences", "my: 1 occurrences", "river: 0 occurrences"]
+    assert printed[3:5] == [f"{tmp_path / 'w.parquet'}: written", f"{tmp_path / 'w-means.parquet'}: written"]
+    occurrences, means = export_words(TEXTS, ["house", "my", "river"], tiny_encoder)
+    for file, table in (("w.parquet", occurrences), ("w-means.parquet", means)):
+        read = pd.read_parquet(tmp_path / file)
+        assert list(read.columns) == list(table.columns)
+        np.testing.assert_array_equal(stacked(read), stacked(table))
+        assert read.drop(columns="vector").to_dict() == table.drop(columns="vector").to_dict()
+    with np.load(tmp_path / "w.npz", allow_pickle=False) as arrays:  # an object array would raise here
+        np.testing.assert_array_equal(arrays["vector"], stacked(occurrences))
+        np.testing.assert_array_equal(arrays["means_vector"], stacked(means))
+        assert arrays["sentence"].tolist() == occurrences["sentence"].to_list()
+        assert arrays["position"].tolist() == occurrences["position"].to_list()
+        assert arrays["means_n"].tolist() == [3, 1]
+        assert set(arrays) == {
+            *("settings", "word", "text", "sentence", "position", "vector"),
+            *("means_word", "means_n", "means_vector"),
+        }
+
+
+def test_the_adapter_names_its_model(
+    adapter: tuple[Path, Any], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.npz"
+    assert run("--adapter", adapter[0], "--text", text_file, "--to", file) == 0
+    assert run("--adapter", adapter[0], "--model", "minilm-plain", "--text", text_file, "--to", tmp_path / "b.npz") == 2
+    assert "was trained on" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+    for existing, to in (("a.npz", "a.npz"), ("b-means.parquet", "b.parquet")):
+        (tmp_path / existing).write_text("mine")
+        assert run("--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to) == 2
+        assert (tmp_path / existing).read_text() == "mine"
+    assert not (tmp_path / "b.parquet").exists()
+
+
+MODEL = ("--model", "MODEL")
+TEXT = ("--text", "TEXT")
+OUT = ("--to", "OUT.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*MODEL, *TEXT), "say where to, as in --to OUT.parquet"),
+        ((*MODEL, *TEXT, "--to", "out.csv"), "--to out.csv: give a name that ends in .parquet or .npz"),
+        ((*MODEL, *OUT), "give one of --data PATH and --text FILE"),
+        ((*MODEL, *TEXT, "--data", "DATA", *OUT), "give one of --data PATH and --text FILE"),
+        ((*MODEL, "--data", "DATA", "--words", "the", *OUT), "--words: needs --text FILE"),
+        ((*MODEL, "--data", "TEXT", *OUT), "is text without times; use --text"),
+        ((*MODEL, "--data", "nowhere", *OUT), "nowhere: no such data"),
+        ((*MODEL, "--text", "nowhere.txt", *OUT), "nowhere.txt: no such file"),
+        ((*TEXT, *OUT), "say which model, as in --model bert-base-uncased"),
+        (("--model", "./nowhere", *TEXT, *OUT), "--model ./nowhere: "),
+        ((*MODEL, *TEXT, "--adapter", "nowhere", *OUT), "nowhere: no adapter_config.json"),
+        ((*MODEL, *TEXT, "--layer", "3", *OUT), "--layer 3: "),
+        ((*MODEL, *TEXT, "--layer", "1,1", *OUT), "--layer 1,1: a layer is named twice"),
+        ((*MODEL, *TEXT, "--layer", "foo", *OUT), "--layer foo: give 'last', a number (0 is the embedding output)"),
+        ((*MODEL, *TEXT, "--layer", "-1", *OUT), "--layer -1: "),
+        ((*MODEL, *TEXT, "--window-tokens", "513", *OUT), "--window-tokens 513: must be 3 to 512"),
+        ((*MODEL, *TEXT, "--window-tokens", "2", *OUT), "--window-tokens 2: must be 3 to 512"),
+        ((*MODEL, *TEXT, "--stride", "511", *OUT), "--stride 511: must be 1 to 510"),
+        ((*MODEL, *TEXT, "--stride", "0", *OUT), "--stride 0: must be 1 to 510"),
+        ((*MODEL, *TEXT, "--words", "the,,a", *OUT), "--words the,,a: a word is empty"),
+        ((*MODEL, *TEXT, "--words", "", *OUT), "--words : a word is empty"),
+        ((*MODEL, *TEXT, "--words", "the,The", *OUT), "--words the,The: a word is given twice"),
+        ((*MODEL, *TEXT, "--words", "xylophone", *OUT), "--words xylophone: none of them is in the text"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    folder: Path,
+    tiny_bert: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meant = {"MODEL": tiny_bert, "TEXT": text_file, "DATA": folder}
+    assert run(*(meant.get(argument, argument) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [text_file.name]
+
+
+def test_help_says_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    printed = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
+    assert "BERT's vectors are contextual: the same word has another vector in every sentence" in printed
+
+
+def test_layers_and_words_as_they_are_written() -> None:
+    given = (None, "last", "0", "4,5, 6", "4-6", "-1")
+    assert [parse_layer(text) for text in given] == [None, None, 0, (4, 5, 6), (4, 5, 6), -1]
+    assert parse_words("talk, walk,New  York") == ["talk", "walk", "New York"]
+    with pytest.raises(InputError, match="give 'last'"):
+        parse_layer("4,")

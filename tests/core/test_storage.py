@@ -1,0 +1,457 @@
+"""Results in a folder and in object storage: the same files, all or nothing; a local S3 server stands for the cloud."""
+
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from cloud_servers import bucket, gcs_bucket, gcs_endpoint, keys, s3_endpoint
+from project import ROOT
+
+from bert_encoding.core import storage
+from bert_encoding.core.command_line import run_app
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import write_json
+from bert_encoding.core.storage import (
+    ObjectPath,
+    Place,
+    atomic_path,
+    children,
+    entries,
+    local_copy,
+    local_folder,
+    make_folder,
+    modified_s,
+    open_place,
+    remove_tree,
+)
+from bert_encoding.trial.record import (
+    TrialRecord,
+    has_record,
+    keep_best,
+    read_cc,
+    read_record,
+    read_records,
+    saving_adapter,
+    write_record,
+)
+from bert_encoding.trial.tables import trials_frame, write_tables
+from study import analysis
+from study.results.load import load_trials
+
+__all__ = ["bucket", "gcs_bucket", "gcs_endpoint", "s3_endpoint"]  # fixtures
+
+ODD = ["plain", "with space", "ümlaut 語", "100%", "what?", "a#b", "a+b&c=d", "[x]", "per%20cent", "'q'\"", "x;y", "~$"]
+
+
+@pytest.fixture(params=["folder", "bucket", "gcs_bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty study: a folder, then one in object storage of either kind."""
+    root = tmp_path if request.param == "folder" else request.getfixturevalue(request.param) / "out"
+    return root / "study"
+
+
+def record(trial_id: str, score: float = 0.2, status: str = "COMPLETE") -> TrialRecord:
+    return TrialRecord(
+        status=status,
+        method="lora",
+        config={"model": "tiny", "rank": 4, "lora_alpha": 8.0, "seed": 1},
+        trial_id=trial_id,
+        phase="search",
+        scores={"cc_mean": score},
+        epochs=[{"epoch": 1, "cc_mean": score}],
+        cc={"s": np.array([score, np.nan], np.float32)},
+        cc_test={"s": np.array([0.5, np.nan], np.float32)},
+    )
+
+
+def written(place: Place, name: str, content: bytes = b"x") -> Place:
+    make_folder(place)
+    with atomic_path(place / name) as temporary:
+        temporary.write_bytes(content)
+    return place / name
+
+
+def break_off(place: Place, error: Callable[[], BaseException]) -> None:
+    """Write half a file."""
+    with atomic_path(place) as temporary:
+        temporary.write_bytes(b"half")
+        raise error()
+
+
+def fill(study: Place, scores: dict[str, float]) -> None:
+    for trial_id, score in scores.items():
+        with saving_adapter(study, trial_id) as folder:
+            (folder / "split0").mkdir(parents=True)
+            (folder / "split0" / "adapter_model.safetensors").write_bytes(trial_id.encode())
+            (folder / "adapter_config.json").write_text("{}")
+        write_record(study, record(trial_id, score))
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", ["", "endpoint_override=localhost:9000&scheme=http"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_place_comes_back_from_its_text(name: str, query: str) -> None:
+    here = ObjectPath("s3://bucket", "results", query) / name / "trials"
+    assert open_place(str(here)) == here
+    assert (here.name, here.parent.name, here.parent.parent.key) == ("trials", name, "results")
+
+
+def test_what_has_no_scheme_is_a_folder() -> None:
+    for text in ("results", "/a/b", "../s3:", "C:x", "s3:/bucket"):
+        assert open_place(text) == Path(text)
+    assert open_place(Path("s3:/x")) == Path("s3:/x")
+    assert open_place("S3://Bucket/a%20b/") == ObjectPath("s3://Bucket", "a b")
+    assert open_place("gs://anonymous@bucket") == ObjectPath("gs://anonymous@bucket", "")
+    assert storage.arrow_path(open_place("gs://anonymous@bucket/x")) == "bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        ("ftp://host/x", "ftp://host/x: results are kept in a folder, s3://bucket/prefix or gs://bucket/prefix"),
+        ("s3://", "s3://: must look like s3://bucket/prefix"),
+        ("s3:///x", "must look like s3://bucket/prefix"),
+        ("gs://bucket/a//b", "must look like gs://bucket/prefix"),
+        ("s3://bucket/../b", "must look like s3://bucket/prefix"),
+        ("s3://bucket/a#b", "must look like s3://bucket/prefix"),
+    ],
+)
+def test_what_names_no_place_is_refused(location: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        open_place(location)
+
+
+@pytest.mark.parametrize("location", ["s3://AKIA:hush@bucket/x", "s3://bucket/x?secret_key=hush", "s3://hush@bucket"])
+def test_a_secret_in_a_url_is_refused_and_not_repeated(location: str) -> None:
+    """``study.json`` keeps the command line."""
+    with pytest.raises(InputError, match="holds a secret") as refused:
+        open_place(location)
+    assert "hush" not in str(refused.value)
+
+
+def test_a_setting_that_nobody_knows_is_refused(bucket: ObjectPath) -> None:
+    with pytest.raises(InputError, match="schame"):
+        ObjectPath(bucket.bucket, "x", "schame=http").exists()
+
+
+# --- the same in a folder and in object storage -----------------------------------------------------------------------
+
+
+def test_files_come_back(place: Place) -> None:
+    assert not place.exists()
+    assert list(children(place)) == []
+    contents = {name: os.urandom(at) for at, name in enumerate(ODD)}
+    for name, content in contents.items():
+        written(place, name, content)
+    assert {child.name: child.read_bytes() for child in children(place)} == contents
+    assert [child.name for child in children(place)] == sorted(ODD)
+    assert (place.exists(), place.is_dir(), place.is_file()) == (True, True, False)
+    assert (place / "plain").is_file()
+    assert not (place / "plain").is_dir()
+    assert not (place / "nothing").exists()
+    assert (place / "nothing").name == "nothing"
+    with pytest.raises(FileNotFoundError):
+        (place / "nothing").read_bytes()
+
+
+def test_a_large_file_comes_back(place: Place) -> None:
+    """Larger than one part of an upload in several."""
+    content = np.random.default_rng(0).bytes(12_000_000)
+    assert written(place, "large", content).read_bytes() == content
+
+
+def test_a_file_is_replaced_whole(place: Place) -> None:
+    before = modified_s(written(place, "a", b"a long first content"))
+    assert modified_s(written(place, "a", b"second")) >= before > 1.7e9
+    assert (place / "a").read_bytes() == b"second"
+
+
+def test_an_error_while_writing_leaves_the_old_file(place: Place) -> None:
+    written(place, "a", b"old")
+    for name, error in (("a", ZeroDivisionError), ("b", KeyboardInterrupt)):
+        with pytest.raises(error):
+            break_off(place / name, error)
+    assert [child.name for child in children(place)] == ["a"]
+    assert (place / "a").read_bytes() == b"old"
+
+
+def test_folders_go_and_come(place: Place) -> None:
+    with local_folder(place / "adapter") as folder:
+        (folder / "split 0").mkdir(parents=True)
+        (folder / "split 0" / "weights").write_bytes(b"weights")
+        (folder / "config.json").write_bytes(b"{}")
+    with local_copy(place / "adapter") as copy:
+        files = {str(file.relative_to(copy)): file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+        assert (copy.name, files) == ("adapter", {"split 0/weights": b"weights", "config.json": b"{}"})
+    with local_copy(place / "adapter" / "config.json") as copy:
+        assert (copy.name, copy.read_bytes()) == ("config.json", b"{}")
+    with pytest.raises(FileNotFoundError), local_copy(place / "nothing") as copy:
+        copy.read_bytes()
+    remove_tree(place / "adapter" / "split 0")
+    with local_copy(place / "adapter") as copy:
+        assert [file.name for file in copy.rglob("*")] == ["config.json"]
+    remove_tree(place)
+    assert not place.exists()
+
+
+def test_an_error_while_a_folder_is_filled_uploads_nothing(bucket: ObjectPath) -> None:
+    def save() -> None:
+        with local_folder(bucket / "adapter") as folder:
+            (folder / "weights").write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save()
+    assert keys(bucket) == []
+
+
+def test_an_error_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
+    written(bucket, "voxels.npz")
+    with pytest.raises(InputError) as refused, local_copy(bucket / "voxels.npz") as copy:
+        raise InputError(f"{copy}: subject s: no such voxel")
+    assert str(refused.value) == f"{bucket / 'voxels.npz'}: subject s: no such voxel"
+
+
+def test_entries_are_one_level_deep(place: Place) -> None:
+    for name in ("2", "1", "10"):
+        written(place / name, "record.json")
+    written(place / "3", "other.json")
+    written(place / "3" / "deeper", "record.json")
+    written(place, "record.json")
+    assert [str(entry) for entry in entries(place, "record.json")] == [
+        str(place / name / "record.json") for name in ("1", "10", "2")
+    ]
+    assert [entry.parent.name for entry in entries(place, "deeper")] == ["3"]
+    assert list(entries(place / "nothing", "record.json")) == []
+
+
+def test_a_place_beside_one_whose_name_begins_alike_is_another(place: Place) -> None:
+    """Object storage knows prefixes, not folders."""
+    written(place / "trial1", "a")
+    written(place / "trial10", "a")
+    assert [child.name for child in children(place / "trial1")] == ["a"]
+    remove_tree(place / "trial1")
+    assert [child.name for child in children(place)] == ["trial10"]
+    assert not (place / "trial").exists()
+
+
+def test_more_than_a_thousand_files_are_all_found(bucket: ObjectPath) -> None:
+    """S3 lists a thousand keys at most in one answer."""
+    from moto.s3.models import s3_backends
+
+    names = [f"{at:04d}" for at in range(1203)]
+    for name in names:  # straight into the server: as requests they would take half a minute
+        s3_backends["123456789012"]["aws"].put_object(bucket.bucket[5:], f"s/trials/{name}/record.json", b"{}")
+    study = bucket / "s"
+    assert [entry.parent.name for entry in entries(study / "trials", "record.json")] == names
+    assert [child.name for child in children(study / "trials")] == names
+    remove_tree(study / "trials")
+    assert [key for key in keys(bucket) if "record" in key] == []
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_the_same_in_both(tmp_path: Path, bucket: ObjectPath) -> None:
+    scores = {"0001": 0.1, "0002": 0.3, "0003": 0.2}
+    here, there = tmp_path / "study", bucket / "study"
+    for study in (here, there):
+        make_folder(study)
+        write_json(study / "study.json", {"name": "study"})
+        fill(study, scores)
+        keep_best(study, 2)
+        write_tables(study)
+    local = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(local) == [key for key in keys(bucket) if not key.endswith("/")], "the same files"
+    assert {name: (bucket / name).read_bytes() for name in local} == local, "with the same bytes"
+    assert [asdict(r) for r in read_records(here)] == [asdict(r) for r in read_records(there)]
+    assert has_record(there, "0001")
+    assert not has_record(there, "0009")
+    assert read_record(there, "0002").scores == {"cc_mean": 0.3}
+    for name, values in read_cc(here, "0002").items():
+        np.testing.assert_array_equal(values, read_cc(there, "0002")[name])
+    assert sorted({key.split("/")[2] for key in keys(bucket) if "/adapter/" in key}) == ["0002", "0003"]
+    pd.testing.assert_frame_equal(load_trials(str(there)), trials_frame(read_records(here)))
+
+
+def test_a_record_is_one_request_and_comes_last(bucket: ObjectPath, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="werkzeug"):
+        write_record(bucket / "s", record("0001"))
+    sent = [re.sub(r"\x1b\[\d+m", "", line) for line in caplog.messages]
+    writes = [re.search(r'"(PUT|POST|DELETE) (\S+) ', line) for line in sent]
+    assert [found.group(1, 2) for found in writes if found] == [
+        ("PUT", f"/{bucket.bucket[5:]}/s/trials/0001/cc.npz"),
+        ("PUT", f"/{bucket.bucket[5:]}/s/trials/0001/record.json"),
+    ]
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from bert_encoding.trial import record as records; from bert_encoding.core import storage
+study, at = storage.open_place(sys.argv[1]), sys.argv[2]
+record = records.TrialRecord("COMPLETE", "lora", {}, "0002", "search", cc={"s": np.zeros(3, np.float32)})
+def die(*arguments, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+if at == "before the record":
+    records.write_json = die
+elif at == "before it is uploaded":
+    upload = storage._upload
+    storage._upload = lambda file, place: die() if place.name == "record.json" else upload(file, place)
+else:
+    np.savez = die
+records.write_record(study, record)
+"""
+
+
+@pytest.mark.parametrize("at", ["while cc.npz is made", "before the record", "before it is uploaded"])
+def test_a_writer_that_is_killed_leaves_no_record(at: str, bucket: ObjectPath, tmp_path: Path) -> None:
+    place = bucket / "s"
+    write_record(place, record("0001"))
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED, str(place), at],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        check=False,
+    )
+    assert ran.returncode == -signal.SIGKILL
+    assert [r.trial_id for r in read_records(place)] == ["0001"]
+    assert not has_record(place, "0002")
+    write_record(place, record("0002"))
+    assert [r.trial_id for r in read_records(place)] == ["0001", "0002"]
+
+
+def test_records_come_back_and_the_best_adapters_stay(place: Place) -> None:
+    fill(place, {"0001": 0.1, "0002": 0.3, "0003": 0.2})
+    assert [r.trial_id for r in read_records(place)] == ["0001", "0002", "0003"]
+    np.testing.assert_array_equal(read_cc(place, "0002")["s"], np.array([0.3, np.nan], np.float32))
+    keep_best(place, 1)
+    assert [entry.parent.name for entry in entries(place / "trials", "adapter")] == ["0002"]
+    assert len(write_tables(place)) == 3
+
+
+def test_a_damaged_record_is_named(bucket: ObjectPath) -> None:
+    write_record(bucket / "s", record("0001"))
+    file = written(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
+    with pytest.raises(InputError) as refused:
+        read_records(bucket / "s")
+    assert str(refused.value).startswith(f"{file}: damaged")
+
+
+def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys: pytest.CaptureFixture[str]) -> None:
+    study = bucket / "s"
+    write_json(study / "study.json", {"name": "s"})
+    fill(study, {"0001": 0.1})
+    assert run_app(analysis.app, [str(study)]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert "0001" in out
+    table = pd.read_parquet(io.BytesIO((study / "trials.parquet").read_bytes()))
+    pd.testing.assert_frame_equal(table, load_trials(study))
+    assert run_app(analysis.app, [str(bucket / "other")]) == 2
+    assert capsys.readouterr().err == f"error: {bucket / 'other'}: no study here (study.json is missing)\n"
+
+
+# --- what the storage refuses -----------------------------------------------------------------------------------------
+
+
+def test_a_bucket_that_is_missing_is_one_line(bucket: ObjectPath) -> None:
+    study = ObjectPath("s3://no-such-bucket", "s", bucket.query)
+    said = re.escape(f"{study}") + ".*: no such bucket; create it, or choose another --out"
+    with pytest.raises(InputError, match=said):
+        children(study)
+    with pytest.raises(InputError, match="no such bucket"):
+        write_record(study, record("0001"))
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
+def test_denied_access_is_one_line(
+    code: str, bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str
+) -> None:
+    """The server is told to refuse, as Amazon does."""
+    from moto.s3 import exceptions
+    from moto.s3.responses import S3Response
+
+    class Denied(exceptions.S3ClientError):
+        code = 403
+
+        def __init__(self) -> None:
+            super().__init__(code, "not you")
+
+    def deny(*arguments: object, **more: object) -> None:
+        raise Denied
+
+    monkeypatch.setattr(S3Response, "list_objects_v2", deny)
+    monkeypatch.setattr(S3Response, "put_object", deny)
+    with pytest.raises(InputError, match="access denied; check your credentials") as refused:
+        children(bucket / "s")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match=r"trials/0001/cc\.npz\?.*: access denied"):
+        write_record(bucket / "s", record("0001"))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [  # as pyarrow said them
+        (
+            "When getting information for key 'p/x' in bucket 'bkt': AWS Error NETWORK_CONNECTION during HeadObject "
+            "operation: curlCode: 7, Could not connect to server",
+            "cannot be reached",
+        ),
+        (
+            "When listing objects under key 'p/' in bucket 'b': AWS Error NO_SUCH_BUCKET during ListObjectsV2 "
+            "operation: The specified bucket does not exist",
+            "no such bucket",
+        ),
+        ("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation: No response body.", "access denied"),
+        ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", "access denied"),
+        ("google::cloud::Status(UNAUTHENTICATED: Permanent error)", "access denied"),
+        ("Something\nnobody foresaw", "Something nobody foresaw"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(message: str, said: str) -> None:
+    told = str(storage.explain(ObjectPath("s3://b", "p"), message))
+    assert told.startswith(f"s3://b/p: {said}")
+    assert "\n" not in told
+
+
+def test_an_upload_is_tried_again_when_the_trouble_passes(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["AWS Error NETWORK_CONNECTION during PutObject operation", "AWS Error SLOW_DOWN"]
+    put = storage._put
+
+    def stumble(file: Path, place: ObjectPath) -> None:
+        if said:
+            raise OSError(said.pop(0))
+        put(file, place)
+
+    monkeypatch.setattr(storage, "_put", stumble)
+    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.02))
+    assert written(bucket, "a", b"at last").read_bytes() == b"at last"
+    said.extend(["AWS Error SLOW_DOWN"] * 3)
+    with pytest.raises(InputError, match="SLOW_DOWN"):
+        written(bucket, "a", b"never")
+    assert (bucket / "a").read_bytes() == b"at last"
+
+
+def test_a_full_disk_here_is_not_blamed_on_the_cloud(bucket: ObjectPath) -> None:
+    with pytest.raises(InputError, match=r"bert-encoding-.*: no space left"):
+        break_off(bucket / "a", lambda: OSError(28, "No space left on device"))
+    assert keys(bucket) == []
+
+
+def test_json_comes_back(place: Place) -> None:
+    make_folder(place)
+    write_json(place / "study.json", {"a": [1, None, "ü"]})
+    assert json.loads((place / "study.json").read_text()) == {"a": [1, None, "ü"]}

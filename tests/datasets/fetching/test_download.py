@@ -1,0 +1,525 @@
+"""Downloads from a server that misbehaves: right content or none, nothing fetched twice, one clear line."""
+
+import errno
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_server import (
+    Act,
+    BadServer,
+    answer,
+    corrupt,
+    cut,
+    drop,
+    hang,
+    hang_after,
+    misplaced,
+    other,
+    short,
+    unbounded,
+    whole,
+    whole_then_cut,
+)
+from project import ROOT
+from rich.console import Console
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.datasets.fetching import download as download_module
+from bert_encoding.datasets.fetching import progress as meter
+from bert_encoding.datasets.fetching import web
+from bert_encoding.datasets.fetching.download import Fetched, RemoteFile, download
+from bert_encoding.datasets.fetching.threads import UNTRIED, each, raise_first
+
+N = 10_000  # bytes of the first file
+
+
+def content(n_bytes: int, seed: int) -> bytes:
+    return np.random.default_rng(seed).bytes(n_bytes)
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(web, "READ_S", 0.3)
+    monkeypatch.setattr(web, "N_RETRIES", 3)
+    monkeypatch.setattr(download_module, "BLOCK_BYTES", 1000)
+
+
+@pytest.fixture
+def server() -> Iterator[BadServer]:
+    with BadServer() as bad:
+        bad.files = {"a.bin": content(N, 0), "b.bin": content(3000, 1), "empty.bin": b""}
+        yield bad
+
+
+def remote_files(server: BadServer, folder: Path, algorithm: str = "md5") -> list[RemoteFile]:
+    return [
+        RemoteFile(
+            server.url + name, folder / "in" / name, len(body), algorithm, hashlib.new(algorithm, body).hexdigest()
+        )
+        for name, body in server.files.items()
+    ]
+
+
+def run(server: BadServer, folder: Path, n_at_once: int = 2, algorithm: str = "md5") -> Fetched:
+    client = web.make_client(server.url, n_at_once)
+    try:
+        return download(client, remote_files(server, folder, algorithm), folder, n_at_once, Console(file=io.StringIO()))
+    finally:
+        client.pool.clear()
+
+
+def assert_right_or_absent(server: BadServer, folder: Path) -> None:
+    for name, body in server.files.items():
+        path = folder / "in" / name
+        assert not path.exists() or path.read_bytes() == body, name
+
+
+def assert_complete(server: BadServer, folder: Path) -> None:
+    found = {path.name: path.read_bytes() for path in (folder / "in").iterdir()}
+    assert found == server.files
+
+
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+def test_files_arrive_once(server: BadServer, tmp_path: Path, algorithm: str) -> None:
+    assert run(server, tmp_path, algorithm=algorithm) == Fetched(3, 0, N + 3000, tmp_path)
+    assert_complete(server, tmp_path)
+    server.behave()
+    assert run(server, tmp_path, algorithm=algorithm) == Fetched(3, 3, 0, tmp_path)
+    assert server.asked == []
+
+
+RECOVERS: dict[str, tuple[list[Act], int]] = {  # acts on the first file -> bytes of it that should be received
+    "cut": ([cut(4000)], N),
+    "reset before a byte": ([drop, drop], N),
+    "cut often": ([cut(1000)] * 8, N),
+    "500 twice": ([answer(500), answer(500)], N),
+    "503 with Retry-After": ([answer(503, Retry_After=0)], N),
+    "503 with Retry-After of a day": ([answer(503, Retry_After=86400)], N),
+    "503 with Retry-After of nonsense": ([answer(503, Retry_After="soon")], N),
+    "503 with Retry-After of too many digits": ([answer(503, Retry_After="9" * 5000)], N),
+    "429 with a date": ([answer(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")], N),
+    "range ignored": ([cut(4000), whole], 4000 + N),
+    "short length": ([short(4000)], N),
+    "corrupt once": ([corrupt(5000)], 2 * N),
+    "corrupt first part": ([lambda *a: _corrupt_then_cut(*a)], 4000 + (N - 4000) + N),
+    "wrong range": ([cut(4000), misplaced("bytes 0-9999/10000")], 4000 + N),
+    "no range": ([cut(4000), misplaced("")], 4000 + N),
+    "wrong total": ([cut(4000), misplaced("bytes 4000-9999/12345")], 4000 + N),
+    "416 once": ([cut(4000), answer(416)], 4000 + N),
+    "another file once": ([other(b"sign in to this network, please")], 2 * N),
+    "a longer file once": ([other(content(2 * N, 9))], N),
+    "silent": ([hang_after(4000)], N),
+    "silent from the start": ([hang], N),
+}
+
+
+def _corrupt_then_cut(handler: object, body: bytes, start: int) -> None:
+    cut(4000)(handler, b"?" * 5 + body[5:], start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scenario", RECOVERS)
+def test_a_passing_fault_is_survived(server: BadServer, tmp_path: Path, scenario: str) -> None:
+    acts, n_bytes = RECOVERS[scenario]
+    server.acts["a.bin"] = list(acts)
+    began = time.monotonic()
+    fetched = run(server, tmp_path)
+    assert_complete(server, tmp_path)
+    assert not server.acts["a.bin"]  # all of it happened
+    assert (fetched.n_already_there, fetched.n_bytes) == (0, n_bytes + 3000)
+    assert server.sent["a.bin"] >= n_bytes
+    assert time.monotonic() - began < 2
+
+
+FAILS: dict[str, tuple[Act, str]] = {
+    "404": (answer(404), "the server answered 404"),
+    "403": (answer(403), "the server answered 403"),
+    "500": (answer(500), "failed 4 times in a row: the server answered too many 500 error responses"),
+    "drop": (drop, "failed 4 times in a row"),
+    "corrupt": (corrupt(5000), "expected 10000 bytes with md5"),
+    "cut from the start": (whole_then_cut(4000), "failed 4 times in a row"),
+    "416": (answer(416), "nothing after byte 0"),
+    "longer": (other(content(N + 1, 3)), "found 10001 bytes, twice"),
+    "longer, unannounced": (unbounded(content(N + 1, 3)), "found more than 10000 bytes, twice"),
+    "shorter": (other(content(N - 1, 3)), "nothing after byte 9999 (bytes */9999)"),
+    "another": (other(content(N, 3)), f"found {hashlib.md5(content(N, 3)).hexdigest()}, twice"),
+    "to a file": (answer(302, Location="file:///etc/passwd"), "redirected to file://, which is not https"),
+    "to http": (answer(302, Location="http://example.com/a"), "redirected to http://example.com, which is not https"),
+    "to ftp": (answer(307, Location="ftp://127.0.0.1/a"), "which is not https"),
+    "to nonsense": (answer(301, Location="http://[::1/a"), "which is not a URL"),
+    "in circles": (answer(301, Location="a.bin"), "redirected more than 5 times"),
+    "hang": (hang, "Read timed out"),
+}
+
+
+@pytest.mark.parametrize("scenario", FAILS)
+def test_a_lasting_fault_is_one_line_and_spoils_nothing(server: BadServer, tmp_path: Path, scenario: str) -> None:
+    act, said = FAILS[scenario]
+    server.always["a.bin"] = act
+    with pytest.raises(InputError) as caught:
+        run(server, tmp_path)
+    message = str(caught.value)
+    assert said in message and server.url + "a.bin" in message and "\n" not in message
+    assert message.endswith("run the same command again to go on")
+    assert not (tmp_path / "in" / "a.bin").exists()
+    assert (tmp_path / "in" / "b.bin").read_bytes() == server.files["b.bin"]
+    server.behave()
+    fetched = run(server, tmp_path)
+    assert_complete(server, tmp_path)
+    assert fetched.n_already_there == 2
+    assert server.sent["b.bin"] == 0
+
+
+def test_redirects_on_this_machine_are_followed_from_http(server: BadServer, tmp_path: Path) -> None:
+    server.files["elsewhere"] = server.files["a.bin"]
+    server.always["a.bin"] = answer(302, Location="/elsewhere")
+    del (files := dict(server.files))["elsewhere"]
+    client = web.make_client(server.url, 1)
+    wanted = [file for file in remote_files(server, tmp_path) if file.path.name in files]
+    download(client, wanted, tmp_path, 1, Console(file=io.StringIO()))
+    client.pool.clear()
+    assert (tmp_path / "in" / "a.bin").read_bytes() == files["a.bin"]
+
+
+def test_a_later_run_resumes(server: BadServer, tmp_path: Path) -> None:
+    server.acts["a.bin"] = [cut(6000)] + [drop] * 4
+    with pytest.raises(InputError, match="4 times in a row"):
+        run(server, tmp_path)
+    assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"][:6000]
+    server.behave()
+    assert run(server, tmp_path) == Fetched(3, 2, 4000, tmp_path)
+    assert server.asked == [("a.bin", 6000)]
+    assert_complete(server, tmp_path)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_came_before_a_cut_is_kept(server: BadServer, tmp_path: Path, hard: bool) -> None:
+    server.acts["a.bin"] = [cut(4321, hard)]
+    server.always["a.bin"] = answer(403)
+    with pytest.raises(InputError, match="403"):
+        run(server, tmp_path)
+    part = (tmp_path / "in" / ".a.bin.part").read_bytes()
+    assert part == server.files["a.bin"][: len(part)]
+    assert len(part) == 4321 if not hard else len(part) <= 4321  # a reset may overtake bytes
+
+
+@pytest.mark.parametrize("n_bytes", [N, N + 7])
+@pytest.mark.parametrize("right", [False, True])
+def test_parts_as_long_as_the_file_are_verified(server: BadServer, tmp_path: Path, n_bytes: int, right: bool) -> None:
+    body = server.files["a.bin"] if right else content(N, 8)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / ".a.bin.part").write_bytes((body + b"?" * 9)[:n_bytes])
+    run(server, tmp_path)
+    assert_complete(server, tmp_path)
+    assert server.sent["a.bin"] == (0 if right and n_bytes == N else N)
+
+
+def test_a_page_of_a_proxy_does_not_cost_what_is_here(server: BadServer, tmp_path: Path) -> None:
+    server.acts["a.bin"] = [cut(4000), short(31)]
+    assert run(server, tmp_path).n_bytes == N + 3000  # the page was not read
+    assert [start for path, start in server.asked if path == "a.bin"] == [0, 4000, 4000]
+    assert_complete(server, tmp_path)
+
+
+def test_a_wrong_file_is_set_aside(server: BadServer, tmp_path: Path) -> None:
+    run(server, tmp_path)
+    wrong = bytearray(server.files["b.bin"])
+    wrong[17] ^= 1
+    (tmp_path / "in" / "b.bin").write_bytes(wrong)
+    (tmp_path / "in" / "a.bin").write_bytes(server.files["a.bin"][:-1])
+    assert run(server, tmp_path) == Fetched(3, 1, N + 3000, tmp_path)
+    assert (tmp_path / "in" / "b.bin.wrong").read_bytes() == wrong
+    assert (tmp_path / "in" / "a.bin.wrong").read_bytes() == server.files["a.bin"][:-1]
+    assert_right_or_absent(server, tmp_path)
+
+
+def test_dangling_links_of_a_clone_are_replaced(server: BadServer, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.bin").symlink_to(tmp_path / "annex" / "objects" / "MD5E-s1--0")
+    run(server, tmp_path)
+    assert_complete(server, tmp_path)
+
+
+def test_a_folder_in_the_way_is_named(server: BadServer, tmp_path: Path) -> None:
+    (tmp_path / "in" / "a.bin").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"a\.bin: a folder where a file should be"):
+        run(server, tmp_path)
+
+
+def test_too_little_space_is_refused_before_the_first_byte(
+    server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = type("Usage", (), {"free": N + 2999})
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(InputError, match=r"13\.0 kB to download, but only 13\.0 kB free; make room"):
+        run(server, tmp_path)
+    assert server.asked == []
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / ".a.bin.part").write_bytes(server.files["a.bin"][:1])
+    run(server, tmp_path)  # what is there already needs no room
+    assert_complete(server, tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_full_disk_keeps_the_part(
+    server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    honest = download_module._write
+
+    def full(write: Callable[[memoryview], int | None], block: bytes) -> None:
+        if write.__self__.tell() >= 5000:  # type: ignore[attr-defined]
+            raise OSError(code, os.strerror(code))
+        honest(write, block)
+
+    monkeypatch.setattr(download_module, "_write", full)
+    with pytest.raises(InputError, match=rf"a\.bin: no room for it \({os.strerror(code)}\).*again to go on"):
+        run(server, tmp_path)
+    assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"][:5000]
+    monkeypatch.setattr(download_module, "_write", honest)
+    server.behave()
+    run(server, tmp_path)
+    assert server.sent["a.bin"] == N - 5000
+    assert_complete(server, tmp_path)
+
+
+def test_a_write_that_takes_less_is_continued() -> None:
+    taken = bytearray()
+
+    def write(rest: memoryview) -> int:
+        taken.extend(rest[:3])
+        return min(3, len(rest))
+
+    download_module._write(write, b"0123456789")
+    assert bytes(taken) == b"0123456789"
+
+
+def test_several_failures_are_counted(server: BadServer, tmp_path: Path) -> None:
+    server.always = {name: answer(403) for name in ("a.bin", "b.bin")}
+    with pytest.raises(InputError, match=r"a\.bin: the server answered 403 Forbidden; 1 more failed; run the same"):
+        run(server, tmp_path, n_at_once=1)
+    assert (tmp_path / "in" / "empty.bin").read_bytes() == b""
+
+
+def test_a_lost_server_is_not_asked_for_every_file(server: BadServer, tmp_path: Path) -> None:
+    server.files = {f"{at}.bin": content(10, at) for at in range(9)}
+    server.always = {name: answer(503) for name in server.files}
+    with pytest.raises(InputError, match=r"0\.bin: failed 4 times.* error responses; 8 not tried; run the same"):
+        run(server, tmp_path, n_at_once=1)
+    assert server.asked == [("0.bin", 0)] * 4
+    with pytest.raises(InputError, match=r"0\.bin: failed 4 times.*; [12] more failed; [67] not tried; run the same"):
+        run(server, tmp_path, n_at_once=2)
+
+
+def test_nobody_listens(server: BadServer, tmp_path: Path) -> None:
+    with BadServer() as gone:
+        gone.files = {"a.bin": b"abc"}
+    with pytest.raises(InputError, match=r"a\.bin: failed 4 times in a row: .*Connection refused"):
+        run(gone, tmp_path)
+
+
+def test_bugs_are_not_hidden() -> None:
+    stop = threading.Event()
+    with pytest.raises(ZeroDivisionError):
+        each(lambda at: 1 / at, [0, 1, 2], 1, stop)
+    assert stop.is_set()
+
+
+def test_each_keeps_order_and_says_what_it_left() -> None:
+    def work(at: int) -> int:
+        if at == 1:
+            raise InputError("one")
+        if at == 2:
+            raise web.Stopped
+        return at * at
+
+    outcomes = each(work, range(5), 3, threading.Event())
+    assert [str(outcome) for outcome in outcomes] == ["0", "one", "not tried", "9", "16"]
+    assert outcomes[2] is UNTRIED
+    with pytest.raises(InputError, match=r"^one; 1 not tried; run"):
+        raise_first(outcomes)
+    raise_first([0, None, 3.0])
+
+
+def test_files_come_several_at_once(server: BadServer, tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=5)
+
+    def together(handler: object, body: bytes, start: int) -> None:
+        both.wait()
+        whole(handler, body, start)  # type: ignore[arg-type]
+
+    server.acts = {"a.bin": [together], "b.bin": [together]}
+    run(server, tmp_path)
+    assert_complete(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://example.com/x/", "use https"),
+        ("http://127.0.0.1.example.com/", "use https"),
+        ("file:///etc/", "not a URL we read from"),
+        ("ftp://127.0.0.1/", "not a URL we read from"),
+        ("example.com/x", "not a URL we read from"),
+        ("https:///x", "not a URL we read from"),
+        ("https://[::1/x", "not a URL;"),
+        ("https://host:port/x", "not a URL;"),
+        ("https://me:secret@example.com/", "without user"),
+        ("https://example.com/?list=1", "without user"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        web.check_url(url)
+
+
+def test_addresses_that_are_taken() -> None:
+    for url in ("https://example.com/x", "http://127.0.0.1:80/", "http://[::1]:8080/x", "http://localhost/x/"):
+        assert web.check_url(url) == url.rstrip("/") + "/"
+
+
+def test_the_proxy_of_the_environment_is_used_elsewhere_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy.example.com:3128")
+    monkeypatch.setenv("http_proxy", "http://proxy.example.com:3128")
+    elsewhere = web.make_client("https://example.com/", 1).pool
+    assert elsewhere.proxy is not None and elsewhere.proxy.host == "proxy.example.com"
+    assert web.make_client("http://127.0.0.1:1/", 1).pool.proxy is None
+    monkeypatch.setenv("no_proxy", "example.com")
+    assert web.make_client("https://example.com/", 1).pool.proxy is None
+
+
+def test_waits_double_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "N_RETRIES", 6)
+    monkeypatch.setattr(web, "BACKOFF_S", 0.5)
+    monkeypatch.setattr(web, "LONGEST_WAIT_S", 5.0)
+    client = web.make_client("http://127.0.0.1:1/", 1)
+    waits: list[float] = []
+    monkeypatch.setattr(client.stop, "wait", lambda wait_s: waits.append(wait_s))
+    patience = web.Patience(client, "http://127.0.0.1:1/")
+    error = web.ProtocolError("gone")
+    for _ in range(6):
+        patience.after(error)
+    assert waits == [0, 1, 2, 4, 5, 5]
+    with pytest.raises(web.Hopeless, match="failed 7 times in a row: gone"):
+        patience.after(error)
+    patience.progress()
+    patience.after(error)
+    assert waits[-1] == 0
+
+
+def test_log_files_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "LINE_EVERY_S", 0.0)
+    text = io.StringIO()
+    with meter.Meter(Console(file=text, width=40), "downloading", 4000) as counts:
+        counts.receive(1000)
+        counts.receive(3000)
+        counts.move(-4000)
+    lines = text.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "downloading: 1.0 kB of 4.0 kB",
+        "downloading: 4.0 kB of 4.0 kB",
+        "downloading: 0 bytes of 4.0 kB",
+    ]
+    assert lines[0].endswith("/s") and counts.n_received == 4000
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    with meter.Meter(console, "downloading", 4000) as counts:
+        counts.receive(1000)
+        counts._bar.refresh()
+    assert "1.0/4.0 kB" in text.getvalue()
+
+
+SCRIPT = """
+import io, resource, signal, sys
+from pathlib import Path
+from rich.console import Console
+from bert_encoding.datasets.fetching import download, web
+from bert_encoding.core.errors import InputError
+url, folder, n_bytes, digest, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+download.BLOCK_BYTES, web.BACKOFF_S = 1000, 0.0
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+file = download.RemoteFile(url, folder / "a.bin", n_bytes, "md5", digest)
+try:
+    print("done", download.download(web.make_client(url, 2), [file], folder, 2, Console(file=io.StringIO())).n_bytes)
+except InputError as error:
+    print("error:", error)
+    sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def start(server: BadServer, folder: Path, limit: int = 0) -> subprocess.Popen[str]:
+    body = server.files["a.bin"]
+    arguments = [server.url + "a.bin", str(folder), str(len(body)), hashlib.md5(body).hexdigest(), str(limit)]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits of file sizes")
+def test_a_real_limit_on_file_size(server: BadServer, tmp_path: Path) -> None:
+    with start(server, tmp_path, limit=5500) as process:
+        said = process.communicate(timeout=30)[0]
+    assert process.returncode == 2
+    assert said.startswith(f"error: {tmp_path / 'a.bin'}: no room for it (File too large)")
+    assert (tmp_path / ".a.bin.part").read_bytes() == server.files["a.bin"][:5500]
+    assert not (tmp_path / "a.bin").exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_loses_nothing_but_a_block(server: BadServer, tmp_path: Path, sign: int) -> None:
+    server.acts["a.bin"] = [hang_after(6000)]
+    part = tmp_path / ".a.bin.part"
+    with start(server, tmp_path) as process:
+        wait_until(lambda: part.exists() and part.stat().st_size >= 5000)
+        began = time.monotonic()
+        process.send_signal(sign)
+        process.communicate(timeout=30)
+    assert process.returncode == (130 if sign == signal.SIGINT else -sign)
+    assert time.monotonic() - began < 3  # far from the read timeout
+    assert part.read_bytes() == server.files["a.bin"][: part.stat().st_size]
+    assert not (tmp_path / "a.bin").exists()
+    server.behave()
+    with start(server, tmp_path) as process:
+        said = process.communicate(timeout=30)[0]
+    assert said == f"done {server.sent['a.bin']}\n" and server.sent["a.bin"] <= 5000
+    assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
+
+
+def test_an_interrupt_before_the_answer_ends_the_program(server: BadServer, tmp_path: Path) -> None:
+    server.always["a.bin"] = hang
+    with start(server, tmp_path) as process:
+        wait_until(lambda: server.n_asked("a.bin") == 1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 3

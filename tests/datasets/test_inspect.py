@@ -1,0 +1,719 @@
+"""One pass over responses and transcripts: the voxel mask, the fingerprint, and what is refused by name.
+
+Also the choice of stories and subjects, and reading the valid voxels.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_data import LabSequence, make_lab, pickle_as_lab
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets import responses as responses_module
+from bert_encoding.datasets.inspect import Survey, inspect, survey
+from bert_encoding.datasets.inspect_responses import Block, ResponseCheck
+from bert_encoding.datasets.lab import read_transcripts
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
+from bert_encoding.datasets.story import TRIMS, Dataset, Story
+
+STORIES = ("alpha", "beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta")
+
+
+def edit_responses(lab: Path, story: str, edit: Callable[[np.ndarray], np.ndarray | None]) -> Path:
+    """Change a response file: ``edit`` works in place or returns what to write instead."""
+    file = lab / "subject2" / f"{story}.npy"
+    rows = np.load(file)
+    changed = edit(rows)
+    np.save(file, rows if changed is None else changed)
+    return file
+
+
+def edit_text(lab: Path, story: str, edit: Callable[[LabSequence], None]) -> None:
+    """Change one transcript of a lab folder."""
+    read = read_transcripts(lab / "raw_text.pkl")
+    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
+    edit(content[story])
+    (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content))
+
+
+def put(at: tuple[int, int] | tuple[slice, int] | slice, value: float) -> Callable[[np.ndarray], None]:
+    """An edit that sets some responses."""
+
+    def edit(rows: np.ndarray) -> None:
+        rows[at] = value
+
+    return edit
+
+
+# --- the mask ---------------------------------------------------------------------------------------------------------
+
+
+def test_clean_data_keep_every_voxel_and_say_nothing(lab: Path) -> None:
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    np.testing.assert_array_equal(found.voxel_masks["subject2"], np.ones(12, bool))
+    assert found.notes == ()
+    assert len(found.fingerprint) == 16
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_voxel_in_one_story_leaves_everywhere(value: float, lab: Path) -> None:
+    edit_responses(lab, "beta", put((7, 3), value))
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [3])
+    assert found.notes == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.25])
+def test_a_constant_voxel_in_one_story_leaves_everywhere(value: float, lab: Path) -> None:
+    edit_responses(lab, "zeta", put((slice(None), 5), value))
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [5])
+    assert found.notes == ("subject2: 1 of 12 voxels left out (0 non-finite, 1 constant in a story)",)
+
+
+def test_a_voxel_constant_within_each_story_but_not_between_them_leaves(lab: Path) -> None:
+    for at, story in enumerate(STORIES):
+        edit_responses(lab, story, put((slice(None), 2), float(at)))
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [2])
+
+
+def test_one_differing_row_makes_a_voxel_vary(lab: Path) -> None:
+    def edit(rows: np.ndarray) -> None:
+        rows[:, 5] = 1.0
+        rows[-1, 5] = 1.001
+
+    edit_responses(lab, "zeta", edit)
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    assert found.voxel_masks["subject2"].all()
+
+
+def test_bad_voxels_of_several_stories_are_counted_once_each(lab: Path) -> None:
+    edit_responses(lab, "alpha", put((0, 0), np.nan))
+    edit_responses(lab, "beta", put((slice(None), 0), 0.0))  # non-finite elsewhere: counted as that
+    edit_responses(lab, "beta", put((-1, 1), np.nan))
+    edit_responses(lab, "gamma", put((slice(None), 11), 0.0))
+    found = inspect(open_dataset(lab))
+    assert found.voxel_masks is not None
+    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [0, 1, 11])
+    assert found.notes == ("subject2: 3 of 12 voxels left out (2 non-finite, 1 constant in a story)",)
+
+
+def test_each_subject_has_its_own_mask(tmp_path: Path) -> None:
+    folder = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    edit_responses(folder, "beta", put((0, 3), np.nan))
+    found = inspect(open_dataset(folder))
+    assert found.voxel_masks is not None
+    assert found.voxel_masks["subject2"].sum() == 11
+    assert found.voxel_masks["subject3"].all()
+
+
+def test_rows_without_a_spoken_word_are_noted(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.data[3], text.data[10], text.data[11] = "", "{cg}", "f{ns}"
+
+    edit_text(lab, "gamma", edit)
+    assert inspect(open_dataset(lab)).notes == (
+        "2 rows of the transcripts hold no spoken word (empty or a tag): zero vectors",
+    )
+
+
+def test_inspecting_leaves_the_data_set_and_the_files_as_they_were(lab: Path) -> None:
+    before = {file: file.read_bytes() for file in lab.rglob("*.*")}
+    data = open_dataset(lab)
+    inspect(data)
+    assert (data.voxel_masks, data.fingerprint, data.notes) == (None, "", ())
+    assert {file: file.read_bytes() for file in lab.rglob("*.*")} == before
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(lab: Path) -> str:
+    with pytest.raises(InputError) as error:
+        inspect(open_dataset(lab))
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(lab) in message
+    return message
+
+
+def test_a_whole_story_of_nan_is_refused(lab: Path) -> None:
+    file = edit_responses(lab, "beta", put(slice(None), np.nan))
+    assert refused(lab) == (
+        f"{file}: story beta, subject subject2: has no finite voxel; leave the story out or mend the file"
+    )
+
+
+def test_no_voxel_that_is_good_in_every_story_is_refused(lab: Path) -> None:
+    edit_responses(lab, "alpha", put((slice(None), slice(0, 6)), np.nan))  # type: ignore[arg-type]
+    edit_responses(lab, "beta", put((slice(None), slice(6, 12)), 0.0))  # type: ignore[arg-type]
+    assert "subject subject2 has no voxel that is finite and varies in every story" in refused(lab)
+
+
+@pytest.mark.parametrize("change", [-1, 1, 15])
+def test_a_wrong_number_of_rows_is_refused(change: int, lab: Path) -> None:
+    n_rows = len(np.load(lab / "subject2" / "beta.npy"))
+    file = edit_responses(lab, "beta", lambda rows: np.resize(rows, (n_rows + change, 12)))
+    assert refused(lab) == (
+        f"{file}: story beta, subject subject2: has {n_rows + change} rows; its {n_rows + 15} TR times less 15 "
+        f"trimmed make {n_rows}; text and responses must belong to the same cut"
+    )
+
+
+def test_transposed_responses_are_refused(lab: Path) -> None:
+    n_rows = len(np.load(lab / "subject2" / "beta.npy"))
+    file = edit_responses(lab, "beta", lambda rows: rows.T)
+    assert refused(lab) == (
+        f"{file}: story beta, subject subject2: has 12 rows and {n_rows} columns; its {n_rows + 15} TR times less 15 "
+        f"trimmed make {n_rows}: it looks transposed; save (rows, voxels)"
+    )
+
+
+def test_another_number_of_voxels_in_one_story_is_refused(lab: Path) -> None:
+    file = edit_responses(lab, "gamma", lambda rows: rows[:, :11])
+    assert refused(lab) == (
+        f"{file}: story gamma, subject subject2: has 11 voxels, other stories of subject2 have 12; all must agree"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda rows: rows[:, :, None], "of shape"),
+        (lambda rows: rows[:, 0], "of shape"),
+        (lambda rows: rows.astype(complex), "is complex128"),
+        (lambda rows: rows > 0, "is bool"),
+        (lambda rows: rows.astype(str), "is <U"),
+    ],
+)
+def test_responses_that_are_no_matrix_of_numbers_are_refused(
+    make: Callable[[np.ndarray], np.ndarray], said: str, lab: Path
+) -> None:
+    file = edit_responses(lab, "beta", make)
+    message = refused(lab)
+    assert message.startswith(f"{file}: story beta, subject subject2: is ")
+    assert said in message
+    assert "expected numbers (rows, voxels)" in message
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int16"])
+def test_other_kinds_of_numbers_are_read(dtype: str, lab: Path) -> None:
+    edit_responses(lab, "beta", lambda rows: (rows * 10).astype(dtype))
+    found = inspect(open_dataset(lab))
+    np.testing.assert_array_equal(
+        found.valid_responses("beta", "subject2"), np.load(lab / "subject2" / "beta.npy").astype(np.float32)
+    )
+
+
+def _set_time(kind: str, at: int, value: float) -> Callable[[LabSequence], None]:
+    def edit(text: LabSequence) -> None:
+        getattr(text, kind)[at] = value
+
+    return edit
+
+
+def _shorten(text: LabSequence) -> None:
+    text.data_times = text.data_times[:-2]
+
+
+def _stop_the_clock(text: LabSequence) -> None:
+    text.tr_times[:] = 0.0
+
+
+def _silence(text: LabSequence) -> None:
+    text.data = ["{cg}", "", "..."] * 50 + ["(br}"] * (len(text.data) - 150)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (_shorten, ["157 words", "155 word times"]),
+        (_silence, ["no spoken word"]),
+        (_set_time("data_times", 20, np.nan), ["non-finite word times"]),
+        (_set_time("data_times", 20, np.inf), ["non-finite word times"]),
+        (_set_time("data_times", 20, -4.0), ["word times must not decrease", "word 20 (-4 s)", "word 19 ("]),
+        (_set_time("tr_times", 4, np.nan), ["non-finite TR times"]),
+        (_set_time("tr_times", 4, -20.0), ["TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)"]),
+        (_set_time("tr_times", 4, -0.5), ["TR times must be evenly spaced"]),
+        (_set_time("tr_times", 4, -3.0), ["TR times must be evenly spaced"]),
+        (_stop_the_clock, ["TR times must be evenly spaced"]),
+    ],
+)
+def test_impossible_transcripts_are_refused(edit: Callable[[LabSequence], None], said: list[str], lab: Path) -> None:
+    edit_text(lab, "beta", edit)
+    message = refused(lab)
+    assert "story beta" in message
+    for part in said:
+        assert part in message
+
+
+def test_two_words_at_one_time_are_allowed(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.data_times[20] = text.data_times[19]
+
+    edit_text(lab, "beta", edit)
+    assert inspect(open_dataset(lab)).fingerprint
+
+
+def test_rounding_of_tr_times_is_allowed(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.tr_times += 1e-5 * np.cos(np.arange(len(text.tr_times)))
+
+    edit_text(lab, "beta", edit)
+    assert inspect(open_dataset(lab)).fingerprint
+
+
+def test_a_story_shorter_than_its_trim_is_refused(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.tr_times = text.tr_times[:12]
+
+    edit_text(lab, "beta", edit)
+    assert "story beta" in refused(lab)
+
+
+# --- the survey goes on -----------------------------------------------------------------------------------------------
+
+
+def surveyed(lab: Path) -> tuple[Survey, dict[str, ResponseCheck]]:
+    found = survey(open_dataset(lab))
+    return found, {check.story: check for check in found.responses}
+
+
+def test_every_defect_is_told_and_the_first_is_raised(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    edit_text(lab, "epsilon", _set_time("data_times", 20, np.nan))
+    edit_responses(lab, "alpha", lambda rows: rows[:-1])
+    edit_responses(lab, "beta", lambda rows: rows.T)
+    edit_responses(lab, "delta", lambda rows: rows[:, :11])
+    edit_responses(lab, "gamma", put(slice(None), np.nan))
+    (lab / "subject2" / "zeta.npy").write_bytes(b"not an array")
+    found = survey(open_dataset(lab))
+    parts = ["epsilon has non-finite word times", "alpha, subject subject2: has", "transposed", "has 11 voxels"]
+    parts += ["gamma, subject subject2: has no finite voxel", "zeta.npy: not a readable .npy array"]
+    assert len(found.problems) == 6
+    for part, problem in zip(parts, found.problems, strict=True):
+        assert part in problem
+        assert "\n" not in problem
+    with pytest.raises(InputError) as error:
+        inspect(open_dataset(lab))
+    assert str(error.value) == found.problems[0]
+    usable = {(check.story, check.subject) for check in found.responses if not check.problems}
+    assert usable == {(s, "subject3") for s in STORIES} | {("epsilon", "subject2"), ("wheretheressmoke", "subject2")}
+    assert [text.story for text in found.texts if text.problem] == ["epsilon"]
+    assert found.dataset.fingerprint == ""
+    assert found.dataset.voxel_masks is not None
+    assert found.dataset.voxel_masks["subject3"].all()
+
+
+def test_the_odd_story_is_named_even_if_it_is_the_first(lab: Path) -> None:
+    file = edit_responses(lab, "alpha", lambda rows: rows[:, :11])
+    found, checks = surveyed(lab)
+    assert found.problems == (
+        f"{file}: story alpha, subject subject2: has 11 voxels, other stories of subject2 have 12; all must agree",
+    )
+    assert [name for name, check in checks.items() if check.problems] == ["alpha"]
+
+
+def test_a_story_that_a_subject_did_not_hear_is_no_defect(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    (lab / "subject3" / "beta.npy").unlink()
+    found = survey(open_dataset(lab))
+    assert found.problems == ()
+    assert ("beta", "subject3") not in {(check.story, check.subject) for check in found.responses}
+
+
+def test_transcripts_are_counted(lab: Path) -> None:
+    def edit(text: LabSequence) -> None:
+        text.data[3], text.data[10] = "", "{cg}"
+        text.data_times[:5] = -20.0
+
+    edit_text(lab, "gamma", edit)
+    text = next(text for text in surveyed(lab)[0].texts if text.story == "gamma")
+    sequence = read_transcripts(lab / "raw_text.pkl")["gamma"]
+    assert (text.n_words, text.n_trs, text.n_silent) == (len(sequence.data), len(sequence.tr_times), 2)
+    assert text.share_outside == pytest.approx(5 / len(sequence.data))
+    assert text.problem is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", ">f8", "int16"])
+@pytest.mark.parametrize(("scale", "level"), [(1.0, 0.0), (30.0, 900.0)])
+def test_means_and_deviations_are_numpys(scale: float, level: float, dtype: str, lab: Path) -> None:
+    edit_responses(lab, "beta", lambda rows: (rows * scale + level).astype(dtype))
+    edit_responses(lab, "beta", put((slice(None), 4), 1.0))
+    check = surveyed(lab)[1]["beta"]
+    rows = np.delete(np.load(lab / "subject2" / "beta.npy"), 4, axis=1).astype(float)
+    assert check.max_abs_mean == pytest.approx(np.abs(rows.mean(axis=0)).max(), rel=1e-6, abs=1e-6)
+    assert check.sd_range == pytest.approx((rows.std(axis=0).min(), rows.std(axis=0).max()), rel=1e-5)
+    assert check.is_z_scored == (level == 0 and dtype != "int16")
+    assert (check.n_nonfinite, check.n_constant, check.n_voxels, check.n_rows) == (0, 1, 12, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_z_scored"),
+    [
+        (lambda rows: rows + 0.04, True),
+        (lambda rows: rows - 0.06, False),
+        (lambda rows: rows * 1.09, True),
+        (lambda rows: rows * 1.11, False),
+        (lambda rows: rows * 0.89, False),
+        (lambda rows: np.hstack([rows[:, :7], 50 * rows[:, 7:]]), True),  # half of the voxels decide
+    ],
+)
+def test_what_counts_as_z_scored(change: Callable[[np.ndarray], np.ndarray], is_z_scored: bool, lab: Path) -> None:
+    edit_responses(lab, "beta", change)
+    found, checks = surveyed(lab)
+    assert checks["beta"].is_z_scored == is_z_scored
+    assert checks["alpha"].is_z_scored
+    assert found.problems == ()
+
+
+def test_what_float32_cannot_hold_is_not_finite(lab: Path) -> None:
+    edit_responses(lab, "beta", put((5, 3), 1e39))
+    edit_responses(lab, "beta", put((0, 4), -1e39))
+    edit_responses(lab, "beta", put((5, 7), 1e30))
+    seen: list[np.ndarray] = []
+    found = survey(open_dataset(lab), lambda block: seen.append(block.values))
+    mask = (found.dataset.voxel_masks or {})["subject2"]
+    np.testing.assert_array_equal(np.flatnonzero(~mask), [3, 4])
+    assert all(np.isfinite(values).all() for values in seen)
+
+
+def test_the_observer_sees_every_usable_response_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
+    monkeypatch.setattr("bert_encoding.datasets.inspect_responses.VOXELS_AT_A_TIME", 5)
+    edit_responses(lab, "gamma", put((6, 3), np.nan))
+    edit_responses(lab, "beta", lambda rows: rows[:-1])
+    blocks: dict[str, list[Block]] = {}
+    survey(open_dataset(lab), lambda block: blocks.setdefault(block.story.name, []).append(block))
+    assert sorted(blocks) == [name for name in STORIES if name != "beta"]
+    for name, parts in blocks.items():
+        rows = np.load(lab / "subject2" / f"{name}.npy")
+        seen = np.full(rows.shape, np.nan, np.float32)
+        for block in parts:
+            assert (block.subject, block.shape) == ("subject2", rows.shape)
+            assert np.isnan(seen[block.rows, block.voxels]).all()
+            assert not np.isnan(seen[: block.rows.start]).any()
+            seen[block.rows, block.voxels] = block.values
+        expected = rows - rows[0]
+        expected[np.isnan(rows)] = 0
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_repeats", "said"),
+    [
+        ((5, 30, 4), 5, None),
+        ((5, 29, 4), None, "its repeats are float64 of shape (5, 29, 4); expected numbers (repeats, 30, 4)"),
+        ((5, 30, 3), None, "of shape (5, 30, 3)"),
+        ((30, 4), None, "of shape (30, 4)"),
+    ],
+)
+def test_repeats_must_fit_the_responses(shape: tuple[int, ...], n_repeats: int | None, said: str | None) -> None:
+    rng = np.random.default_rng(0)
+    repeats = {"s": Responses(array=rng.standard_normal(shape))}
+    words = ("a", "b", "c")
+    story = Story(
+        "m", words, np.arange(3.0), np.arange(45) * 2.0, {"s": Responses(array=rng.standard_normal((30, 4)))}, repeats
+    )
+    found = survey(Dataset("here", {"m": story}, ("s",), ()))
+    assert found.responses[0].n_repeats == n_repeats
+    assert len(found.problems) == (said is not None)
+    assert said is None or said in found.problems[0]
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def fingerprint(lab: Path) -> str:
+    return inspect(open_dataset(lab)).fingerprint
+
+
+def test_the_fingerprint_is_a_plain_hash_of_all_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    digest, sequences = hashlib.sha256(), read_transcripts(lab / "raw_text.pkl")
+    for name in STORIES:
+        digest.update("\0".join((name, *sequences[name].data)).encode())
+        digest.update(np.array(sequences[name].data_times).tobytes() + np.array(sequences[name].tr_times).tobytes())
+    for subject in ("subject2", "subject3"):
+        for name in STORIES:
+            rows = np.load(lab / subject / f"{name}.npy")
+            digest.update(f"{subject}/{name}/{rows.shape}/<f8".encode() + rows.tobytes())
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 1000)
+    assert fingerprint(lab) == digest.hexdigest()[:16]
+
+
+def _word(text: LabSequence) -> None:
+    text.data[-1] += "s"
+
+
+def _swap_words(text: LabSequence) -> None:
+    at = next(i for i in range(len(text.data) - 1) if text.data[i] != text.data[i + 1])
+    text.data[at], text.data[at + 1] = text.data[at + 1], text.data[at]
+
+
+def _join_words(text: LabSequence) -> None:
+    text.data[0], text.data[1] = text.data[0] + text.data[1], ""
+
+
+def _word_time(text: LabSequence) -> None:
+    text.data_times[-1] = np.nextafter(text.data_times[-1], np.inf)
+
+
+def _tr_times(text: LabSequence) -> None:
+    text.tr_times += 1e-9
+
+
+@pytest.mark.parametrize("edit", [_word, _swap_words, _join_words, _word_time, _tr_times])
+@pytest.mark.parametrize("story", ["alpha", "zeta"])
+def test_the_fingerprint_sees_every_change_of_text(edit: Callable[[LabSequence], None], story: str, lab: Path) -> None:
+    before = fingerprint(lab)
+    edit_text(lab, story, edit)
+    assert fingerprint(lab) != before
+
+
+def _last_bit(at: tuple[int, int]) -> Callable[[np.ndarray], None]:
+    def edit(rows: np.ndarray) -> None:
+        rows[at] = np.nextafter(rows[at], np.inf)
+
+    return edit
+
+
+@pytest.mark.parametrize("at", [(0, 0), (-1, -1), (20, 6)])
+@pytest.mark.parametrize("story", ["alpha", "zeta"])
+def test_the_fingerprint_sees_the_last_bit_of_any_response(at: tuple[int, int], story: str, lab: Path) -> None:
+    before = fingerprint(lab)
+    edit_responses(lab, story, _last_bit(at))
+    assert fingerprint(lab) != before
+
+
+def test_the_fingerprint_sees_which_story_and_which_subject(tmp_path: Path) -> None:
+    folder = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    data = open_dataset(folder)
+    whole = inspect(data).fingerprint
+    assert inspect(data.only(list(data.stories), ("subject2",))).fingerprint != whole
+    assert inspect(data.only([n for n in data.stories if n != "beta"], data.subjects)).fingerprint != whole
+    (folder / "subject2").rename(folder / "other")
+    assert fingerprint(folder) != whole
+
+
+def test_the_fingerprint_ignores_story_order_folder_and_pickle_protocol(lab: Path) -> None:
+    before = fingerprint(lab)
+    read = read_transcripts(lab / "raw_text.pkl")
+    content = {n: LabSequence(s.data, np.array(s.data_times), np.array(s.tr_times)) for n, s in reversed(read.items())}
+    (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content, "utils_ridge.DataSequence", 5))
+    moved = lab.rename(lab.with_name("elsewhere"))
+    assert list(read_transcripts(moved / "raw_text.pkl")) == list(reversed(read))
+    assert fingerprint(moved) == before
+    data = open_dataset(moved)
+    assert inspect(data.only(list(reversed(data.stories)), data.subjects)).fingerprint == before
+
+
+def test_the_fingerprint_ignores_how_a_file_is_laid_out(lab: Path) -> None:
+    before = fingerprint(lab)
+    edit_responses(lab, "beta", np.asfortranarray)
+    assert np.load(lab / "subject2" / "beta.npy").flags.f_contiguous
+    assert fingerprint(lab) == before
+
+
+@pytest.mark.parametrize("n_bytes", [1, 100, 96 * 7, 96 * 30 + 1])
+def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_responses(lab, "beta", put((-1, 3), np.nan))
+    edit_responses(lab, "beta", put((0, 9), np.nan))
+    edit_responses(lab, "gamma", put((slice(None), 5), 2.0))
+
+    def step(rows: np.ndarray) -> None:  # constant within most blocks, not over the story
+        rows[:, 8] = 0.0
+        rows[-1, 8] = 1.0
+
+    edit_responses(lab, "delta", step)
+    whole = inspect(open_dataset(lab))
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", n_bytes)
+    blocks = inspect(open_dataset(lab))
+    assert blocks.fingerprint == whole.fingerprint
+    assert blocks.notes == whole.notes
+    assert blocks.voxel_masks is not None
+    np.testing.assert_array_equal(np.flatnonzero(~blocks.voxel_masks["subject2"]), [3, 5, 9])
+
+
+def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: set[int] = set()
+    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
+    inspect(open_dataset(lab), watch=lambda block: sizes.add(len(block.values)))
+    assert max(sizes) == 7
+
+
+# --- valid voxels -----------------------------------------------------------------------------------------------------
+
+
+def test_valid_responses_are_the_masked_columns_in_float32(lab: Path) -> None:
+    edit_responses(lab, "beta", put((7, 3), np.nan))
+    found = inspect(open_dataset(lab))
+    kept = [v for v in range(12) if v != 3]
+    for story in ("beta", "alpha"):
+        expected = np.load(lab / "subject2" / f"{story}.npy")[:, kept].astype(np.float32)
+        read = found.valid_responses(story, "subject2")
+        assert read.dtype == np.float32
+        assert type(read) is np.ndarray, "a copy in memory, no map"
+        np.testing.assert_array_equal(read, expected)
+        read[:] = 0
+        np.testing.assert_array_equal(found.valid_responses(story, "subject2"), expected)
+
+
+def test_valid_responses_need_an_inspected_data_set(lab: Path) -> None:
+    with pytest.raises(AssertionError, match="inspect the data set"):
+        open_dataset(lab).valid_responses("beta", "subject2")
+
+
+def test_an_inspected_data_set_still_travels_as_paths(tmp_path: Path) -> None:
+    found = inspect(open_dataset(make_lab(tmp_path / "lab", n_voxels=5000)))
+    assert len(pickle.dumps(found)) < 100_000
+
+
+# --- which stories, which subjects ------------------------------------------------------------------------------------
+
+
+def heard(*names: str, test: tuple[str, ...] = (), subjects: tuple[str, ...] = ("s",)) -> Dataset:
+    """Stories with an empty response of every subject."""
+    responses = {s: Responses(array=np.zeros((5, 2))) for s in subjects}
+    stories = {n: Story(n, ("a",), np.zeros(1), np.arange(20) * 2.0, responses) for n in sorted(names)}
+    return Dataset("here", stories, subjects, test)
+
+
+def test_only_restricts_and_sorts() -> None:
+    data = heard("c", "a", "b", subjects=("s", "t"))
+    some = data.only(["c", "a"], ("t",))
+    assert list(some.stories) == ["a", "c"]
+    assert some.subjects == ("t",)
+    assert list(data.stories) == ["a", "b", "c"]
+
+
+def test_choose_subjects() -> None:
+    data = heard("a", subjects=("s", "t"))
+    assert choose_subjects(data, None) == ("s", "t")
+    assert choose_subjects(data, ["t"]) == ("t",)
+    assert choose_subjects(data, ["t", "s", "t"]) == ("t", "s")
+    with pytest.raises(InputError, match="here: no subject u; it has s, t"):
+        choose_subjects(data, ["s", "u"])
+
+
+def test_choose_stories_keeps_published_tests_apart() -> None:
+    data = heard(*"abcdef", test=("b", "e"))
+    assert choose_stories(data, ("s",), None, None, 0) == (["a", "c", "d", "f"], ["b", "e"])
+    assert choose_stories(data, ("s",), ["a", "a"], None, 0) == (["b", "c", "d", "e", "f"], ["a"])
+
+
+def test_a_story_that_a_chosen_subject_did_not_hear_stays_out() -> None:
+    data = heard(*"abc", test=("b",), subjects=("s", "t"))
+    only_s = replace(data.stories["c"], responses={"s": data.stories["c"].responses["s"]})
+    data = replace(data, stories={**data.stories, "c": only_s})
+    assert choose_stories(data, ("s", "t"), None, None, 0) == (["a"], ["b"])
+    assert choose_stories(data, ("s",), None, None, 0) == (["a", "c"], ["b"])
+    with pytest.raises(InputError, match="here: test story c has no responses of subject t"):
+        choose_stories(data, ("s", "t"), ["c"], None, 0)
+
+
+def test_train_stories_are_a_seeded_choice_that_never_holds_a_test_story() -> None:
+    data = heard(*"abcdefghij", test=("b",))
+    chosen = {seed: choose_stories(data, ("s",), None, 4, seed) for seed in range(20)}
+    assert chosen[3] == choose_stories(data, ("s",), None, 4, 3)
+    assert len({tuple(train) for train, _ in chosen.values()}) > 10
+    assert {name for train, _ in chosen.values() for name in train} == set("acdefghij")
+    for train, test in chosen.values():
+        assert len(set(train)) == 4
+        assert train == sorted(train)
+        assert (test, "b" in train) == (["b"], False)
+
+
+@pytest.mark.parametrize(
+    ("test", "n_train", "said"),
+    [
+        (["x"], None, "no story x, which is to be a test story"),
+        (None, 0, "--train-stories 0: here has 5 that are not test stories"),
+        (None, -1, "--train-stories -1: here has 5"),
+        (None, 6, "--train-stories 6: here has 5"),
+    ],
+)
+def test_choose_stories_refuses(test: list[str] | None, n_train: int | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        choose_stories(heard(*"abcdef", test=("b",)), ("s",), test, n_train, 0)
+
+
+def test_without_published_tests_one_must_be_named() -> None:
+    with pytest.raises(InputError, match="name yours with --test-stories"):
+        choose_stories(heard(*"abc"), ("s",), None, None, 0)
+
+
+@pytest.mark.parametrize("n", [4, 5, 10, 26])
+def test_a_split_uses_each_story_once(n: int) -> None:
+    train = [chr(97 + i) for i in range(n)]
+    splits = {split_stories(train, ["T"], seed, 1)[0] for seed in range(10)}
+    assert len(splits) > 1
+    for split in splits:
+        assert sorted(split.fit + split.validation) == train
+        assert len(split.validation) == max(1, round(0.2 * n))
+        assert split.test == ("T",)
+    assert split_stories(train, ["T"], 4, 1) == split_stories(train, ["T"], 4, 1)
+
+
+def test_outer_folds_validate_each_story_once() -> None:
+    train = list("abcdefgh")
+    splits = split_stories(train, ["T"], 0, 3)
+    assert len(splits) == 3
+    assert sorted(name for split in splits for name in split.validation) == train
+    for split in splits:
+        assert sorted(split.fit + split.validation) == train
+
+
+@pytest.mark.parametrize(
+    ("n", "n_folds", "said"),
+    [
+        (2, 1, "too few stories to split: 2 training stories, of which 1 for validation"),
+        (1, 1, "too few stories to split: 1 training stories"),
+        (3, 1, "too few stories to split: 3 training stories, of which 1 for validation"),
+        (5, 2, "too few stories to split: 5 training stories, of which 3 for validation"),
+        (5, 6, "--outer-folds 6: must be 1 to 5"),
+        (5, 0, "--outer-folds 0: must be 1 to 5"),
+    ],
+)
+def test_too_few_stories_are_refused(n: int, n_folds: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        split_stories([chr(97 + i) for i in range(n)], ["T"], 0, n_folds)
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        ((("a", "b"), ("c",), ("b",)), "story b is in both fit and test"),
+        ((("a", "b"), ("b",), ("d",)), "story b is in both fit and validation"),
+        ((("a", "b"), ("c",), ("c",)), "story c is in both validation and test"),
+    ],
+)
+def test_no_story_has_two_roles(roles: tuple[tuple[str, ...], ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Split(*roles)
+
+
+def test_story_folds_are_whole_stories_of_about_equal_length() -> None:
+    n_rows = {"a": 300, "b": 200, "c": 200, "d": 100, "e": 100}
+    folds = story_folds(n_rows, 3, 0)
+    assert sorted(name for fold in folds for name in fold) == list("abcde")
+    assert sorted(sum(n_rows[name] for name in fold) for fold in folds) == [300, 300, 300]
+    assert sorted(story_folds({"a": 5, "b": 3}, 5, 0)) == [("a",), ("b",)]
+
+
+def test_trims_name_the_published_rows() -> None:
+    assert list(range(30))[TRIMS["published"].rows(30)] == list(range(10, 25))
+    assert list(range(30))[TRIMS["course"].rows(30)] == list(range(5, 20))

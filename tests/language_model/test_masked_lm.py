@@ -1,0 +1,638 @@
+"""Masked-LM training against plain transformers, PEFT and torch loops."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import make_trials
+import numpy as np
+import pytest
+import torch
+from make_data import WORDS
+from make_trials import PEFT_WARNS, some_windows, without_dropout
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import BertForMaskedLM
+
+from bert_encoding.language_model import masked_lm as module
+from bert_encoding.language_model.encoder import Encoder
+from bert_encoding.language_model.lora import add_adapter, masked_lm
+from bert_encoding.language_model.masked_lm import (
+    EpochLosses,
+    MaskedLM,
+    Probes,
+    finetune,
+    is_overfitting,
+    make_probes,
+    masked_lm_loss,
+    probe_loss,
+)
+from bert_encoding.language_model.masking import MaskedBatch, mask_windows, split_masked
+from bert_encoding.language_model.training import Training
+from bert_encoding.language_model.windows import Window, cut_windows, tokenize
+
+CPU = torch.device("cpu")
+TRAINING = replace(make_trials.TRAINING, epochs=2, weight_decay=0.1, warmup_epochs=0.5, max_grad_norm=1.0)
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+
+
+def mask(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15, seed: int = 0) -> MaskedBatch:
+    n, rng = len(encoder.tokenizer), np.random.default_rng(seed)
+    return mask_windows(windows, probability, rng, pad_id=0, mask_id=4, n_vocabulary=n)
+
+
+@pytest.fixture
+def probes(tiny_encoder: Encoder) -> Probes:
+    return some_probes(tiny_encoder)
+
+
+def some_probes(encoder: Encoder, seed: int = 0) -> Probes:
+    train, heldout = some_windows(encoder, n_words=400, seed=1), some_windows(encoder, n_words=400, seed=2)
+    return make_probes(train, heldout, encoder.tokenizer, 60, seed)
+
+
+def adapted(encoder: Encoder, *, dropout: float = 0.0, targets: str = "q,v", seed: int = 0) -> PeftModel:
+    model = encoder.copy_model()
+    if dropout == 0:
+        without_dropout(model)
+    return add_adapter(model, rank=4, lora_alpha=8.0, targets=targets, dropout=dropout, seed=seed)
+
+
+def masked_words(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15) -> MaskedLM:
+    return MaskedLM(windows, encoder.tokenizer, probability)
+
+
+def train(
+    encoder: Encoder,
+    model: PeftModel,
+    windows: Sequence[Window],
+    probes: Probes,
+    training: Training,
+    seed: int = 0,
+    **options: Any,
+) -> list[EpochLosses]:
+    return list(finetune(masked_lm(model), masked_words(encoder, windows), probes, training, seed, CPU, **options))
+
+
+def in_parts(n: int, size: int) -> list[int]:
+    """How many items the steps of an epoch have."""
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def as_one_batch(batches: Sequence[MaskedBatch]) -> dict[str, torch.Tensor]:
+    """What transformers reads: all rows padded to one length, labels -100 wherever nothing is to be predicted."""
+    longest = max(batch.ids.shape[1] for batch in batches)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for batch in batches:
+        labels = iter(batch.labels.tolist())
+        for ids, attention, chosen in zip(batch.ids, batch.attention, batch.chosen, strict=True):
+            blank = longest - len(ids)
+            rows["input_ids"].append([*ids.tolist(), *[0] * blank])
+            rows["attention_mask"].append([*attention.tolist(), *[0] * blank])
+            rows["labels"].append([next(labels) if here else -100 for here in chosen] + [-100] * blank)
+        assert next(labels, None) is None
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+class Masked(NamedTuple):
+    """A call of mask_windows by the training loop."""
+
+    windows: list[Window]
+    batch: MaskedBatch
+
+
+@pytest.fixture
+def masked_calls(monkeypatch: pytest.MonkeyPatch, probes: Probes) -> list[Masked]:
+    """Every step that training really masks and reads, in order; the probes are made before."""
+    calls: list[Masked] = []
+
+    def listen(windows: Sequence[Window], *args: Any, **kwargs: Any) -> MaskedBatch:
+        batch = mask_windows(windows, *args, **kwargs)
+        calls.append(Masked(list(windows), batch))
+        return batch
+
+    monkeypatch.setattr(module, "mask_windows", listen)
+    return calls
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.15, 0.9])
+def test_loss_and_gradients_equal_those_of_transformers(probability: float, tiny_encoder: Encoder) -> None:
+    windows = [*some_windows(tiny_encoder, n_words=70), *some_windows(tiny_encoder, n_words=9)]
+    assert len({len(window.ids) for window in windows}) > 1  # so that there is padding
+    batch = mask(tiny_encoder, windows, probability)
+    ours, theirs = tiny_encoder.copy_model(), tiny_encoder.copy_model()
+    loss = masked_lm_loss(ours, batch, "float32", CPU)
+    expected = theirs(**as_one_batch([batch])).loss
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if q.grad is None:
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_summed_loss_is_the_mean_times_the_chosen_tokens(tiny_encoder: Encoder) -> None:
+    batch = mask(tiny_encoder, some_windows(tiny_encoder))
+    with torch.no_grad():
+        mean = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU)
+        total = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU, "sum")
+    assert float(total) == pytest.approx(batch.labels.size * float(mean), rel=1e-6)
+
+
+def test_bfloat16_is_used_where_asked_and_is_close(tiny_encoder: Encoder) -> None:
+    batch = mask(tiny_encoder, some_windows(tiny_encoder))
+    with torch.no_grad():
+        exact = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU)
+        coarse = masked_lm_loss(tiny_encoder.model, batch, "bfloat16", CPU)
+    assert coarse.dtype == torch.float32
+    assert float(exact) != float(coarse)
+    assert float(exact) == pytest.approx(float(coarse), abs=0.02)
+
+
+# --- a whole training, step by step -----------------------------------------------------------------------------------
+
+
+def plain_training(
+    encoder: Encoder,
+    start: dict[str, torch.Tensor],
+    steps: list[list[MaskedBatch]],
+    lrs: list[float],
+    training: Training,
+) -> BertForMaskedLM:
+    """Train with transformers' model and loss, PEFT's layers and torch's AdamW; one big batch a step."""
+    inner = encoder.copy_model()
+    without_dropout(inner)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0)
+    model = get_peft_model(inner, config)
+    model.load_state_dict(start)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=training.weight_decay)
+    for batches, lr in zip(steps, lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        model(**as_one_batch(batches)).loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+        for p in parameters:
+            p.grad *= torch.clamp(training.max_grad_norm / norm, max=1.0)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (3, 1), (4, 2), (3, 2), (1, 5), (16, 1)])
+@pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
+def test_training_equals_a_plain_loop_over_whole_batches(
+    batch_size: int,
+    accumulation: int,
+    max_grad_norm: float,
+    tiny_encoder: Encoder,
+    masked_calls: list[Masked],
+    probes: Probes,
+) -> None:
+    windows = some_windows(tiny_encoder)
+    assert [len(window.ids) for window in windows] == [32] * 9 + [27]
+    training = replace(
+        TRAINING, batch_size=batch_size, accumulation=accumulation, max_grad_norm=max_grad_norm, warmup_epochs=0
+    )
+    model = adapted(tiny_encoder)
+    start = weights(model)
+    results = train(tiny_encoder, model, windows, probes, training)
+
+    steps = [[call.batch] for call in masked_calls]
+    assert [len(batch.ids) for (batch,) in steps] == training.epochs * in_parts(len(windows), batch_size * accumulation)
+    if accumulation > 1:  # else a mean of means would pass as well
+        parts = [split_masked(batch, batch_size) for (batch,) in steps]
+        assert any(len({part.labels.size for part in step}) > 1 for step in parts)
+    assert results[-1].optimizer_steps == len(steps)
+
+    expected = plain_training(tiny_encoder, start, steps, [training.lr] * len(steps), training)
+    assert_same_weights(model, expected)
+    moved = 0.0
+    for name, value in expected.state_dict().items():
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 5e-3  # the tolerance is far below what training does
+
+
+def test_weights_after_a_warm_up_equal_a_plain_loop(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)
+    training = replace(TRAINING, batch_size=2, warmup_epochs=0.8, schedule="linear")  # 5 steps an epoch, 4 of warm-up
+    model = adapted(tiny_encoder)
+    start = weights(model)
+    train(tiny_encoder, model, windows, probes, training)
+    lrs = [1e-2 * share for share in (0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    expected = plain_training(tiny_encoder, start, [[call.batch] for call in masked_calls], lrs, training)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup_epochs", "warmup_steps"), [(0, 0), (0.3, 1), (1.0, 3), (1.5, 4)])
+def test_learning_rates_follow_the_closed_form(
+    schedule: str, warmup_epochs: float, warmup_steps: int, tiny_encoder: Encoder, probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)  # 10 windows in batches of 4: 3 steps an epoch
+    lrs: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
+    try:
+        training = replace(TRAINING, epochs=3, schedule=schedule, warmup_epochs=warmup_epochs)
+        train(tiny_encoder, adapted(tiny_encoder), windows, probes, training)
+    finally:
+        hook.remove()
+    expected = []
+    for step in range(9):
+        if step < warmup_steps:
+            expected.append(1e-2 * step / warmup_steps)
+        else:
+            done = (step - warmup_steps) / (9 - warmup_steps)
+            shares = {"constant": 1, "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}
+            expected.append(1e-2 * shares[schedule])
+    np.testing.assert_allclose(lrs, expected, rtol=1e-12)
+
+
+def test_every_epoch_reads_every_window_once_in_another_order_with_other_masks(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    windows = some_windows(tiny_encoder)
+    results = train(tiny_encoder, adapted(tiny_encoder), windows, probes, replace(TRAINING, epochs=3))
+    epochs = [masked_calls[at : at + 3] for at in (0, 3, 6)]
+    assert len(masked_calls) == 9
+    orders = [[id(window) for call in calls for window in call.windows] for calls in epochs]
+    for order in orders:
+        assert sorted(order) == sorted(id(window) for window in windows)
+    assert len({tuple(order) for order in orders}) == 3
+    masks = []
+    for calls in epochs:
+        chosen = {id(w): row for call in calls for w, row in zip(call.windows, call.batch.chosen, strict=True)}
+        masks.append(tuple(tuple(np.nonzero(chosen[id(window)])[0]) for window in windows))
+    assert len(set(masks)) == 3
+    n_tokens = sum(len(window.ids) for window in windows)
+    assert [(r.epoch, r.optimizer_steps, r.tokens_seen) for r in results] == [
+        (1, 3, n_tokens),
+        (2, 6, 2 * n_tokens),
+        (3, 9, 3 * n_tokens),
+    ]
+
+
+def test_masks_differ_between_epochs_even_where_the_order_cannot(
+    tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    (window,) = some_windows(tiny_encoder, n_words=100, window_tokens=102)
+    train(tiny_encoder, adapted(tiny_encoder), [window], probes, replace(TRAINING, epochs=3))
+    assert len({call.batch.chosen.tobytes() for call in masked_calls}) == 3
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_training_masks_the_share_asked_for(
+    probability: float, tiny_encoder: Encoder, masked_calls: list[Masked], probes: Probes
+) -> None:
+    objective = masked_words(tiny_encoder, some_windows(tiny_encoder, n_words=2000), probability)
+    list(finetune(masked_lm(adapted(tiny_encoder)), objective, probes, TRAINING, 0, CPU))
+    n_chosen, n = sum(int(call.batch.chosen.sum()) for call in masked_calls), 2 * 2000
+    assert abs(n_chosen - n * probability) <= 4.5 * np.sqrt(n * probability * (1 - probability))
+
+
+# --- same seed, same bits ---------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits_other_seed_other_ones(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    outcomes = []
+    for seed in (3, 3, 4):
+        torch.rand(5)  # what ran before must not matter
+        np.random.default_rng().random(5)
+        model = adapted(tiny_encoder, dropout=0.1)
+        results = train(tiny_encoder, model, windows, probes, TRAINING, seed)
+        outcomes.append((results, weights(model)))
+    (first, w1), (second, w2), (other, w3) = outcomes
+    assert first == second
+    assert all(torch.equal(w1[name], w2[name]) for name in w1)
+    assert first != other
+    assert any(not torch.equal(w1[name], w3[name]) for name in w1)
+
+
+def test_what_happens_between_epochs_does_not_matter(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    undisturbed = adapted(tiny_encoder, dropout=0.1)
+    expected = train(tiny_encoder, undisturbed, windows, probes, TRAINING)
+    disturbed = adapted(tiny_encoder, dropout=0.1)
+    found = []
+    for losses in finetune(masked_lm(disturbed), masked_words(tiny_encoder, windows), probes, TRAINING, 0, CPU):
+        found.append(losses)
+        disturbed.eval()  # as embedding does
+        torch.rand(7)
+    assert found == expected
+    assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(disturbed).items())
+
+
+def test_dropout_is_on_while_training(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows = some_windows(tiny_encoder)
+    models = []
+    for seed in (0, 0):
+        model = adapted(tiny_encoder)
+        if models:
+            for part in masked_lm(model).modules():
+                if isinstance(part, torch.nn.Dropout):
+                    part.p = 0.3
+        train(tiny_encoder, model, windows, probes, TRAINING, seed)
+        models.append(weights(model))
+    assert any(not torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_changes(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder, dropout=0.1, targets="all")
+    before = weights(model)
+    train(tiny_encoder, model, some_windows(tiny_encoder), probes, TRAINING)
+    after = weights(model)
+    lora = {name for name in before if ".lora_A." in name or ".lora_B." in name}
+    assert len(lora) == 2 * 6 * 2  # A and B, six layers a block, two blocks
+    assert {name for name in before if not torch.equal(before[name], after[name])} == lora
+
+
+def test_an_adapter_lowers_the_training_loss(tiny_encoder: Encoder) -> None:
+    windows = some_windows(tiny_encoder, n_words=900)
+    probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
+    base = tiny_encoder.copy_model()
+    without_dropout(base)
+    with torch.no_grad():  # the tied decoder of an untrained BERT is too small for any hidden state to say much
+        base.bert.embeddings.word_embeddings.weight *= 10
+    model = add_adapter(base, rank=8, lora_alpha=32.0, targets="all", dropout=0.0, seed=0)
+    untrained = probe_loss(masked_lm(model), probes.train, "float32", CPU)
+    training = replace(TRAINING, epochs=10, weight_decay=0.0)
+    last = train(tiny_encoder, model, windows, probes, training)[-1]
+    assert last.mlm_loss_train < untrained - 0.8
+    assert last.mlm_loss_train < np.log(len(tiny_encoder.tokenizer)) - 0.1  # better than a blind guess
+
+
+def test_full_tuning_learns_a_pattern_that_holds_for_another_story(tiny_encoder: Encoder) -> None:
+    windows = some_windows(tiny_encoder, n_words=900)
+    probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
+    model = tiny_encoder.copy_model()
+    without_dropout(model)
+    training = replace(TRAINING, epochs=15, weight_decay=0.0, schedule="cosine")
+    last = list(finetune(model, masked_words(tiny_encoder, windows), probes, training, 0, CPU))[-1]
+    counts = np.unique(np.concatenate([window.ids[1:-1] for window in windows]), return_counts=True)[1]
+    share = counts / counts.sum()
+    by_frequency = -float((share * np.log(share)).sum())  # nats; all that word counts alone can tell
+    assert last.mlm_loss_heldout < by_frequency - 0.5
+
+
+# --- the best epoch and an early end ----------------------------------------------------------------------------------
+
+
+def with_held_out_losses(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
+    """Let the probes read these held-out losses, one an epoch."""
+    stream = iter([loss for value in values for loss in (1.0, value)])  # training first
+    monkeypatch.setattr(module, "probe_loss", lambda *_: next(stream))
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "best", "n_epochs"),
+    [
+        ([3.0, 2.0, 2.5, 1.9, 2.0, 2.1], None, [1, 1, 0, 1, 0, 0], 6),
+        ([3.0, 2.0, 2.5, 1.9, 2.0, 2.1], 1, [1, 1, 0], 3),
+        ([3.0, 2.0, 2.5, 1.9, 2.0, 2.1], 2, [1, 1, 0, 1, 0, 0], 6),
+        ([3.0, 3.0, 3.0, 1.0, 1.0, 1.0], 2, [1, 0, 0], 3),  # as low is no improvement
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 0.5], 3, [1, 0, 0, 0], 4),
+    ],
+)
+def test_patience_counts_epochs_without_a_lower_held_out_loss(
+    values: list[float],
+    patience: int | None,
+    best: list[int],
+    n_epochs: int,
+    tiny_encoder: Encoder,
+    probes: Probes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_held_out_losses(monkeypatch, values)
+    windows = some_windows(tiny_encoder, n_words=60)
+    training = replace(TRAINING, epochs=6)
+    results = train(tiny_encoder, adapted(tiny_encoder), windows, probes, training, patience=patience)
+    assert [result.is_best for result in results] == [bool(flag) for flag in best]
+    assert [result.mlm_loss_heldout for result in results] == values[:n_epochs]
+    assert [result.epoch for result in results] == list(range(1, n_epochs + 1))
+
+
+def test_patience_changes_no_epoch_before_it_ends(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows, training = some_windows(tiny_encoder), replace(TRAINING, epochs=4)
+    all_epochs = train(tiny_encoder, adapted(tiny_encoder, dropout=0.1), windows, probes, training)
+    patient = train(tiny_encoder, adapted(tiny_encoder, dropout=0.1), windows, probes, training, patience=4)
+    assert patient == all_epochs
+    assert [result.micro_batch for result in all_epochs] == [training.batch_size] * 4
+
+
+# --- general text in between ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("replay", "n_general"), [(0.25, 40), (0.1, 40), (0.5, 3)])
+def test_replay_replaces_its_share_of_every_step(replay: float, n_general: int, tiny_encoder: Encoder) -> None:
+    story, tokenizer = some_windows(tiny_encoder, n_words=900), tiny_encoder.tokenizer
+    general = cut_windows(tokenize(["z"] * 30 * n_general, tokenizer), 32, 30, tokenizer)
+    (letter,) = {int(i) for window in general for i in window.ids[1:-1]}
+    assert not any(letter in window.ids for window in story)
+    objective = MaskedLM(story, tokenizer, 0.15, general=general, replay=replay)
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(300):
+        batch = objective.draw(list(range(8)), rng)
+        original = batch.ids.copy()
+        original[batch.chosen] = batch.labels
+        is_general = (original == letter).any(axis=1)
+        counts.append(int(is_general.sum()))
+        for row, at in zip(original[~is_general], np.flatnonzero(~is_general), strict=True):
+            assert row.tolist() == story[at].ids.tolist()
+        # its masked tokens are scored like all others
+        assert batch.chosen[is_general].sum() == (batch.labels == letter).sum()
+    assert set(counts) <= {int(8 * replay), int(8 * replay) + (8 * replay % 1 > 0)}
+    assert np.mean(counts) == pytest.approx(8 * replay, abs=0.1)
+
+
+def test_replay_trains_on_the_general_text(tiny_encoder: Encoder, probes: Probes) -> None:
+    windows, tokenizer = some_windows(tiny_encoder), tiny_encoder.tokenizer
+    general = some_windows(tiny_encoder, n_words=100, seed=5)
+    objectives = [
+        MaskedLM(windows, tokenizer, 0.15),
+        MaskedLM(windows, tokenizer, 0.15, general=general),
+        MaskedLM(windows, tokenizer, 0.15, general=general, replay=0.5),
+    ]
+    found = []
+    for objective in objectives:
+        model = adapted(tiny_encoder)
+        list(finetune(masked_lm(model), objective, probes, TRAINING, 0, CPU))
+        found.append(weights(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_replay_without_general_text_is_refused(tiny_encoder: Encoder) -> None:
+    for general in (None, []):
+        with pytest.raises(ValueError, match=r"replay 0.3: needs windows of general text"):
+            MaskedLM(some_windows(tiny_encoder), tiny_encoder.tokenizer, 0.15, general=general, replay=0.3)
+
+
+def test_whole_words_reach_the_masks(tiny_encoder: Encoder) -> None:
+    tokenizer = tiny_encoder.tokenizer
+    windows = cut_windows(tokenize(["xyz", "the", "abcd"] * 20, tokenizer), 64, 62, tokenizer)
+    split = {False: 0, True: 0}
+    for whole_words in split:
+        objective = MaskedLM(windows, tokenizer, 0.3, whole_words)
+        batch = objective.draw(list(range(len(windows))), np.random.default_rng(0))
+        for window, chosen in zip(windows, batch.chosen, strict=True):
+            for word in np.unique(window.word_ids):
+                pieces = chosen[1 : 1 + window.word_ids.size][window.word_ids == word]
+                split[whole_words] += int(0 < pieces.sum() < pieces.size)
+    assert split[True] == 0 < split[False]
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_train", "n_heldout"), [(300, 300), (300, 70), (70, 900)])
+@pytest.mark.parametrize("max_masked", [1, 7, 37, 10_000])
+def test_probes_hold_equally_many_masked_tokens(
+    n_train: int, n_heldout: int, max_masked: int, tiny_encoder: Encoder
+) -> None:
+    train, heldout = some_windows(tiny_encoder, n_train), some_windows(tiny_encoder, n_heldout, seed=1)
+    probes = make_probes(train, heldout, tiny_encoder.tokenizer, max_masked, seed=0)
+    counts = [sum(batch.labels.size for batch in batches) for batches in probes]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0] <= max_masked
+    if max_masked <= 7:
+        assert counts[0] == max_masked
+    for batches in probes:
+        assert [int(batch.chosen.sum()) for batch in batches] == [batch.labels.size for batch in batches]
+
+
+@pytest.mark.parametrize(("n_train", "n_heldout"), [(100, 900), (900, 100)])
+def test_probes_come_from_their_own_windows_and_predict_their_tokens(
+    n_train: int, n_heldout: int, tiny_encoder: Encoder
+) -> None:
+    tokenizer, half = tiny_encoder.tokenizer, len(WORDS) // 2
+    spoken = [WORDS[i % half] for i in range(n_train)], [WORDS[half + i % half] for i in range(n_heldout)]
+    windows = [cut_windows(tokenize(words, tokenizer), 32, 30, tokenizer) for words in spoken]
+    own = [{int(i) for window in part for i in window.ids[1:-1]} for part in windows]
+    assert not own[0] & own[1]
+    probes = make_probes(*windows, tokenizer, 10_000, seed=0)
+    for batches, ids in zip(probes, own, strict=True):
+        assert {int(label) for batch in batches for label in batch.labels} <= ids
+    # The smaller part has all its masked tokens scored: put back, they give its windows, each once.
+    smaller = int(np.argmin([n_train, n_heldout]))
+    restored = []
+    for batch in probes[smaller]:
+        ids = batch.ids.copy()
+        ids[batch.chosen] = batch.labels
+        restored += [row[: n.sum()].tolist() for row, n in zip(ids, batch.attention, strict=True)]
+    assert sorted(restored) == sorted(window.ids.tolist() for window in windows[smaller])
+    # Fewer tokens are the first of these, on the same masked windows.
+    n_left = 13
+    for few, all_ in zip(make_probes(*windows, tokenizer, n_left, seed=0)[smaller], probes[smaller], strict=False):
+        n = min(n_left, all_.labels.size)
+        assert np.array_equal(few.ids, all_.ids)
+        assert np.argwhere(few.chosen).tolist() == np.argwhere(all_.chosen)[:n].tolist()
+        assert few.labels.tolist() == all_.labels[:n].tolist()
+        n_left -= n
+    assert n_left == 0
+
+
+def test_probes_are_fixed_by_their_seed_alone(tiny_encoder: Encoder) -> None:
+    torch.manual_seed(1)
+    once = some_probes(tiny_encoder)
+    torch.manual_seed(2)
+    again = some_probes(tiny_encoder)
+    other = some_probes(tiny_encoder, seed=1)
+    for first, second in zip(once, again, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert [batch.labels.tolist() for batch in once.train] != [batch.labels.tolist() for batch in other.train]
+
+
+def test_probe_loss_equals_transformers_without_dropout(tiny_encoder: Encoder, probes: Probes) -> None:
+    assert len(probes.train) > 1
+    assert len({batch.labels.size for batch in probes.train}) > 1
+    model = tiny_encoder.copy_model()
+    model.train()
+    found = [probe_loss(model, batches, "float32", CPU) for batches in probes]
+    model.train()
+    assert found == [probe_loss(model, batches, "float32", CPU) for batches in probes]  # dropout is off: same twice
+    for value, batches in zip(found, probes, strict=True):
+        with torch.no_grad():
+            expected = tiny_encoder.model(**as_one_batch(batches)).loss
+        assert value == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_losses_of_an_epoch_are_those_of_the_weights_it_ends_with(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder, dropout=0.1)
+    windows = some_windows(tiny_encoder)
+    for losses in finetune(masked_lm(model), masked_words(tiny_encoder, windows), probes, TRAINING, 0, CPU):
+        model.eval()
+        with torch.no_grad():
+            expected = [float(masked_lm(model)(**as_one_batch(batches)).loss) for batches in probes]
+        assert [losses.mlm_loss_train, losses.mlm_loss_heldout] == pytest.approx(expected, abs=1e-5)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_nan_weight_names_the_first_step(tiny_encoder: Encoder, probes: Probes) -> None:
+    model = adapted(tiny_encoder)
+    with torch.no_grad():
+        masked_lm(model).bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1 of epoch 1"):
+        train(tiny_encoder, model, some_windows(tiny_encoder), probes, TRAINING)
+
+
+def test_loss_that_blows_up_names_its_step(tiny_encoder: Encoder, probes: Probes) -> None:
+    training = replace(TRAINING, lr=1e30, warmup_epochs=0)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step [23] of epoch 1; lower lr"):
+        train(tiny_encoder, adapted(tiny_encoder), some_windows(tiny_encoder), probes, training)
+
+
+def test_loss_that_blows_up_in_the_last_step_is_not_yielded(tiny_encoder: Encoder, probes: Probes) -> None:
+    training = replace(TRAINING, lr=1e30, warmup_epochs=0, batch_size=100)  # one step an epoch
+    model = adapted(tiny_encoder)
+    windows = some_windows(tiny_encoder)
+    with pytest.raises(FloatingPointError, match="loss is not finite after step 1; lower lr"):
+        next(finetune(masked_lm(model), masked_words(tiny_encoder, windows), probes, training, 0, CPU))
+
+
+@pytest.mark.parametrize(
+    ("train_losses", "heldout_losses", "expected"),
+    [
+        ([1.4], [3.0], False),
+        ([2.0, 1.4], [3.0, 3.1], True),
+        ([2.0, 1.4], [3.0, 3.0], False),
+        ([2.0, 1.4], [3.0, 2.9], False),
+        ([2.0, 1.5], [3.0, 3.1], False),
+        ([2.0, 1.6], [3.0, 3.1], False),
+        ([2.0, 1.4, 1.3], [3.0, 3.1, 3.0], False),
+        ([2.0, 1.4, 1.3], [3.0, 2.5, 2.6], True),
+        ([1.4, 1.6], [3.0, 3.1], False),
+        ([], [], False),
+    ],
+)
+def test_overfitting_is_a_low_training_loss_with_a_rising_held_out_loss(
+    train_losses: list[float], heldout_losses: list[float], expected: bool
+) -> None:
+    pairs = zip(train_losses, heldout_losses, strict=True)
+    losses = [EpochLosses(at + 1, at + 1, 100, *pair) for at, pair in enumerate(pairs)]
+    assert is_overfitting(losses) is expected

@@ -1,0 +1,244 @@
+"""Banded ridge against plain ridge, himalaya, the normal equations, and a case where one penalty is not enough."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.regression import banded_ridge as banded
+from bert_encoding.regression.banded_ridge import (
+    DECADES,
+    HIMALAYA,
+    OWN,
+    SOLVERS,
+    BandedFit,
+    BandedRidge,
+    band_weights,
+    check_solver,
+)
+from bert_encoding.regression.ridge import fit_ridge
+from bert_encoding.statistics.correlation import correlate
+
+pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")
+
+GRID = tuple(float(alpha) for alpha in np.logspace(0, 4, 5))
+N_TRS, N_VOXELS = 240, 15
+FOLDS = np.repeat(np.arange(4), N_TRS // 4)
+
+
+def make_bands(n_features: tuple[int, ...], seed: int = 0, n_trs: int = N_TRS) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((n_trs, n)).astype(np.float32) for n in n_features]
+
+
+def make_responses(bands: list[np.ndarray], seed: int = 1) -> np.ndarray:
+    """Return responses to the first two columns of each band, and as much noise."""
+    rng = np.random.default_rng(seed)
+    signal = sum(X[:, :2] @ rng.standard_normal((2, N_VOXELS)) for X in bands)
+    Y = signal + 1.5 * rng.standard_normal((len(bands[0]), N_VOXELS))
+    return ((Y - Y.mean(axis=0)) / Y.std(axis=0)).astype(np.float32)
+
+
+def fit(bands: list[np.ndarray], Y: np.ndarray, solver: str, n_candidates: int = 5) -> BandedFit:
+    return BandedRidge(bands, FOLDS, GRID, n_candidates=n_candidates, solver=solver).fit(Y)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("n_features", [30, 300])  # fewer than rows, and more
+def test_one_band_is_plain_ridge(solver: str, n_features: int) -> None:
+    bands = make_bands((n_features,))
+    Y = make_responses(bands)
+    banded, plain = fit(bands, Y, solver), fit_ridge(bands[0], Y, FOLDS, GRID)
+    np.testing.assert_allclose(banded.weights, plain.weights, atol=2e-5)
+    np.testing.assert_allclose(banded.ridge_alphas, plain.ridge_alphas[None], rtol=1e-5)
+    np.testing.assert_allclose(banded.cv_cc, plain.cv_cc.max(axis=0)[None], atol=2e-5)
+    np.testing.assert_allclose(banded.predict(bands[0]), plain.predict(bands[0]), atol=2e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("n_features", [(40, 3), (400, 3), (20, 4, 10)])
+def test_weights_solve_the_normal_equations(solver: str, n_features: tuple[int, ...]) -> None:
+    bands = make_bands(n_features)
+    Y = make_responses(bands)
+    found = fit(bands, Y, solver)
+    X = np.hstack(bands).astype(np.float64)
+    penalties = np.repeat(found.ridge_alphas, n_features, axis=0)  # (n_features, n_voxels)
+    expected = np.stack(
+        [np.linalg.solve(X.T @ X + np.diag(penalties[:, v]), X.T @ Y[:, v]) for v in range(N_VOXELS)], axis=1
+    )
+    np.testing.assert_allclose(found.weights, expected, atol=5e-5)
+    assert len(np.unique(np.round(found.ridge_alphas[0] / found.ridge_alphas[1], 4))) > 1, "all chose one candidate"
+
+
+@pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
+def test_the_solvers_choose_alike(n_features: tuple[int, ...]) -> None:
+    bands = make_bands(n_features, seed=3)
+    Y = make_responses(bands, seed=4)
+    himalaya, own = fit(bands, Y, HIMALAYA), fit(bands, Y, OWN)
+    np.testing.assert_allclose(himalaya.cv_cc, own.cv_cc, atol=2e-5)
+    np.testing.assert_allclose(himalaya.ridge_alphas, own.ridge_alphas, rtol=1e-4)
+    np.testing.assert_allclose(himalaya.weights, own.weights, atol=5e-5)
+
+
+def test_held_out_scores_are_those_of_a_plain_loop() -> None:
+    bands = make_bands((12, 3), seed=5)
+    Y = make_responses(bands, seed=6)
+    found = fit(bands, Y, OWN)
+    X = np.hstack(bands).astype(np.float64)
+    for at, gamma in enumerate(band_weights(2, 5)):
+        cc = np.zeros((len(GRID), N_VOXELS))
+        for row, alpha in enumerate(GRID):
+            penalty = np.diag(np.repeat(alpha / gamma, (12, 3)))
+            for fold in range(4):
+                train = fold != FOLDS
+                w = np.linalg.solve(X[train].T @ X[train] + penalty, X[train].T @ Y[train])
+                predicted = X[~train] @ w
+                cc[row] += [np.corrcoef(Y[~train, v], predicted[:, v])[0, 1] / 4 for v in range(N_VOXELS)]
+        np.testing.assert_allclose(found.cv_cc[at], cc.max(axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_two_penalties_beat_one_where_they_are_needed(solver: str) -> None:
+    """A few clear columns beside many that tell nothing."""
+    both = make_bands((150, 2), seed=7, n_trs=2 * N_TRS)
+    rng = np.random.default_rng(8)
+    Y = both[1] @ rng.standard_normal((2, N_VOXELS)) + 2 * rng.standard_normal((2 * N_TRS, N_VOXELS))
+    Y = (Y / Y.std(axis=0)).astype(np.float32)
+    bands, held_out = [X[:N_TRS] for X in both], np.hstack([X[N_TRS:] for X in both])
+    found = fit(bands, Y[:N_TRS], solver)
+    plain = fit_ridge(np.hstack(bands), Y[:N_TRS], FOLDS, GRID)
+    cc, plain_cc = (correlate(Y[N_TRS:], model.predict(held_out)) for model in (found, plain))
+    assert (found.ridge_alphas[0] > 10 * found.ridge_alphas[1]).mean() > 0.9
+    assert (cc > plain_cc).mean() > 0.9
+    assert cc.mean() > plain_cc.mean() + 0.05
+
+
+def test_decompositions_that_are_kept_serve_other_voxels_and_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = make_bands((40, 3))
+    Y, other = make_responses(bands), make_responses(bands, seed=9)
+    kept = BandedRidge(bands, FOLDS, GRID)
+    kept.fit(Y)
+    for grid in (GRID, (0.1, *GRID)):
+        served = kept.with_alphas(grid).fit(other)
+        assert len(kept._ridges) == 5
+        with monkeypatch.context() as patch:
+            patch.setattr(banded, "KEPT_BYTES", 0)
+            anew = BandedRidge(bands, FOLDS, grid)
+            for found, expected in zip(served, anew.fit(other), strict=True):
+                np.testing.assert_array_equal(found, expected)
+        assert not anew._ridges
+    largest = np.linalg.eigvalsh(np.hstack(bands).T @ np.hstack(bands))[-1]
+    assert kept.largest_eigenvalue == pytest.approx(largest, rel=0.1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_predictions_are_those_of_the_weights(solver: str) -> None:
+    bands = make_bands((20, 3))
+    Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
+    model = BandedRidge(bands, FOLDS, GRID, solver=solver)
+    predicted, ridge_alphas, cv_cc = model.fit_predict(Y, X)
+    fitted = model.fit(Y)
+    np.testing.assert_allclose(predicted, X @ fitted.weights, atol=2e-6)
+    np.testing.assert_array_equal(ridge_alphas, fitted.ridge_alphas)
+    assert cv_cc.shape == (len(GRID), N_VOXELS)
+    np.testing.assert_allclose(cv_cc.max(axis=0), fitted.cv_cc.max(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(np.array(GRID)[cv_cc.argmax(axis=0)], ridge_alphas.min(axis=0), rtol=1e-4)
+
+
+def test_the_cc_of_every_alpha_is_that_of_the_chosen_candidate() -> None:
+    bands = make_bands((20, 3))
+    Y = make_responses(bands)
+    model = BandedRidge(bands, FOLDS, GRID)
+    _, ridge_alphas, cv_cc = model.fit_predict(Y, np.hstack(bands))
+    scaled = [np.hstack(bands) * np.repeat(np.sqrt(gamma), (20, 3)).astype(np.float32) for gamma in band_weights(2, 5)]
+    every = np.stack([fit_ridge(X, Y, FOLDS, GRID).cv_cc for X in scaled])  # (n_candidates, n_alphas, n_voxels)
+    best = every.max(axis=1).argmax(axis=0)
+    assert len(np.unique(best)) > 1
+    np.testing.assert_allclose(cv_cc, every[best, :, np.arange(N_VOXELS)].T, atol=1e-6)
+    np.testing.assert_allclose(ridge_alphas[0] / ridge_alphas[1], (band_weights(2, 5)[best] ** -1 @ [1, 0]) /
+                               (band_weights(2, 5)[best] ** -1 @ [0, 1]), rtol=1e-6)  # fmt: skip
+
+
+def test_himalaya_in_blocks_predicts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = make_bands((20, 3))
+    Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
+    model, widths = BandedRidge(bands, FOLDS, GRID, solver=HIMALAYA), []
+    whole = model.fit_predict(Y, X)
+    solve = banded._solve_himalaya
+    monkeypatch.setattr(banded, "BLOCK_BYTES", 4 * 2 * 23 * 4)
+    monkeypatch.setattr(banded, "_solve_himalaya", lambda of, Y: widths.append(Y.shape[1]) or solve(of, Y))
+    for found, expected in zip(model.fit_predict(Y, X), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert widths == [4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-9])  # float32, and too small for it
+def test_the_memory_of_a_candidate_is_forecast(n_features: tuple[int, int], smallest: float) -> None:
+    bands = make_bands(n_features)
+    model = BandedRidge(bands, FOLDS, (smallest, 10.0), n_candidates=1)
+    model.fit(make_responses(bands))
+    ridge = model._ridges[0]
+    assert ridge.dtype.itemsize == (4 if smallest == 1 else 8)
+    form = ridge._form
+    kept = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in (ridge._X, form.X)}  # type: ignore[attr-defined]
+    product = form.gram if hasattr(form, "gram") else form.kernel
+    bases = [tensor for basis in ridge._bases.values() for tensor in (basis.vectors, basis.eigenvalues)]
+    n_bytes = sum(kept.values()) + sum(tensor.nbytes for tensor in (product, *bases, *ridge._held_out.values()))
+    assert 0.5 * banded._bytes_of(ridge) < n_bytes < 1.05 * banded._bytes_of(ridge)
+
+
+def test_candidates_of_two_bands_are_a_grid_with_plain_ridge_first() -> None:
+    expected = [[1, 1], [1, 1e-2], [1e-2, 1], [1, 1e-4], [1e-4, 1]]
+    np.testing.assert_allclose(band_weights(2, 5), expected, rtol=1e-12)
+    assert band_weights(1, 7).tolist() == [[1.0]]
+    assert band_weights(2, 1).tolist() == [[1.0, 1.0]]
+
+
+def test_candidates_of_three_bands_are_drawn_by_the_seed() -> None:
+    drawn = band_weights(3, 20, seed=1)
+    np.testing.assert_array_equal(drawn, band_weights(3, 20, seed=1))
+    assert (drawn[1:] != band_weights(3, 20, seed=2)[1:]).any(axis=1).all()
+    assert drawn[0].tolist() == [1, 1, 1]
+    np.testing.assert_allclose(drawn.max(axis=1), 1)
+    assert 10**-DECADES <= drawn.min() < 1e-2
+
+
+def test_himalayas_backend_stays_as_it_was() -> None:
+    from himalaya.backend import get_backend, set_backend
+
+    before = get_backend().name
+    set_backend("torch")
+    try:
+        bands = make_bands((5, 2))
+        fit(bands, make_responses(bands), HIMALAYA, n_candidates=1)
+        assert get_backend().name == "torch"
+    finally:
+        set_backend(before)
+
+
+def test_without_himalaya_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "himalaya.ridge", None)
+    bands = make_bands((5, 2))
+    with pytest.raises(InputError, match=r"pip install 'bert-encoding-study\[banded\]', or leave it out$"):
+        BandedRidge(bands, FOLDS, GRID, solver=HIMALAYA)
+    assert fit(bands, make_responses(bands), OWN).weights.shape == (7, N_VOXELS)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    bands = make_bands((5, 2))
+    Y = make_responses(bands)
+    broken = [bands[0], np.where(bands[1] > 2, np.nan, bands[1])]
+    for wrong, message in (
+        (lambda: BandedRidge([bands[0][:-1], bands[1]], FOLDS, GRID), "rows disagree: band 0 239, folds 240"),
+        (lambda: BandedRidge(broken, FOLDS, GRID), "band 1 has non-finite values"),
+        (lambda: BandedRidge(bands, 0 * FOLDS, GRID), "1 fold: at least 2"),
+        (lambda: BandedRidge([], FOLDS, GRID), "0 bands"),
+        (lambda: fit(bands, Y[:-1], OWN), "rows disagree: X 240, Y 239"),
+        (lambda: fit(bands, np.where(Y > 2, np.inf, Y), OWN), "Y has non-finite values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with pytest.raises(InputError, match="--banded-solver foo: must be one of own, himalaya"):
+        check_solver("foo")

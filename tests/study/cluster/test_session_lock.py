@@ -1,0 +1,439 @@
+"""One driver a study: in a folder, and in object storage behind a conditional write (a local S3 server decides it)."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloud_servers import bucket, gcs_bucket, gcs_endpoint, keys, s3_endpoint
+from project import ROOT
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import read_json, write_json
+from bert_encoding.core.storage import ObjectPath, Place, atomic_path
+from bert_encoding.trial.record import TrialRecord, write_record
+from study.cluster import lock as lock_module
+from study.cluster.conditional_write import S3Object, conditional
+from study.cluster.lock import BEAT_S, LOCK_FILE, OWNER_FILE, STALE_S, Hold, Owner, has_ended, holding, this_process
+from study.session import session
+
+__all__ = ["bucket", "gcs_bucket", "gcs_endpoint", "s3_endpoint"]  # fixtures
+
+ELSEWHERE = replace(this_process(), host="elsewhere", machine="another boot", pid=1, token="theirs")
+
+
+@pytest.fixture
+def study(bucket: ObjectPath) -> ObjectPath:
+    return bucket / "out" / "study"
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
+
+
+def lie_there(study: ObjectPath, owner: Owner) -> None:
+    """Leave somebody's lock."""
+    with atomic_path(study / LOCK_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(owner) | {"n_beats": 3}))
+
+
+def lock_of(study: Place) -> dict[str, Any]:
+    return json.loads((study / LOCK_FILE).read_text())
+
+
+def age(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the server's clock say that every lock is so old."""
+    read = S3Object.read
+
+    def older(self: S3Object) -> Any:
+        found = read(self)
+        return None if found is None else found._replace(age_s=seconds)
+
+    monkeypatch.setattr(S3Object, "read", older)
+
+
+# --- conditional writes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cloud", ["bucket", "gcs_bucket"])
+def test_an_object_is_made_once_and_replaced_only_by_who_saw_it(cloud: str, request: pytest.FixtureRequest) -> None:
+    study = request.getfixturevalue(cloud) / "s"
+    one, other = conditional(study / "a b%"), conditional(study / "a b%")
+    assert one.read() is None
+    tag = one.write(b"one", None)
+    assert tag is not None
+    assert other.write(b"other", None) is None
+    found = other.read()
+    assert found is not None
+    assert (found.content, found.tag) == (b"one", tag)
+    assert -1 <= found.age_s < 60  # dates come in whole seconds
+    later = other.write(b"later", found.tag)
+    assert one.write(b"stale", tag) is None
+    assert later is not None
+    if cloud == "bucket":  # fake-gcs-server deletes whatever the condition; Google's own server does not
+        one.delete(tag)
+    assert (study / "a b%").read_bytes() == b"later"
+    one.delete(later)
+    assert other.read() is None
+    assert other.write(b"x", later) is None, "nothing is there to be replaced"
+
+
+def test_of_many_writers_one_wins(study: ObjectPath) -> None:
+    """All wait for each other, then write at once."""
+    start, won = threading.Barrier(8), []
+
+    def race(at: int) -> None:
+        mine = conditional(study / LOCK_FILE)
+        start.wait()
+        if mine.write(str(at).encode(), None) is not None:
+            won.append(str(at).encode())
+
+    threads = [threading.Thread(target=race, args=(at,)) for at in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert (study / LOCK_FILE).read_bytes() == won[0]
+
+
+def test_a_missing_bucket_is_one_line(bucket: ObjectPath) -> None:
+    with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
+        conditional(ObjectPath("s3://no-such-bucket", LOCK_FILE, bucket.query)).write(b"", None)
+
+
+def test_without_boto3_it_says_what_to_install(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(InputError, match=r"needs boto3 for the lock; pip install .*\[cluster\]"):
+        conditional(study / LOCK_FILE)
+
+
+def test_a_storage_that_writes_whatever_the_condition_is_refused(
+    study: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = S3Object.write
+    monkeypatch.setattr(S3Object, "write", lambda self, content, tag: write(self, content, tag) or "written anyway")
+    with pytest.raises(InputError, match="ignores If-None-Match"), holding(study, Hold()):
+        pass
+
+
+def test_google_says_that_a_bucket_is_missing(gcs_bucket: ObjectPath) -> None:
+    with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
+        conditional(ObjectPath("gs://anonymous@no-such-bucket", LOCK_FILE, gcs_bucket.query)).write(b"", None)
+
+
+def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
+    with holding(gcs_bucket, Hold()):
+        with pytest.raises(InputError, match="another run is at work"), holding(gcs_bucket, Hold()):
+            pass
+        while lock_of(gcs_bucket)["n_beats"] < 2:
+            time.sleep(0.02)
+    assert not (gcs_bucket / LOCK_FILE).exists()
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_says_who_holds_it_and_goes_with_its_owner(study: ObjectPath) -> None:
+    with holding(study, Hold()):
+        told = lock_of(study)
+        assert (told["host"], told["pid"]) == (os.uname().nodename, os.getpid())
+        assert abs(time.time() - time.mktime(time.strptime(told["since"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
+    assert keys(study) == []
+
+
+def test_a_second_driver_is_refused_and_told_by_whom(study: ObjectPath) -> None:
+    with holding(study, Hold()):
+        told = lock_of(study)
+        with pytest.raises(InputError) as refused, holding(study, Hold()):
+            pass
+        assert lock_of(study)["token"] == told["token"]
+    who = f"host {told['host']}, process {told['pid']}, since {told['since']}"
+    expected = rf"{re.escape(str(study))}: another run is at work on this study \({re.escape(who)}\); wait for it"
+    assert re.match(expected, str(refused.value))
+    assert "last sign of life 0 s ago" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_lock_is_renewed_while_it_is_held(study: ObjectPath, fast: None) -> None:
+    with holding(study, Hold()):
+        deadline = time.monotonic() + 20
+        while lock_of(study)["n_beats"] < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert keys(study) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "may_force", "expected"),
+    [(STALE_S - 1, False, None), (STALE_S + 1, False, False), (0, True, True), (STALE_S + 1, True, False)],
+)
+def test_a_lock_of_another_machine_is_taken_when_silent_or_told_to(
+    seconds: float, may_force: bool, expected: bool | None, study: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``expected`` is whether the record calls it forced; None where it is refused."""
+    lie_there(study, ELSEWHERE)
+    age(monkeypatch, seconds)
+    hold = Hold(may_force)
+    if expected is None:
+        with pytest.raises(InputError, match=r"host elsewhere, process 1, since .* --take-over"), holding(study, hold):
+            pass
+        assert lock_of(study)["token"] == "theirs"
+        return
+    with holding(study, hold):
+        assert lock_of(study)["pid"] == os.getpid()
+    assert hold.takeover is not None
+    assert hold.takeover["forced"] is expected
+    assert hold.takeover["from"] == {"host": "elsewhere", "pid": 1, "since": ELSEWHERE.since}
+    assert hold.takeover["silent_s"] == seconds
+
+
+def test_the_lock_is_renewed_well_before_it_is_stale() -> None:
+    assert BEAT_S * 5 <= STALE_S
+
+
+def test_a_damaged_lock_is_stale_by_age_alone(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with atomic_path(study / LOCK_FILE) as temporary:
+        temporary.write_text('{"host": "x"')
+    with pytest.raises(InputError, match="another run is at work on this study; wait"), holding(study, Hold()):
+        pass
+    age(monkeypatch, STALE_S + 1)
+    with holding(study, Hold()):
+        assert lock_of(study)["pid"] == os.getpid()
+
+
+def test_who_has_ended() -> None:
+    mine = this_process()
+    assert not has_ended(mine)
+    assert has_ended(replace(mine, process_start_s=mine.process_start_s - 100)), "the id was given to another process"
+    assert not has_ended(replace(mine, machine="another", pid=2**22 + 1)), "of another machine nobody can tell"
+    assert not has_ended(Owner())
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert has_ended(replace(mine, pid=ended.pid))
+
+
+HOLDER = """
+import sys, time
+from bert_encoding.core.storage import open_place
+from study.cluster.lock import Hold, holding
+with holding(open_place(sys.argv[1]), Hold()):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: ObjectPath) -> None:
+    for place in (tmp_path, study):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", HOLDER, str(place)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            said = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
+            with pytest.raises(InputError, match=said), holding(place, Hold()):
+                pass
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+        hold = Hold()
+        with holding(place, hold):
+            pass
+        if isinstance(place, ObjectPath):
+            assert hold.takeover is not None
+            assert (hold.takeover["from"]["pid"], hold.takeover["forced"]) == (holder.pid, False)
+
+
+def robbed(study: ObjectPath) -> None:
+    lie_there(study, ELSEWHERE)
+    time.sleep(20)  # the interrupt comes first
+
+
+def test_who_loses_the_lock_ends_and_leaves_the_new_owner_alone(study: ObjectPath, fast: None) -> None:
+    hold = Hold()
+    said = r"another run took this study over \(host elsewhere, process 1, "
+    began = time.monotonic()
+    with pytest.raises(InputError, match=said), holding(study, hold):
+        robbed(study)
+    assert time.monotonic() - began < 15, "it was interrupted at once"
+    assert hold.lost_to == ELSEWHERE
+    assert lock_of(study)["token"] == "theirs"
+
+
+def test_a_beat_whose_answer_was_lost_is_no_loss(
+    study: ObjectPath, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, lost = S3Object.write, []
+
+    def lose_one(self: S3Object, content: bytes, tag: str | None) -> str | None:
+        written = write(self, content, tag)
+        if tag is not None and not lost:
+            lost.append(tag)
+            raise InputError("the answer did not come")
+        return written
+
+    monkeypatch.setattr(S3Object, "write", lose_one)
+    logging.getLogger("study.cluster.lock").setLevel(logging.ERROR)
+    hold = Hold()
+    with holding(study, hold):
+        deadline = time.monotonic() + 20
+        while lock_of(study)["n_beats"] < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert lost
+    assert hold.lost_to is None
+    assert keys(study) == []
+
+
+def test_ctrl_c_stays_ctrl_c(study: ObjectPath) -> None:
+    with pytest.raises(KeyboardInterrupt), holding(study, Hold()):
+        raise KeyboardInterrupt
+    assert keys(study) == []
+
+
+def test_in_a_folder_the_owner_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with holding(tmp_path, Hold()):
+        assert json.loads((tmp_path / OWNER_FILE).read_text())["pid"] == os.getpid()
+        said = rf"\(host .*, process {os.getpid()}, since .*\); wait for it or end it"
+        with pytest.raises(InputError, match=said), holding(tmp_path, Hold()):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+# --- the study's folder -----------------------------------------------------------------------------------------------
+
+IDENTITY: dict[str, Any] = {
+    "options": {"trials": 3},
+    "space": {"name": "s", "hash": "1"},
+    "data": {"source": "here", "fingerprint": "f"},
+    "voxels": {"asked": "all", "key": "v"},
+    "model": {"name": "m", "weights": "w"},
+    "splits": [{"fit": ["a"]}],
+    "config": {"lr": 1},
+    "code": "c",
+    "precision": "p",
+    "versions": {"torch": "1"},
+}
+
+
+def test_a_study_in_object_storage_is_begun_once_and_resumed(study: ObjectPath) -> None:
+    with session._open_folder(study, IDENTITY, False) as folder:
+        assert folder == study
+    assert read_json(study / "study.json") == IDENTITY
+    with pytest.raises(InputError, match=r"exists already; add --resume"), session._open_folder(study, IDENTITY, False):
+        pass
+    more = IDENTITY | {"options": {"trials": 9}}
+    with session._open_folder(study, more, True):
+        pass
+    assert read_json(study / "study.json") == more
+    other = IDENTITY | {"code": "d"}
+    with pytest.raises(InputError, match="changed from c to d"), session._open_folder(study, other, True):
+        pass
+    assert keys(study) == ["out/study/study.json"]
+
+
+def test_a_study_that_another_began_meanwhile_is_not_written_over(
+    study: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, seen = session.check_new, []
+
+    def late(folder: Place, resume: bool) -> None:
+        check(folder, resume)
+        if not seen:
+            seen.append(folder)
+            with session._open_folder(study, IDENTITY, False):
+                pass
+
+    monkeypatch.setattr(session, "check_new", late)
+    with (
+        pytest.raises(InputError, match="exists already"),
+        session._open_folder(study, IDENTITY | {"code": "d"}, False),
+    ):
+        pass
+    assert read_json(study / "study.json") == IDENTITY
+
+
+def test_a_lock_left_alone_is_no_study(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver killed between lock and ``study.json`` stands in nobody's way."""
+    lie_there(study, ELSEWHERE)
+    age(monkeypatch, STALE_S + 1)
+    with session._open_folder(study, IDENTITY, False):
+        pass
+    (takeover,) = read_json(study / "study.json")["takeovers"]
+    assert takeover["from"]["host"] == "elsewhere"
+
+
+def test_takeovers_are_recorded_one_after_the_other(study: ObjectPath) -> None:
+    with session._open_folder(study, IDENTITY, False):
+        pass
+    for host in ("one", "two"):
+        lie_there(study, replace(ELSEWHERE, host=host))
+        with session._open_folder(study, IDENTITY, True, Hold(may_force=True)):
+            pass
+    takeovers = read_json(study / "study.json")["takeovers"]
+    assert [(took["from"]["host"], took["forced"]) for took in takeovers] == [("one", True), ("two", True)]
+
+
+def test_ids_go_on_after_those_that_left_no_record(study: ObjectPath) -> None:
+    assert session._next_id(study) == 1
+    write_record(study, TrialRecord("COMPLETE", "lora", {}, "0003", "search"))
+    with atomic_path(study / "trials" / "0007" / "adapter" / "weights") as temporary:
+        temporary.write_bytes(b"of a killed worker")
+    assert session._next_id(study) == 8
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_a_session_gives_out_no_id_that_a_killed_one_may_have_given(
+    where: str, tmp_path: Path, study: ObjectPath
+) -> None:
+    """Its workers may still write, on a machine that was cut off: as many as ran at once."""
+    place = tmp_path / "s" if where == "folder" else study
+    record = TrialRecord("COMPLETE", "lora", {}, "0003", "search")
+    with session._open_folder(place, IDENTITY, False, at_once=4):
+        begun = read_json(place / "study.json")
+        assert begun["session"] == {"id": lock_module.session_id(), "first_id": 1, "at_once": 4}
+        write_record(place, record)
+        assert session._next_id(place) == 4, "inside a session ids follow each other"
+    assert "session" not in read_json(place / "study.json"), "it ended by itself"
+    with session._open_folder(place, IDENTITY, True, at_once=2):
+        assert session._next_id(place) == 4
+    killed = begun
+    for at_once, expected in ((3, 4 + 4), (1, 8 + 3)):
+        write_json(place / "study.json", killed)
+        with session._open_folder(place, IDENTITY, True, at_once=at_once):
+            assert session._next_id(place) == expected
+            killed = read_json(place / "study.json")  # with nothing recorded
+    assert session._next_id(place) == 11, "another session ended by itself, and had nothing to record"
+    with session._open_folder(place, IDENTITY, True):
+        assert session._next_id(place) == 11
+        write_record(place, replace(record, trial_id="0011"))
+    assert "session" not in read_json(place / "study.json")
+    assert session._next_id(place) == 12
+
+
+def test_who_lost_the_study_does_not_sign_off_for_its_new_owner(tmp_path: Path) -> None:
+    with session._open_folder(tmp_path / "s", IDENTITY, False):
+        other = read_json(tmp_path / "s" / "study.json") | {"session": {"id": "theirs", "first_id": 9, "at_once": 1}}
+        write_json(tmp_path / "s" / "study.json", other)
+    assert read_json(tmp_path / "s" / "study.json") == other
+
+
+def test_what_came_to_nothing_goes_and_what_is_worth_keeping_stays(study: ObjectPath) -> None:
+    metric = session.METRICS[session.ENCODING]
+    with session._open_folder(study, IDENTITY, False):
+        session._tidy(study, metric, is_new=True)
+    assert [key for key in keys(study) if not key.endswith("/")] == []
+    with session._open_folder(study, IDENTITY, False):
+        write_record(study, TrialRecord("COMPLETE", "lora", {"rank": 1, "lora_alpha": 1}, "0001", "search"))
+        session._tidy(study, metric, is_new=True)
+    assert "out/study/trials.parquet" in keys(study)
+    assert session.n_searched(study) == 1

@@ -1,0 +1,358 @@
+"""The methods section: every setting is told, nothing else is, and one is not many."""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import pandas as pd
+import pytest
+from fake_study import SMALL, Truth, write_fake_study
+
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord
+from study.report.methods.inference import inference_paragraphs
+from study.report.methods.methods import methods_paragraphs
+from study.results.evidence import Evidence
+from study.results.gather import gather
+from study.wording import counted, joined, number, one_or_several
+
+BASE = {"model": "tiny"}
+OTHER = {  # a value that is not the default, for every setting of a trial that trains on stories
+    "layer": 4,
+    "seed": 7,
+    "rank": 64,
+    "lora_alpha": 99.0,
+    "target_modules": "q,d",
+    "lora_dropout": 0.37,
+    "lora_scaling": "rslora",
+    "lora_init": "pissa",
+    "lora_bias": "lora_only",
+    "lora_layers": (1, 3),
+    "dora": True,
+    "train_embeddings": False,
+    "frozen_blocks": 2,
+    "objective": "mlm_nsp",
+    "whole_words": True,
+    "lr": 3.3e-4,
+    "epochs": 17,
+    "batch_size": 77,
+    "accumulation": 5,
+    "weight_decay": 0.77,
+    "max_grad_norm": 7.5,
+    "schedule": "cosine",
+    "warmup_epochs": 1.75,
+    "patience": 3,
+    "l2_sp": 0.125,
+    "replay": 0.45,
+    "match_steps": True,
+    "stride": 333,
+    "window_tokens": 444,
+    "embed_stride": 111,
+    "embed_window_tokens": 555,
+    "mask_probability": 0.23,
+    "mlm_text": "control",
+    "hidden_dropout": 0.21,
+    "attention_dropout": 0.31,
+    "precision": "float32",
+    "embed_precision": "float32",
+    "score_every": 17,
+    "delays": (2, 5),
+    "ridge_alphas": (1.0, 7.0, 50.0),
+    "n_folds": 3,
+    "probe_tokens": 1234,
+}
+NOT_TOLD = {  # of a trial that trains on stories
+    "lora": {"train_embeddings", "frozen_blocks"},
+    "full": {name for name in OTHER if name.startswith("lora_")} | {"rank", "target_modules", "dora", "frozen_blocks"},
+    "partial": {name for name in OTHER if name.startswith("lora_")}
+    | {"rank", "target_modules", "dora", "train_embeddings"},
+}
+NOT_OF_TRAINING = {"method", "model", "keep_layers", "vocabulary", "static_vectors"}
+
+
+def record(trial_id: str = "0001", status: str = "COMPLETE", phase: str = "search", **settings: Any) -> TrialRecord:
+    config = asdict(TrialConfig(**(BASE | settings)))
+    return TrialRecord(status, config["method"], config, trial_id, phase, scores={"cc_mean": 0.1}, node="here")
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    return {
+        "task": "encoding",
+        "code": "c0de",
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "python": "3.11.7",
+        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
+        "space": {"name": "lora_rank", "hash": "5face"},
+        "model": {"name": "/models/tiny", "weights": "abc"},
+        "config": asdict(TrialConfig(model="tiny")),
+        "precision": "bfloat16",
+        "options": {"sampler": "grid", "scheduler": "none", "seed": 11},
+        "data": {"source": "/home/me/lab", "fingerprint": "f1", "n_voxels": {"s1": 300}, "trim_trs": [10, 5]},
+        "voxels": {"asked": "all"},
+        "splits": [{"fit": list("abcdefg"), "validation": ["v"], "test": ["x", "y"]}],
+    } | changes
+
+
+def told(records: list[TrialRecord], looks: tuple[dict[str, Any], ...] = (), **changes: Any) -> str:
+    return "\n".join(methods_paragraphs(study(**changes), records, looks))
+
+
+def test_other_values_are_given_for_every_setting() -> None:
+    assert set(OTHER) == {field.name for field in fields(TrialConfig)} - NOT_OF_TRAINING
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "partial"])
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_a_setting_is_told_if_it_matters_and_only_then(name: str, method: str) -> None:
+    """Each setting, changed alone, changes the text, and its new value stands there where it is a number."""
+    changed = {name: OTHER[name]}
+    before = told([record(method=method)])
+    after = told([record(method=method, **changed)], config=asdict(TrialConfig(**(BASE | changed))))
+    if name in NOT_TOLD[method]:
+        assert after == before
+        return
+    assert after != before
+    values = OTHER[name] if isinstance(OTHER[name], tuple) else (OTHER[name],)
+    for value in values:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert number(value) in after
+
+
+def test_several_values_are_listed_and_many_are_a_range() -> None:
+    records = [record(str(at), rank=rank, lr=1e-4 * (at + 1)) for at, rank in enumerate([16, 2, 64, 2] * 3)]
+    text = told(records)
+    assert "12 trials trained LoRA adapters" in text
+    assert "rank 2, 16 and 64," in text
+    assert "learning rate of 0.0001 to 0.0012 (12 different values)" in text
+
+
+def test_failed_and_repeated_trials_trained_nothing_that_is_told() -> None:
+    repeat = record("0003", rank=128)
+    repeat.repeat_of = "0001"
+    text = told([record("0001", rank=2), record("0002", "FAILED", rank=64), repeat, record("0004", "STOPPED", rank=4)])
+    assert "2 trials trained LoRA adapters" in text
+    assert "rank 2 and 4," in text
+    assert "4 trials (2 complete, 1 stopped early and 1 failed)" in text
+    assert "1 repeated configuration took the result" in text
+    assert "64" not in text
+    assert "128" not in text
+    assert "trained LoRA" not in told([record("0002", "FAILED", rank=64)])
+
+
+def test_one_is_not_many() -> None:
+    one = told(
+        [record(epochs=1, accumulation=1), record("baseline-frozen", phase="baseline", method="frozen")],
+        splits=[{"fit": ["a"], "validation": ["v"], "test": ["x"]}],
+        data=study()["data"] | {"trim_trs": [1, 0]},
+        config=asdict(TrialConfig(model="tiny", delays=(1,), n_folds=5)),
+    )
+    for phrase in (
+        "of 1 subject,",
+        "to 3 stories",
+        "1 story (a) was fitted, 1 (v) was held out",
+        "1 (x) was kept as test story.",
+        "The first volume of each scan was left out",
+        "delayed by 1 TR inside",
+        "over 1 fold of",
+        "Baseline: the same encoder",
+        "1 trial trained LoRA",
+        "AdamW took 1 epoch with",
+        "1 trial (1 complete) of the search space lora_rank (hash 5face) was run with the random seed 0,",
+        "on 1 machine",
+    ):
+        assert phrase in one, phrase
+    many = told(
+        [record(epochs=3, seed=1), record("2", epochs=2, seed=4)],
+        data=study()["data"] | {"n_voxels": {"s1": 1000, "s2": 1}},
+    )
+    for phrase in (
+        "of 2 subjects, s1 (1,000 voxels) and s2 (1 voxel), to 10 stories",
+        "7 stories (a, b, c, d, e, f, g) were fitted, 1 (v) was held out",
+        "2 (x, y) were kept as test stories.",
+        "The first 10 volumes and last 5 volumes of each scan were left out",
+        "over 5 folds of",
+        "AdamW took 2 and 3 epochs with",
+        "with the random seeds 1 and 4",
+    ):
+        assert phrase in many, phrase
+
+
+def look(finalists: int = 1, seeds: tuple[int, ...] = (901,)) -> dict[str, Any]:
+    return {
+        "look": 1,
+        "seeds": list(seeds),
+        "n_searched": 12,
+        "winner": "0001",
+        "test_stories": ["x", "y"],
+        "finalists": [{"trial_id": f"000{at + 1}", "cc_confirmed": 0.1} for at in range(finalists)],
+    }
+
+
+def test_the_confirm_phase_is_told_as_far_as_it_went() -> None:
+    assert "Afterwards" not in told([record()])
+    one = told([record()], (look(),))
+    assert "Afterwards the best configuration of 12 searched trials was trained again with 1 fresh seed (901)" in one
+    assert "the winner, trial 0001," in one
+    assert "not all there yet" in one
+    tested = record("test-0001", phase="confirm")
+    two = told([record(), tested, record("test-0002", phase="confirm")], (look(2, (901, 902)),))
+    assert "the best 2 configurations of 12 searched trials were trained again with 2 fresh seeds (901 and 902)" in two
+    assert "with the seed 901, and scored on the test stories (x, y)." in two
+    assert "not all there yet" not in two
+
+
+def test_what_was_not_done_is_not_told() -> None:
+    plain = told([record("baseline-frozen", phase="baseline", method="frozen")])
+    for word in ("LoRA", "AdamW", "seed 0", "permutations", "CC_norm", "Masked-LM", "stopped early", "outer fold"):
+        assert word not in plain, word
+    assert "Simulated" not in plain
+    assert "/home/me" not in plain
+    assert "/models" not in plain
+    assert told([], data=study()["data"] | {"source": "demo"}).startswith("Simulated responses")
+    assert told([], data=study()["data"] | {"source": "demo-null"}).startswith("Simulated responses")
+
+
+def test_scores_are_told_where_there_are_some() -> None:
+    scored = record()
+    scored.scores |= {"share_significant": 0.1, "cc_norm": None}
+    assert "1,000 permutations of blocks of 10 TRs" in told([scored])
+    assert "CC_norm" not in told([scored])
+    scored.scores |= {"cc_norm": 0.4}
+    assert "CC_norm" in told([scored])
+    scored.notes = ["s1: many voxels wanted a ridge_alpha beyond 100 to 1e+08, so all were fitted with 1 to 1e+08"]
+    assert "fitted once more with a wider grid" in told([scored])
+    assert "wider grid" not in told([record()])
+
+
+def test_options_of_a_study_are_told() -> None:
+    assert "the 500 voxels of each subject were kept" in told([], voxels={"asked": "500"})
+    assert "those listed in mine.npy were kept" in told([], voxels={"asked": "/home/me/mine.npy"})
+    folds = [{"fit": list("abc"), "validation": ["d", "e"], "test": ["x"]}] * 3
+    assert "The other 5 stories rotated over 3 outer folds, 2 of them being validated at a time" in told(
+        [], splits=folds
+    )
+    stopped = told([record()], options={"sampler": "tpe", "scheduler": "asha", "seed": 0})
+    assert "could be stopped early by asynchronous successive halving" in stopped
+    assert "a tree-structured Parzen estimator" in stopped
+    assert "commit 0123456789 with changes" in told([])
+    assert "commit" not in told([], git=None)
+
+
+def test_layers_of_frozen_trials_are_listed() -> None:
+    records = [record(str(at), method="frozen", layer=layer) for at, layer in enumerate([3, None, (1, 2)])]
+    assert "last layer, layer 3 or mean of layers 1 and 2" in told(records)
+
+
+TEXT_DATA = {
+    "source": "/home/me/reviews.csv",
+    "fingerprint": "f2",
+    "n_texts": 1000,
+    "classes": {"neg": 400, "pos": 600},
+    "max_length": 256,
+}
+
+
+@pytest.mark.parametrize("task", ["classification", "adapt"])
+def test_studies_on_text_tell_of_no_story_and_no_voxel(task: str) -> None:
+    trained = record(lr=1e-3)
+    text = told(
+        [trained, record("baseline-frozen", phase="baseline", method="frozen")],
+        task=task,
+        data=TEXT_DATA if task == "classification" else TEXT_DATA | {"classes": {}, "max_length": None},
+        splits=[{"training": ["800 texts (12ab)"], "held-out": ["200 texts (34cd)"]}],
+    )
+    assert "1,000 texts from reviews.csv (fingerprint f2)" in text
+    assert "800 for training and 200 held-out" in text
+    for word in ("voxel", "stories", "story", "ridge", "subject", "TR", "CC"):
+        assert word not in text, word
+    assert ("neg (400) and pos (600)" in text) == (task == "classification")
+    assert ("accuracy and macro F1" in text) == (task == "classification")
+    assert ("[MASK]" in text) == (task == "adapt")
+    assert f"at most {256 if task == 'classification' else 512} tokens" in text
+
+
+def test_phrases() -> None:
+    assert [counted(n, "story", "stories") for n in (0, 1, 2, 1200)] == [
+        "0 stories",
+        "1 story",
+        "2 stories",
+        "1,200 stories",
+    ]
+    assert [joined(list(letters)) for letters in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+    assert [number(value) for value in (3, 3.0, 2.5, 1e-4, 1234, 3.0000001)] == [
+        "3",
+        "3",
+        "2.5",
+        "0.0001",
+        "1,234",
+        "3",
+    ]
+    assert one_or_several([None, 2, 2, "b", True]) == "none, 2, yes and b"
+    assert one_or_several([[3, 1], (3, 1)]) == "3 and 1"
+    assert one_or_several([10, 9, 1]) == "1, 9 and 10"
+
+
+def test_many_stories_are_counted_and_few_are_named() -> None:
+    many = [f"s{at}" for at in range(98)]
+    text = told([], splits=[{"fit": many, "validation": ["v"], "test": ["x"]}])
+    assert "98 stories were fitted, 1 (v) was held out" in text
+    assert "s97" not in text
+
+
+# --- how answers were drawn -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    return gather(write_fake_study(tmp_path_factory.mktemp("inference") / "fake", Truth(), SMALL), 0.002)
+
+
+def inference(found: Evidence, **changes: Any) -> str:
+    return "\n".join(inference_paragraphs(found._replace(**changes)))
+
+
+def test_the_rules_of_the_answers_are_told(found: Evidence) -> None:
+    text = inference(found)
+    for phrase in (
+        "delta, was set in advance as 0.002 CC",
+        "within \u00b1delta (two one-sided tests at 5%)",
+        "ordinary least squares, from rank 4 to 64 (12 trials, ",
+        "adjusted for ",
+        "Zou and Donner 2008",
+        "the winner's CC on the test stories",
+        f"Student's t over {found.verdicts[0].effect.n_stories} test stories",  # type: ignore[union-attr]
+        "parabola over log2 rank",
+    ):
+        assert phrase in text, phrase
+    assert "adaptive" not in text
+    assert "chosen after" not in text
+
+
+def test_what_did_not_happen_is_not_told_of_the_answers(found: Evidence) -> None:
+    adaptive = inference(found, facts=found.facts._replace(is_adaptive=True))
+    assert "99% intervals" in adaptive
+    unconfirmed = inference(found, confirmed=found.confirmed.iloc[:0])
+    assert "test stories" not in unconfirmed
+    assert "the CC of the mean trial less that of the frozen encoder" in unconfirmed
+    assert "resamples" not in unconfirmed
+    tuning, rank = found.verdicts
+    assert tuning.effect is not None
+    few = inference(found, verdicts=(tuning._replace(effect=tuning.effect._replace(n_stories=2)), rank))
+    assert "2,000 resamples of blocks of 10 TRs" in few
+    assert "Student's t over" not in few
+    assert "only if the mean trial" in few
+    assert "only if the mean trial" not in inference(found)
+    no_rank = inference(found, verdicts=(tuning, rank._replace(effect=None)))
+    assert "least squares" not in no_rank
+    shares = pd.DataFrame({"parameter": ["lr"], "importance": [1.0], "low": [0.5], "high": [1.0], "n_trials": [12]})
+    assert "fANOVA" in inference(found, importances=shares)
+    assert "fANOVA" not in inference(found, importances=shares.iloc[:0])
+    assert inference(found, verdicts=(), importances=shares.iloc[:0]) == ""
+    study = found.facts.study
+    later = study | {"options": study["options"] | {"delta": 0.002, "deltas_before": [0.001]}}
+    assert "was chosen after the study had begun" in inference(found, facts=found.facts._replace(study=later))
+
+
+def test_the_paragraph_stands_before_the_software(found: Evidence) -> None:
+    paragraphs = methods_paragraphs(study(), [record()], (), ["One."])
+    assert paragraphs[-2] == "One."
+    assert paragraphs[-1].startswith("Everything was computed")

@@ -1,0 +1,508 @@
+"""The report: escaped, self-contained, right for studies of every kind and state."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from cloud_servers import bucket, s3_endpoint
+from fake_study import SMALL, Truth, fake_records, tables
+from make_report import (
+    BASELINES,
+    HOSTILE,
+    RANK,
+    SEARCHED,
+    drawing,
+    evidence_of,
+    hostile_study,
+    record,
+    study_json,
+    write_study,
+)
+
+from bert_encoding.core.files import write_json
+from bert_encoding.core.storage import ObjectPath, Place, atomic_path
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord, write_record
+from bert_encoding.trial.tables import trials_frame
+from study.report import html as report
+from study.report.figures.figures import Drawn
+from study.report.html import render, report_lines, write_report
+from study.report.page import make_page
+from study.report.tables import OUTCOMES, cell, trial_sheet
+from study.results.evidence import Evidence, Levels
+from study.results.rank_tables import used_trials
+from study.results.slopes import slope_table
+
+__all__ = ["bucket", "s3_endpoint"]  # fixtures
+
+
+TEXT_STUDY = {
+    "data": {
+        "source": "/data/reviews",
+        "fingerprint": "f2",
+        "n_texts": 1000,
+        "classes": {"neg": 500, "pos": 500},
+        "max_length": 256,
+        "notes": [],
+    },
+    "voxels": {"asked": "none", "key": 256},
+    "splits": [{"training": ["800 texts (1234)"], "held-out": ["200 texts (5678)"]}],
+}
+
+
+def page_of(folder: Path, study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> str:
+    """The HTML of a study on disk, without figures."""
+    write_study(folder, study, records)
+    return render(make_page(folder, evidence_of(study, records, **changes), records))
+
+
+class Node:
+    """An element of a page: name, attributes, text inside, children."""
+
+    def __init__(self, name: str, attributes: dict[str, str | None]) -> None:
+        self.name, self.attributes, self.text = name, attributes, ""
+        self.children: list[Node] = []
+
+    def all(self, *names: str) -> Iterator["Node"]:
+        for child in self.children:
+            if not names or child.name in names:
+                yield child
+            yield from child.all(*names)
+
+    @property
+    def whole_text(self) -> str:
+        return self.text + "".join(child.whole_text for child in self.children)
+
+
+class Reader(HTMLParser):
+    """Reads HTML strictly: what opens must close, in order."""
+
+    VOID = ("meta", "link", "img", "br", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Node("", {})
+        self.open = [self.root]
+        self.feed(html)
+        self.close()
+        assert self.open == [self.root], f"not closed: {self.open[-1].name}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> stands twice"
+        node = Node(tag, dict(attrs))
+        self.open[-1].children.append(node)
+        if tag not in self.VOID:
+            self.open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].name == tag, f"</{tag}> closes <{self.open[-1].name}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].text += data
+
+
+def parsed(html: str) -> Node:
+    return Reader(html).root
+
+
+def section(root: Node, name: str) -> Node:
+    return next(node for node in root.all("section") if node.attributes["id"] == name)
+
+
+def table_rows(section: Node) -> list[list[Node]]:
+    table = next(section.all("table"))
+    return [row.children for row in table.all("tr")]
+
+
+def test_no_name_that_a_user_chooses_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
+    html = write_report(folder, evidence).read_text()
+    root = parsed(html)
+    (script,) = root.all("script")
+    assert script.whole_text == (report.TEMPLATES / "report.js").read_text()
+    assert html.lower().count("<script") == 1
+    assert html.count(HOSTILE) == 0
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 30
+    for node in root.all():
+        assert not [name for name in node.attributes if name.startswith("on")], node.name
+        assert node.name in ALLOWED, node.name
+    (image,) = root.all("img")
+    assert image.attributes["alt"] == f"Alt {HOSTILE}\"'"
+
+
+ALLOWED = set(
+    "html head meta title link style body header h1 h2 h3 p nav ul li a main section article div table caption thead "
+    "tbody tr th td details summary dl dt dd pre code figure img label input figcaption footer script strong".split()
+)
+
+
+def test_the_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
+    root = parsed(write_report(folder, evidence).read_text())
+    (policy,) = (m.attributes["content"] for m in root.all("meta") if m.attributes.get("http-equiv"))
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    (style,), (script,) = root.all("style"), root.all("script")
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": f"'sha256-{digest(style.whole_text)}'",
+        "script-src": f"'sha256-{digest(script.whole_text)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    links = [str(node.attributes[name]) for node in root.all() for name in ("src", "href") if name in node.attributes]
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|WebSocket|import\(", style.whole_text + script.whole_text)
+
+
+def digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
+
+
+def test_the_page_is_well_formed_for_those_who_cannot_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_all", lambda *arguments: [drawing(tmp_path)])
+    records = [*BASELINES, *SEARCHED]
+    folder = write_study(tmp_path / "study", study_json(), records)
+    html = write_report(folder, evidence_of(study_json(), records)).read_text()
+    assert html.lstrip().startswith("<!DOCTYPE html>")
+    root = parsed(html)
+    assert [node.attributes["lang"] for node in root.all("html")] == ["en"]
+    assert [node.whole_text for node in root.all("title")] == ["Study mine"]
+    levels = [int(node.name[1]) for node in root.all("h1", "h2", "h3")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
+    assert all((node.attributes["alt"] or "").strip() for node in root.all("img"))
+    ids = [node.attributes["id"] for node in root.all() if "id" in node.attributes]
+    assert len(set(ids)) == len(ids)
+    assert {str(a.attributes["href"]) for a in root.all("a")} == {f"#{name}" for name in ids}
+    assert ids == ["verdict", "figures", "trials", "methods", "provenance", "warnings"]
+    for table in root.all("table"):
+        assert len(list(table.all("caption"))) == 1
+        assert len({len(row.children) for row in table.all("tr")}) == 1
+        assert {node.attributes["scope"] for node in table.all("th")} <= {"col", "row"}
+
+
+def test_a_figure_is_an_image_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = drawing(tmp_path)
+    monkeypatch.setattr(report, "draw_all", lambda *arguments: [one])
+    folder = write_study(tmp_path / "study", study_json(), BASELINES)
+    evidence = evidence_of(study_json(), BASELINES)
+    for largest, kind, file in ((10**6, "svg+xml", one.svg), (10, "png", one.png)):
+        monkeypatch.setattr(report, "LARGEST_SVG_BYTES", largest)
+        (image,) = parsed(write_report(folder, evidence).read_text()).all("img")
+        head, _, content = str(image.attributes["src"]).partition(",")
+        assert head == f"data:image/{kind};base64"
+        assert base64.b64decode(content) == file.read_bytes()
+        assert image.attributes["alt"] == "Alt rank\"'"
+
+
+def test_the_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
+    records = [*BASELINES, *SEARCHED]
+    rows = table_rows(section(parsed(page_of(tmp_path / "study", study_json(), records)), "trials"))
+    names = [cell.whole_text for cell in rows[0]]
+    assert names[:6] == ["trial_id", "phase", "status", "method", "cc_mean", "rank"]
+    at = names.index("cc_mean")
+    assert [row[0].whole_text for row in rows[1:]] == ["0002", "0001", "baseline-frozen", "baseline-word_rate", "0003"]
+    assert [row[at].whole_text for row in rows[1:]] == ["0.1235", "0.1200", "0.1000", "0.0400", ""]
+    assert [row[at].attributes["data-sort"] for row in rows[1:]] == ["0.1234567", "0.12", "0.1", "0.04", ""]
+    assert rows[0][at].attributes == {"scope": "col", "class": "number", "aria-sort": "descending"}
+    assert [row[names.index("rank")].whole_text for row in rows[1:]] == ["16", "2", "", "", "64"]
+    assert "accuracy" not in names
+
+
+def test_what_is_searched_for_is_in_the_order_of_better(tmp_path: Path) -> None:
+    frame = trials_frame(
+        [replace(record(str(at), 0.1), scores={"mlm_loss_heldout": v}) for at, v in enumerate([3, 1, 2])]
+    )
+    table = trial_sheet(frame, "adapt")
+    at = [column.name for column in table.columns].index("mlm_loss_heldout")
+    assert [row[at].text for row in table.rows] == ["1", "2", "3"]
+    assert table.columns[at].sorted == "ascending"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "sort"),
+    [
+        (0.12345678, "0.1235", "0.12345678"),
+        (2e-4, "0.0002", "0.0002"),
+        (123456.7, "1.23e+05", "123456.7"),
+        (16, "16", "16.0"),
+        (2.0, "2", "2.0"),
+        (0.0, "0", "0.0"),
+        (-0.0005, "-0.0005", "-0.0005"),
+        (None, "", ""),
+        (pd.NA, "", ""),
+        (float("nan"), "", ""),
+        (True, "True", "True"),
+        ("<b>", "<b>", "<b>"),
+        ((1, 2), "(1, 2)", "(1, 2)"),
+    ],
+)
+def test_a_cell_shows_four_decimals_and_sorts_by_all(value: Any, text: str, sort: str) -> None:
+    assert cell(value) == (text, sort)
+
+
+PENDING = "still to be confirmed with fresh seeds and on the test stories."
+
+
+def banner(root: Node) -> str:
+    return " ".join(node.whole_text for node in root.all("div") if node.attributes.get("class") == "banner")
+
+
+def test_a_finished_study_says_nothing_of_being_incomplete(tmp_path: Path) -> None:
+    assert banner(parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "records", "said"),
+    [
+        ({"trials": 12}, [*BASELINES, *SEARCHED], "3 of 12 searched trials have ended."),
+        ({"trials": 3}, SEARCHED, "There is no baseline yet to compare with."),
+        ({"trials": 3, "confirm": 1}, [*BASELINES, *SEARCHED], f"The best configuration is {PENDING}"),
+        ({"trials": 3, "confirm": 2}, [*BASELINES, *SEARCHED], f"The best 2 configurations are {PENDING}"),
+    ],
+)
+def test_a_study_that_still_runs_says_so(
+    tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], said: str
+) -> None:
+    study = study_json(options=study_json()["options"] | options)
+    text = banner(parsed(page_of(tmp_path / "study", study, records)))
+    assert text.strip() == f"This study is incomplete; what follows is provisional.{said}"
+
+
+def test_a_study_whose_finalists_all_failed_is_not_waiting_for_them(tmp_path: Path) -> None:
+    study = study_json(options=study_json()["options"] | {"confirm": 1})
+    records = [*BASELINES, *SEARCHED, record("confirm-0002-seed9", None, "confirm", rank=16)]
+    assert banner(parsed(page_of(tmp_path / "study", study, records))) == ""
+
+
+@pytest.mark.parametrize("records", [[], [record("0001", None)]])
+def test_a_study_without_a_complete_trial_is_one_clear_line(tmp_path: Path, records: list[TrialRecord]) -> None:
+    study = study_json(options=study_json()["options"] | {"trials": 5})
+    root = parsed(page_of(tmp_path / "study", study, records, verdicts=(RANK,), levels=Levels(*[None] * 6)))
+    verdict = section(root, "verdict")
+    assert [p.whole_text for p in verdict.all("p")] == ["No trial has ended completely: there is nothing to compare."]
+    assert not list(verdict.all("article", "table"))
+    assert f"{len(records)} of 5 searched trials have ended." in banner(root)
+
+
+def test_baselines_alone_are_a_study(tmp_path: Path) -> None:
+    study = study_json(options=study_json()["options"] | {"trials": 0})
+    root = parsed(page_of(tmp_path / "study", study, BASELINES))
+    assert banner(root) == ""
+    assert "frozen encoder 0.1000, word rate 0.0400" in section(root, "verdict").whole_text
+    assert "trained" not in section(root, "methods").whole_text
+
+
+def test_a_study_without_ranks_is_told(tmp_path: Path) -> None:
+    records = [*BASELINES, record("0001", 0.11, method="full"), record("0002", 0.12, method="full", lr=1e-5)]
+    root = parsed(page_of(tmp_path / "study", study_json(options=study_json()["options"] | {"trials": 2}), records))
+    assert "all weights" in section(root, "methods").whole_text
+    assert "rank" not in [cell.whole_text for cell in table_rows(section(root, "trials"))[0]]
+
+
+@pytest.mark.parametrize("task", ["classification", "adapt"])
+def test_studies_on_text(tmp_path: Path, task: str) -> None:
+    study = study_json(task=task, **TEXT_STUDY, options=study_json()["options"] | {"trials": 1})
+    better, worse = ({"accuracy": a, "mlm_loss_heldout": loss} for a, loss in ((0.9, 2.0), (0.6, 3.0)))
+    records = [replace(BASELINES[0], scores=worse), replace(record("0001", 0.5), scores=better)]
+    records[1].examples = [{"text": HOSTILE, "label": "pos", "predicted_before": "neg", "predicted_after": "pos"}]
+    levels = Levels(worse["accuracy" if task == "classification" else "mlm_loss_heldout"], None, None, None, None, None)
+    html = page_of(tmp_path / "study", study, records, levels=levels)
+    root = parsed(html)
+    verdict = section(root, "verdict").whole_text
+    assert ("accuracy 0.6000" if task == "classification" else "held-out loss 3.0000") in verdict
+    assert not list(section(root, "verdict").all("article"))
+    assert (HOSTILE in section(root, "trials").whole_text) == (task == "classification")
+    assert HOSTILE not in html
+    assert "voxel" not in section(root, "methods").whole_text.split("Every setting")[0]
+
+
+def test_the_verdict_comes_first_with_its_runs(tmp_path: Path) -> None:
+    root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
+    sections = list(root.all("section"))
+    assert sections[0].attributes["id"] == "verdict"
+    (article,) = sections[0].all("article")
+    assert [p.whole_text for p in article.all("p")] == [
+        "These trials cannot tell. Exploratory: the search was adaptive.",
+        "The effect of rank is +0.001 CC (-0.004 to +0.006).",
+        "Runs that would tell:",
+    ]
+    assert [node.whole_text for node in article.all("li", "code")] == ["It rests on 2 trials.", RANK.command]
+
+
+def test_the_numbers_below_the_verdict(tmp_path: Path) -> None:
+    confirmed = pd.DataFrame({"trial_id": ["0002"], "cc_confirmed": [0.119], "cc_test": [0.21], "low": [pd.NA]})
+    levels = Levels(0.1, 0.04, 0.2, None, None, 0.5)
+    root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], confirmed=confirmed, levels=levels))
+    first, second = section(root, "verdict").all("table")
+    assert [[cell.whole_text for cell in row.children] for row in first.all("tr")] == [
+        ["", "validation", "test"],
+        ["frozen encoder", "0.1000", "0.2000"],
+        ["word rate", "0.0400", ""],
+        ["best of the search (0002)", "0.1235", ""],
+        ["winner with fresh seeds (0002)", "0.1190", "0.2100"],
+        ["noise ceiling", "", "0.5000"],
+    ]
+    assert [[cell.whole_text for cell in row.children] for row in second.all("tr")] == [
+        ["trial_id", "cc_confirmed", "cc_test"],
+        ["0002", "0.1190", "0.2100"],
+    ]
+
+
+def test_every_setting_is_listed_of_trials_and_of_baselines(tmp_path: Path) -> None:
+    root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
+    rows = table_rows(section(root, "methods"))
+    assert [cell.whole_text for cell in rows[0]] == ["setting", "searched trials", "baselines"]
+    assert {row[0].whole_text for row in rows[1:]} == {field.name for field in fields(TrialConfig)}
+    told = {row[0].whole_text: [cell.whole_text for cell in row[1:]] for row in rows[1:]}
+    assert told["rank"] == ["2 and 16", "8"]
+    assert told["method"] == ["lora", "frozen and word_rate"]
+    assert told["lr"] == ["0.0002", "0.0002"]
+
+
+def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
+    root = parsed(page_of(tmp_path / "study", study_json(), BASELINES))
+    found = section(root, "provenance")
+    told = dict(zip([d.whole_text for d in found.all("dt")], [d.whole_text for d in found.all("dd")], strict=True))
+    assert told["command"] == "study/run.py --space 'lora rank'"
+    assert told["commit"] == "0123456789abcdef"
+    assert told["packages"] == "torch 2.13.0 and numpy 2.4.6"
+    assert told["data"] == "/data/lab (fingerprint f1)"
+    assert told["fit"] == "a, b, c"
+    assert "sampler grid; scheduler none; seed 0" in told["options"]
+    assert told["precision of training"] == study_json()["precision"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
+def test_the_precision_of_word_vectors_is_told_beside_that_of_training(
+    asked: str | None, expected: str, tmp_path: Path
+) -> None:
+    """None: recorded before it could be chosen."""
+    config = {name: value for name, value in study_json()["config"].items() if name != "embed_precision"}
+    study = study_json(config=config | ({} if asked is None else {"embed_precision": asked}), precision="bfloat16")
+    root = parsed(page_of(tmp_path / "study", study, BASELINES))
+    found = section(root, "provenance")
+    told = dict(zip([d.whole_text for d in found.all("dt")], [d.whole_text for d in found.all("dd")], strict=True))
+    assert (told["precision of training"], told["precision of word vectors"]) == ("bfloat16", expected)
+    assert f"with matrix products in {expected}; a word" in section(root, "methods").whole_text
+
+
+def test_provenance_shows_the_source_of_the_space(tmp_path: Path) -> None:
+    found = section(parsed(page_of(tmp_path / "study", study_json(), BASELINES)), "provenance")
+    assert [code.whole_text for code in found.all("code")] == [study_json()["space"]["source"]]
+
+
+def test_warnings_tell_what_a_reader_must_know(tmp_path: Path) -> None:
+    forced = {"first_trial": "0002", "at": "2026-02-01", "differences": [{"what": "the code"}]}
+    study = study_json(
+        forced=[forced],
+        takeovers=[{}],
+        git={"commit": "01", "dirty": True},
+        data=study_json()["data"] | {"notes": ["1 story lacks responses"]},
+    )
+    records = [*BASELINES, *(replace(one, notes=["shared"]) for one in SEARCHED)]
+    evidence = evidence_of(study, records, warnings=("Told by the analysis.", "Told by the analysis."))
+    look = {"look": 2, "looks": [{"study": "older", "at": "2026-01-01"}], "n_searched": 3, "winner": "0002"}
+    looks = [look | {"seeds": [9], "finalists": [], "test_stories": ["e"]}]
+    evidence = evidence._replace(facts=evidence.facts._replace(looks=looks))
+    write_study(tmp_path / "study", study, records)
+    page = make_page(tmp_path / "study", evidence, records, troubles=["The figures could not be drawn: x"])
+    assert page.warnings == (
+        "Told by the analysis.",
+        "trials from 0002 on may not compare with those before: the study was forced to go on (2026-02-01) although it "
+        "differs in the code (study.json tells how)",
+        "These test stories had been read before, by study older (2026-01-01).",
+        "Trial 0003 failed: ValueError: loss is nan",
+        "The code had changes that are not committed: its fingerprint identifies it, the commit does not.",
+        "The study was taken over 1 time from a run that seemed to be at work.",
+        "1 story lacks responses",
+        "The figures could not be drawn: x",
+    )
+    assert page.notes == ("shared (trials 0001, 0002 and 0003)",)
+
+
+def test_a_report_that_fails_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_study(tmp_path / "study", study_json(), BASELINES)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("no\nfigure")
+
+    monkeypatch.setattr(report, "gather", fail)
+    assert report_lines(folder) == ["note: no report was written: ZeroDivisionError: no"]
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    monkeypatch.setattr(report, "gather", lambda study, delta: evidence_of(study_json(), BASELINES))
+    monkeypatch.setattr(report, "draw_all", fail)
+    assert report_lines(str(folder)) == [f"report: {folder / 'report.html'}"]
+    warnings = section(parsed((folder / "report.html").read_text()), "warnings").whole_text
+    assert "The figures could not be drawn: ZeroDivisionError: no" in warnings
+    assert before.items() <= {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}.items()
+
+
+def test_where_no_study_is_there_is_no_report(tmp_path: Path) -> None:
+    (line,) = report_lines(tmp_path)
+    assert line.startswith(f"note: no report was written: {tmp_path}: no study here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_study(tmp_path / "study", study_json(), BASELINES)
+    (folder / "report.html").write_text("old")
+    monkeypatch.setattr(report, "draw_all", lambda *arguments: [])
+
+    def break_off(page: object) -> str:
+        raise KeyError("template")
+
+    monkeypatch.setattr(report, "render", break_off)
+    monkeypatch.setattr(report, "gather", lambda study, delta: evidence_of(study_json(), BASELINES))
+    assert report_lines(folder) == ["note: no report was written: KeyError: 'template'"]
+    assert (folder / "report.html").read_text() == "old"
+
+
+def test_a_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = bucket / "out" / "mine"
+    write_json(study / "study.json", study_json())
+    for one in BASELINES:
+        write_record(study, one)
+
+    def draw_there(evidence: Evidence, folder: Place, failed: object) -> list[Drawn]:
+        here = drawing(tmp_path)
+        for file in (here.png, here.svg):
+            with atomic_path(folder / file.name) as temporary:
+                temporary.write_bytes(file.read_bytes())
+        return [here._replace(png=folder / "one.png", svg=folder / "one.svg")]
+
+    monkeypatch.setattr(report, "draw_all", draw_there)
+    monkeypatch.setattr(report, "gather", lambda place, delta: evidence_of(study_json(), BASELINES))
+    assert report_lines(str(study)) == [f"report: {study / 'report.html'}"]
+    (image,) = parsed((study / "report.html").read_text()).all("img")
+    content = str(image.attributes["src"]).partition(",")[2]
+    assert base64.b64decode(content) == (study / "figures" / "one.svg").read_bytes()
+
+
+def test_the_same_page_is_the_same_text(tmp_path: Path) -> None:
+    records = [*BASELINES, *SEARCHED]
+    write_study(tmp_path / "study", study_json(), records)
+    page = make_page(tmp_path / "study", evidence_of(study_json(), records), records)
+    assert render(page) == render(page)
+
+
+def test_every_outcome_of_a_slope_is_said_in_words(tmp_path: Path) -> None:
+    trials, stories = tables(fake_records(Truth(effect=0.005), SMALL, 0))
+    used = used_trials(trials)[0]
+    slopes = slope_table(used.assign(scaling_rule=["a", "b"] * (len(used) // 2)), stories, 0)
+    assert set(slopes["outcome"]) == set(OUTCOMES)
+    root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], slopes=slopes))
+    table = next(node for node in root.all("table") if "Slope a doubling of rank" in node.whole_text)
+    told = {cell.whole_text for cell in table.all("td", "th")}
+    assert set(OUTCOMES.values()) <= told and not set(OUTCOMES) & told

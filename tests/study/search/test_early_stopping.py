@@ -1,0 +1,261 @@
+"""Early stopping: which trials the rules stop, what Optuna is told, and the way from driver to worker."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+import ray
+from make_searcher import finished, searcher
+
+from bert_encoding.core.names import METRICS
+from bert_encoding.trial.record import TrialRecord
+from study.search.early_stopping import StopBoard, StopSign
+from study.search.searcher import StudySearcher
+from study.search.worker import curve
+from study.setup.samplers import SCHEDULERS, make_pruner, quiet_study
+from study.setup.spaces import Space, load_space
+
+
+class NotedSign:
+    """A stop sign that only remembers."""
+
+    def __init__(self) -> None:
+        self.board = StopBoard()
+
+    def put(self, trial_id: str, epoch: int) -> None:
+        self.board.put(trial_id, epoch)
+
+
+@pytest.fixture
+def space(tmp_path: Any) -> Space:
+    """A space with one number."""
+    (tmp_path / "one.py").write_text("def space(trial):\n    return {'lr': trial.suggest_float('lr', 0.01, 0.9)}\n")
+    return load_space(str(tmp_path / "one.py"))
+
+
+def epoch(trial: str, at: int, cc: float) -> dict[str, Any]:
+    return {"job": trial, "epoch": float(at), "cc_mean": cc, "mlm_loss_train": 2.0}
+
+
+def run_trial(found: StudySearcher, name: str, values: list[float], n_epochs: int) -> list[float]:
+    """Play a worker: report epoch by epoch until the sign is up; return the values that were reached."""
+    job = found.suggest(name)
+    reached = []
+    for at, value in enumerate(values[:n_epochs], 1):
+        reached.append(value)
+        found.on_trial_result(name, epoch(job["trial_id"], at, value))
+        if at < n_epochs and found.sign.board.is_up(job["trial_id"], at):
+            break
+    status = "COMPLETE" if len(reached) == n_epochs else "STOPPED"
+    ended = {"status": status, "value": reached[-1], "curve": list(enumerate(reached, 1)), "ended": True}
+    found.on_trial_complete(name, ended)
+    return reached
+
+
+def play(found: StudySearcher, curves: list[list[float]]) -> list[int]:
+    """Run trials one after the other; return how many epochs each was given."""
+    return [len(run_trial(found, f"ray{at}", values, len(values))) for at, values in enumerate(curves)]
+
+
+def rising(value: float, n_epochs: int = 4) -> list[float]:
+    return [value * at for at in range(1, n_epochs + 1)]
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def halving_by_hand(curves: list[list[float]]) -> list[int]:
+    """Asynchronous successive halving with a factor of two: at 1, 2, 4, ... epochs go on if among the better half."""
+    rungs: dict[int, list[float]] = {}
+    given = []
+    for values in curves:
+        for at, value in enumerate(values, 1):
+            if at & (at - 1) == 0:  # a power of two
+                rung = rungs.setdefault(at, [])
+                rung.append(value)
+                n_better_half = max(1, len(rung) // 2)
+                if value < sorted(rung, reverse=True)[n_better_half - 1]:
+                    break
+        given.append(at)
+    return given
+
+
+def median_by_hand(curves: list[list[float]]) -> list[int]:
+    """Stop below the median, at the same epoch, of the complete trials, once there are five."""
+    complete: list[list[float]] = []
+    given = []
+    for values in curves:
+        for at in range(1, len(values) + 1):
+            others = sorted(other[at - 1] for other in complete)
+            n = len(others)
+            if n >= 5 and max(values[:at]) < (others[(n - 1) // 2] + others[n // 2]) / 2:
+                break
+        if at == len(values):
+            complete.append(values)
+        given.append(at)
+    return given
+
+
+CURVES = [rising(value) for value in (0.5, 0.2, 0.6, 0.55, 0.9, 0.1, 0.3, 0.95, 0.65, 0.91, 0.05, 0.7)]
+
+
+@pytest.mark.parametrize(("rule", "by_hand"), [("asha", halving_by_hand), ("median", median_by_hand)])
+def test_a_rule_stops_what_it_should(
+    rule: str, by_hand: Callable[[list[list[float]]], list[int]], space: Space
+) -> None:
+    found = searcher(space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign())
+    given = play(found, CURVES)
+    assert given == by_hand(CURVES)
+    assert 0 < sum(n < 4 for n in given) < len(CURVES), "some are stopped, some are not"
+
+
+def test_none_stops_nothing(space: Space) -> None:
+    assert play(searcher(space, n_trials=len(CURVES), sign=NotedSign()), CURVES) == [4] * len(CURVES)
+    assert set(SCHEDULERS) == {"none", "asha", "median"}
+
+
+@pytest.mark.parametrize("rule", ["asha", "median"])
+def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
+    found = searcher(space, n_trials=8, scheduler=rule, sign=NotedSign(), metric=METRICS["adapt"])
+    for at in range(6):
+        found.suggest(f"ray{at}")
+        for step in (1, 2):
+            found.on_trial_result(f"ray{at}", {"epoch": step, "mlm_loss_heldout": 3.0 - at / 10})
+        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": 3.0 - at / 10})
+    for name, loss in (("low", 1.0), ("high", 4.0)):
+        job = found.suggest(name)
+        found.on_trial_result(name, {"epoch": 1, "mlm_loss_heldout": loss})
+        assert found.sign.board.is_up(job["trial_id"], 1) == (name == "high")
+
+
+def test_before_training_nobody_is_stopped(space: Space) -> None:
+    found = searcher(space, n_trials=9, scheduler="asha", sign=NotedSign())
+    for at in range(4):
+        job = found.suggest(f"ray{at}")
+        found.on_trial_result(f"ray{at}", epoch(job["trial_id"], 0, -float(at)))
+        assert not found.sign.board.is_up(job["trial_id"], 0)
+
+
+# --- what Optuna is told ----------------------------------------------------------------------------------------------
+
+
+def told(found: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
+    return [(t.state.name, t.value, t.intermediate_values) for t in found.study.get_trials(deepcopy=False)]
+
+
+def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
+    found = searcher(space, n_trials=2, scheduler="asha", sign=NotedSign())
+    play(found, [rising(0.5), rising(0.2)])
+    assert told(found) == [
+        ("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}),
+        ("PRUNED", 0.2, {1: 0.2}),
+    ]
+    assert found.study.best_value == 2.0, "a pruned trial is not the best one"
+
+
+def test_a_trial_that_is_tried_again_tells_its_epochs_once(space: Space) -> None:
+    """Its worker died after the second epoch; Ray runs it anew."""
+    found = searcher(space, n_trials=3, scheduler="asha", sign=NotedSign())
+    job = found.suggest("a")
+    for at, value in ((1, 0.5), (2, 0.6), (1, 0.5), (2, 0.6), (3, 0.7)):
+        found.on_trial_result("a", epoch(job["trial_id"], at, value))
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.7, "curve": [(1, 0.5), (2, 0.6), (3, 0.7)]})
+    assert told(found) == [("COMPLETE", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})]
+
+
+def record_of(space: Space, lr: float, at: int, values: list[float], status: str) -> TrialRecord:
+    record = finished(space, {"lr": lr}, at, values[-1])
+    record.status = status
+    record.epochs = [{"epoch": float(n), "cc_mean": value} for n, value in enumerate(values, 1)]
+    return record
+
+
+@pytest.mark.parametrize("rule", ["asha", "median"])
+def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Space) -> None:
+    whole = searcher(space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign())
+    given = play(whole, CURVES)
+    n_before = 7
+    records = [
+        record_of(space, trial.params["lr"], at + 1, CURVES[at][:n], "COMPLETE" if n == 4 else "STOPPED")
+        for at, (trial, n) in enumerate(zip(whole.study.trials[:n_before], given, strict=False))
+    ]
+    resumed = searcher(
+        space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign(), records=records, first_id=n_before + 1
+    )
+    assert told(resumed) == told(whole)[:n_before]
+    assert play(resumed, CURVES[n_before:]) == given[n_before:]
+
+
+def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> None:
+    stopped = record_of(space, 0.5, 1, [0.2], "STOPPED")
+    again = Space(**vars(space) | {"start": ({"lr": 0.5},)})
+    found = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", sign=NotedSign())
+    found.waiting.append(({"lr": 0.5}, None))
+    assert found.suggest("a")["repeat_of"] == "0001"
+    ended = {"status": "STOPPED", "value": 0.2, "curve": curve(stopped, METRICS["encoding"])}
+    found.on_trial_complete("a", ended)
+    assert told(found) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
+
+
+# --- what is running --------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_that_runs_at_this_moment_is_waited_for(space: Space) -> None:
+    twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5}, {"lr": 0.6})})
+    found = searcher(twice, n_trials=3)
+    first = found.suggest("a")
+    assert found.suggest("b") is None, "it runs already"
+    assert found.suggest("c") is None
+    assert first["repeat_of"] is None
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
+    assert (found.suggest("d")["trial_id"], found.jobs["d"].repeat_of) == ("0002", "0001")
+    assert found.suggest("e")["params"] == {"lr": 0.6}
+    assert found.suggest("f") == StudySearcher.FINISHED
+
+
+def test_a_twin_of_a_failed_trial_runs_itself(space: Space) -> None:
+    twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5})})
+    found = searcher(twice, n_trials=2)
+    found.suggest("a")
+    assert found.suggest("b") is None
+    found.on_trial_complete("a", error=True)
+    assert found.suggest("b")["repeat_of"] is None
+
+
+# --- from the driver to the worker ------------------------------------------------------------------------------------
+
+
+def test_a_board_speaks_of_this_epoch_and_later_ones() -> None:
+    board = StopBoard()
+    board.put("0001", 2)
+    board.put("0001", 3)
+    assert [board.is_up("0001", at) for at in (1, 2, 3)] == [False, True, True]
+    assert not board.is_up("0002", 5)
+
+
+class Unreachable:
+    """A board whose process is gone."""
+
+    class put:
+        @staticmethod
+        def remote(*given: Any) -> Any:
+            raise ray.exceptions.ActorDiedError
+
+    is_up = put
+
+
+def test_a_sign_out_of_reach_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    sign = StopSign(Unreachable())
+    sign.put("0001", 2)
+    assert not sign.is_up("0001", 2)
+    assert "early stopping of trial 0001 after epoch 2 is out of reach" in caplog.text
+
+
+def test_every_rule_is_a_fresh_one() -> None:
+    for name in SCHEDULERS:
+        assert make_pruner(name) is not make_pruner(name)
+        study = quiet_study(optuna.samplers.RandomSampler(seed=0), pruner=make_pruner(name))
+        asked = study.ask()
+        asked.report(0.1, 1)
+        assert not asked.should_prune(), "the first is never stopped"

@@ -1,0 +1,212 @@
+"""What goes wrong in long nights, with real Ray processes: killed drivers, killed workers, lost nodes, full memory.
+
+Most trials only pretend (stub_study.py); driver, workers, lock and records are real. Marked slow: the long forms.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from make_data import make_lab
+from many_trials import at_record, cost, measure
+from pretend import begin, by_lr, pretend, wait_for
+from project import RUN
+from stub_study import FILLS_EVERY_DISK, FILLS_ITS_DISK, FILLS_MEMORY, LOG, NEEDS_TOO_MUCH, WAITING, WAITS_ONCE
+from study_process import environment_of, private_tmp, run_command
+
+from bert_encoding.trial.record import TrialRecord, read_records
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+
+__all__ = ["private_tmp"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+def log_of(folder: Path) -> list[tuple[float, int]]:
+    """Return learning rate and process of every trial that a worker began."""
+    lines = (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else []
+    return [(float(lr), int(pid)) for lr, pid in (line.split() for line in lines)]
+
+
+def assert_pretended(record: TrialRecord) -> None:
+    """Compare with the closed form of the stub: a CC of lr * epoch, 4 epochs."""
+    lr = record.config["lr"]
+    assert (record.status, record.params) == ("COMPLETE", {"lr": lr})
+    assert record.epochs == [{"epoch": float(at), "cc_mean": lr * at} for at in (1, 2, 3, 4)]
+    assert not record.scores["has_torch"], "the stub's workers stay small"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_kills", "n_trials"), [(2, 16), (10, 60)])
+def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(
+    n_kills: int, n_trials: int, tmp_path: Path, private_tmp: Path
+) -> None:
+    lrs, moments, folder = [(at + 1) / 1000 for at in range(n_trials)], random.Random(0), tmp_path / "s"
+    finished: dict[str, bytes] = {}
+    for _ in range(n_kills):
+        driver = begin(folder, private_tmp, lrs, seconds=0.2)
+        try:
+            n_before = len(log_of(folder))
+            wait_for(lambda n=n_before: len(log_of(folder)) > n, driver)
+            time.sleep(moments.uniform(0, 1))
+            assert driver.poll() is None, "the study ended before it could be killed"
+        finally:
+            driver.kill()  # SIGKILL
+            driver.communicate()
+        finished |= {record.trial_id: _file(folder, record).read_bytes() for record in read_records(folder)}
+    begun = Counter(lr for lr, _ in log_of(folder))
+    done = {json.loads(content)["config"]["lr"] for content in finished.values()}
+    pretend(folder, private_tmp, lrs, seconds=0)  # goes on, and checks that it ends well
+    records = read_records(folder)
+    assert sorted(record.config["lr"] for record in records) == lrs, "as many as uninterrupted, none twice"
+    for record in records:
+        assert_pretended(record)
+        assert record.repeat_of is None
+    again = Counter(lr for lr, _ in log_of(folder)) - begun
+    assert not done & set(again), "what was finished did not run again"
+    assert sum(begun.values()) + sum(again.values()) <= n_trials + 2 * n_kills, "a kill costs what was running, no more"
+    for trial_id, content in finished.items():
+        assert (folder / "trials" / trial_id / "record.json").read_bytes() == content, f"{trial_id} was touched"
+    assert not [path for path in folder.rglob("*") if "tmp" in path.name], "nothing half-written lies about"
+
+
+def _file(folder: Path, record: TrialRecord) -> Path:
+    return folder / "trials" / record.trial_id / "record.json"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_full_memory_and_a_full_disk_concern_one_trial_each(tmp_path: Path, private_tmp: Path) -> None:
+    folder, lrs = tmp_path / "s", [0.01, WAITS_ONCE, NEEDS_TOO_MUCH, FILLS_ITS_DISK, 0.02]
+    driver = begin(folder, private_tmp, lrs)
+    try:
+        wait_for((folder / WAITING).exists, driver)
+        killed = json.loads((folder / WAITING).read_text())["pid"]
+        os.kill(killed, signal.SIGKILL)
+        out, error = driver.communicate(timeout=600)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0, error + out
+    records = by_lr(folder)
+    assert len(records) == 5
+    for lr in (0.01, WAITS_ONCE, 0.02):
+        assert_pretended(records[lr])
+    tries = [pid for lr, pid in log_of(folder) if lr == WAITS_ONCE]
+    assert len(tries) == 2 and tries[0] == killed != tries[1]
+    assert records[NEEDS_TOO_MUCH].status == "FAILED"
+    assert (records[NEEDS_TOO_MUCH].error or "").splitlines()[-1] == "MemoryError"
+    full = records[FILLS_ITS_DISK]
+    assert full.status == "FAILED" and full.key and full.params == {"lr": FILLS_ITS_DISK}, "the driver could write it"
+    assert f"{folder / 'trials' / full.trial_id}: no space left" in (full.error or ""), "its worker told the reason"
+    assert "a file may have" in (full.error or "")
+    assert [lr for lr, _ in log_of(folder)].count(FILLS_ITS_DISK) == 1, "to try again would fill the disk again"
+    assert not [path for path in folder.rglob("*") if "tmp" in path.name], "nothing half-written lies about"
+
+
+@pytest.mark.slow
+def test_where_no_record_can_be_written_the_study_ends_and_goes_on_later(tmp_path: Path, private_tmp: Path) -> None:
+    folder, lrs = tmp_path / "s", [0.01, FILLS_EVERY_DISK, 0.02, 0.03]
+    done = pretend(folder, private_tmp, lrs, ends="no space left", max_concurrent=1)
+    assert f"ended: {folder / 'trials' / '0002'}: no space left to write results" in done.stdout
+    assert sorted(by_lr(folder)) == [0.01], "what had ended is kept, and nothing more was begun"
+    assert not [path for path in folder.rglob("*") if "tmp" in path.name], "nothing half-written lies about"
+    pretend(folder, private_tmp, [0.01, 0.02, 0.03], max_concurrent=1)
+    records = by_lr(folder)
+    assert sorted(records) == [0.01, 0.02, 0.03]
+    for record in records.values():
+        assert_pretended(record)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+def test_a_trial_that_really_runs_out_of_memory_fails_alone(tmp_path: Path, private_tmp: Path) -> None:
+    pretend(tmp_path / "s", private_tmp, [0.01, FILLS_MEMORY, 0.02], max_concurrent=1)
+    records = by_lr(tmp_path / "s")
+    assert_pretended(records[0.01])
+    assert_pretended(records[0.02])
+    assert records[FILLS_MEMORY].status == "FAILED"
+    assert (records[FILLS_MEMORY].error or "").splitlines()[-1] == "MemoryError"
+    assert len({record.scores["worker"] for record in records.values() if record.status == "COMPLETE"}) == 1
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_its_trials_a_second_try_elsewhere(tmp_path: Path, private_tmp: Path) -> None:
+    folder, lrs = tmp_path / "s", [0.01, 0.02, WAITS_ONCE, 0.03, 0.04, 0.05]
+    done = pretend(folder, private_tmp, lrs, nodes=3, cpus=1, seconds=0.2)
+    lost = json.loads((folder / WAITING).read_text())
+    assert f"lost {lost['node']}" in done.stdout
+    records = by_lr(folder)
+    assert sorted(records) == sorted(lrs)
+    for record in records.values():
+        assert_pretended(record)
+    tries = [pid for lr, pid in log_of(folder) if lr == WAITS_ONCE]
+    assert len(tries) == 2 and tries[0] == lost["pid"] != tries[1]
+
+
+DIVERGES = '''"""What does a step that is far too large do? At lr * weight_decay = 10 weights grow ninefold."""
+EPOCHS = 4
+START = [{"lr": 1.0}, {"lr": 5e-3}]
+
+
+def space(trial):
+    lr = trial.suggest_float("lr", 1e-4, 1.0, log=True)
+    fixed = {"rank": 4, "lora_alpha": 1e6 if lr == 1 else 8, "window_tokens": 128, "stride": 100, "batch_size": 1}
+    return {"lr": lr, "weight_decay": 10 if lr == 1 else 0, **fixed}
+'''
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_fails_its_trial_and_a_second_driver_is_refused(
+    tmp_path: Path, private_tmp: Path, tiny_bert: Path
+) -> None:
+    make_lab(tmp_path / "lab")
+    (tmp_path / "diverges.py").write_text(DIVERGES)
+    given = {"--space": tmp_path / "diverges.py", "--data": tmp_path / "lab", "--model": tiny_bert}
+    given |= {"--out": tmp_path / "out", "--name": "s", "--trials": 2, "--confirm": 0}
+    command = [sys.executable, str(RUN), *(str(part) for pair in given.items() for part in pair)]
+    driver = subprocess.Popen(
+        command, env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for((tmp_path / "out" / "s" / "study.json").exists, driver)
+        second = run_command([*command, "--resume"], private_tmp)
+        out, error = driver.communicate(timeout=600)
+    finally:
+        driver.kill()
+    assert second.returncode == 2, second.stdout
+    assert second.stderr.count("\n") == 1
+    assert f"another run is at work on this study (host {os.uname().nodename}, process {driver.pid}, " in second.stderr
+    assert driver.returncode == 3, error + out
+    records = by_lr_of_search(tmp_path / "out" / "s")
+    assert records[1.0].status == "FAILED"
+    assert "loss is not finite after step" in (records[1.0].error or "").splitlines()[-1]
+    assert records[5e-3].status == "COMPLETE"
+    assert "trial 0001 FAILED" in out
+
+
+def by_lr_of_search(folder: Path) -> dict[float, TrialRecord]:
+    return {record.config["lr"]: record for record in read_records(folder) if record.phase == "search"}
+
+
+@pytest.mark.slow
+def test_a_thousand_trials_cost_the_driver_little_and_always_the_same(tmp_path: Path, private_tmp: Path) -> None:
+    samples = measure(tmp_path / "s", private_tmp, n_trials=1000, n_workers=8)
+    records = read_records(tmp_path / "s")
+    assert len(records) == 1000
+    assert not any(record.scores["has_torch"] for record in records), "workers are Ray's and ours alone"
+    _, early, _ = cost(samples, 0.1, 0.5)
+    _, late, mb = cost(samples, 0.5, 0.9)  # at the very end all trials are listed once
+    assert late < 2 * early, "the last trials take the driver no longer than the first"
+    assert late < 0.2, "processor seconds"
+    assert mb < 0.06, "MB a trial"
+    assert max(one.workers_mb for one in samples) < 1.3 * at_record(samples, 100).workers_mb, "workers do not grow"

@@ -1,0 +1,300 @@
+"""Which trial comes next, asked directly: no Ray process runs here."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from make_searcher import ask_all, finished, key_of, searcher
+from ray.tune.search import Searcher
+
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.record import TrialRecord
+from study.search.searcher import StudySearcher, _first_points
+from study.search.worker import Job
+from study.setup.spaces import Space, load_space
+
+COURSE = {"log2_rank": 3, "alpha_factor": 2.0, "target_modules": "q,v", "lr": 2e-4, "stride": 256}
+OK = {"status": "COMPLETE", "value": 0.1}
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_baselines_come_first_and_alone() -> None:
+    found = searcher(jobs=("frozen", "word_rate"))
+    assert found.n_jobs == 5
+    first, second = found.suggest("a"), found.suggest("b")
+    assert (first["trial_id"], second["trial_id"]) == ("baseline-frozen", "baseline-word_rate")
+    assert (first["phase"], first["key"]) == ("baseline", "key-frozen")
+    assert found.suggest("c") is None
+    found.on_trial_complete("b", OK)
+    assert found.suggest("c") is None, "one baseline is still missing"
+    found.on_trial_complete("a", OK)
+    job = found.suggest("c")
+    assert (job["trial_id"], job["phase"]) == ("0001", "search")
+
+
+def test_the_start_point_comes_first() -> None:
+    jobs = ask_all(searcher())
+    assert jobs[0]["params"] == COURSE
+    assert {n: jobs[0]["config"][n] for n in ("rank", "lora_alpha", "lr")} == {
+        "rank": 8,
+        "lora_alpha": 16.0,
+        "lr": 2e-4,
+    }
+    assert jobs[0]["key"] == key_of(TrialConfig.from_dict(jobs[0]["config"]))
+    assert COURSE not in [job["params"] for job in jobs[1:]]
+
+
+def test_several_start_points_keep_their_order() -> None:
+    jobs = ask_all(searcher(load_space("smoke"), n_trials=4))
+    assert [job["params"] for job in jobs[:2]] == [{"log2_rank": 1}, {"log2_rank": 4}]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_the_budget_is_respected(n: int) -> None:
+    found = searcher(n_trials=n)
+    assert found.n_jobs == n
+    jobs = ask_all(found)
+    assert [job["trial_id"] for job in jobs] == [f"{i:04d}" for i in range(1, n + 1)]
+    assert found.n_jobs == 0
+    assert found.suggest("late") == Searcher.FINISHED
+
+
+def test_the_budget_counts_trials_that_run_at_once_and_those_that_fail() -> None:
+    found = searcher(n_trials=3)
+    jobs = [found.suggest(name) for name in "abc"]
+    assert all(isinstance(job, dict) for job in jobs)
+    assert found.suggest("d") == Searcher.FINISHED
+    found.on_trial_complete("a", error=True)
+    assert found.suggest("d") == Searcher.FINISHED
+
+
+def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
+    (job,) = ask_all(searcher(base=TrialConfig(model="tiny", seed=9, layer=1, epochs=2), n_trials=1))
+    config = TrialConfig.from_dict(job["config"])
+    assert (config.model, config.seed, config.layer, config.epochs) == ("tiny", 9, 1, 2)
+    assert Job(**job).to_dict() == job
+
+
+# --- what Optuna is told ----------------------------------------------------------------------------------------------
+
+
+def states(found: StudySearcher) -> list[tuple[str, float | None]]:
+    return [
+        (trial.state.name, trial.value) for trial in found.study.get_trials(deepcopy=False) if trial.state.is_finished()
+    ]
+
+
+def test_a_complete_trial_is_told_with_its_score() -> None:
+    found = searcher()
+    found.suggest("a")
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.25})
+    assert states(found) == [("COMPLETE", 0.25)]
+    assert found.study.best_value == 0.25
+
+
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [(None, True), (None, False), ({"status": "FAILED", "error": "nan", "value": None}, False), ({"epoch": 1}, False)],
+)
+def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(result: dict[str, Any] | None, error: bool) -> None:
+    found = searcher()
+    job = found.suggest("a")
+    found.on_trial_complete("a", result, error)
+    assert states(found) == [("FAIL", None)]
+    assert found.error is None
+    assert job["key"] not in found.done
+    assert found.suggest("b")["trial_id"] == "0002"
+
+
+def test_a_crash_counts_even_beside_an_earlier_report() -> None:
+    found = searcher()
+    found.suggest("a")
+    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.5}, error=True)
+    assert states(found) == [("FAIL", None)]
+
+
+def test_no_trial_is_left_running() -> None:
+    found = searcher(n_trials=6)
+    ask_all(found)
+    assert [trial.state.name for trial in found.study.trials] == ["COMPLETE"] * 6
+
+
+def test_an_unknown_trial_changes_nothing() -> None:
+    found = searcher()
+    found.on_trial_complete("never asked", OK)
+    assert states(found) == []
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "reason"),
+    [
+        ({"status": "FAILED", "error": "the loss is not finite"}, False, "the loss is not finite"),
+        (None, True, "the worker died"),
+        (None, False, "the worker died"),
+    ],
+)
+def test_a_failed_baseline_stops_the_search_with_its_reason(
+    result: dict[str, Any] | None, error: bool, reason: str
+) -> None:
+    found = searcher(jobs=("frozen", "word_rate"))
+    found.suggest("a")
+    found.on_trial_complete("a", result, error)
+    assert found.error == f"baseline baseline-frozen failed: {reason}"
+    assert found.suggest("b") == Searcher.FINISHED
+
+
+def test_a_nonsensical_suggestion_stops_the_search_with_its_reason() -> None:
+    space = load_space("smoke")
+    broken = Space(
+        **vars(space) | {"suggest": lambda trial: {"rank": trial.suggest_int("log2_rank", 0, 0)}, "start": ()}
+    )
+    found = searcher(broken)
+    assert found.suggest("a") == Searcher.FINISHED
+    assert found.error is not None
+    assert found.error.startswith(f"{space.path}: rank 0:")
+
+
+# --- records of earlier sessions --------------------------------------------------------------------------------------
+
+
+def test_finished_records_count_and_the_start_point_is_not_tried_again() -> None:
+    space = load_space("lora_full")
+    other = COURSE | {"log2_rank": 5, "lr": 3e-4}
+    records = [finished(space, COURSE, 1, 0.2), finished(space, other, 2, 0.3)]
+    found = searcher(n_trials=5, records=records, first_id=3)
+    assert found.n_jobs == 3
+    assert states(found) == [("COMPLETE", 0.2), ("COMPLETE", 0.3)]
+    assert found.study.best_params == other
+    jobs = ask_all(found)
+    assert [job["trial_id"] for job in jobs] == ["0003", "0004", "0005"]
+    assert COURSE not in [job["params"] for job in jobs]
+
+
+def test_a_start_point_that_was_not_reached_is_still_tried() -> None:
+    space = load_space("smoke")
+    found = searcher(space, records=[finished(space, {"log2_rank": 1}, 1)], n_trials=3, first_id=2)
+    assert ask_all(found)[0]["params"]["log2_rank"] == 4
+
+
+def test_failed_records_count_and_are_told_as_failed() -> None:
+    space = load_space("lora_full")
+    found = searcher(n_trials=2, records=[finished(space, COURSE, 1, None)], first_id=2)
+    assert states(found) == [("FAIL", None)]
+    jobs = ask_all(found)
+    assert len(jobs) == 1
+    assert jobs[0]["params"] != COURSE
+
+
+def test_records_of_other_phases_are_no_part_of_the_search() -> None:
+    space = load_space("lora_full")
+    records = [finished(space, COURSE, 1, phase="confirm"), finished(space, COURSE, 2, phase="baseline")]
+    found = searcher(n_trials=2, records=records)
+    assert (found.n_jobs, states(found)) == (2, [])
+    assert found.suggest("a")["params"] == COURSE
+
+
+def test_enough_records_leave_nothing_to_do() -> None:
+    space = load_space("lora_full")
+    records = [finished(space, COURSE | {"stride": 128 + 64 * i}, i) for i in range(4)]
+    found = searcher(n_trials=3, records=records, first_id=4)
+    assert found.n_jobs == 0
+    assert found.suggest("a") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("seeds", [(), (0, 1, 2)])
+def test_what_waits_is_what_a_plain_loop_over_all_pairs_finds(seeds: tuple[int, ...]) -> None:
+    random.seed(0)
+    start = [{"a": 1}, {"a": 2, "b": 1}, {"a": 3}, {"a": 2, "b": 1.0}, {"a": 9}]
+    space, records = replace(load_space("smoke"), start=tuple(start), seeds=seeds), []
+    for at in range(40):
+        params = {"a": random.randint(1, 5)} | ({"b": random.randint(1, 2)} if random.random() < 0.7 else {})
+        config = {"seed": random.choice(seeds or (0,))}
+        records.append(TrialRecord("COMPLETE", "lora", config, f"{at:04d}", params=params))
+    points: list[dict[str, Any]] = []
+    for point in [*start, *(record.params for record in records if seeds)]:
+        if point not in points or not seeds:
+            points.append(point)
+    expected = [
+        (point, seed)
+        for point in points
+        for seed in seeds or (None,)
+        if not any(
+            (record.params == point or (point in start and point.items() <= record.params.items()))
+            and (seed is None or record.config["seed"] == seed)
+            for record in records
+        )
+    ]
+    assert expected, "there is something to find"
+    assert list(_first_points(space, records)) == expected
+
+
+def test_a_long_study_is_resumed_without_comparing_all_records_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = load_space("lora_full")
+    records = [finished(space, COURSE | {"lr": 1e-4 + at * 1e-7}, at + 1) for at in range(30)]
+
+    def refuse(one: TrialRecord, other: object) -> bool:
+        raise AssertionError("two records were compared")
+
+    monkeypatch.setattr(TrialRecord, "__eq__", refuse)
+    found = searcher(space, records=records, n_trials=31, first_id=31)
+    assert len(found.study.trials) == 30
+
+
+def test_the_sampler_differs_after_a_resume() -> None:
+    """With equal seeds a resumed search would ask for the points that the first session has tried."""
+    space = load_space("lora_full")
+    begun = [job["params"] for job in ask_all(searcher(n_trials=6))]
+    assert [job["params"] for job in ask_all(searcher(n_trials=6))] == begun, "a study can be repeated"
+    assert [job["params"] for job in ask_all(searcher(n_trials=6, seed=1))][1:] != begun[1:]
+    records = [finished(space, params, at + 1) for at, params in enumerate(begun[:2])]
+    resumed = [job["params"] for job in ask_all(searcher(n_trials=6, records=records, first_id=3))]
+    assert len(resumed) == 4
+    assert not [params for params in resumed if params in begun]
+
+
+# --- repeats ----------------------------------------------------------------------------------------------------------
+
+
+def one_point(space: Space) -> Space:
+    """A space with a single configuration."""
+    return Space(**vars(space) | {"suggest": lambda trial: {"rank": trial.suggest_int("rank", 8, 8)}, "start": ()})
+
+
+def test_a_repeated_configuration_is_answered_from_its_record() -> None:
+    found = searcher(one_point(load_space("smoke")), n_trials=3)
+    first = found.suggest("a")
+    assert first["repeat_of"] is None
+    found.on_trial_complete("a", OK)
+    second = found.suggest("b")
+    assert (second["trial_id"], second["repeat_of"], second["key"]) == ("0002", "0001", first["key"])
+
+
+def test_a_repeat_of_an_earlier_session_is_answered_too() -> None:
+    space = one_point(load_space("smoke"))
+    found = searcher(space, n_trials=2, records=[finished(space, {"rank": 8}, 7)], first_id=8)
+    job = found.suggest("a")
+    assert (job["trial_id"], job["repeat_of"]) == ("0008", "0007")
+
+
+def test_a_failed_trial_answers_no_repeat() -> None:
+    space = one_point(load_space("smoke"))
+    found = searcher(space, n_trials=3, records=[finished(space, {"rank": 8}, 1, None)], first_id=2)
+    assert found.suggest("a")["repeat_of"] is None
+    found.on_trial_complete("a", {"status": "FAILED", "error": "again"})
+    assert found.suggest("b")["repeat_of"] is None
+
+
+def test_another_configuration_is_no_repeat() -> None:
+    jobs = ask_all(searcher(n_trials=5))
+    assert [job["repeat_of"] for job in jobs] == [None] * 5
+    assert len({job["key"] for job in jobs}) == 5
+
+
+def test_ray_s_own_restore_is_refused() -> None:
+    found = searcher()
+    assert found.set_search_properties("cc", "max", {})
+    with pytest.raises(NotImplementedError, match="--resume"):
+        found.restore("anywhere")

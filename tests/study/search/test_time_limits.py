@@ -1,0 +1,175 @@
+"""The guard of trials, told by hand what Ray Tune would tell it; with real processes it is in test_stopping.py."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from make_searcher import searcher
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.trial.record import TrialRecord, has_record, read_record, write_record
+from study.search import time_limits as guard_module
+from study.search.time_limits import TrialGuard, died
+from study.search.worker import Job, find_record
+
+
+def ray_trial(name: str, worker: Any = "worker") -> SimpleNamespace:
+    kept: dict[str, Any] = {name: {"value": 1} for name in ("metric_analysis", "metric_n_steps", "evaluated_params")}
+    return SimpleNamespace(trial_id=name, temporary_state=SimpleNamespace(ray_actor=worker), max_failures=2, **kept)
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The workers that were ended."""
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    return ended
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(guard_module, "time", SimpleNamespace(monotonic=lambda: seconds))
+
+
+def test_only_what_is_too_late_is_ended(killed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = searcher()
+    trials = {name: ray_trial(name, f"worker of {name}") for name in "abc"}
+    guard = TrialGuard(tmp_path, found, 10)
+    for name, began in (("a", 0), ("b", 1), ("c", 8)):
+        found.suggest(name)
+        clock(monkeypatch, began)
+        guard.on_trial_start(0, [], trials[name])
+    guard.on_trial_result(0, [], trials["b"], {"ended": True})
+    clock(monkeypatch, 10)
+    guard.on_step_end(0, [])
+    assert killed == [], "the last moment counts"
+    clock(monkeypatch, 10.1)
+    guard.on_step_end(0, [])
+    guard.on_step_end(0, [])
+    assert killed == ["worker of a"], "once; b had ended, c has time"
+    assert (trials["a"].max_failures, trials["c"].max_failures) == (0, 2), "it is not tried again"
+    guard.on_trial_recover(0, [], trials["c"])  # its worker died; the next try has its own time
+    clock(monkeypatch, 17)
+    guard.on_trial_start(0, [], trials["c"])
+    clock(monkeypatch, 26)
+    guard.on_step_end(0, [])
+    assert killed == ["worker of a"]
+
+
+def test_without_a_limit_nothing_is_ended(killed: list[Any], tmp_path: Path) -> None:
+    found = searcher()
+    found.suggest("a")
+    guard = TrialGuard(tmp_path, found)
+    guard.on_trial_start(0, [], ray_trial("a"))
+    guard.running["a"] = (time.monotonic() - 1e9, guard.running["a"][1])
+    guard.on_step_end(0, [])
+    assert killed == []
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_what_was_given_up_gets_a_record_with_its_reason(
+    limit: float | None, killed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = searcher(jobs=("frozen",))
+    found.suggest("a")
+    guard = TrialGuard(tmp_path, found, limit)
+    clock(monkeypatch, 0)
+    guard.on_trial_start(0, [], ray_trial("a"))
+    clock(monkeypatch, 4)
+    guard.on_step_end(0, [])
+    found.on_trial_complete("a", None, error=True)
+    guard.on_trial_error(0, [], ray_trial("a"))
+    reason = died(2) if limit is None else "no end after 3 s (--trial-timeout)"
+    record = read_record(tmp_path, "baseline-frozen")
+    job = found.jobs["a"]
+    assert (record.status, record.error) == ("FAILED", reason)
+    assert (record.key, record.phase, record.method) == (job.key, "baseline", "frozen")
+    assert record.config == {k: list(v) if isinstance(v, tuple) else v for k, v in job.config.items()}
+    assert found.error == f"baseline baseline-frozen failed: {'the worker died' if limit is None else reason}"
+
+
+def test_a_record_that_was_written_before_death_stays(tmp_path: Path) -> None:
+    found = searcher()
+    found.suggest("a")
+    job = found.jobs["a"]
+    write_record(tmp_path, TrialRecord("COMPLETE", "lora", job.config, job.trial_id, key=job.key))
+    TrialGuard(tmp_path, found).on_trial_error(0, [], ray_trial("a"))
+    assert read_record(tmp_path, job.trial_id).status == "COMPLETE"
+    found_again = find_record(tmp_path, job)
+    assert found_again is not None and found_again.status == "COMPLETE"
+    other = Job(**{**job.to_dict(), "key": "of another configuration"})
+    assert find_record(tmp_path, other) is None
+
+
+def test_a_record_that_cannot_be_written_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path, record: TrialRecord) -> None:
+        raise InputError("no space left")
+
+    monkeypatch.setattr(guard_module, "write_record", refuse)
+    found = searcher()
+    found.suggest("a")
+    TrialGuard(tmp_path, found).on_trial_error(0, [], ray_trial("a"))
+    assert found.error == "no space left"
+    assert not has_record(tmp_path, "0001")
+
+
+FULL = "trials/0001: no space left"
+
+
+def ending(**more: Any) -> dict[str, Any]:
+    """Return what a worker reports that could not write its record."""
+    return {"ended": True, "unrecorded": True, "status": "FAILED", "error": FULL, "is_user_error": True} | more
+
+
+def test_what_a_worker_could_not_write_the_driver_writes(tmp_path: Path) -> None:
+    found = searcher(n_trials=3)
+    guard = TrialGuard(tmp_path, found)
+    for name, by_user in (("a", True), ("b", False)):
+        found.suggest(name)
+        guard.on_trial_start(0, [], ray_trial(name))
+        guard.on_trial_result(0, [], ray_trial(name), ending(is_user_error=by_user))
+        job, record = found.jobs[name], read_record(tmp_path, found.jobs[name].trial_id)
+        assert (record.status, record.error, record.key, record.params) == ("FAILED", FULL, job.key, job.params)
+        assert record.scores == ({"is_user_error": True} if by_user else {})
+    assert found.error is None and guard.running == {}
+    found.suggest("c")
+    written = TrialRecord("COMPLETE", "lora", found.jobs["c"].config, found.jobs["c"].trial_id, key=found.jobs["c"].key)
+    write_record(tmp_path, written)
+    TrialGuard(tmp_path, found).on_trial_result(0, [], ray_trial("c"), ending())
+    assert read_record(tmp_path, written.trial_id).status == "COMPLETE", "what is there stays"
+
+
+def test_where_nobody_can_write_the_study_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path, record: TrialRecord) -> None:
+        raise InputError(f"{folder}: no space left")
+
+    monkeypatch.setattr(guard_module, "write_record", refuse)
+    found = searcher()
+    found.suggest("a")
+    TrialGuard(tmp_path, found).on_trial_result(0, [], ray_trial("a"), ending())
+    assert found.error == f"{tmp_path}: no space left"
+    assert found.suggest("b") == "FINISHED"
+
+
+def test_a_study_ends_when_trials_in_a_row_cannot_write(tmp_path: Path) -> None:
+    found = searcher(n_trials=10)
+    guard = TrialGuard(tmp_path, found)
+    for name, unrecorded in (("a", True), ("b", True), ("c", False), ("d", True), ("e", True), ("f", True)):
+        assert found.error is None
+        found.suggest(name)
+        guard.on_trial_result(0, [], ray_trial(name), ending(unrecorded=unrecorded))
+    assert found.error == f"3 trials in a row could not write their records; the last: {FULL}"
+
+
+def test_of_an_ended_trial_no_statistics_are_kept(tmp_path: Path) -> None:
+    found = searcher(n_trials=2)
+    guard = TrialGuard(tmp_path, found)
+    ended, given_up = ray_trial("a"), ray_trial("b")
+    found.suggest("a")
+    found.suggest("b")
+    guard.on_trial_complete(0, [], ended)
+    guard.on_trial_error(0, [], given_up)
+    for trial in (ended, given_up):
+        assert (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params) == ({}, {}, {})

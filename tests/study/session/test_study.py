@@ -1,0 +1,228 @@
+"""Whole studies through the real command line and real Ray processes."""
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from cloud_servers import bucket, s3_endpoint
+from make_data import make_lab
+from project import ANALYSIS, ROOT, RUN
+from ray_cluster import Cluster, cluster
+from study_process import environment_of, private_tmp, run_command, running_from
+
+from bert_encoding.core.storage import ObjectPath
+from bert_encoding.trial.record import read_cc, read_records
+from bert_encoding.trial.tables import COLUMNS
+from study.cluster.lock import LOCK_FILE
+from study.results.load import load_trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+__all__ = ["bucket", "cluster", "private_tmp", "s3_endpoint"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+SPACE = '''"""Does a study survive?"""
+EPOCHS = 2
+START = {start}
+
+
+def space(trial):
+    return {{
+        "rank": trial.suggest_categorical("rank", [2, 4, 8, 16]),
+        "window_tokens": trial.suggest_categorical("window_tokens", [128, 600]),
+        "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
+        "stride": 100,
+    }}
+'''
+GOOD = {"rank": 4, "window_tokens": 128, "lr": 5e-3}
+TOO_LONG = GOOD | {"window_tokens": 600}  # the tiny BERT reads 512
+OTHERS = [{"rank": 2, "window_tokens": 128, "lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
+
+
+def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> list[str]:
+    if not (folder / "lab").exists():
+        make_lab(folder / "lab")
+    (folder / "survive.py").write_text(SPACE.format(start=start))
+    options = {
+        "--space": folder / "survive.py",
+        "--data": folder / "lab",
+        "--model": tiny_bert,
+        "--out": folder / "out",
+        "--confirm": 0,
+    }
+    return [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair), "--name", "s", *more]
+
+
+def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    done = run_command(_command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3"), private_tmp)
+    assert done.returncode == 3, done.stderr + done.stdout  # one trial failed
+    assert done.stderr == ""
+    study = tmp_path / "out" / "s"
+    trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
+    assert list(pd.read_parquet(study / "trials.parquet").columns[: len(COLUMNS)]) == COLUMNS
+    assert list(trials.index) == ["baseline-frozen", "baseline-word_rate", "0001", "0002", "0003"]
+    assert list(trials["status"]) == ["COMPLETE"] * 3 + ["FAILED", "COMPLETE"]
+    assert "window_tokens 600" in trials.loc["0002", "error"]
+    assert trials.loc["0003", "repeat_of"] == "0001"
+    assert trials.loc["0003", "cc_mean"] == trials.loc["0001", "cc_mean"]
+    assert trials.loc["0001", "epochs_done"] == 2
+    pd.testing.assert_frame_equal(load_trials(study).set_index("trial_id"), trials)
+    epochs = pd.read_parquet(study / "epochs.parquet")
+    last = epochs[(epochs["trial_id"] == "0001") & (epochs["epoch"] == 2)]
+    assert last["cc_mean"].item() == trials.loc["0001", "cc_mean"]
+    cc = read_cc(study, "0001")["subject2"]
+    assert cc.shape == (12,)
+    assert np.nanmean(cc) == pytest.approx(trials.loc["0001", "cc_mean"], abs=1e-6)
+    assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
+    for line in ("[search 5/5] 0003: CC", f"everything lies in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
+        assert line in done.stdout
+    assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
+
+
+def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "4")
+    study = tmp_path / "out" / "s"
+    environment = environment_of(private_tmp)
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
+        assert driver.poll() is None, "the study ended before it could be killed"
+        (token,) = private_tmp.glob("bert-encoding-*/auth_token")
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    _wait_for(lambda: not running_from(private_tmp))  # Ray's processes end with their driver
+    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
+    assert {"baseline-frozen", "baseline-word_rate", "0001"} <= set(finished)
+    for record in finished.values():
+        json.loads(record)
+
+    refused = run_command(command, private_tmp)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+
+    resumed = run_command(
+        [sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out"), "--trials", "5"], private_tmp
+    )
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    trials = load_trials(study)
+    searched = trials[trials["phase"] == "search"]
+    assert len(searched) == 5
+    assert list(searched["status"]) == ["COMPLETE"] * 5
+    assert searched["repeat_of"].isna().all(), "no configuration ran twice"
+    assert set(searched["lr"]) == {point["lr"] for point in [GOOD, *OTHERS]}
+    assert len(trials) == 7
+    for trial_id, before in finished.items():
+        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
+
+
+@pytest.mark.slow
+def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
+    """Of the first two trials the changed space suggests one no more: it counts, and the search goes on without it."""
+    done = run_command(_command(tmp_path, [GOOD, OTHERS[0]], tiny_bert, "--trials", "2"), private_tmp)
+    assert done.returncode == 0, done.stderr + done.stdout
+    study, changed = tmp_path / "out" / "s", tmp_path / "survive.py"
+    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
+    changed.write_text(SPACE.format(start=[GOOD]).replace("[2, 4, 8, 16]", "[4, 8, 16]"))
+    resume = [sys.executable, str(RUN), "--out", str(tmp_path / "out"), "--trials", "4"]
+    refused = run_command([*resume, "--resume"], private_tmp)
+    assert refused.returncode == 2
+    assert "cannot resume: the search space changed from survive (" in refused.stderr
+
+    forced = run_command([*resume, "--force-resume", "--keep-adapters", "1"], private_tmp)
+    assert forced.returncode in (0, 3), forced.stderr + forced.stdout  # what it suggests may be too long for this BERT
+    assert "note: trials from 0003 on may not compare" in forced.stdout
+    trials = load_trials(study).set_index("trial_id")
+    assert list(trials.index[2:]) == ["0001", "0002", "0003", "0004"]
+    assert trials.loc["0002", "rank"] == 2
+    assert set(trials["rank"].iloc[4:]) <= {4, 8, 16}
+    assert len(list(study.glob("trials/*/adapter"))) == 1
+    for trial_id, before in finished.items():
+        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
+    (told,) = json.loads((study / "study.json").read_text())["forced"]
+    assert "[2, 4, 8, 16]" in told["was"]["space"]["source"]
+
+
+@pytest.mark.slow
+def test_a_study_on_a_cluster(tmp_path: Path, private_tmp: Path, tiny_bert: Path, cluster: Cluster) -> None:
+    command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1", "--address", cluster.address)
+    environment = environment_of(private_tmp) | {"RAY_AUTH_TOKEN_PATH": str(cluster.token), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stderr == ""
+    assert f"runs on: the cluster at {cluster.address} (--address): 1 node, 3 CPUs, 0 GPUs" in done.stdout
+    study = tmp_path / "out" / "s"
+    assert json.loads((study / "study.json").read_text())["precision"] in ("float32", "bfloat16")
+    assert list(load_trials(study)["status"]) == ["COMPLETE"] * 3
+    assert any(process.name() == "gcs_server" for process in running_from(cluster.folder)), "it is left running"
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert "nothing to do" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert: Path, bucket: ObjectPath) -> None:
+    out = str(bucket / "out")
+    command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1")
+    command[command.index("--out") + 1] = out
+    first = run_command(command, private_tmp)
+    assert first.returncode == 0, first.stderr + first.stdout
+    study = bucket / "out" / "s"
+    assert (study / "summary.json").is_file() and (study / "trials.parquet").is_file()
+    assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (study / LOCK_FILE).exists()
+    trials = load_trials(study)
+    assert list(trials["status"]) == ["COMPLETE"] * 3
+    table = run_command([sys.executable, str(ANALYSIS), str(study)], private_tmp)
+    assert table.returncode == 0, table.stderr
+    assert "Best trial 0001" in table.stdout
+    resumed = run_command([sys.executable, str(RUN), "--resume", "--out", out], private_tmp)
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    assert "nothing to do" in resumed.stdout
+    pd.testing.assert_frame_equal(load_trials(study), trials)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path, sent: signal.Signals) -> None:
+    command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "40")
+    study = tmp_path / "out" / "s"
+    driver = subprocess.Popen(
+        command, env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(lambda: (study / "trials" / "0001" / "record.json").exists() or driver.poll() is not None)
+        driver.send_signal(sent)
+        out, error = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, out + error
+    assert "\ninterrupted\n" in out and "go on with: python study/run.py --resume" in out
+    assert "Traceback" not in out + error
+    assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
+    assert (study / "trials.parquet").exists()
+
+
+def _file(study: Path, trial_id: str) -> Path:
+    return study / "trials" / trial_id / "record.json"
+
+
+def _wait_for(condition: object, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,594 @@
+"""What the user asked for, what a resumed study recorded, and defaults, in that order."""
+
+import os
+from dataclasses import asdict, fields, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import write_json
+from bert_encoding.trial.config import OLDER_SETTINGS
+from study.cluster.machines import Machines, Node
+from study.session.identity import differences
+from study.setup import options as shares
+from study.setup.delta import delta_note
+from study.setup.encoding_study import base_config
+from study.setup.options import (
+    SCIENCE,
+    Options,
+    check_meaning,
+    check_take_over,
+    options_record,
+    read_recorded,
+    resolve_options,
+)
+from study.setup.spaces import Space, load_space
+
+
+@pytest.fixture(scope="module")
+def smoke() -> Space:
+    return load_space("smoke")
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_of_four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine(monkeypatch, 4, 0)
+    monkeypatch.chdir(tmp_path)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
+    """Pretend to run on another machine: the counts are all that the options ask of it."""
+    on(monkeypatch, Machines(None, "x", (Node(n_cpus, n_gpus),)))
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
+    monkeypatch.setattr(shares, "find_machines", lambda address: machines)
+
+
+def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
+    return resolve_options({"space": "smoke"} | given, recorded or {}, space)
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
+    assert resolve(smoke) == Options(
+        space="smoke",
+        data="demo",
+        model="minilm",
+        trim="published",
+        trust_alignment=False,
+        layer=None,
+        subjects=None,
+        voxels="all",
+        train_stories=None,
+        test_stories=None,
+        trials=2,
+        epochs=1,
+        seed=0,
+        sampler="tpe",
+        scheduler="none",
+        name=f"smoke-{date.today():%Y-%m-%d}",
+        out=str(tmp_path / "results"),
+        outer_folds=1,
+        mlm_text="fit",
+        baselines=[],
+        static_vectors="",
+        probe="",
+        control_text="",
+        train_examples=None,
+        examples=None,
+        max_length=None,
+        clean=False,
+        cpus_per_trial=2.0,
+        gpus_per_trial=0.0,
+        max_concurrent=2,
+        trial_timeout=None,
+        tensorboard=False,
+        keep_adapters=5,
+        machines=Machines(None, "x", (Node(4, 0),)),
+    )
+
+
+def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> None:
+    found = resolve(smoke, data="some/folder")
+    assert found.model == "bert-base-uncased"
+    assert found.data == str(tmp_path / "some" / "folder")
+    assert resolve(smoke, data="some/folder", model="minilm").model == "minilm"
+    assert resolve(smoke, data="~/lab").data == str(Path.home().resolve() / "lab")
+
+
+def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: Space) -> None:
+    found = resolve(smoke, embed_precision="bfloat16")
+    assert base_config(found).embed_precision == options_record(found)["embed_precision"] == "bfloat16"
+    recorded = {name: value for name, value in options_record(found).items() if value is not None}
+    assert resolve_options({}, recorded, smoke).embed_precision == "bfloat16"
+    with pytest.raises(InputError, match="--embed-precision half: must be one of auto, float32, bfloat16"):
+        resolve(smoke, embed_precision="half")
+
+
+def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
+    recorded = {name: value for name, value in options_record(resolve(smoke)).items() if value is not None}
+    older = {name: value for name, value in recorded.items() if name not in OLDER_SETTINGS}
+    assert resolve_options({}, recorded, smoke).embed_precision == "auto"
+    found = base_config(resolve_options({}, older, smoke))
+    assert {name: getattr(found, name) for name in OLDER_SETTINGS} == {"embed_precision": "float32", "score_every": 1}
+    text = replace(smoke, task="classification")
+    on_text = resolve_options({}, older | {"confirm": 0}, text)
+    check_meaning(on_text, is_text=True)  # where word vectors mean nothing, the option must not seem to be given
+    identity = {"config": asdict(found), "splits": [], "space": {"name": "s", "hash": "h"}, "precision": "float32"}
+    identity |= {"data": {"source": "d", "fingerprint": "f"}, "voxels": {"asked": "all", "key": "k"}, "code": "c"}
+    identity |= {"model": {"name": "m", "weights": "w"}, "versions": {}}
+    before = identity | {"config": {k: v for k, v in asdict(found).items() if k not in OLDER_SETTINGS}}
+    assert differences(before, identity) == []
+    (one,) = differences(before, identity | {"config": asdict(replace(found, embed_precision="bfloat16"))})
+    assert str(one) == "the setting embed_precision changed from float32 to bfloat16"
+
+
+def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
+    found = resolve(smoke, score_every=3)
+    assert base_config(found).score_every == options_record(found)["score_every"] == 3
+    with pytest.raises(InputError, match="--score-every 3: --scheduler asha goes by the CC of every epoch"):
+        resolve(smoke, score_every=3, scheduler="asha")
+    with pytest.raises(InputError, match="--score-every 0: must be at least 1"):
+        resolve(smoke, score_every=0)
+
+
+def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    found = resolve(smoke, model="checkpoint", out="there", name="n")
+    assert found.model == str(tmp_path / "checkpoint")
+    assert found.folder == tmp_path / "there" / "n"
+    assert resolve(smoke, model="no-such-folder").model == "no-such-folder"
+
+
+def test_the_space_sets_trials_and_epochs(tmp_path: Path) -> None:
+    full = load_space("lora_full")
+    assert (resolve(full).trials, resolve(full).epochs) == (40, 3)
+    assert (resolve(full, trials=5, epochs=1).trials, resolve(full, trials=5, epochs=1).epochs) == (5, 1)
+    (tmp_path / "bare.py").write_text("def space(trial):\n    return {}\n")
+    bare = resolve_options({"space": "./bare.py"}, {}, load_space("./bare.py"))
+    assert (bare.trials, bare.epochs, bare.space) == (20, 3, str(tmp_path / "bare.py"))
+    assert bare.name.startswith("bare-")
+
+
+@pytest.mark.parametrize(
+    ("n_cpus", "n_gpus", "given", "expected"),
+    [
+        (1, 0, {}, (1.0, 0.0, 1)),
+        (2, 0, {}, (2.0, 0.0, 1)),
+        (3, 0, {}, (2.0, 0.0, 1)),
+        (64, 0, {}, (2.0, 0.0, 8)),
+        (64, 0, {"cpus_per_trial": 16.0}, (16.0, 0.0, 4)),
+        (64, 0, {"max_concurrent": 20}, (2.0, 0.0, 20)),
+        (16, 1, {}, (8.0, 1.0, 1)),
+        (16, 4, {}, (4.0, 1.0, 4)),
+        (16, 1, {"gpus_per_trial": 0.25}, (4.0, 0.25, 4)),
+        (16, 1, {"gpus_per_trial": 0.0}, (2.0, 0.0, 8)),
+        (4, 8, {}, (1.0, 1.0, 4)),
+    ],
+)
+def test_trials_share_the_machine(
+    n_cpus: int,
+    n_gpus: int,
+    given: dict[str, Any],
+    expected: tuple[float, float, int],
+    smoke: Space,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, n_cpus, n_gpus)
+    found = resolve(smoke, **given)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
+    if "max_concurrent" not in given:
+        assert found.max_concurrent * found.cpus_per_trial <= n_cpus
+        assert found.max_concurrent * found.gpus_per_trial <= n_gpus or not found.gpus_per_trial
+
+
+# --- names and layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (["a,b"], ["a", "b"]),
+        (["a,b", "c"], ["a", "b", "c"]),
+        (["a,", ",b"], ["a", "b"]),
+        (["a, b"], ["a", "b"]),
+    ],
+)
+def test_names_may_be_given_in_several_ways(given: list[str] | None, expected: list[str] | None, smoke: Space) -> None:
+    assert resolve(smoke, subjects=given).subjects == expected
+    assert resolve(smoke, test_stories=given).test_stories == expected
+
+
+@pytest.mark.parametrize("given", [[], [""], [" ,"]])
+def test_an_empty_list_of_names_is_refused(given: list[str], smoke: Space) -> None:
+    with pytest.raises(InputError, match="name at least one"):
+        resolve(smoke, test_stories=given)
+
+
+@pytest.mark.parametrize(("given", "layer"), [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None)])
+def test_layers(given: str | int | None, layer: int | None, smoke: Space) -> None:
+    assert resolve(smoke, layer=given).layer == layer
+
+
+@pytest.mark.parametrize("given", ["foo", "", "1.5", "first"])
+def test_a_layer_that_is_no_number_is_refused(given: str, smoke: Space) -> None:
+    with pytest.raises(InputError, match=f"--layer {given}: give 'last', a number"):
+        resolve(smoke, layer=given)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"trials": -1}, "--trials -1: must be at least 0"),
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"outer_folds": 0}, "--outer-folds 0: must be at least 1"),
+        ({"max_concurrent": 0}, "--max-concurrent 0: must be at least 1"),
+        ({"cpus_per_trial": 5.0}, "--cpus-per-trial 5: this machine has 4"),
+        ({"cpus_per_trial": 0.0}, "--cpus-per-trial 0: this machine has 4"),
+        ({"cpus_per_trial": -1.0}, "--cpus-per-trial -1"),
+        ({"cpus_per_trial": float("nan")}, "--cpus-per-trial nan"),
+        ({"gpus_per_trial": 1.0}, "--gpus-per-trial 1: this machine has 0"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial -0.5"),
+        ({"name": ""}, "--name '': must be a plain folder name"),
+        ({"name": "a/b"}, "--name 'a/b': must be a plain folder name"),
+        ({"name": ".."}, r"--name '\.\.': must be a plain folder name"),
+        ({"name": ".hidden"}, "must be a plain folder name"),
+    ],
+)
+def test_values_out_of_range_are_refused(given: dict[str, Any], said: str, smoke: Space) -> None:
+    with pytest.raises(InputError, match=said):
+        resolve(smoke, **given)
+
+
+def test_several_gpus_a_trial_must_be_whole(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 4)
+    assert resolve(smoke, gpus_per_trial=2.0).max_concurrent == 2
+    with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: above 1 it must be a whole number"):
+        resolve(smoke, gpus_per_trial=1.5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("EPOCHS", 0), ("EPOCHS", "three"), ("TRIALS", -1), ("TRIALS", "many")])
+def test_a_space_s_own_epochs_and_trials_are_checked_too(name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"{name} = {value!r}\n\ndef space(trial):\n    return {{}}\n")
+    with pytest.raises(InputError, match=name.lower()[:5] + "|" + name):
+        resolve_options({"space": "./mine.py"}, {}, load_space("./mine.py"))
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+RECORDED = {
+    **{"space": "smoke", "data": "/data/lab", "model": "bert-base-uncased", "layer": 7, "subjects": ["subject2"]},
+    **{"train_stories": 20, "test_stories": ["alpha"], "trials": 9, "epochs": 2, "seed": 5, "outer_folds": 3},
+    **{"mlm_text": "all"},
+}
+
+
+def test_a_resumed_study_keeps_what_it_recorded(smoke: Space) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED, smoke)
+    assert {name: getattr(found, name) for name in RECORDED} == RECORDED
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"trials": 30}, {"trials": 30}),
+        ({"layer": "last"}, {"layer": None}),
+        ({"layer": "0"}, {"layer": 0}),
+        ({"subjects": ["subject3"]}, {"subjects": ["subject3"]}),
+        ({"seed": 0}, {"seed": 0}),
+        ({"data": "demo"}, {"data": "demo", "model": "bert-base-uncased"}),
+    ],
+)
+def test_what_is_given_again_overrides_what_was_recorded(
+    given: dict[str, Any], expected: dict[str, Any], smoke: Space
+) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"} | given, RECORDED, smoke)
+    assert {name: getattr(found, name) for name in RECORDED} == RECORDED | expected
+
+
+ASKED = {"cpus_per_trial": 3.0, "gpus_per_trial": 0.25, "max_concurrent": 2, "trial_timeout": 60.0, "tensorboard": True}
+
+
+def of(options: Options, *names: str) -> tuple[Any, ...]:
+    return tuple(getattr(options, name) for name in names)
+
+
+def test_what_was_asked_of_the_machine_is_remembered(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 1)
+    recorded = options_record(resolve(smoke, **ASKED))
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, *ASKED) == tuple(ASKED.values())
+    assert options_record(resumed) == recorded
+    assert resumed.machines.notes == ()
+    changed = resolve(smoke, recorded, trial_timeout=5.0, gpus_per_trial=1.0)
+    assert of(changed, *ASKED) == (3.0, 1.0, 1, 5.0, True)
+    assert options_record(changed) == recorded | {"trial_timeout": 5.0, "gpus_per_trial": 1.0}
+
+
+def test_what_was_not_asked_is_chosen_anew_on_another_machine(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 64, 4)
+    recorded = options_record(resolve(smoke))
+    machine(monkeypatch, 4, 0)
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == (2.0, 0.0, 2)
+    assert not {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "out"} & set(recorded)
+
+
+@pytest.mark.parametrize(
+    ("n_cpus", "expected", "noted"),
+    [
+        (4, (3.0, 0.0, 1), ["--gpus-per-trial 0.25"]),
+        (2, (2.0, 0.0, 1), ["--cpus-per-trial 3", "--gpus-per-trial 0.25"]),
+    ],
+)
+def test_what_another_machine_lacks_falls_back_with_a_note(
+    smoke: Space, n_cpus: int, expected: tuple[float, float, int], noted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 16, 1)
+    recorded = options_record(resolve(smoke, **ASKED))
+    machine(monkeypatch, n_cpus, 0)
+    resumed = resolve(smoke, recorded)
+    assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == expected
+    notes = [f"the {one} of the study does not fit here; the default is taken" for one in noted]
+    assert sorted(resumed.machines.notes) == notes
+    assert options_record(resumed) == recorded, "where it was begun it is wanted still"
+    with pytest.raises(InputError, match=r"--gpus-per-trial 0\.5: this machine has 0"):
+        resolve(smoke, recorded, gpus_per_trial=0.5)
+
+
+def test_a_study_goes_on_where_it_is_told_not_where_it_was(smoke: Space) -> None:
+    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED | {"out": "/elsewhere"}, smoke)
+    assert found.out == str(Path("results").resolve())
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/prefix", "gs://bucket/prefix"])
+def test_tensorboard_needs_a_folder(out: str, smoke: Space) -> None:
+    assert not resolve(smoke, out=out).tensorboard
+    with pytest.raises(InputError, match=rf"^--tensorboard: .*--out {out}"):
+        resolve(smoke, out=out, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "resume", "said"),
+    [
+        ("s3://bucket/prefix", False, "--take-over: goes with --resume"),
+        ("results", True, "--take-over: means nothing for a folder"),
+        ("results", False, "--take-over: goes with --resume"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_refused(out: str, resume: bool, said: str, smoke: Space) -> None:
+    options = resolve(smoke, out=out)
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_take_over(options, resume, take_over=True)
+    check_take_over(options, resume, take_over=False)
+    check_take_over(resolve(smoke, out="s3://bucket/prefix"), resume=True, take_over=True)
+
+
+def test_a_share_of_a_gpu_that_is_no_number_is_refused(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 2)
+    with pytest.raises(InputError, match=r"^--gpus-per-trial nan: this machine has 2$"):
+        resolve(smoke, gpus_per_trial=float("nan"))
+
+
+def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
+    options = resolve(smoke, layer="3", subjects=["a,b"], trials=4, out=str(tmp_path), name="study")
+    options.folder.mkdir()
+    write_json(options.folder / "study.json", {"options": options_record(options)})
+    recorded = read_recorded(str(tmp_path), "study", True)
+    assert resolve_options({"space": "smoke", "name": "study", "out": str(tmp_path)}, recorded, smoke) == options
+    assert set(options_record(options)) == set(SCIENCE) <= {field.name for field in fields(Options)}
+
+
+def test_without_resume_nothing_is_recorded(tmp_path: Path) -> None:
+    assert read_recorded(str(tmp_path), "study", False) == {}
+
+
+def test_resume_takes_the_latest_study_by_default(tmp_path: Path) -> None:
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        file = tmp_path / "results" / name / "study.json"
+        write_json(file, {"options": {"space": "smoke", "seed": age, "layer": None}})
+        os.utime(file, (1e9 - 100 * age, 1e9 - 100 * age))
+    assert read_recorded(None, None, True) == {"space": "smoke", "seed": 0, "name": "newest"}
+    assert read_recorded("results", "oldest", True) == {"space": "smoke", "seed": 2, "name": "oldest"}
+
+
+def test_resume_without_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--resume: no study in {tmp_path / 'results'}; give --out or --name"):
+        read_recorded(None, None, True)
+    with pytest.raises(InputError, match=f"--resume: no study gone in {tmp_path}; there: none"):
+        read_recorded(str(tmp_path), "gone", True)
+    (tmp_path / "here").mkdir()
+    write_json(tmp_path / "here" / "study.json", {"options": {}})
+    with pytest.raises(InputError, match=f"--resume: no study gone in {tmp_path}; there: here"):
+        read_recorded(str(tmp_path), "gone", True)
+
+
+@pytest.mark.parametrize("content", ["", '{"options": {"spa', "{}", "[]"])
+def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text(content)
+    with pytest.raises(InputError, match=r"study/study\.json: damaged"):
+        read_recorded(str(tmp_path), "study", True)
+
+
+# --- options of the other kind of study -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "is_text", "named"),
+    [
+        ({"outer_folds": 3}, True, "--outer-folds"),
+        ({"layer": "2"}, True, "--layer"),
+        ({"baselines": ["random"]}, True, "--baselines"),
+        ({"trust_alignment": True}, True, "--trust-alignment"),
+        ({"delta": 0.01}, True, "--delta"),
+        ({"clean": True}, False, "--clean"),
+        ({"max_length": 64}, False, "--max-length"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    smoke: Space, given: dict[str, Any], is_text: bool, named: str
+) -> None:
+    options = resolve(smoke, **given)
+    with pytest.raises(InputError, match=f"{named}: means nothing in a study of"):
+        check_meaning(options, is_text)
+    check_meaning(options, not is_text)
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_defaults_mean_something_everywhere(smoke: Space, is_text: bool) -> None:
+    check_meaning(resolve(smoke), is_text)
+
+
+def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same words\n")
+    with pytest.raises(InputError, match="what is trained on cannot be the probe"):
+        resolve(smoke, probe="a.txt", control_text="b.txt")
+    with pytest.raises(InputError, match=r"--probe .*a\.txt: is the text to learn"):
+        resolve(smoke, probe="a.txt", data="a.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("4", 4), ("0", 0), ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0)), ("3-3", (3,))]
+)
+def test_several_layers_are_read(smoke: Space, text: str, layers: int | tuple[int, ...]) -> None:
+    assert resolve(smoke, layer=text).layer == layers
+
+
+# --- how to search ----------------------------------------------------------------------------------------------------
+
+
+def test_the_space_chooses_sampler_and_scheduler_unless_told_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("SAMPLER, SCHEDULER = 'qmc', 'asha'\ndef space(trial):\n    return {}\n")
+    own = load_space("./own.py")
+    assert (resolve(own).sampler, resolve(own).scheduler) == ("qmc", "asha")
+    assert resolve(own, scheduler="none").scheduler == "none"
+    assert resolve(load_space("./own.py", None, "random")).sampler == "random"
+    recorded = options_record(resolve(own, scheduler="median"))
+    resumed = resolve_options({"space": "./own.py"}, recorded, load_space("./own.py", None, recorded["sampler"]))
+    assert (resumed.sampler, resumed.scheduler) == ("qmc", "median")
+
+
+def test_a_grid_has_no_more_trials_than_points_times_seeds(tmp_path: Path) -> None:
+    source = (
+        "SAMPLER, SEEDS = 'grid', (3, 4)\ndef space(trial):\n    return {'rank': trial.suggest_int('rank', 1, 5)}\n"
+    )
+    (tmp_path / "grid.py").write_text(source)
+    grid = load_space("./grid.py")
+    assert [resolve(grid, trials=n).trials for n in (0, 3, 10, 11, 500)] == [0, 3, 10, 10, 10]
+    assert resolve(grid).trials == 10
+    assert resolve(load_space("./grid.py", None, "tpe"), trials=500).trials == 500
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_limit_is_some_seconds(seconds: float, smoke: Space) -> None:
+    with pytest.raises(InputError, match=f"--trial-timeout {seconds:g}: must be a number of seconds above 0"):
+        resolve(smoke, trial_timeout=seconds)
+    assert resolve(smoke, trial_timeout=0.5).trial_timeout == 0.5
+
+
+def test_an_unknown_scheduler_is_refused(smoke: Space) -> None:
+    with pytest.raises(InputError, match="--scheduler hyperband: must be one of none, asha, median"):
+        resolve(smoke, scheduler="hyperband")
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "can_add", "given", "expected"),
+    [
+        (((8, 1),) * 3, (), {}, (8.0, 1.0, 3)),
+        (((8, 1),) * 3, (), {"gpus_per_trial": 0.5}, (4.0, 0.5, 6)),
+        (((0, 0),), ((8, 1),) * 4, {"gpus_per_trial": 0.5}, (4.0, 0.5, 8)),
+        (((2, 0), (64, 0)), (), {}, (2.0, 0.0, 32)),
+        (((2, 0), (64, 0)), (), {"max_concurrent": 33}, (2.0, 0.0, 33)),
+        (((2, 0), (64, 0)), (), {"max_concurrent": 99}, (2.0, 0.0, 33)),
+        (((0, 0),), None, {}, (1.0, 0.0, 1)),
+        (((4, 0),), None, {"max_concurrent": 20}, (2.0, 0.0, 20)),
+    ],
+)
+def test_trials_share_a_cluster(
+    nodes: tuple[tuple[int, int], ...],
+    can_add: tuple[tuple[int, int], ...] | None,
+    given: dict[str, Any],
+    expected: tuple[float, float, int],
+    smoke: Space,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``can_add`` is what an autoscaler may add, None where nobody here knows; then more may run than fit now."""
+    more = None if can_add is None else tuple(Node(*size) for size in can_add)
+    machines = Machines("h:1", "x", tuple(Node(*size) for size in nodes), more)
+    on(monkeypatch, machines)
+    found = resolve(smoke, **given)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
+    assert found.machines == machines
+
+
+def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find(address: str | None) -> Machines:
+        asked.append(address)
+        return Machines(None, "x", (Node(4, 0),))
+
+    monkeypatch.setattr(shares, "find_machines", find)
+    resolve(smoke)
+    resolve(smoke, address="10.0.0.5:6379")
+    resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))
+    assert asked == [None, "10.0.0.5:6379", "h:1", None], "a study that goes on elsewhere is not sent back"
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
+    recorded = options_record(resolve(smoke, keep_adapters=9))
+    assert resolve(smoke, recorded).keep_adapters == 9
+    assert resolve(smoke, recorded, keep_adapters=0).keep_adapters == 0
+    del recorded["keep_adapters"]
+    assert resolve(smoke, recorded).keep_adapters == 5
+    with pytest.raises(InputError, match="--keep-adapters -1: must be at least 0"):
+        resolve(smoke, keep_adapters=-1)
+
+
+# --- delta ------------------------------------------------------------------------------------------------------------
+
+
+def test_delta_is_recorded_and_what_it_was_is_kept(smoke: Space) -> None:
+    begun = options_record(resolve(smoke))
+    assert (begun["delta"], begun["deltas_before"]) == (0.002, [])
+    assert delta_note(begun, 0.002) is None
+    kept = resolve(smoke, begun)
+    assert (kept.delta, kept.deltas_before) == (0.002, [])
+    changed = options_record(resolve(smoke, begun, delta=0.01))
+    assert (changed["delta"], changed["deltas_before"]) == (0.01, [0.002])
+    assert delta_note(changed, 0.01) == "delta 0.01 was chosen after the study (0.002 was set)"
+    again = options_record(resolve(smoke, changed, delta=0.003))
+    assert (again["delta"], again["deltas_before"]) == (0.003, [0.002, 0.01])
+    assert delta_note(again, 0.003) == "delta 0.003 was chosen after the study (0.002 was set)"
+    assert delta_note(again, 0.002) is None, "the first one"
+    old = resolve(smoke, {"space": "smoke", "seed": 1}, delta=0.01)
+    assert old.deltas_before == [0.002], "a study that recorded none was begun with the default"
+    assert resolve(smoke, delta=0.01).deltas_before == [], "a new study may choose"
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.1, 1.0, float("nan")])
+def test_a_delta_is_the_size_of_an_effect(delta: float, smoke: Space) -> None:
+    with pytest.raises(InputError, match=rf"^--delta {delta:g}: must be a CC above 0 and below 1$"):
+        resolve(smoke, delta=delta)

@@ -1,0 +1,233 @@
+"""Samplers: each runs a search through the searcher; what one cannot search is refused; seeds and replicates."""
+
+import importlib.util
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from make_searcher import BASE, ask_all, finished, searcher
+from ray.tune.search import Searcher
+
+from bert_encoding.core.errors import InputError
+from study.setup.samplers import SAMPLERS, make_sampler
+from study.setup.spaces import Space, load_space, rehearse
+
+HAS_CMAES = importlib.util.find_spec("cmaes") is not None
+needs_cmaes = pytest.mark.skipif(not HAS_CMAES, reason="the package cmaes (extra 'cmaes') is not installed")
+EVERY = [pytest.param(name, marks=needs_cmaes if name == "cmaes" else ()) for name in SAMPLERS]
+
+NUMBERS = """START = [{"lr": 0.03, "rank": 2}]
+def space(trial):
+    return {"lr": trial.suggest_float("lr", 0.01, 0.05, step=0.01), "rank": trial.suggest_int("rank", 1, 3)}
+"""
+CONDITIONAL = """def space(trial):
+    method = trial.suggest_categorical("method", ["full", "lora"])
+    rank = {"rank": trial.suggest_int("rank", 1, 4)} if method == "lora" else {}
+    return {"method": method, "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True), **rank}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Space]:
+    """Load a space from source, with another sampler if given."""
+
+    def load_source(source: str, sampler: str | None = None) -> Space:
+        (tmp_path / "mine.py").write_text(source)
+        return load_space(str(tmp_path / "mine.py"), None, sampler)
+
+    return load_source
+
+
+def quality(job: dict[str, Any]) -> float:
+    return -abs(job["params"]["lr"] - 0.02) - abs(job["params"]["rank"] - 3) / 10
+
+
+def search(found: Any, n_at_once: int = 1) -> list[dict[str, Any]]:
+    """Run a search to its end, so many trials at once, each told how good it is."""
+    jobs: list[dict[str, Any]] = []
+    running: list[tuple[str, dict[str, Any]]] = []
+    for at in range(300):
+        job = found.suggest(f"ray{at}") if len(running) < n_at_once else None
+        if isinstance(job, dict):
+            jobs.append(job)
+            running.append((f"ray{at}", job))
+        elif running:
+            name, ended = running.pop(0)
+            found.on_trial_complete(name, {"status": "COMPLETE", "value": quality(ended)})
+        elif job == Searcher.FINISHED:
+            return jobs
+    raise AssertionError("the search has no end")
+
+
+# --- every sampler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_sampler_searches_from_the_start_point_reproducibly(name: str, load: Callable[..., Space]) -> None:
+    space = load(NUMBERS, name)
+    rehearse(space, BASE)
+    jobs = search(searcher(space, n_trials=12), n_at_once=2)
+    assert len(jobs) == 12
+    assert jobs[0]["params"] == {"lr": 0.03, "rank": 2}
+    lrs = {job["params"]["lr"] for job in jobs}
+    assert all(any(math.isclose(lr, step / 100) for step in range(1, 6)) for lr in lrs)
+    assert {job["params"]["rank"] for job in jobs} <= {1, 2, 3}
+    assert len(lrs) > 1
+    again = search(searcher(space, n_trials=12), n_at_once=2)
+    assert [job["params"] for job in again] == [job["params"] for job in jobs], "a seed settles it"
+    other = search(searcher(space, n_trials=12, seed=1), n_at_once=2)
+    assert [job["params"] for job in other] != [job["params"] for job in jobs]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_configuration_runs_once_whatever_the_sampler(name: str, load: Callable[..., Space]) -> None:
+    """There are 15 points; what is suggested again is answered from its record."""
+    jobs = search(searcher(load(NUMBERS, name), n_trials=15), n_at_once=3)
+    ran = [job["key"] for job in jobs if job["repeat_of"] is None]
+    assert len(ran) == len(set(ran))
+    ids = {job["trial_id"]: job["key"] for job in jobs}
+    assert all(ids[job["repeat_of"]] == job["key"] for job in jobs if job["repeat_of"] is not None)
+    if name == "grid":
+        assert len(ran) == 15
+
+
+@pytest.mark.parametrize("name", ["tpe", pytest.param("cmaes", marks=needs_cmaes)])
+def test_a_model_beats_chance(name: str, load: Callable[..., Space]) -> None:
+    """Later suggestions are better than points drawn at random, on average."""
+    smooth = "def space(trial):\n    return {'lr': trial.suggest_float('lr', 0.001, 0.9), 'rank': 3, "
+    smooth += "'weight_decay': trial.suggest_float('weight_decay', 0.0, 1.0)}\n"
+
+    def late(sampler: str) -> float:
+        found = searcher(load(smooth, sampler), n_trials=30)
+        jobs = []
+        while isinstance(job := found.suggest(f"ray{len(jobs)}"), dict):
+            value = -((job["params"]["lr"] - 0.3) ** 2) - (job["params"]["weight_decay"] - 0.8) ** 2
+            found.on_trial_complete(f"ray{len(jobs)}", {"status": "COMPLETE", "value": value})
+            jobs.append(value)
+        return sum(jobs[15:]) / 15
+
+    assert late(name) > late("random") + 0.05
+
+
+def test_conditional_parameters_make_no_noise(
+    load: Callable[..., Space], capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tree-structured models keep what only some trials have; nothing falls back to chance, or says so."""
+    found = searcher(load(CONDITIONAL), n_trials=25)
+    assert len(ask_all(found)) == 25
+    assert capsys.readouterr().err == "" and caplog.text == ""
+
+
+# --- what cannot be searched ------------------------------------------------------------------------------------------
+
+CHOICE = "def space(trial):\n    return {'target_modules': trial.suggest_categorical('t', ['q', 'v']), "
+CHOICE += "'lr': trial.suggest_float('lr', 0.1, 0.9)}\n"
+ONE = "def space(trial):\n    return {'lr': trial.suggest_float('lr', 0.1, 0.9), "
+ONE += "'rank': trial.suggest_int('rank', 8, 8)}\n"
+MOVING = "def space(trial):\n    rank = trial.suggest_int('rank', 1, 4)\n"
+MOVING += "    return {'rank': rank, 'lora_alpha': trial.suggest_float('lora_alpha', 1, 2 * rank)}\n"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "source", "said"),
+    [
+        pytest.param("cmaes", CHOICE, "searches numbers alone, and t is a choice; use tpe", marks=needs_cmaes),
+        pytest.param("cmaes", ONE, "needs two numbers to search, the space has 1", marks=needs_cmaes),
+        pytest.param("cmaes", CONDITIONAL, "rank or its range depends on other parameters", marks=needs_cmaes),
+        ("gp", CONDITIONAL, "rank or its range depends on other parameters; use tpe"),
+        ("gp", MOVING, "lora_alpha or its range depends on other parameters"),
+    ],
+)
+def test_what_a_sampler_would_draw_at_random_is_refused(
+    sampler: str, source: str, said: str, load: Callable[..., Space]
+) -> None:
+    space = load(source, sampler)
+    with pytest.raises(InputError, match=f"mine.py: sampler {sampler}: .*{said}"):
+        rehearse(space, BASE)
+    rehearse(load(source, "tpe"), BASE)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"--sampler cmaes: needs the package cmaes; pip install '.*\[cmaes\]'"):
+        make_sampler("cmaes", 0)
+    assert isinstance(make_sampler("tpe", 0), optuna.samplers.TPESampler)
+
+
+def test_an_unknown_sampler_is_refused(load: Callable[..., Space]) -> None:
+    with pytest.raises(InputError, match="--sampler best: must be one of tpe, gp, cmaes, random, grid, qmc"):
+        load(NUMBERS, "best")
+
+
+def test_a_grid_of_what_has_no_steps_is_refused(load: Callable[..., Space]) -> None:
+    with pytest.raises(InputError, match=r"a grid of space\(trial\) cannot be made"):
+        load(CONDITIONAL, "grid")
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+SEEDED = "SEEDS = (0, 1, 2)\n" + NUMBERS
+
+
+def points(jobs: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(*sorted(job["params"].items()), job["config"]["seed"]) for job in jobs]
+
+
+def test_a_grid_visits_every_point_with_every_seed(load: Callable[..., Space]) -> None:
+    space = load(SEEDED, "grid")
+    assert (space.size, space.trials) == (45, 20)
+    jobs = search(searcher(space, n_trials=45), n_at_once=4)
+    assert len(set(points(jobs))) == 45
+    assert Counter(job["config"]["seed"] for job in jobs) == {0: 15, 1: 15, 2: 15}
+    assert [job["repeat_of"] for job in jobs] == [None] * 45
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
+def test_every_suggested_point_is_run_with_every_seed(name: str, load: Callable[..., Space]) -> None:
+    jobs = search(searcher(load(SEEDED, name), n_trials=12))
+    assert [job["config"]["seed"] for job in jobs] == [0, 1, 2] * 4
+    assert [job["params"] for job in jobs[::3]] == [job["params"] for job in jobs[2::3]]
+    assert jobs[0]["params"] == {"lr": 0.03, "rank": 2}
+
+
+def test_optuna_is_told_of_each_seed(load: Callable[..., Space]) -> None:
+    found = searcher(load(SEEDED), n_trials=6)
+    jobs = search(found)
+    trials = found.study.get_trials(deepcopy=False)
+    assert [trial.params for trial in trials] == [job["params"] for job in jobs]
+    assert [trial.user_attrs["seed"] for trial in trials] == [0, 1, 2, 0, 1, 2]
+    assert [trial.user_attrs["trial_id"] for trial in trials] == [job["trial_id"] for job in jobs]
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+
+
+def test_a_resumed_study_completes_the_seeds(load: Callable[..., Space]) -> None:
+    space = load(SEEDED)
+    start, other = {"lr": 0.03, "rank": 2}, {"lr": 0.05, "rank": 1}
+    records = [finished(space, params, at + 1) for at, params in enumerate((start, start, start, other))]
+    for record, seed in zip(records, (0, 1, 2, 0), strict=True):
+        record.config["seed"] = seed
+    jobs = search(searcher(space, n_trials=7, records=records, first_id=5))
+    assert [job["config"]["seed"] for job in jobs] == [1, 2, 0]
+    assert [job["params"] for job in jobs[:2]] == [other, other]
+
+
+def test_two_ways_of_giving_seeds_are_refused(load: Callable[..., Space]) -> None:
+    both = "SEEDS = [0, 1]\ndef space(trial):\n    return {'seed': trial.suggest_int('seed', 0, 3)}\n"
+    with pytest.raises(InputError, match="SEEDS and a suggested seed: give one of the two"):
+        rehearse(load(both), BASE)
+
+
+@pytest.mark.parametrize("seeds", ["5", "(0, 0)", "(1.5,)", "(-1,)", "(True,)"])
+def test_seeds_are_different_whole_numbers(seeds: str, load: Callable[..., Space]) -> None:
+    with pytest.raises(InputError, match=r"SEEDS .*: must be a list of different whole numbers from 0"):
+        load(f"SEEDS = {seeds}\n" + NUMBERS)
+
+
+def test_a_scheduler_is_a_known_one(load: Callable[..., Space]) -> None:
+    assert load("SCHEDULER = 'asha'\n" + NUMBERS).scheduler == "asha"
+    with pytest.raises(InputError, match="SCHEDULER 'hyperband': must be one of none, asha, median"):
+        load("SCHEDULER = 'hyperband'\n" + NUMBERS)

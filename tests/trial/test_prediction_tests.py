@@ -1,0 +1,80 @@
+"""What is said of predictions beside their CC, against plain loops."""
+
+import numpy as np
+import pytest
+
+from bert_encoding.statistics.block_bootstrap import time_replicates
+from bert_encoding.statistics.correlation import correlate
+from bert_encoding.statistics.permutation import N_PERMUTATIONS, block_permutation_p
+from bert_encoding.trial.scoring import FALSE_DISCOVERY_RATE, PredictionTests, examine_predictions, join_tests
+
+
+def simulated(n_rows: tuple[int, ...], n_voxels: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Responses and predictions; the first half of the voxels is well predicted, the others by chance."""
+    rng = np.random.default_rng(seed)
+    Y, predicted = rng.standard_normal((2, sum(n_rows), n_voxels))
+    predicted[:, : n_voxels // 2] += Y[:, : n_voxels // 2]
+    return Y.astype(np.float32), predicted.astype(np.float32), np.repeat(np.arange(len(n_rows)), n_rows)
+
+
+def plain_benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """The definition, one voxel after the other: the smallest rate at which a step-up test rejects it."""
+    ordered = sorted(p)
+    scaled = [value * len(p) / (at + 1) for at, value in enumerate(ordered)]
+    return np.array([min(scaled[at] for at in range(len(p)) if ordered[at] >= value) for value in p])
+
+
+def made(p: np.ndarray) -> PredictionTests:
+    rng = np.random.default_rng(1)
+    Y = rng.standard_normal((40, p.size))
+    return PredictionTests(p, time_replicates(Y, Y, np.zeros(40, int), n_resamples=5))
+
+
+def test_p_and_resamples_are_those_of_the_tests_named() -> None:
+    Y, predicted, story = simulated((75, 60))
+    found = examine_predictions(Y, predicted, story)
+    np.testing.assert_array_equal(found.p, block_permutation_p(Y, predicted, story))
+    np.testing.assert_array_equal(found.replicates.total, time_replicates(Y, predicted, story).total)
+    assert found.replicates.mean[0] == pytest.approx(correlate(Y, predicted).mean(dtype=np.float64), abs=1e-6)
+    assert (found.p[:10] < 0.01).all()
+    assert found.p[10:].mean() > 0.2
+
+
+def test_the_share_of_significant_voxels_by_a_plain_loop() -> None:
+    rng = np.random.default_rng(3)
+    p = np.concatenate([rng.uniform(0, 0.01, 30), rng.uniform(0.02, 0.2, 70)])
+    found, q = made(p), plain_benjamini_hochberg(p)
+    np.testing.assert_allclose(found.q, q, rtol=1e-12)
+    share = np.mean(q < FALSE_DISCOVERY_RATE)
+    assert 0.1 < share < np.mean(p < FALSE_DISCOVERY_RATE), "else this could not tell q from p"
+    assert found.share_significant == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n_rows", "has_p"), [((69,), False), ((70,), True), ((49, 49), False), ((50, 49), True)])
+def test_stories_too_short_for_a_p_have_none(n_rows: tuple[int, ...], has_p: bool) -> None:
+    """Six blocks have 720 orders, seven 5040; 4! 4! are 576, 5! 4! are 2880."""
+    Y, predicted, story = simulated(n_rows)
+    found = examine_predictions(Y, predicted, story)
+    assert N_PERMUTATIONS == 1000
+    assert np.isnan(found.p).all() != has_p
+    assert (found.share_significant is not None) == has_p
+    assert np.isfinite(found.replicates.mean).all(), "the interval needs no p"
+
+
+def test_panels_join_in_the_order_of_their_voxels() -> None:
+    Y, predicted, story = simulated((75, 60))
+    whole = examine_predictions(Y, predicted, story)
+    panels = [slice(0, 3), slice(3, 14), slice(14, 20)]
+    joined = join_tests([examine_predictions(Y[:, at], predicted[:, at], story) for at in panels])
+    np.testing.assert_allclose(joined.p, whole.p, rtol=1e-10)
+    np.testing.assert_allclose(joined.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-12)
+    assert joined.share_significant == whole.share_significant, "the rate is one of all voxels"
+    np.testing.assert_allclose(joined.q, whole.q, rtol=1e-10)
+
+
+def test_a_voxel_without_p_is_not_significant_and_changes_no_other() -> None:
+    p = np.array([1e-4, 1e-3, 0.5, 0.9])
+    found = made(np.append(p, np.nan))
+    np.testing.assert_allclose(found.q[:4], plain_benjamini_hochberg(p), rtol=1e-12)
+    assert np.isnan(found.q[4])
+    assert found.share_significant == pytest.approx(2 / 5)

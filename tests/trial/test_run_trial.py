@@ -1,0 +1,693 @@
+"""A whole trial: against a plain chain of other libraries, and what it must never do."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_data import make_lab
+from make_trials import PEFT_WARNS, make_task
+from peft import PeftModel
+from project import ROOT
+from sklearn.linear_model import Ridge
+from transformers import BertForMaskedLM, BertModel
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.names import COMPLETE, STOPPED
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.language_model import masked_lm as finetune_module
+from bert_encoding.language_model.encoder import Encoder, load_encoder, weights_fingerprint
+from bert_encoding.language_model.masked_lm import Probes
+from bert_encoding.language_model.windows import Window
+from bert_encoding.trial import pipeline as chain_module
+from bert_encoding.trial import run as module
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Task, resident_encoder
+from bert_encoding.trial.record import TrialRecord
+from bert_encoding.trial.run import run_trial
+
+SUBJECT = "subject2"
+METHODS = ("word_rate", "frozen", "lora")
+N_SPECIAL = 5  # [PAD] [UNK] [CLS] [SEP] [MASK], the first ids of the tiny vocabulary
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+
+
+@pytest.fixture(scope="module")
+def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lab(tmp_path_factory.mktemp("data") / "lab")
+
+
+@pytest.fixture(scope="module")
+def task(lab_folder: Path) -> Task:
+    return make_task(open_dataset(lab_folder))
+
+
+@pytest.fixture(scope="module")
+def rotating_task(lab_folder: Path) -> Task:
+    return make_task(open_dataset(lab_folder), n_outer_folds=3)
+
+
+@pytest.fixture(scope="module")
+def spelt_task(lab_folder: Path) -> Task:
+    """Every story is spelt with letters of its own, so that each token tells where it comes from."""
+    dataset = open_dataset(lab_folder)
+    stories = {}
+    for at, (name, story) in enumerate(dataset.stories.items()):
+        rng, letters = np.random.default_rng(at), list("abcdefghijklmnopqrstuvwxyz"[3 * at : 3 * at + 3])
+        words = tuple("".join(rng.choice(letters, rng.integers(1, 5))) for _ in story.words)
+        stories[name] = replace(story, words=words)
+    return make_task(replace(dataset, stories=stories))
+
+
+@pytest.fixture(scope="module")
+def uneven_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """Rows without speech in two stories, and two voxels that cannot be scored."""
+    folder = make_lab(tmp_path_factory.mktemp("data") / "uneven", seed=3)
+    for story, column, value in (("beta", 3, np.nan), ("wheretheressmoke", 5, 0.7)):
+        file = folder / SUBJECT / f"{story}.npy"
+        responses = np.load(file)
+        responses[slice(7, 8) if np.isnan(value) else slice(None), column] = value
+        np.save(file, responses)
+    dataset = open_dataset(folder)
+    stories = dict(dataset.stories)
+    for name in ("alpha", "gamma"):
+        words = list(stories[name].words)
+        words[5], words[6], words[60] = "", "{cg}", "--"
+        stories[name] = replace(stories[name], words=tuple(words))
+    return make_task(replace(dataset, stories=stories))
+
+
+def config(encoder: Encoder, **changes: Any) -> TrialConfig:
+    settings = {"epochs": 2, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
+    return TrialConfig(
+        **{"model": encoder.name, "precision": "float32", "embed_precision": "float32"} | settings | changes
+    )
+
+
+def assert_same_bits(first: TrialRecord, second: TrialRecord) -> None:
+    assert first.cc.keys() == second.cc.keys()
+    for subject in first.cc:
+        assert np.array_equal(first.cc[subject], second.cc[subject], equal_nan=True)
+    assert first.scores == second.scores
+    assert without_seconds(first) == without_seconds(second)
+    assert first.stories == second.stories
+
+
+def without_seconds(record: TrialRecord) -> list[dict[str, float]]:
+    return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record.epochs]
+
+
+class Heard:
+    """What ``finetune`` was called with, once a split."""
+
+    def __init__(self) -> None:
+        self.models: list[BertForMaskedLM] = []
+        self.windows: list[list[Window]] = []
+        self.probes: list[Probes] = []
+        self.dropouts: list[dict[str, float]] = []
+        self.adapters: list[dict[str, torch.Tensor]] = []  # as training found them
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """Listens to the real training, which goes on as it would."""
+    calls, real = Heard(), module.finetune
+
+    def listen(model: BertForMaskedLM, objective: Any, probes: Probes, *args: Any, **kwargs: Any) -> Any:
+        calls.models.append(model)
+        calls.windows.append(list(objective.windows))
+        calls.probes.append(probes)
+        calls.adapters.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+        calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
+        return real(model, objective, probes, *args, **kwargs)
+
+    monkeypatch.setattr(module, "finetune", listen)
+    return calls
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def plain_word_vectors(
+    words: tuple[str, ...], bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
+) -> np.ndarray:
+    """Word vectors of a story whose words are one token each, window after window; or the word rate."""
+    spoken = [at for at, word in enumerate(words) if word.isalpha()]
+    if bert is None:
+        return np.array([[float(at in spoken)] for at in range(len(words))])
+    sums, counts = np.zeros((len(words), bert.config.hidden_size)), np.zeros(len(words))
+    start, n_inner = 0, window_tokens - 2
+    while True:
+        inside = spoken[start : start + n_inner]
+        ids = encoder.tokenizer.convert_tokens_to_ids(["[CLS]", *(words[at] for at in inside), "[SEP]"])
+        assert encoder.tokenizer.unk_token_id not in ids
+        with torch.no_grad():
+            hidden = bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, 1:-1]
+        sums[inside] += hidden.numpy()
+        counts[inside] += 1
+        if start + n_inner >= len(spoken):
+            return sums / np.maximum(counts, 1)[:, None]
+        start += stride
+
+
+def plain_features(vectors: np.ndarray, word_times: np.ndarray, tr_times: np.ndarray) -> np.ndarray:
+    """Lanczos with 3 lobes, then delays of 1 to 4 TRs, then rows [10:-5]; one number after the other."""
+    cutoff = 1 / ((tr_times[-1] - tr_times[0]) / (len(tr_times) - 1))
+    downsampled = np.zeros((len(tr_times), vectors.shape[1]))
+    for t, tr_time in enumerate(tr_times):
+        for w, word_time in enumerate(word_times):
+            x = (tr_time - word_time) * cutoff
+            if abs(x) <= 3:
+                weight = 3 * math.sin(math.pi * x) * math.sin(math.pi * x / 3) / (math.pi * x) ** 2 if x else 1.0
+                downsampled[t] += weight * vectors[w]
+    zeros = np.zeros(vectors.shape[1])
+    delayed = [
+        np.concatenate([downsampled[t - d] if t >= d else zeros for d in (1, 2, 3, 4)]) for t in range(len(tr_times))
+    ]
+    return np.array(delayed[10:-5])
+
+
+def plain_cc(X: np.ndarray, Y: np.ndarray, X_scored: np.ndarray, Y_scored: np.ndarray, alpha: float) -> np.ndarray:
+    """Z-score by the fit rows, fit scikit-learn's ridge, and correlate."""
+    X_scored, X = (X_scored - X.mean(0)) / X.std(0), (X - X.mean(0)) / X.std(0)
+    ridge = Ridge(alpha=alpha, fit_intercept=False).fit(X, (Y - Y.mean(0)) / Y.std(0))
+    predicted = ridge.predict(X_scored)
+    return np.array([np.corrcoef(Y_scored[:, v], predicted[:, v])[0, 1] for v in range(Y.shape[1])])
+
+
+class PlainChain:
+    """Features and responses of all stories, without a line of our own package but the reading of files."""
+
+    def __init__(
+        self, task: Task, bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
+    ) -> None:
+        self.X, self.Y = {}, {}
+        for name, story in task.dataset.stories.items():
+            vectors = plain_word_vectors(story.words, bert, encoder, layer, window_tokens, stride)
+            self.X[name] = plain_features(vectors, story.word_times_s, story.tr_times_s)
+            self.Y[name] = np.load(story.responses[SUBJECT].path)
+
+    def cc(self, fit: tuple[str, ...], scored: tuple[str, ...], alpha: float, voxels: np.ndarray) -> np.ndarray:
+        X, Y = (np.vstack([part[name] for name in fit]) for part in (self.X, self.Y))
+        X_scored, Y_scored = (np.vstack([part[name] for name in scored]) for part in (self.X, self.Y))
+        return plain_cc(X, Y[:, voxels], X_scored, Y_scored[:, voxels], alpha)
+
+    def cc_seen(self, fit: tuple[str, ...], alpha: float, voxels: np.ndarray) -> np.ndarray:
+        """Predict each fit story from the other ones."""
+        X = np.vstack([self.X[name] for name in fit])
+        Y = np.vstack([self.Y[name] for name in fit])[:, voxels]
+        X, Y = (X - X.mean(0)) / X.std(0), (Y - Y.mean(0)) / Y.std(0)
+        of_row = np.concatenate([[name] * len(self.X[name]) for name in fit])
+        predicted = np.zeros_like(Y)
+        for name in fit:
+            out = of_row == name
+            predicted[out] = Ridge(alpha=alpha, fit_intercept=False).fit(X[~out], Y[~out]).predict(X[out])
+        return np.array([np.corrcoef(Y[:, v], predicted[:, v])[0, 1] for v in range(Y.shape[1])])
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "window_tokens", "stride"),
+    [
+        ("word_rate", None, 512, 256),
+        ("frozen", None, 512, 256),
+        ("frozen", 1, 40, 15),
+        ("lora", None, 512, 256),
+        ("lora", None, 50, 48),
+    ],
+)
+def test_scores_equal_a_plain_chain_of_other_libraries(
+    method: str,
+    layer: int | None,
+    window_tokens: int,
+    stride: int,
+    uneven_task: Task,
+    tiny_encoder: Encoder,
+    tiny_bert: Path,
+    tmp_path: Path,
+) -> None:
+    alpha, (split,) = 300.0, uneven_task.splits
+    settings = config(tiny_encoder, method=method, layer=layer, ridge_alphas=(alpha,))
+    settings = replace(settings, embed_window_tokens=window_tokens, embed_stride=stride)
+    untuned = method != "lora"
+    record = run_trial(settings, uneven_task, adapter_folder=tmp_path / "adapter", score_test=untuned)
+
+    bert: Any = None
+    if method == "frozen":
+        bert = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False).eval()
+    if method == "lora":  # the adapter that the trial saved, in transformers and PEFT alone
+        whole = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(tiny_bert), tmp_path / "adapter")
+        bert = whole.eval().get_base_model().bert
+    chain = PlainChain(uneven_task, bert, tiny_encoder, 2 if layer is None else layer, window_tokens, stride)
+    valid = np.array([v not in (3, 5) for v in range(12)])
+    expected = np.full(12, np.nan)
+    expected[valid] = chain.cc(split.fit, split.validation, alpha, valid)
+    np.testing.assert_allclose(record.cc[SUBJECT], expected, rtol=0, atol=1e-4)
+    assert record.scores["cc_mean"] == pytest.approx(float(np.nanmean(expected)), abs=1e-4)
+    assert record.scores["cc_median"] == pytest.approx(float(np.nanmedian(expected)), abs=1e-4)
+    seen = chain.cc_seen(split.fit, alpha, valid)
+    assert record.scores["cc_seen"] == pytest.approx(float(seen.mean()), abs=1e-4)
+    (row,) = [row for row in record.stories if row["role"] == "validation"]
+    assert (row["story"], row["subject"], row["split"]) == (split.validation[0], SUBJECT, 0)
+    assert row["cc_mean"] == pytest.approx(float(np.nanmean(expected)), abs=1e-4)
+    if untuned:
+        expected[valid] = chain.cc(tuple(sorted(split.fit + split.validation)), split.test, alpha, valid)
+        np.testing.assert_allclose(record.cc_test[SUBJECT], expected, rtol=0, atol=1e-4)
+        assert record.scores["cc_test"] == pytest.approx(float(np.nanmean(expected)), abs=1e-4)
+
+
+def test_tuning_moves_the_scores(uneven_task: Task, tiny_encoder: Encoder) -> None:
+    """So that the comparison above cannot pass with the pretrained embeddings."""
+    frozen, lora = (
+        run_trial(config(tiny_encoder, method=m, ridge_alphas=(300.0,)), uneven_task) for m in ("frozen", "lora")
+    )
+    assert np.nanmax(np.abs(frozen.cc[SUBJECT] - lora.cc[SUBJECT])) > 1e-3
+
+
+def test_ridge_is_prepared_once_an_epoch_and_serves_the_seen_score_too(
+    task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    prepare = chain_module.prepare_ridge
+    monkeypatch.setattr(chain_module, "prepare_ridge", lambda *given: (made.append(given), prepare(*given))[1])
+    run_trial(config(tiny_encoder, method="lora", epochs=2), task)
+    assert len(made) == 2
+
+
+def test_layer_matters(task: Task, tiny_encoder: Encoder) -> None:
+    first, last, default = (
+        run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 2, None)
+    )
+    assert np.array_equal(last.cc[SUBJECT], default.cc[SUBJECT])
+    assert not np.allclose(first.cc[SUBJECT], last.cc[SUBJECT], rtol=0, atol=1e-3)
+    assert [record.scores["layer"] for record in (first, last, default)] == [0, 2, 2]
+
+
+def test_frozen_losses_are_those_before_the_first_step(task: Task, tiny_encoder: Encoder) -> None:
+    frozen = run_trial(config(tiny_encoder, method="frozen"), task)
+    barely_tuned = run_trial(config(tiny_encoder, lr=1e-9, epochs=1, rank=2), task)
+    for name in ("mlm_loss_train", "mlm_loss_heldout"):
+        assert frozen.scores[name] == pytest.approx(barely_tuned.scores[name], abs=1e-5)
+
+
+# --- same settings, same bits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_trial_twice_gives_the_same_bits(method: str, task: Task, tiny_encoder: Encoder) -> None:
+    settings = config(tiny_encoder, method=method)
+    first = run_trial(settings, task)
+    torch.rand(3)
+    np.random.default_rng().random(3)
+    assert_same_bits(first, run_trial(settings, task))
+
+
+def test_other_seed_gives_other_scores(task: Task, tiny_encoder: Encoder) -> None:
+    first, other = (run_trial(config(tiny_encoder, seed=seed), task) for seed in (0, 1))
+    assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
+    assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
+
+
+def test_seed_settles_the_fresh_adapter(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+    for seed in (0, 0, 1):
+        run_trial(config(tiny_encoder, seed=seed, epochs=1), task)
+    first, again, other = heard.adapters
+    A = [name for name in first if "lora_A" in name]
+    assert len(A) == 4
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in A)
+
+
+IN_A_FRESH_PROCESS = """
+import json
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import choose_stories, split_stories
+from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.run import run_trial
+
+torch.set_num_threads(1)
+lab, out, settings = sys.argv[1:]
+dataset = inspect(open_dataset(Path(lab)))
+train, test = choose_stories(dataset, dataset.subjects, None, None, 0)
+task = Task(dataset, split_stories(train, test, 0, 1), 0)
+record = run_trial(TrialConfig.from_dict(json.loads(settings)), task)
+losses = [[epoch["mlm_loss_train"], epoch["mlm_loss_heldout"]] for epoch in record.epochs]
+np.savez(out, cc=record.cc["subject2"], losses=losses, cc_seen=record.scores["cc_seen"])
+"""
+
+
+def test_trial_after_others_equals_one_in_a_fresh_process(
+    task: Task, lab_folder: Path, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    settings = config(tiny_encoder, target_modules="q,k,v,o", seed=5, hidden_dropout=0.2)
+    arguments = [str(lab_folder), str(tmp_path / "out.npz"), json.dumps(asdict(settings))]
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *arguments], cwd=ROOT, check=True, timeout=120)
+    fresh = np.load(tmp_path / "out.npz")
+
+    for before in ({"method": "frozen", "layer": 1}, {"target_modules": "all", "rank": 8, "epochs": 1, "lr": 0.1}):
+        run_trial(config(tiny_encoder, **before), task)
+    after = run_trial(settings, task)
+    assert np.array_equal(after.cc[SUBJECT], fresh["cc"])
+    losses = [[epoch["mlm_loss_train"], epoch["mlm_loss_heldout"]] for epoch in after.epochs]
+    assert losses == fresh["losses"].tolist()
+    assert after.scores["cc_seen"] == float(fresh["cc_seen"])
+
+
+@pytest.mark.parametrize("changes", [{"method": "frozen"}, {"target_modules": "all", "lr": 0.1, "hidden_dropout": 0.5}])
+def test_resident_encoder_stays_pristine(changes: dict[str, Any], task: Task, tiny_encoder: Encoder) -> None:
+    settings = config(tiny_encoder, **changes)
+    run_trial(settings, task)
+    resident = resident_encoder(settings.model)
+    assert resident is resident_encoder(settings.model)
+    assert weights_fingerprint(resident.model) == weights_fingerprint(load_encoder(settings.model).model)
+    assert not any(part.training for part in resident.model.modules())
+    dropouts = [part.p for part in resident.model.modules() if isinstance(part, torch.nn.Dropout)]
+    assert dropouts == [0.1] * len(dropouts)
+
+
+def test_other_text_under_the_same_story_names_is_read_anew(
+    task: Task, spelt_task: Task, tiny_encoder: Encoder
+) -> None:
+    settings = config(tiny_encoder, method="frozen")
+    first, other = run_trial(settings, task), run_trial(settings, spelt_task)
+    assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
+    assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
+
+
+# --- what training may read -------------------------------------------------------------------------------------------
+
+
+def own_ids(task: Task, encoder: Encoder, names: tuple[str, ...]) -> set[int]:
+    """Token ids that the words of some stories consist of."""
+    text = " ".join(word for name in names for word in task.dataset.stories[name].words)
+    return set(encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def window_ids(windows: list[Window]) -> set[int]:
+    return {int(i) for window in windows for i in window.ids if i >= N_SPECIAL}
+
+
+def probe_labels(probes: Probes) -> list[set[int]]:
+    return [{int(label) for batch in batches for label in batch.labels} for batches in probes]
+
+
+@pytest.mark.parametrize("n_outer_folds", [1, 3])
+@pytest.mark.parametrize("mlm_text", ["fit", "all"])
+def test_training_reads_the_stories_it_may_and_no_other(
+    mlm_text: str, n_outer_folds: int, spelt_task: Task, tiny_encoder: Encoder, heard: Heard
+) -> None:
+    task = make_task(spelt_task.dataset, n_outer_folds)
+    run_trial(config(tiny_encoder, mlm_text=mlm_text, epochs=1), task)
+    assert len(heard.windows) == n_outer_folds
+    for windows, probes, split in zip(heard.windows, heard.probes, task.splits, strict=True):
+        fit, validation, test = (
+            own_ids(task, tiny_encoder, names) for names in (split.fit, split.validation, split.test)
+        )
+        assert not fit & validation
+        assert not (fit | validation) & test
+        assert window_ids(windows) == (fit if mlm_text == "fit" else fit | validation | test)
+        train_labels, heldout_labels = probe_labels(probes)
+        assert train_labels <= fit
+        assert heldout_labels <= validation
+
+
+def test_losses_are_read_on_the_same_tokens_in_every_trial(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+    other = {"seed": 3, "rank": 2, "mask_probability": 0.3, "window_tokens": 48, "stride": 30, "mlm_text": "all"}
+    for changes in ({}, other):
+        run_trial(config(tiny_encoder, epochs=1, **changes), task)
+    first, second = heard.probes
+    for a, b in zip((*first.train, *first.heldout), (*second.train, *second.heldout), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "attention", "expected"), [(None, 0.0, (0.1, 0.0)), (0.3, None, (0.3, 0.1)), (0.2, 0.4, (0.2, 0.4))]
+)
+def test_dropout_rates_reach_the_layers_they_name(
+    hidden: float | None,
+    attention: float | None,
+    expected: tuple[float, float],
+    task: Task,
+    tiny_encoder: Encoder,
+    heard: Heard,
+) -> None:
+    settings = config(
+        tiny_encoder,
+        hidden_dropout=hidden,
+        attention_dropout=attention,
+        lora_dropout=0.25,
+        epochs=1,
+        target_modules="q",
+    )
+    run_trial(settings, task)
+    (found,) = heard.dropouts
+    blocks = [f"bert.encoder.layer.{n}" for n in (0, 1)]
+    assert found == {
+        "bert.embeddings.dropout": expected[0],
+        **{f"{block}.attention.self.dropout": expected[1] for block in blocks},
+        **{f"{block}.attention.output.dropout": expected[0] for block in blocks},
+        **{f"{block}.output.dropout": expected[0] for block in blocks},
+        **{f"{block}.attention.self.query.lora_dropout.default": 0.25 for block in blocks},
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_search_never_reads_test_responses(method: str, task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    (name,) = task.splits[0].test
+    gone = Responses(path=tmp_path / "nowhere.npy")
+    stories = dict(task.dataset.stories)
+    stories[name] = replace(stories[name], responses={SUBJECT: gone})
+    without = task._replace(dataset=replace(task.dataset, stories=stories, fingerprint="without"))
+    settings = config(tiny_encoder, method=method, mlm_text="all")
+    assert_same_bits(run_trial(settings, without), run_trial(settings, task))
+    if method != "lora":
+        with pytest.raises(InputError, match=r"nowhere\.npy: no such file"):
+            run_trial(settings, without, score_test=True)
+
+
+# --- epochs and stopping ----------------------------------------------------------------------------------------------
+
+
+def test_last_epoch_is_the_score_and_the_best_is_noted(task: Task, tiny_encoder: Encoder) -> None:
+    reported: list[dict[str, float]] = []
+    best_was_not_last = 0
+    for seed in range(8):
+        reported.clear()
+        settings = config(tiny_encoder, epochs=3, lr=0.05, seed=seed)
+        record = run_trial(settings, task, lambda scores: reported.append(scores) is None)
+        cc = [epoch["cc_mean"] for epoch in record.epochs]
+        assert reported == record.epochs
+        assert [epoch["epoch"] for epoch in record.epochs] == [1, 2, 3]
+        assert (record.scores["cc_mean"], record.scores["cc_best"]) == (cc[2], max(cc))
+        assert record.scores["epoch_best"] == 1 + int(np.argmax(cc))
+        assert record.scores["mlm_loss_heldout"] == record.epochs[2]["mlm_loss_heldout"]
+        assert float(np.nanmean(record.cc[SUBJECT])) == pytest.approx(cc[2], abs=1e-6)
+        assert (record.status, record.scores["epochs_done"]) == (COMPLETE, 3)
+        best_was_not_last += max(cc) > cc[2]
+    assert best_was_not_last > 0  # else this test could not tell them apart
+
+
+def test_report_of_false_stops_the_trial_there(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    settings = config(tiny_encoder, epochs=3)
+    whole = run_trial(settings, task)
+    stopped = run_trial(settings, task, lambda scores: scores["epoch"] < 2, adapter_folder=tmp_path / "adapter")
+    assert (stopped.status, stopped.scores["epochs_done"]) == (STOPPED, 2)
+    assert without_seconds(stopped) == without_seconds(whole)[:2]
+    assert stopped.scores["cc_mean"] == whole.epochs[1]["cc_mean"]
+    assert stopped.scores["optimizer_steps"] == whole.epochs[1]["optimizer_steps"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_false_after_the_last_epoch_stops_nothing(task: Task, tiny_encoder: Encoder) -> None:
+    record = run_trial(config(tiny_encoder), task, lambda scores: scores["epoch"] < 2)
+    assert (record.status, record.scores["epochs_done"]) == (COMPLETE, 2)
+
+
+@pytest.mark.parametrize("method", ["word_rate", "frozen"])
+def test_baseline_cannot_be_stopped(method: str, task: Task, tiny_encoder: Encoder) -> None:
+    assert run_trial(config(tiny_encoder, method=method), task, lambda scores: False).status == COMPLETE
+
+
+def test_notes_name_every_epoch_of_overfitting(
+    task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_module, "OVERFIT_LOSS", math.inf)  # a rise of the held-out loss is all that counts
+    record = run_trial(config(tiny_encoder, epochs=6, lr=0.1), task)
+    heldout = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
+    rose = [at + 2 for at, (before, after) in enumerate(pairwise(heldout)) if after > before]
+    assert 0 < len(rose) < 5  # else this test could not tell rising from falling
+    noted = [int(found[1]) for note in record.notes if (found := re.match(r"overfitting in epoch (\d+):", note))]
+    assert noted == rose
+
+
+# --- several splits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_over_outer_folds_are_means_of_single_splits(
+    method: str, rotating_task: Task, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    settings = config(tiny_encoder, method=method)
+    together = run_trial(settings, rotating_task, adapter_folder=tmp_path)
+    alone = [run_trial(settings, rotating_task._replace(splits=(split,))) for split in rotating_task.splits]
+    assert len(alone) == 3
+    assert len({record.scores["cc_mean"] for record in alone}) == 3
+    for at, epoch in enumerate(without_seconds(together)):
+        assert epoch.keys() == without_seconds(alone[0])[at].keys()
+        for name, value in epoch.items():
+            assert value == pytest.approx(np.mean([record.epochs[at][name] for record in alone]), abs=1e-12), name
+    for name in ("cc_mean", "cc_seen", "alpha_edge_share", "share_above_0"):
+        assert together.scores[name] == pytest.approx(np.mean([r.scores[name] for r in alone]), abs=1e-12)
+    expected = np.mean([record.cc[SUBJECT] for record in alone], axis=0)
+    np.testing.assert_allclose(together.cc[SUBJECT], expected, rtol=0, atol=1e-6)
+    rows = [row | {"split": at} for at, record in enumerate(alone) for row in record.stories]
+    assert together.stories == rows
+    folders = sorted(file.parent.name for file in tmp_path.glob("*/adapter_config.json"))
+    assert folders == (["split0", "split1", "split2"] if method == "lora" else [])
+
+
+def test_splits_of_which_some_are_too_short_for_p_values_are_averaged(tmp_path: Path) -> None:
+    """As over subjects: the share is the mean over those that have one."""
+    names = ("wheretheressmoke", "a", "b", "c", "d", "e", "f")
+    task = make_task(open_dataset(make_lab(tmp_path / "lab", names, n_words=153)), n_outer_folds=3)
+    settings = TrialConfig(method="word_rate")
+    alone = [run_trial(settings, task._replace(splits=(split,))).scores for split in task.splits]
+    shares = [scores["share_significant"] for scores in alone if "share_significant" in scores]
+    assert 0 < len(shares) < 3, "else this tests nothing"
+    for splits in (task.splits, task.splits[::-1], task.splits[1:] + task.splits[:1]):
+        together = run_trial(settings, task._replace(splits=splits)).scores
+        assert together["share_significant"] == pytest.approx(np.mean(shares))
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+TRAITS = {"share_trainable", "delta_norm", "stable_rank", "probe_loss_before", "probe_loss_after"}
+SCORES = {
+    "cc_mean",
+    "cc_median",
+    "cc_top1",
+    "cc_top5",
+    "share_above_0",
+    "alpha_edge_share",
+    "n_constant_predictions",
+    "voxels_are_chosen",
+    "epochs_done",
+    "epoch_kept",
+    "cc_best",
+    "epoch_best",
+    "cc_seen",
+    "layer",
+    "n_trainable",
+}
+LOSSES = {"optimizer_steps", "tokens_seen", "mlm_loss_train", "mlm_loss_heldout"}
+
+
+def test_word_rate_record(task: Task) -> None:
+    settings = TrialConfig(method="word_rate", model="/no/such/model")  # none is loaded
+    record = run_trial(settings, task)
+    assert set(record.scores) == SCORES
+    assert (record.status, record.method) == (COMPLETE, "word_rate")
+    assert (record.scores["layer"], record.scores["n_trainable"], record.scores["epochs_done"]) == (None, 0, 0)
+    assert len(record.epochs) == 1
+    assert TrialConfig.from_dict(record.config) == settings
+    assert record.cc_test == {}
+    # The first half of the voxels of this data set follow word rate, the others nothing.
+    assert record.cc[SUBJECT][:6].min() > 0.25
+    assert record.cc[SUBJECT][:6].mean() > record.cc[SUBJECT][6:].mean() + 0.3
+
+
+def test_frozen_record(task: Task, tiny_encoder: Encoder) -> None:
+    settings = config(tiny_encoder, method="frozen")
+    record = run_trial(settings, task)
+    assert set(record.scores) == SCORES | LOSSES
+    assert (record.status, record.method) == (COMPLETE, "frozen")
+    found = [record.scores[name] for name in ("layer", "n_trainable", "epochs_done", "optimizer_steps", "tokens_seen")]
+    assert found == [2, 0, 0, 0, 0]
+    assert record.scores["mlm_loss_train"] == pytest.approx(math.log(103), abs=0.2)  # an untrained BERT guesses
+    assert len(record.epochs) == 1
+    assert TrialConfig.from_dict(record.config) == settings
+
+
+def test_lora_record(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+    settings = config(tiny_encoder, target_modules="q,d", batch_size=3, accumulation=2)
+    record = run_trial(settings, task)
+    assert set(record.scores) == SCORES | LOSSES | TRAITS
+    assert record.scores["n_trainable"] == 2 * (4 * (32 + 32) + 4 * (64 + 32))  # two blocks, rank 4
+    (windows,) = heard.windows
+    assert record.scores["optimizer_steps"] == 2 * math.ceil(len(windows) / 6)
+    assert record.scores["tokens_seen"] == 2 * sum(len(window.ids) for window in windows)
+    assert TrialConfig.from_dict(record.config) == settings
+    assert set(record.cc) == {SUBJECT}
+    assert record.cc[SUBJECT].shape == (12,)
+    assert record.cc[SUBJECT].dtype == np.float32
+
+
+def test_test_stories_are_scored_only_where_nothing_was_tuned(task: Task, tiny_encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="a tuned model's test score belongs to the confirm phase"):
+        run_trial(config(tiny_encoder, epochs=1), task, score_test=True)
+    for method in ("word_rate", "frozen"):
+        record = run_trial(config(tiny_encoder, method=method), task, score_test=True)
+        assert record.scores["cc_test"] == pytest.approx(float(np.nanmean(record.cc_test[SUBJECT])), abs=1e-6)
+        roles = [(row["role"], row["story"]) for row in record.stories]
+        assert roles == [("validation", "alpha"), ("test", "wheretheressmoke")]
+        assert "cc_test" not in run_trial(config(tiny_encoder, method=method), task).scores
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "because"),
+    [
+        ({"layer": 3}, "layer 3: {model} has layers 0 (embeddings) to 2"),
+        ({"window_tokens": 513}, "window_tokens 513: {model} reads at most 512"),
+        ({"embed_window_tokens": 513}, "embed_window_tokens 513: {model} reads at most 512"),
+    ],
+)
+@pytest.mark.parametrize("method", ["frozen", "lora"])
+def test_settings_that_do_not_fit_the_model_are_refused(
+    method: str, changes: dict[str, int], because: str, task: Task, tiny_encoder: Encoder
+) -> None:
+    with pytest.raises(InputError, match=re.escape(because.format(model=tiny_encoder.name))):
+        run_trial(config(tiny_encoder, method=method, **changes), task)
+
+
+def test_model_without_a_head_can_only_be_frozen(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
+    tiny_encoder.copy_model().bert.save_pretrained(tmp_path)
+    tiny_encoder.tokenizer.save_pretrained(tmp_path)
+    settings = config(tiny_encoder, model=str(tmp_path))
+    with pytest.raises(InputError, match="has no trained masked-LM head to fine-tune; it can only be frozen"):
+        run_trial(settings, task)
+    headless = run_trial(replace(settings, method="frozen"), task)
+    assert set(headless.scores) == SCORES  # no losses
+    whole = run_trial(config(tiny_encoder, method="frozen"), task)
+    assert np.array_equal(headless.cc[SUBJECT], whole.cc[SUBJECT])
+
+
+def test_training_that_diverges_raises(task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = load_encoder(tiny_encoder.name)
+    with torch.no_grad():
+        broken.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    monkeypatch.setattr(chain_module, "resident_encoder", lambda name: broken)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        run_trial(config(tiny_encoder), task)
+
+
+def test_training_that_changes_nothing_is_refused(task: Task, tiny_encoder: Encoder) -> None:
+    with pytest.raises(InputError, match="fine-tuning: changes nothing"):
+        run_trial(config(tiny_encoder, lr=1e-30, epochs=1), task)

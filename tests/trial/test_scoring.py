@@ -1,0 +1,596 @@
+"""Word vectors to scores, recomputed with other libraries, and what must not reach a score."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from himalaya.ridge import solve_ridge_cv_svd
+from himalaya.scoring import correlation_score
+from make_data import make_lab
+from ridge_utils.interpdata import lanczosinterp2D
+from ridge_utils.util import make_delayed
+from scipy.stats import pearsonr
+from sklearn.model_selection import PredefinedSplit
+from sklearn.preprocessing import StandardScaler
+
+from bert_encoding.analyses import encoding_model
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.splits import MIN_FIT_STORIES
+from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.features.word_rate import word_rate
+from bert_encoding.regression import response_panels
+from bert_encoding.regression.response_panels import stack_responses, voxel_panels
+from bert_encoding.regression.ridge import CrossValidatedRidge, Prediction, fit_ridge
+from bert_encoding.regression.solvers import Targets
+from bert_encoding.statistics.block_bootstrap import time_replicates
+from bert_encoding.statistics.permutation import block_permutation_p
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.scoring import (
+    Design,
+    PredictionTests,
+    SubjectScores,
+    edge_notes,
+    make_design,
+    merge_subjects,
+    prepare_ridge,
+    score_subject,
+    seen_cc,
+)
+
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
+CPU = torch.device("cpu")
+FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")
+DELAYS = (1, 2, 3, 4)
+GRID = tuple(float(alpha) for alpha in np.logspace(-1, 5, 9))
+CONFIG = TrialConfig(method="word_rate", ridge_alphas=GRID, delays=DELAYS, n_folds=4)
+N_VOXELS = 40  # the first half follow word rate, the others are noise
+BAD_VOXELS = {"subject2": [3, 25], "subject3": [30]}
+
+Vectors = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lab folder of two subjects, with voxels that are not finite or constant in one story."""
+    folder = make_lab(tmp_path_factory.mktemp("small") / "lab", subjects=tuple(BAD_VOXELS), n_voxels=N_VOXELS)
+    spoil(folder / "subject2" / "beta.npy", 3, np.nan)
+    spoil(folder / "subject2" / "zeta.npy", 25, 0.5)
+    spoil(folder / "subject3" / "alpha.npy", 30, np.inf)
+    return folder
+
+
+def spoil(path: Path, voxel: int, value: float) -> None:
+    responses = np.load(path)
+    responses[:, voxel] = value
+    np.save(path, responses)
+
+
+@pytest.fixture(scope="module")
+def dataset(small: Path) -> Dataset:
+    return inspect(open_dataset(small))
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Long stories without defects: scores of chance lie close to 0."""
+    folder = make_lab(tmp_path_factory.mktemp("long") / "lab", n_words=1200, n_voxels=N_VOXELS)
+    return inspect(open_dataset(folder))
+
+
+def rates(dataset: Dataset) -> dict[str, np.ndarray]:
+    return {name: word_rate(story.spoken) for name, story in dataset.stories.items()}
+
+
+def rich_vectors(dataset: Dataset, n_hidden: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
+    """Word rate beside random columns of unequal scale."""
+    rng = np.random.default_rng(seed)
+    scales = np.logspace(-2, 2, n_hidden - 1)
+    return {
+        name: np.hstack([rate, 1 + scales * rng.standard_normal((len(rate), n_hidden - 1))]).astype(np.float32)
+        for name, rate in rates(dataset).items()
+    }
+
+
+def score(
+    vectors: Vectors, dataset: Dataset, scored: tuple[str, ...] = SCORED, config: TrialConfig = CONFIG
+) -> SubjectScores:
+    design = make_design(vectors, dataset, FIT, scored, config, 0)
+    return score_subject(prepare_ridge(design, config, CPU), design, dataset, "subject2", FIT, scored)
+
+
+def run_score(design: Design, dataset: Dataset, subject: str, config: TrialConfig) -> SubjectScores:
+    return score_subject(prepare_ridge(design, config, CPU), design, dataset, subject, FIT, SCORED)
+
+
+def run_seen(design: Design, dataset: Dataset, fit: tuple[str, ...], config: TrialConfig) -> np.ndarray:
+    return seen_cc(prepare_ridge(design, config, CPU), dataset, "subject2", fit)
+
+
+def story_means(scores: SubjectScores) -> dict[str, float]:
+    return {name: float(cc.mean()) for name, cc in scores.story_cc.items()}
+
+
+def published_features(vectors: np.ndarray, dataset: Dataset, name: str) -> np.ndarray:
+    """Features of one story by the Huth lab's code, trimmed by the rows that the data need."""
+    story = dataset.stories[name]
+    return make_delayed(lanczosinterp2D(vectors, story.word_times_s, story.tr_times_s, window=3), DELAYS)[10:-5]
+
+
+def responses_from_disk(folder: Path, subject: str, names: tuple[str, ...]) -> np.ndarray:
+    stacked = np.vstack([np.load(folder / subject / f"{name}.npy") for name in names])
+    return np.delete(stacked, BAD_VOXELS[subject], axis=1)
+
+
+def himalaya_weights(X: np.ndarray, Y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (alphas, weights) of z-scored data."""
+    cv = PredefinedSplit(folds)
+    alphas, weights, _ = solve_ridge_cv_svd(X, Y, np.array(GRID), score_func=correlation_score, cv=cv, warn=False)
+    return alphas, weights
+
+
+def pearson_columns(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
+    return np.array([pearsonr(Y[:, v], Y_predicted[:, v]).statistic for v in range(Y.shape[1])])
+
+
+def test_the_design_is_the_published_features_scaled_by_the_fit_rows(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
+    scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
+    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    np.testing.assert_allclose(design.fit, scaler.transform(np.vstack([X[n] for n in FIT])), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(design.scored, scaler.transform(np.vstack([X[n] for n in SCORED])), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(design.scored_story, np.repeat([0, 1], [len(X[name]) for name in SCORED]))
+
+
+def test_every_fit_story_lies_in_one_fold(dataset: Dataset) -> None:
+    design = make_design(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    story = np.repeat(FIT, [len(dataset.stories[name].tr_times_s) - 15 for name in FIT])
+    assert len(story) == len(design.folds) == len(design.fit)
+    assert set(design.folds) == set(range(CONFIG.n_folds))
+    assert all(np.unique(design.folds[story == name]).size == 1 for name in FIT)
+
+
+@pytest.mark.parametrize("subject", list(BAD_VOXELS))
+def test_score_subject_equals_a_recomputation_with_other_libraries(dataset: Dataset, small: Path, subject: str) -> None:
+    vectors = rich_vectors(dataset)
+    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
+    scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
+    Y = StandardScaler().fit_transform(responses_from_disk(small, subject, FIT))
+    alphas, weights = himalaya_weights(scaler.transform(np.vstack([X[name] for name in FIT])), Y, design.folds)
+    predicted = {name: scaler.transform(X[name]) @ weights for name in SCORED}
+    truth = {name: responses_from_disk(small, subject, (name,)) for name in SCORED}
+    expected = pearson_columns(np.vstack(list(truth.values())), np.vstack(list(predicted.values())))
+    expected_story = {name: pearson_columns(truth[name], predicted[name]).mean() for name in SCORED}
+
+    got = run_score(design, dataset, subject, CONFIG)
+    assert np.unique(alphas).size >= 4  # or the choice would hardly be tested
+    np.testing.assert_allclose(got.ridge_alphas, alphas, rtol=1e-12)
+    np.testing.assert_allclose(got.cc, expected, rtol=0, atol=1e-5)
+    assert list(got.story_cc) == list(SCORED)
+    assert story_means(got) == pytest.approx(expected_story, abs=1e-5)
+    assert got.n_constant == 0
+
+
+def test_seen_cc_equals_a_nested_recomputation_with_other_libraries(dataset: Dataset, small: Path) -> None:
+    vectors = rich_vectors(dataset)
+    design = make_design(vectors, dataset, FIT, FIT, CONFIG, 0)
+    raw = responses_from_disk(small, "subject2", FIT)
+    X = StandardScaler().fit_transform(np.vstack([published_features(vectors[n], dataset, n) for n in FIT]))
+    Y = StandardScaler().fit_transform(raw)
+    predicted = np.full(Y.shape, np.nan)
+    for label in range(CONFIG.n_folds):
+        out = design.folds == label
+        inner = np.unique(design.folds[~out], return_inverse=True)[1]
+        predicted[out] = X[out] @ himalaya_weights(X[~out], Y[~out], inner)[1]
+    got = run_seen(design, dataset, FIT, CONFIG)
+    np.testing.assert_allclose(got, pearson_columns(raw, predicted), rtol=0, atol=5e-5)  # ours is in float32
+
+
+def test_stack_responses_reads_valid_voxels_in_the_order_asked(dataset: Dataset, small: Path) -> None:
+    order = ("zeta", "alpha", "gamma")
+    got = stack_responses(dataset, "subject2", order)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, responses_from_disk(small, "subject2", order).astype(np.float32))
+
+
+def wreck(dataset: Dataset, vectors: Vectors, name: str) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """Replace the words, their times, and all responses of one story by something wild."""
+    rng = np.random.default_rng(99)
+    story = dataset.stories[name]
+    responses = {
+        subject: Responses(array=1e4 + 1e3 * rng.standard_normal(old.check()[0]))
+        for subject, old in story.responses.items()
+    }
+    times_s = np.sort(rng.uniform(0, story.word_times_s[-1], len(story.words)))
+    wild = replace(story, word_times_s=times_s, responses=responses)
+    vectors = {**vectors, name: 1e3 * rng.standard_normal(vectors[name].shape)}
+    return replace(dataset, stories={**dataset.stories, name: wild}, fingerprint="wild"), vectors
+
+
+def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> None:
+    """Wreck one scored story: the fit, and all that concerns the other one, keep their bits."""
+    vectors = rich_vectors(dataset)
+    wrecked, wild_vectors = wreck(dataset, vectors, "wheretheressmoke")
+    before = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    after = make_design(wild_vectors, wrecked, FIT, SCORED, CONFIG, 0)
+    np.testing.assert_array_equal(after.fit, before.fit)
+    np.testing.assert_array_equal(after.folds, before.folds)
+    zeta = before.scored_story == 0
+    np.testing.assert_array_equal(after.scored[zeta], before.scored[zeta])
+    assert np.abs(after.scored[~zeta] - before.scored[~zeta]).max() > 10
+
+    scores = run_score(before, dataset, "subject2", CONFIG)
+    wild = run_score(after, wrecked, "subject2", CONFIG)
+    np.testing.assert_array_equal(wild.ridge_alphas, scores.ridge_alphas)
+    np.testing.assert_array_equal(wild.story_cc["zeta"], scores.story_cc["zeta"])
+    assert (wild.story_cc["wheretheressmoke"] != scores.story_cc["wheretheressmoke"]).all()
+
+
+def test_a_scored_story_scores_the_same_alone_as_in_company(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    together, alone = score(vectors, dataset), score(vectors, dataset, ("zeta",))
+    np.testing.assert_allclose(alone.story_cc["zeta"], together.story_cc["zeta"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(alone.cc, alone.story_cc["zeta"], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(alone.ridge_alphas, together.ridge_alphas)
+
+
+def test_no_row_that_ridge_was_fitted_on_is_scored(dataset: Dataset) -> None:
+    """A model wide enough to know noise by heart gets 1 on the rows it saw and 0 on the ones that count."""
+    config = replace(CONFIG, ridge_alphas=(1e-4,))
+    vectors = rich_vectors(dataset, n_hidden=80)
+    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    assert design.fit.shape[1] > design.fit.shape[0]
+    noise = slice(19, None)  # without voxel 3, the first noise voxel is the 20th that is valid
+    Y = stack_responses(dataset, "subject2", FIT)
+    by_heart = fit_ridge(design.fit, Y, design.folds, config.ridge_alphas).predict(design.fit)
+    cc = run_score(design, dataset, "subject2", config).cc[noise]
+    assert pearson_columns(Y[:, noise], by_heart[:, noise]).min() > 0.99
+    assert abs(cc.mean()) < 3 / np.sqrt(len(design.scored) * cc.size)
+
+
+def test_planted_voxels_score_high_and_noise_voxels_0(long: Dataset) -> None:
+    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+    cc = run_score(design, long, "subject2", CONFIG).cc
+    assert cc[:20].min() > 0.5
+    standard_error = 1 / np.sqrt(len(design.scored))
+    assert np.abs(cc[20:]).max() < 4 * standard_error  # of one voxel
+    assert abs(cc[20:].mean()) < 3 * standard_error / np.sqrt(20)  # of their mean
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_word_times_score_0(long: Dataset, seed: int) -> None:
+    """The gaps between words in another order: as many words, as fast, but not when they were heard.
+
+    Planted voxels share one signal, and it is smooth: their mean has the standard error of about one voxel.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = {
+        name: replace(story, word_times_s=np.cumsum(rng.permutation(np.diff(story.word_times_s, prepend=0.0))))
+        for name, story in long.stories.items()
+    }
+    n_rows = sum(len(long.stories[name].tr_times_s) - 15 for name in SCORED)
+    got = score(rates(long), replace(long, stories=shuffled)).cc[:20].mean()
+    assert abs(got) < 4 / np.sqrt(n_rows)
+    assert score(rates(long), long).cc[:20].mean() > 0.5
+
+
+def test_the_courses_trim_loses_what_the_published_trim_finds(long: Dataset) -> None:
+    """Both cut 15 rows, so nothing fails; the features only come 5 TRs too early."""
+    published = score(rates(long), replace(long, trim=TRIMS["published"])).cc[:20].mean()
+    course = score(rates(long), replace(long, trim=TRIMS["course"])).cc[:20].mean()
+    assert published > 0.5
+    assert course < 0.15
+
+
+def test_the_same_input_gives_the_same_bits(dataset: Dataset) -> None:
+    vectors = rich_vectors(dataset)
+    first, second = score(vectors, dataset), score(vectors, dataset)
+    np.testing.assert_array_equal(first.cc, second.cc)
+    np.testing.assert_array_equal(first.ridge_alphas, second.ridge_alphas)
+    assert story_means(first) == story_means(second)
+
+
+def test_vectors_and_responses_are_left_as_they_were(dataset: Dataset, small: Path) -> None:
+    vectors = rich_vectors(dataset)
+    kept = {name: values.copy() for name, values in vectors.items()}
+    before = {path: path.read_bytes() for path in small.rglob("*.npy")}
+    score(vectors, dataset)
+    for name, values in vectors.items():
+        np.testing.assert_array_equal(values, kept[name])
+    assert {path: path.read_bytes() for path in small.rglob("*.npy")} == before
+
+
+def test_constant_predictions_score_0_and_are_counted(dataset: Dataset) -> None:
+    silent = {name: np.zeros_like(values) for name, values in rates(dataset).items()}
+    got = score(silent, dataset)
+    n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
+    np.testing.assert_array_equal(got.cc, np.zeros(n_valid))
+    assert got.n_constant == n_valid
+    assert story_means(got) == dict.fromkeys(SCORED, 0.0)
+
+
+@pytest.mark.parametrize("name", ["gamma", "zeta"])
+def test_a_vector_that_is_not_finite_stops_the_trial_and_names_the_story(dataset: Dataset, name: str) -> None:
+    vectors = rich_vectors(dataset)
+    vectors[name][70, 2] = np.nan
+    with pytest.raises(RuntimeError, match=f"story {name}: its features are not finite"):
+        make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+
+
+def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
+    """Not the mean over all voxels: a subject with more voxels does not weigh more."""
+    rng = np.random.default_rng(5)
+    grid = (1.0, 10.0, 100.0)
+    alphas = {"few": np.array([1.0, 10.0, 100.0, 10.0]), "many": np.full(500, 100.0)}
+    ccs = {"few": np.array([0.5, -0.2, 0.0, 0.1], np.float32), "many": rng.uniform(-1, 1, 500).astype(np.float32)}
+    scores = {name: SubjectScores(ccs[name], {}, alphas[name], n, grid) for name, n in (("few", 1), ("many", 7))}
+    ordered = np.sort(ccs["many"].astype(np.float64))
+    expected = {
+        "cc_mean": (0.1 + ordered.mean()) / 2,
+        "cc_median": (0.05 + (ordered[249] + ordered[250]) / 2) / 2,
+        "cc_top1": (0.5 + ordered[-5:].mean()) / 2,
+        "cc_top5": (0.5 + ordered[-25:].mean()) / 2,
+        "share_above_0": (0.5 + (ordered > 0).mean()) / 2,
+        "alpha_edge_share": (0.5 + 1.0) / 2,
+        "n_constant_predictions": 8.0,
+    }
+    assert merge_subjects(scores) == pytest.approx(expected, abs=1e-7)
+
+
+def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
+    grid = (1.0, 10.0, 100.0)
+    alphas = {"low": [1.0] * 3 + [10.0] * 7, "high": [10.0] * 5 + [100.0] * 5, "fifth": [1.0, 100.0, 10.0, 10.0, 10.0]}
+    pressing = {"low": {"low": 0.3, "high": 0.0}, "high": {"low": 0.2, "high": 0.5}, "fifth": {"low": 0.2, "high": 0.2}}
+    scores = {
+        name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid, pressing=pressing[name])
+        for name, values in alphas.items()
+    }
+    low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from "
+    low += "0.01"
+    high = "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them"
+    assert edge_notes({"": [scores, scores]}, grid) == [low, high]
+    assert edge_notes({"": [scores], "test: ": [scores]}, grid) == [low, high, f"test: {low}", f"test: {high}"]
+
+
+def test_the_fewest_stories_that_a_split_leaves_to_fit_can_be_scored_as_seen(dataset: Dataset) -> None:
+    fit = FIT[:MIN_FIT_STORIES]
+    design = make_design(rates(dataset), dataset, fit, fit, CONFIG, 0)
+    assert 0.1 < run_seen(design, dataset, fit, CONFIG).mean() < 1
+
+
+def test_the_fewest_folds_that_are_a_setting_can_be_scored_as_seen(dataset: Dataset) -> None:
+    """What is allowed must not stop a trial at its end."""
+    config = replace(CONFIG, n_folds=3)
+    design = make_design(rates(dataset), dataset, FIT, FIT, config, 0)
+    assert 0.1 < run_seen(design, dataset, FIT, config).mean() < 1
+
+
+@pytest.mark.parametrize("n_columns", [1, 7, 37])
+def test_how_voxels_are_divided_into_panels_does_not_matter(
+    dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BLAS may sum narrow matrices in another order: scores agree to float32 rounding."""
+    design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    whole, seen = run_score(design, dataset, "subject2", CONFIG), run_seen(design, dataset, FIT, CONFIG)
+    n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
+    panels = voxel_panels(dataset, "subject2", len(design.fit) + len(design.scored))
+    assert [panel.start for panel in panels] == list(range(0, n_valid, n_columns))
+    assert panels[-1].stop == n_valid
+    parts = run_score(design, dataset, "subject2", CONFIG)
+    np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
+    np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
+    for name in SCORED:
+        np.testing.assert_allclose(parts.story_cc[name], whole.story_cc[name], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_seen(design, dataset, FIT, CONFIG), seen, rtol=0, atol=1e-5)
+
+
+def test_no_panel_is_larger_than_its_budget(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    stack = response_panels.stack_responses
+
+    def watch(dataset: Dataset, subject: str, stories: Sequence[str], columns: slice = slice(None)) -> np.ndarray:
+        Y = stack(dataset, subject, stories, columns)
+        read.append(Y.nbytes)
+        return Y
+
+    monkeypatch.setattr(response_panels, "stack_responses", watch)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 50_000)
+    score(rates(long), long)
+    assert len(read) > 4
+    assert max(a + b for a, b in zip(read[::2], read[1::2], strict=True)) <= 50_000
+
+
+# --- the grid of alphas -----------------------------------------------------------------------------------------------
+
+NARROW, WIDE = (0.1, 1.0, 10.0, 100.0), (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+
+
+def fitted_grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
+    """Listen to the grids that voxels are fitted with from now on."""
+    grids: list[tuple[float, ...]] = []
+    fit_predict = CrossValidatedRidge.fit_predict
+
+    def listen(self: CrossValidatedRidge, Y: np.ndarray | Targets, X: np.ndarray) -> Prediction:
+        grids.append(self.ridge_alphas)
+        return fit_predict(self, Y, X)
+
+    monkeypatch.setattr(CrossValidatedRidge, "fit_predict", listen)
+    return grids
+
+
+def test_a_grid_that_is_too_narrow_is_widened_and_scores_are_those_of_the_wide_one(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = rich_vectors(dataset)
+    wide = score(vectors, dataset, config=replace(CONFIG, ridge_alphas=WIDE))
+    grids = fitted_grids(monkeypatch)
+    got = score(vectors, dataset, config=replace(CONFIG, ridge_alphas=NARROW))
+    assert grids == [NARROW, WIDE]
+    assert wide.grid == got.grid == WIDE
+    assert wide.edge_share["low"] < 0.2
+    np.testing.assert_array_equal(got.cc, wide.cc)
+    np.testing.assert_array_equal(got.ridge_alphas, wide.ridge_alphas)
+    for name in SCORED:
+        np.testing.assert_array_equal(got.story_cc[name], wide.story_cc[name])
+    (widened, nothing) = edge_notes({"": [{"subject2": got}]}, NARROW)
+    assert widened == (
+        "subject2: many voxels wanted a ridge_alpha beyond 0.1 to 100, so all were fitted with 0.1 to 10000"
+    )
+    assert nothing.endswith("chose the largest ridge_alpha of 0.1 to 10000: nothing predicts them")
+
+
+def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (1e4, 1e5, 1e6)
+    grids = fitted_grids(monkeypatch)
+    got = score(rich_vectors(dataset), dataset, config=replace(CONFIG, ridge_alphas=asked))
+    assert len(grids) == 2
+    np.testing.assert_allclose(got.grid, (1e2, 1e3, 1e4, 1e5, 1e6), rtol=1e-12)
+    assert got.edge_share["low"] > 0.2
+    widened, low, high = edge_notes({"": [{"subject2": got}]}, asked)
+    assert widened.endswith("beyond 10000 to 1e+06, so all were fitted with 100 to 1e+06")
+    assert "want a ridge_alpha below 100 to 1e+06" in low and low.endswith("to a grid from 1")
+    assert high.endswith("nothing predicts them")
+
+
+def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One panel alone would have it wider: the share counts over the whole brain."""
+    vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
+    whole = score(vectors, dataset, config=config)
+    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * 2 * max(len(design.fit), len(design.scored)))
+    grids = fitted_grids(monkeypatch)
+    parts = run_score(design, dataset, "subject2", config)
+    n_panels = len(voxel_panels(dataset, "subject2", 2 * max(len(design.fit), len(design.scored))))
+    assert n_panels == 8
+    assert grids == n_panels * [config.ridge_alphas] + n_panels * [whole.grid]
+    assert len(whole.grid) > len(config.ridge_alphas)
+    np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
+    np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
+
+
+def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = fitted_grids(monkeypatch)
+    got = score(rich_vectors(dataset), dataset)
+    assert grids == [GRID] and got.grid is GRID
+    assert max(got.edge_share["low"], 0.2) == 0.2
+    assert edge_notes({"": [{"subject2": got}]}, GRID) == [
+        f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: nothing "
+        "predicts them"
+    ]
+
+
+@pytest.mark.parametrize("n_columns", [7, 40])
+def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
+    dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, ridge_alphas=NARROW)
+    design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, config, 0)
+    scores, ridge = run_score(design, dataset, "subject2", config), prepare_ridge(design, config, CPU)
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (ridge.n_rows + ridge.n_features))
+    said: list[str] = []
+    fits = list(encoding_model._fit_panels(ridge, dataset, "subject2", FIT, said.append))
+    assert [fit.weights.shape[1] for fit in fits] == ([7, 7, 7, 7, 7, 3] if n_columns == 7 else [38])
+    assert said == ["subject2: many voxels chose an edge of the ridge_alphas, so the grid is 0.1 to 10000"]
+    np.testing.assert_array_equal(np.concatenate([fit.ridge_alphas for fit in fits]), scores.ridge_alphas)
+    weights = np.hstack([fit.weights for fit in fits])
+    Y = StandardScaler().fit_transform(stack_responses(dataset, "subject2", FIT).astype(np.float64))
+    expected = fit_ridge(design.fit, Y, design.folds, WIDE, precision="float64").weights
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+# --- tests of predictions ---------------------------------------------------------------------------------------------
+
+
+def test_tests_of_predictions_are_those_of_an_exact_fit(long: Dataset) -> None:
+    """One voxel's p may move by an order or two of a thousand where ours is rounded to float32."""
+    vectors = rich_vectors(long)
+    design = make_design(vectors, long, FIT, SCORED, CONFIG, 0)
+    ridge = prepare_ridge(design, CONFIG, CPU)
+    got = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True)
+    Y = StandardScaler().fit_transform(stack_responses(long, "subject2", FIT).astype(np.float64))
+    exact = fit_ridge(design.fit, Y, design.folds, GRID, precision="float64")
+    predicted, measured = exact.predict(design.scored), stack_responses(long, "subject2", SCORED)
+    assert got.tests is not None
+    expected = block_permutation_p(measured, predicted, design.scored_story)
+    np.testing.assert_allclose(got.tests.p, expected, rtol=0, atol=0.003)
+    total = time_replicates(measured, predicted, design.scored_story).total
+    np.testing.assert_allclose(got.tests.replicates.total, total, rtol=0, atol=1e-4 * N_VOXELS)
+    assert got.summary()["share_significant"] == np.mean(got.tests.q < 0.05) == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_array_equal(got.cc, run_score(design, long, "subject2", CONFIG).cc)
+
+
+def test_panels_share_permutations_and_resamples(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+
+    def tests() -> PredictionTests:
+        ridge = prepare_ridge(design, CONFIG, CPU)
+        found = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True).tests
+        assert found is not None
+        return found
+
+    whole = tests()
+    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 7 * (len(design.fit) + len(design.scored)))
+    parts = tests()
+    np.testing.assert_allclose(parts.p, whole.p, rtol=0, atol=0.003)
+    np.testing.assert_allclose(parts.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-5)
+
+
+def test_without_being_asked_nothing_is_tested(dataset: Dataset) -> None:
+    scores = score(rates(dataset), dataset)
+    assert scores.tests is None
+    assert "share_significant" not in scores.summary()
+
+
+def test_a_subject_without_p_leaves_the_share_to_the_others() -> None:
+    cc, grid = np.array([0.1, 0.2], np.float32), (1.0, 10.0)
+    replicates = time_replicates(np.eye(4)[:, :2], np.eye(4)[:, :2], np.zeros(4, int))
+    p = {"a": np.array([0.001, 0.9]), "b": np.array([np.nan, np.nan])}
+    scores = {
+        s: SubjectScores(cc, {}, np.ones(2), 0, grid, tests=PredictionTests(values, replicates))
+        for s, values in p.items()
+    }
+    assert merge_subjects(scores)["share_significant"] == 0.5
+    assert "share_significant" not in merge_subjects({"b": scores["b"]})
+
+
+# --- regions of interest ----------------------------------------------------------------------------------------------
+
+
+def test_regions_of_interest_are_means_over_their_valid_voxels(dataset: Dataset) -> None:
+    """Voxels 3 and 25 are left out of the scores; indices of a region count all voxels."""
+    rois = {"auditory": np.array([1, 2, 3]), "other": np.array([25, 39, 24]), "gone": np.array([3, 25])}
+    with_rois = replace(dataset, rois={"subject2": rois})
+    design = make_design(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    scores = run_score(design, with_rois, "subject2", CONFIG)
+    whole = np.full(N_VOXELS, np.nan)
+    whole[[v for v in range(N_VOXELS) if v not in BAD_VOXELS["subject2"]]] = scores.cc
+    summary = scores.summary()
+    assert summary["cc_roi_auditory"] == pytest.approx(whole[[1, 2]].mean(), abs=1e-7)
+    assert summary["cc_roi_other"] == pytest.approx(whole[[24, 39]].mean(), abs=1e-7)
+    assert "cc_roi_gone" not in summary
+    in_story = scores.story_summary("zeta")
+    assert in_story["cc_mean"] == pytest.approx(scores.story_cc["zeta"].mean(), abs=1e-7)
+    assert in_story["cc_roi_auditory"] == pytest.approx(scores.story_cc["zeta"][[1, 2]].mean(), abs=1e-7)
+
+
+def test_a_region_is_averaged_over_the_subjects_that_have_it() -> None:
+    cc = np.array([0.1, 0.2, 0.6], np.float32)
+    both = {"left": np.array([0]), "right": np.array([1, 2])}
+    scores = {
+        "a": SubjectScores(cc, {}, np.ones(3), 0, (1.0, 10.0), both),
+        "b": SubjectScores(cc / 2, {}, np.ones(3), 0, (1.0, 10.0), {"right": np.array([2])}),
+    }
+    merged = merge_subjects(scores)
+    assert merged["cc_roi_left"] == pytest.approx(0.1, abs=1e-7)
+    assert merged["cc_roi_right"] == pytest.approx((0.4 + 0.3) / 2, abs=1e-7)
+    assert merged["cc_mean"] == pytest.approx((0.3 + 0.15) / 2, abs=1e-7)
