@@ -11,7 +11,7 @@ stories) R2 was -0.030 where CC was 0.13, and its parts would tell of scale alon
 
 In return the squared CC of two uncorrelated spaces adds up only where the joint fit weighs them against each other as
 well as each is worth. One penalty for all need not: what the joint fit loses by it is missing from the unique parts and
-counted as shared. A penalty a space (``banded.py``) mends that. On held-out rows parts can be negative; cutting them
+counted as shared. A penalty a space (``regression/banded_ridge.py``) mends that. On held-out rows parts can be negative; cutting them
 off at 0 would make noise count as explained.
 
 Whether a space tells of a voxel what the others do not is tested apart, in ``unique.py``.

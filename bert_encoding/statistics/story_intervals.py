@@ -1,4 +1,4 @@
-"""How sure is a mean CC, or a difference between two models? Over stories; ``time_intervals.py`` over time."""
+"""How sure is a mean CC, or a difference between two models? Over stories; ``block_bootstrap.py`` over time."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple

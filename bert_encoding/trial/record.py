@@ -50,7 +50,7 @@ class TrialRecord:
     scores : of the last epoch, and of the trial as a whole
     epochs, stories, subjects : rows of the tables of the same names
     cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
-    details : further arrays, see ``outcome.voxel_details``; kept in details.npz of baselines and of the best trials
+    details : further arrays, see ``summaries.voxel_details``; kept in details.npz of baselines and of the best trials
     """
 
     status: str
@@ -137,7 +137,7 @@ def read_cc(study: Place, trial_id: str) -> dict[str, np.ndarray]:
 
 
 def read_details(study: Place, trial_id: str) -> dict[str, np.ndarray]:
-    """Return a trial's further arrays, see ``outcome.voxel_details``; nothing where none are kept."""
+    """Return a trial's further arrays, see ``summaries.voxel_details``; nothing where none are kept."""
     return _read_arrays(trial_folder(study, trial_id) / DETAILS_FILE)
 
 

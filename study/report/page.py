@@ -58,7 +58,7 @@ class Page(NamedTuple):
     lines : said below the verdicts
     numbers : small tables below these
     slopes : effects of rank; None where there are none
-    pictures : of ``report.Picture``
+    pictures : of ``html.Picture``
     not_drawn : the figures that there is nothing to draw of, and why
     settings : every setting of the trials
     source : of the search space
@@ -101,7 +101,7 @@ def make_page(
     Parameters
     ----------
     records : of ``read_records``
-    pictures, absent, troubles : of ``report.draw``
+    pictures, absent, troubles : of ``html.draw``
     """
     facts, trials = evidence.facts, evidence.trials
     return Page(

@@ -88,7 +88,7 @@ def _on_test(trials: pd.DataFrame) -> dict[str, OnTest]:
 def gain_over_time(folder: Place, one: str, other: str) -> Interval | None:
     """Return the test CC of a trial less that of another, with its interval over time inside these stories.
 
-    Both were resampled alike (``outcome.voxel_details``), so that each resample is a pair. None where nothing is kept.
+    Both were resampled alike (``summaries.voxel_details``), so that each resample is a pair. None where nothing is kept.
     """
     both = [_test_replicates(_details(folder, name)) for name in (one, other)]
     return None if None in both else difference_interval(*[found for found in both if found is not None])
@@ -238,7 +238,7 @@ def confirmed_table(folder: Place, looks: list[dict[str, Any]], trials: pd.DataF
 
     Parameters
     ----------
-    looks : of ``looks.read_looks``
+    looks : of ``locked_stories.read_looks``
     trials : of ``load_trials``
     """
     rows = [row for fixed in looks for row in _of_look(folder, fixed, trials)]

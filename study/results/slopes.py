@@ -87,7 +87,7 @@ def slope_table(used: pd.DataFrame, stories: pd.DataFrame, n_resamples: int = N_
     Parameters
     ----------
     used : of ``rank_tables.used_trials``
-    stories : of ``records.stories_frame``
+    stories : of ``tables.stories_frame``
     n_resamples : of the bootstrap; 0 leaves it out
     """
     wanted = [Wanted(outcome, adjustment) for adjustment in (NONE, NUISANCE, STEP_SIZE) for outcome in OUTCOMES]

@@ -44,7 +44,7 @@ def tuning_verdict(
     Parameters
     ----------
     used : of ``rank_tables.used_trials``
-    stories : of ``records.stories_frame``
+    stories : of ``tables.stories_frame``
     frozen_id : trial of the frozen baseline; None without one
     confirmed : of ``evidence.confirmed_table``; without rows before the confirm phase
     slopes : of ``slopes.slope_table``
