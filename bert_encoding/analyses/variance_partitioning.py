@@ -5,9 +5,8 @@ Ridge is fitted on every subset of the spaces, and set arithmetic over the score
 37:6539).
 
 Explained variance is here the squared CC with its sign, ``cc |cc|``: what a prediction explains at its best scale, and
-below 0 if it is upside down, so that voxels of noise average to 0. The other candidate, R2 = 1 - residual / total
-variance, minds the scale of predictions, but penalties are chosen by CC, which does not: of a real listener (20 fit
-stories) R2 was -0.030 where CC was 0.13, and its parts would tell of scale alone. R2 is kept beside it.
+below 0 if it is upside down, so that voxels of noise average to 0. Why not R2, which is reported too:
+docs/variance_partitioning.md.
 
 In return the squared CC of two uncorrelated spaces adds up only where the joint fit weighs them against each other as
 well as each is worth. One penalty for all need not: what the joint fit loses by it is missing from the unique parts and
@@ -56,15 +55,8 @@ def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, chance: Chan
 
     The statistic is the partial CC of response and joint prediction given the other prediction: the CC of what least
     squares on the latter leaves of both. Blocks of what is left of the joint prediction are permuted (Kennedy 1995,
-    Journal of Business & Economic Statistics 13:85). So neither prediction's scale matters. Without that, the plain
-    difference of two predictions still holds what the smaller one knew, only shrunk otherwise, and so does the plain
-    residual: of simulated voxels to which a space adds nothing, 4 to 21% had p < 0.05 by the CC of these two, 5.5 to
-    8.3% by the partial CC (the more, the smoother the residual is in time; see ``block_permutation_p``). Of 12,000 such
-    voxels in 400 rows, 5.4% had p < 0.05, 0.9% p < 0.01 and 0.03% p < 0.001. In the demo, at q < 0.05, BERT is found to
-    be unique in all language voxels, in no rate voxel and in 1% of the silent ones; word rate in 1%, 90% and none.
-
-    It can be found where the unique part is not above 0: a joint fit that weighs the spaces badly loses more than the
-    space adds.
+    Journal of Business & Economic Statistics 13:85). So neither prediction's scale matters. Why not a plain
+    difference, and the measured calibration: docs/variance_partitioning.md.
 
     Parameters
     ----------

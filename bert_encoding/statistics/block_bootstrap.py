@@ -63,10 +63,7 @@ def time_interval(
     each block's sums of y, p, yy, pp and yp, so that a resample is a weighted sum.
 
     It is meant for the few test stories, and says how the score would move with other moments of *these* stories; it
-    knows nothing of other stories, which may vary more. Measured coverage of 95% intervals in 1 or 3 stories of 291 to
-    348 rows (20 voxels that share noise; predictions of lag-1 autocorrelation 0.8, noise of 0.4; 300 samples): 0.98 to
-    1.0 (CC) and 0.97 to 0.98 (difference of two models) where the words stay and the noise is drawn anew, which is the
-    question it answers; 0.88 and 0.91 where the words are drawn anew too.
+    knows nothing of other stories, which may vary more. Measured coverage: docs/statistics.md.
 
     Of a brain that comes panel by panel, join ``time_replicates`` and take ``replicates_interval`` or
     ``difference_interval``.

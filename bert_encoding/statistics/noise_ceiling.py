@@ -9,10 +9,7 @@ import numpy as np
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.responses import BLOCK_BYTES, Responses, Source
 
-# The square of a silent voxel's CC_max scatters around 0 with a standard deviation of about sqrt(2 / n_rows), however
-# many repeats there are. Of simulated silent voxels (291 rows; 5 or 10 repeats; lag-1 autocorrelation 0, 0.3, 0.5)
-# 2-3%, 3% and 5-7% pass 0.4, but 14-20% pass 0.3: normalised, their chance CCs would count three times and more.
-CC_MAX_FLOOR = 0.4
+CC_MAX_FLOOR = 0.4  # few silent voxels pass it by chance: docs/statistics.md
 
 
 class NoiseCeiling(NamedTuple):

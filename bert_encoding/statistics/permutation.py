@@ -1,21 +1,6 @@
 """Is a voxel predicted better than by chance? A block permutation test, and the false discovery rate over voxels.
 
-Share of p < 0.05 measured on silent voxels, in 3 stories. Noise: 291 to 348 rows, lag-1 autocorrelation of
-predictions 0.8, of responses as given; 60,000 voxels (single rows 20,000). Real: 100 response components of one
-listener, "predicted" by those of 3 other stories, 150 draws of 6 stories (single rows 15)::
-
-                                        as here   without widening   single rows
-    noise 0.0                            0.050         0.051            0.052
-    noise 0.3                            0.050         0.055            0.101
-    noise 0.4                            0.050         0.056            0.117
-    noise 0.5                            0.052         0.060            0.141
-    real, other story reversed           0.044         0.072            0.127
-    real, other component of it          0.049         0.079            0.131
-    real, same component of it           0.073         0.110            0.180
-
-The last are not silent: stories share what comes with their beginning. With one story of 291 rows and noise of 0.4:
-0.050; with two of 80 and 70 rows: 0.047. The price in power: of voxels with a true CC of about 0.09 in noise of
-0.4, 0.63 have p < 0.05 and 0.34 p < 0.01, where 0.65 and 0.37 have them without widening.
+Measured calibration and power: docs/statistics.md.
 """
 
 import math
@@ -186,30 +171,8 @@ def _tail_p(observed: np.ndarray, permuted: np.ndarray, freedom: int) -> np.ndar
     sd is that of the permuted values, S the share of the t distribution above. At the k-th value p equals the counted
     one, so p neither jumps there nor rises with the CC. S(permuted_(k)) is k / (1 + n) on average, so that joining
     makes p noisier but not smaller. This is how Knijnenburg et al. 2009
-    (https://doi.org/10.1093/bioinformatics/btp211) join a tail; theirs is a generalised Pareto distribution, whose two
-    parameters a thousand permutations give so roughly that it often ends before the observed value, at a p of 0. The
-    moments do not: a sum over many blocks is close to normal (mean excess kurtosis of the permuted CCs: -0.04 in 96
-    blocks, -0.24 in 15). Student's t is the careful choice, as a course may have few blocks of great power.
-
-    Measured on silent voxels, predictions with lag-1 autocorrelation of 0.8: the share of p below 1e-3 and 1e-4, as a
-    part of what is expected (1 is exact, below 1 careful); in brackets the normal tail, joined alike::
-
-        noise   rows                  voxels     p < 1e-3      p < 1e-4
-        0.0     291 + 348 + 330      240,000    0.70 (0.89)   0.38 (0.75)
-        0.4     291 + 348 + 330      100,000    0.73 (0.84)   0.50 (0.60)
-        0.8     291 + 348 + 330       60,000    0.62 (0.77)   0.00 (0.33)
-        0.4     291                  100,000    0.27 (0.64)   0.00 (0.20)
-        0.4     80 + 70              200,000    0.01 (0.25)   0.00 (0.00)
-        0.4 *   291 + 348 + 330       80,000    0.93 (1.11)   1.12 (1.62)
-        0.4 *   291                   60,000    0.30 (0.68)   0.17 (0.50)
-        real, other story reversed    15,000    0.33          0.00
-        real, other component of it   15,000    0.93          1.33
-        real, same component of it    15,000    1.47          2.00
-
-    ``*``: the amplitude changes every 8 rows (responses; sd of its log 0.7) and 20 rows (predictions; 0.5). "Real" as
-    in the table of ``block_permutation_p``: the last are not silent. Below 1e-5 were 1 of the first 240,000 and none of
-    the others; further out the tail is an extrapolation, hence ``SMALLEST_P``. The price of care: in few blocks a voxel
-    needs more to have a small p.
+    (https://doi.org/10.1093/bioinformatics/btp211) join a tail. Why Student's t, and its measured calibration:
+    docs/statistics.md.
 
     Parameters
     ----------

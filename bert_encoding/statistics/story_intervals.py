@@ -89,18 +89,8 @@ def story_interval(
     """Return the mean over stories and its interval, stories being the sample.
 
     ``t`` is ``mean -+ t(n - 1) s / sqrt(n)``; ``bootstrap`` resamples stories with replacement and takes percentiles of
-    the mean. Measured coverage of 95% intervals at 3, 5, 10, 20 stories (600 samples each; BCa was no better than
-    percentiles, the studentised bootstrap 1.5 to 2.8 times as wide as ``t`` at 5):
-
-    ===================  ====================  ====================
-    values of stories    t                     bootstrap
-    ===================  ====================  ====================
-    normal               .95 .95 .95 .96       .76 .84 .90 .93
-    heavy-tailed (t5)    .95 .97 .97 .95       .75 .84 .90 .91
-    skewed (exponential) .92 .89 .91 .91       .70 .80 .88 .89
-    ===================  ====================  ====================
-
-    So ``t`` is the default, and the bootstrap is too narrow with few stories, most of all below 6.
+    the mean. ``t`` is the default: the bootstrap is too narrow with few
+    stories (measured coverage: docs/statistics.md).
 
     Parameters
     ----------

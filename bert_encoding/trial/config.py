@@ -56,14 +56,10 @@ class TrialConfig:
     mlm_text : ``fit`` stories alone, ``all`` stories (the words of validation and test included), or ``control``: as
         many tokens of unrelated text
     hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
-        With 0 on attention probabilities the fused attention kernel can be used, about 3 times faster on a CPU. Of 0.1
-        there, over 3 seeds on 10 real stories, training loss came out 0.0035 +- 0.0008 higher, held-out loss 0.0010 +-
-        0.0012, CC 0.0002 +- 0.0001 (``tests/benchmarks/attention_dropout.py``): so it is off
+        Attention dropout is off, for the fused attention kernel (docs/statistics.md)
     precision : of the fine-tuning's matrix products: ``auto`` is bfloat16 where the processor multiplies it natively
-    embed_precision : of the products that make word vectors, the same choices; settled once for a study. Over
-        12 splits of 20 real stories bfloat16 moved the mean CC of 100 components, tuned less frozen, by -0.4e-4 (SD
-        0.9e-4) in the last layer and -0.2e-4 (SD 1.6e-4, at most 3.5e-4) in layer 4, on a CPU
-        (``tests/benchmarks/embedding_precision.py``): take ``float32`` for effects below 5e-4
+    embed_precision : of the products that make word vectors, the same choices; settled once for a study;
+        ``float32`` for effects below 5e-4 (docs/statistics.md)
     score_every : score CC after every so many epochs and after the last one; losses are read after each
     delays : FIR delays in TRs
     ridge_alphas, n_folds : penalties, and story folds inside fit that choose among them

@@ -35,9 +35,7 @@ class PredictionTests(NamedTuple):
 
     Attributes
     ----------
-    p : (n_voxels,) of block permutations; NaN throughout where the stories are too short for them. Of silent voxels
-        about 5% have p < 0.05 (simulated: 4.7 to 5.2%; real responses against those of other stories: 4.4% reversed,
-        4.9% another component, 7.3% the same component, as stories share what comes with their beginning)
+    p : (n_voxels,) of block permutations; NaN throughout where the stories are too short for them
     replicates : the mean CC over voxels, of the rows as they are and of resamples of their time; the draws depend on
         the rows alone, so that those of two models scored on the same stories are pairs
     """
