@@ -10,10 +10,10 @@ docs/variance_partitioning.md.
 
 In return the squared CC of two uncorrelated spaces adds up only where the joint fit weighs them against each other as
 well as each is worth. One penalty for all need not: what the joint fit loses by it is missing from the unique parts and
-counted as shared. A penalty a space (``regression/banded_ridge.py``) mends that. On held-out rows parts can be negative; cutting them
-off at 0 would make noise count as explained.
+counted as shared. One penalty per space (``regression/banded_ridge.py``) mends that. On held-out rows parts can be
+negative; cutting them off at 0 would make noise count as explained.
 
-Whether a space tells of a voxel what the others do not is tested apart, in ``unique.py``.
+Whether a space tells of a voxel what the others do not is tested by ``unique_p``.
 """
 
 import tempfile

@@ -88,7 +88,7 @@ def _on_test(trials: pd.DataFrame) -> dict[str, OnTest]:
 def gain_over_time(folder: Place, one: str, other: str) -> Interval | None:
     """Return the test CC of a trial less that of another, with its interval over time inside these stories.
 
-    Both were resampled alike (``summaries.voxel_details``), so that each resample is a pair. None where nothing is kept.
+    Both were resampled alike (``summaries.voxel_details``), so each resample is a pair. None where nothing is kept.
     """
     both = [_test_replicates(_details(folder, name)) for name in (one, other)]
     return None if None in both else difference_interval(*[found for found in both if found is not None])

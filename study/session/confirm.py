@@ -52,7 +52,8 @@ def confirm(
     Parameters
     ----------
     look : the number of this look at the test stories, from 1
-    identity : what ``study.json`` says of code, data and split, and who ``heard`` the test stories (``locked_stories.heard_by``)
+    identity : what ``study.json`` says of code, data and split, and who ``heard`` the test stories
+        (``locked_stories.heard_by``)
     make_key : configuration -> identity
     run : runs jobs; each leaves a record, unless it is interrupted
 

@@ -13,39 +13,33 @@ import pytest
 from make_data import make_lab
 from make_texts import make_text_bert, negated_texts, write_texts
 from make_trials import PEFT_WARNS
+from project import ROOT
 
-from bert_encoding.chain import Task
-from bert_encoding.config import TrialConfig
+from bert_encoding.analyses.partition_tables import ARRAYS
+from bert_encoding.commands.fit import fit
+from bert_encoding.commands.partition import partition
+from bert_encoding.core.files import read_json, write_json
+from bert_encoding.core.names import ADAPT, CLASSIFICATION
 from bert_encoding.datasets.corpus import open_corpus
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.encoders import Encoder
-from bert_encoding.fit import fit
-from bert_encoding.partition import partition
-from bert_encoding.partition_table import ARRAYS
-from bert_encoding.records import (
-    ADAPT,
-    CLASSIFICATION,
-    TrialRecord,
-    adapter_folder,
-    read_json,
-    read_records,
-    write_json,
-    write_record,
-    write_tables,
-)
-from bert_encoding.text_task import make_text_task
-from bert_encoding.text_trial import run_text_trial
-from bert_encoding.trial import run_test, run_trial
-from bert_encoding.word_vectors import export_stories, export_words
-from study.analysis import Standing
-from study.confirm import fix_winner, validation_jobs
-from study.identity import identify
-from study.looks import heard_by
-from study.options import resolve_options
-from study.prepare import prepare
-from study.spaces import load_space
+from bert_encoding.features.word_tables import export_stories, export_words
+from bert_encoding.language_model.encoder import Encoder
+from bert_encoding.text_tasks.run import run_text_trial
+from bert_encoding.text_tasks.task import make_text_task
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.record import TrialRecord, adapter_folder, read_records, write_record
+from bert_encoding.trial.run import run_test, run_trial
+from bert_encoding.trial.tables import write_tables
+from study.results.locked_stories import heard_by
+from study.results.standing import Standing
+from study.session.confirm import fix_winner, validation_jobs
+from study.session.identity import identify
+from study.setup.encoding_study import prepare
+from study.setup.options import resolve_options
+from study.setup.spaces import load_space
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results.md"
 TEST, SUBJECTS, N_VOXELS, SUGGESTED = "wheretheressmoke", ("a", "b"), 12, {"log2_rank": 2}
 TABLES = ("trials", "epochs", "subjects", "stories")
 LATER = ("session", "forced", "takeovers", "look_permitted")  # keys of study.json that a session may add
