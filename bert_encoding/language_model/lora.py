@@ -149,7 +149,7 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``.
 
     What was saved always goes onto the pristine model. An adapter whose initialisation rewrote the base weights is
-    saved as the plain LoRA of twice the rank that makes the same change: s B A - s B0 A0 = s [B, -B0] [A; A0]
+    saved as the plain LoRA of twice the rank that makes the same change: ``s B A - s B0 A0 = s [B, -B0] [A; A0]``
     (B0 and A0 at the start).
     """
     config = model.peft_config["default"]
