@@ -8,3 +8,8 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for use inside another one-line message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return a user's mistake as it is, and any other error in one line with its type."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"

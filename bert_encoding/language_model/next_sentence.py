@@ -18,7 +18,6 @@ from bert_encoding.language_model.windows import Tokens, Window
 
 IS_NEXT, IS_OTHER = 0, 1  # as in transformers' next_sentence_label
 SHORTEST = 0.5  # of the longest segment
-ACCURACY_BATCH = 8
 
 
 class Segment(NamedTuple):
@@ -186,20 +185,6 @@ def head_notes(encoder: Encoder) -> list[str]:
     if encoder.next_sentence is not None:
         return []
     return [f"{encoder.name} has no trained next-sentence head: pooler and head were drawn anew and trained"]
-
-
-@torch.no_grad()
-def nsp_accuracy(model: Any, objective: NextSentence, rng: np.random.Generator, device: torch.device) -> float:
-    """Return the share of pairs whose relation is told right, over all items once, masked as in training; 0.5 is
-    chance."""
-    was_training = model.training
-    model.to(device).eval()
-    batch, right = objective.draw(range(objective.n_items), rng), 0
-    for part in objective.split(batch, ACCURACY_BATCH):
-        _, relation = pretraining_logits(model, part, device)
-        right += int((relation.argmax(dim=1).cpu().numpy() == part.relation).sum())
-    model.train(was_training)
-    return right / objective.n_items
 
 
 def _cut(tokens: Tokens, longest: int, rng: np.random.Generator) -> list[Segment]:

@@ -8,10 +8,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils.memory import (
-    find_executable_batch_size,
-    should_reduce_batch_size,
-)
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from peft.tuners.lora import LoraLayer
 from transformers import get_scheduler
 

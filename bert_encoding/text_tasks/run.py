@@ -10,12 +10,7 @@ from typing import Any, Protocol
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BERT_METHODS, CLASSIFICATION, COMPLETE, STOPPED, TUNED
 from bert_encoding.language_model.encoder import Encoder
-from bert_encoding.language_model.finetuning_methods import (
-    count_parameters,
-    measure_change,
-    restore_state,
-    tuned_state,
-)
+from bert_encoding.language_model.finetuning_methods import count_parameters, measure_change, restore_state, tuned_state
 from bert_encoding.text_tasks.classification import ClassifyRun
 from bert_encoding.text_tasks.domain_adaptation import AdaptRun
 from bert_encoding.text_tasks.task import Texts, TextTask, split_notes

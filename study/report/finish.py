@@ -4,7 +4,7 @@ import logging
 
 from rich.console import Console
 
-from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.errors import in_one_line
 from bert_encoding.core.files import read_json, write_json
 from bert_encoding.core.storage import Place
 from study.report.html import report_lines
@@ -36,7 +36,7 @@ def print_answer(console: Console, study: Place, delta: float | None = None) -> 
         found = gather(study, load_delta(study) if delta is None else delta)
     except Exception as error:
         logger.debug("no verdict", exc_info=True)
-        tell(f"note: no verdict and no report: {_told(error)}")
+        tell(f"note: no verdict and no report: {in_one_line(error)}")
         return
     print_verdicts(console, found.verdicts)
     if found.verdicts and (note := delta_note(load_options(study), found.verdicts[0].delta)):
@@ -45,7 +45,7 @@ def print_answer(console: Console, study: Place, delta: float | None = None) -> 
         keep_verdicts(study, found)
     except Exception as error:
         logger.debug("the summary was not written", exc_info=True)
-        tell(f"note: the verdicts are not in {SUMMARY_FILE}: {_told(error)}")
+        tell(f"note: the verdicts are not in {SUMMARY_FILE}: {in_one_line(error)}")
     for line in report_lines(study, found):
         tell(line)
 
@@ -55,7 +55,3 @@ def keep_verdicts(study: Place, found: Evidence) -> None:
     file = study / SUMMARY_FILE
     if file.is_file():
         write_json(file, read_json(file) | {"verdict": verdict_record(found.verdicts)})
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.errors import in_one_line
 from bert_encoding.core.storage import Place, atomic_path, naming_full_disk, open_place
 from bert_encoding.trial.record import read_records
 from study.report.figures.figures import Drawn, draw_all, left_out
@@ -68,7 +68,7 @@ def report_lines(path: str | Place, evidence: Evidence | None = None) -> list[st
         return [f"report: {write_report(path, evidence)}"]
     except Exception as error:  # whatever it is, the study's results are kept
         logger.debug("the report failed", exc_info=True)
-        return [f"note: no report was written: {_told(error)}"]
+        return [f"note: no report was written: {in_one_line(error)}"]
 
 
 class Drawing(NamedTuple):
@@ -85,7 +85,7 @@ def draw(study: Place, evidence: Evidence) -> Drawing:
 
     def failed(title: str, error: Exception) -> None:
         logger.debug("a figure failed", exc_info=error)
-        troubles.append(f"The figure \u201c{title}\u201d could not be drawn: {_told(error)}")
+        troubles.append(f"The figure \u201c{title}\u201d could not be drawn: {in_one_line(error)}")
 
     try:
         with naming_full_disk(study):
@@ -93,11 +93,7 @@ def draw(study: Place, evidence: Evidence) -> Drawing:
         return Drawing(pictures, [f"{one.title}: {one.reason}" for one in left_out(evidence)], troubles)
     except Exception as error:  # a page without figures is better than none
         logger.debug("figures failed", exc_info=True)
-        return Drawing([], [], [f"The figures could not be drawn: {_told(error)}"])
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
+        return Drawing([], [], [f"The figures could not be drawn: {in_one_line(error)}"])
 
 
 def _picture(drawn: Drawn) -> Picture:

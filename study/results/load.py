@@ -6,10 +6,7 @@ import pandas as pd
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
-from bert_encoding.core.names import (
-    ENCODING,
-    STUDY_FILE,
-)
+from bert_encoding.core.names import ENCODING, STUDY_FILE
 from bert_encoding.core.storage import Place, open_place
 from bert_encoding.trial.record import TrialRecord, read_records
 from bert_encoding.trial.tables import trials_frame

@@ -18,9 +18,8 @@ from bert_encoding.core.names import (
     SEARCH,
     WORD_RATE,
 )
-from bert_encoding.core.storage import Place, open_place
 from bert_encoding.statistics.story_intervals import Interval, story_interval
-from bert_encoding.trial.record import TrialRecord, read_records
+from bert_encoding.trial.record import TrialRecord
 
 HELD_OUT = {ENCODING: "validation stories", CLASSIFICATION: "held-out texts", ADAPT: "held-out texts"}
 
@@ -102,11 +101,6 @@ def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
     ]
     grouped = searched.groupby("rank")["cc_mean"].agg(["count", "mean", "max"])
     return grouped.rename(columns={"count": "n_trials", "mean": "cc_mean", "max": "cc_max"}).reset_index()
-
-
-def read_notes(path: str | Place) -> dict[str, list[str]]:
-    """Return what each trial's scores come with: trial -> notes."""
-    return notes_of(read_records(open_place(path)))
 
 
 def notes_of(records: list[TrialRecord]) -> dict[str, list[str]]:

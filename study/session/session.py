@@ -21,15 +21,7 @@ from study.results.locked_stories import check_looks, heard_by, next_look, permi
 from study.search.worker import Job
 from study.session.baselines import MakeKey, baseline_job, key_maker, missing_baselines
 from study.session.confirm import confirm, is_complete, is_lacking
-from study.session.identity import (
-    AnyStudy,
-    Difference,
-    differences,
-    identify,
-    read_identity,
-    resumed,
-    settle_precision,
-)
+from study.session.identity import AnyStudy, Difference, differences, identify, read_identity, resumed, settle_precision
 from study.session.voxel_choice import on_chosen_voxels
 from study.setup.encoding_study import Study
 from study.setup.options import KEEP_ADAPTERS, Options

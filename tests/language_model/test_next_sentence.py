@@ -28,7 +28,7 @@ from bert_encoding.language_model.next_sentence import (
     NextSentence,
     PairBatch,
     head_notes,
-    nsp_accuracy,
+    pretraining_logits,
     to_pretraining,
 )
 from bert_encoding.language_model.training import Training, train
@@ -39,6 +39,19 @@ CLS, SEP = 2, 3  # of the tiny vocabulary
 TRAINING = replace(make_trials.TRAINING, batch_size=8)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+
+
+@torch.no_grad()
+def nsp_accuracy(model: Any, objective: NextSentence, rng: np.random.Generator, device: torch.device) -> float:
+    """Return the share of pairs whose relation is predicted correctly, over all items once; 0.5 is chance."""
+    was_training = model.training
+    model.to(device).eval()
+    batch, right = objective.draw(range(objective.n_items), rng), 0
+    for part in objective.split(batch, 8):
+        _, relation = pretraining_logits(model, part, device)
+        right += int((relation.argmax(dim=1).cpu().numpy() == part.relation).sum())
+    model.train(was_training)
+    return right / objective.n_items
 
 
 @pytest.fixture(scope="module")
