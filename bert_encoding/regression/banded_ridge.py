@@ -276,7 +276,8 @@ def _best_candidates(model: BandedRidge, attempt: Callable[[int], Attempt]) -> t
 def _bytes_of(ridge: CrossValidatedRidge) -> int:
     """Return the most that ridge keeps: products and decompositions of every fold, and the features."""
     n, size = min(ridge.n_rows, ridge.n_features), ridge.dtype.itemsize
-    return size * (n**2 * (len(ridge.rows) + 2) + ridge.n_rows * n) + (4 + size) * ridge.n_rows * ridge.n_features
+    bases = size * (n**2 * (len(ridge.rows) + 1) + ridge.n_rows * n)
+    return bases + ridge.eigh_dtype.itemsize * n**2 + (4 + size) * ridge.n_rows * ridge.n_features
 
 
 class Solver(NamedTuple):

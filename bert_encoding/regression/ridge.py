@@ -5,8 +5,9 @@ units (the Huth-lab code squares its alpha). There is no intercept: z-score ``X`
 
 Arithmetic is float32. To choose alphas, correlations need no predictions in their numerators, and only the norms of
 predictions in their denominators; these norms alone may be taken in bfloat16, where the machine multiplies it fast.
-Weights of small alphas are refined once by their residual. Where the smallest alpha is too small beside the largest
-eigenvalue for float32, everything is float64.
+Weights of small alphas are refined once by their residual. The error of float32 eigenvectors, which the choice of
+alphas inherits, grows with the largest eigenvalue / the smallest alpha: above one limit they are computed in float64,
+above another everything is.
 """
 
 import copy
@@ -23,6 +24,7 @@ from bert_encoding.regression.solvers import FORMS, Basis, Form, Targets, larges
 RIDGE_ALPHAS = tuple(float(alpha) for alpha in np.logspace(2, 8, 13))
 BLOCK_BYTES = 2**28  # of working memory for a block of voxels
 ROUGH_CONDITION = 3e3  # largest eigenvalue / alpha from which on float32 weights are refined
+EIGH_CONDITION = 5e3  # largest eigenvalue / smallest alpha up to which features are decomposed in float32
 WORST_CONDITION = 1e5  # largest eigenvalue / smallest alpha that float32 is trusted with
 MANY_ROWS = 2**19  # numbers in the held-out rows from which on bfloat16 is worth its rounding
 MAX_EDGE_SHARE = 0.2
@@ -128,15 +130,14 @@ class CrossValidatedRidge:
         self._form_name = ("kernel" if X.shape[0] < X.shape[1] else "primal") if form == "auto" else form
         self._X = torch.from_numpy(X).to(self.device, torch.float32)
         self.largest_eigenvalue = largest_eigenvalue(self._X)
-        self._prepare(_dtype(precision, self.largest_eigenvalue, ridge_alphas))
+        self._prepare()
 
     def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "CrossValidatedRidge":
         """Return ridge on the same features with another grid; what is computed already is shared."""
         other = copy.copy(self)
         other.ridge_alphas = ridge_alphas
-        dtype = _dtype(self._precision, self.largest_eigenvalue, ridge_alphas)
-        if dtype != self.dtype:
-            other._prepare(dtype)
+        if other._dtypes() != (self.dtype, self.eigh_dtype):
+            other._prepare()
         return other
 
     def fit(self, Y: np.ndarray | Targets) -> RidgeFit:
@@ -186,9 +187,16 @@ class CrossValidatedRidge:
         _check_n_folds(len(self._every), 3)
         return np.concatenate([self._left_out_block(block).cpu().numpy() for block in self._blocks(Y)], axis=1)
 
-    def _prepare(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._form: Form = FORMS[self._form_name](self._X.to(dtype), self.rows)
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Return the types of products with responses and of the features' decompositions."""
+        if self._precision != "auto" or self.largest_eigenvalue > WORST_CONDITION * min(self.ridge_alphas):
+            return torch.float64, torch.float64
+        trusted = self.largest_eigenvalue <= EIGH_CONDITION * min(self.ridge_alphas)
+        return torch.float32, torch.float32 if trusted else torch.float64
+
+    def _prepare(self) -> None:
+        self.dtype, self.eigh_dtype = self._dtypes()
+        self._form: Form = FORMS[self._form_name](self._X.to(self.dtype), self.rows, self.eigh_dtype)
         self._bases: dict[tuple[int, ...], Basis] = {}
         self._held_out: dict[int, torch.Tensor] = {}
 
@@ -335,11 +343,6 @@ def wider_grid(
     may_rise = share["high"] > MAX_EDGE_SHARE and ordered[-1] < 10 * largest_eigenvalue
     upper = tuple((ordered[-1] * further).tolist()) if may_rise else ()
     return (*lower[::-1], *ordered, *upper) if lower or upper else None
-
-
-def _dtype(precision: str, eigenvalue: float, ridge_alphas: tuple[float, ...]) -> torch.dtype:
-    trusted = precision == "auto" and eigenvalue <= WORST_CONDITION * min(ridge_alphas)
-    return torch.float32 if trusted else torch.float64
 
 
 def _best_alphas(cc: torch.Tensor, ridge_alphas: tuple[float, ...]) -> torch.Tensor:

@@ -23,11 +23,12 @@ class Form(Protocol):
 
     Parameters
     ----------
-    X : (n_trs, n_features)
+    X : (n_trs, n_features); its type is that of the products with responses
     rows : row numbers of each fold
+    dtype : type of the products of features with features, and of their decompositions
     """
 
-    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None: ...
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray], dtype: torch.dtype) -> None: ...
 
     def basis(self, folds: tuple[int, ...]) -> Basis:
         """Decompose the training rows of some folds."""
@@ -51,16 +52,15 @@ class Form(Protocol):
 class PrimalForm:
     """``X'X = V S V'`` gives ``b = V (S + alpha)^-1 V'X'y``; for more rows than features."""
 
-    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None:
-        self.X, self.rows = X, rows
-        self.gram = X.T @ X
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray], dtype: torch.dtype) -> None:
+        self.X, self.rows, self.dtype = X, rows, dtype
+        self.gram = self._gram(X)
 
     def basis(self, folds: tuple[int, ...]) -> Basis:
         gram = self.gram.clone()
         for fold in set(range(len(self.rows))) - set(folds):
-            X = self.X[self.rows[fold]]
-            gram -= X.T @ X
-        return Basis(folds, *_eigh(gram))
+            gram -= self._gram(self.X[self.rows[fold]])
+        return Basis(folds, *_eigh(gram, self.X.dtype))
 
     def held_out(self, basis: Basis, fold: int) -> torch.Tensor:
         return self.X[self.rows[fold]] @ basis.vectors
@@ -77,20 +77,26 @@ class PrimalForm:
     def invert(self, basis: Basis, right: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
         return basis.vectors @ shrink(basis, basis.vectors.T @ right, alphas)
 
+    def _gram(self, X: torch.Tensor) -> torch.Tensor:
+        X = X.to(self.dtype)
+        return X.T @ X
+
 
 class KernelForm:
     """``XX' = U S U'`` gives ``b = X'U (S + alpha)^-1 U'y``; for more features than rows."""
 
-    def __init__(self, X: torch.Tensor, rows: list[np.ndarray]) -> None:
+    def __init__(self, X: torch.Tensor, rows: list[np.ndarray], dtype: torch.dtype) -> None:
         self.X, self.rows = X, rows
+        X = X.to(dtype)
         self.kernel = X @ X.T
 
     def basis(self, folds: tuple[int, ...]) -> Basis:
         train = _rows(self.rows, folds)
-        return Basis(folds, *_eigh(self.kernel[train][:, train]))
+        return Basis(folds, *_eigh(self.kernel[train][:, train], self.X.dtype))
 
     def held_out(self, basis: Basis, fold: int) -> torch.Tensor:
-        return self.kernel[self.rows[fold]][:, _rows(self.rows, basis.folds)] @ basis.vectors
+        kernel = self.kernel[self.rows[fold]][:, _rows(self.rows, basis.folds)]
+        return (kernel @ basis.vectors.to(kernel)).to(self.X)
 
     def products(self, Y: torch.Tensor) -> list[torch.Tensor]:
         return [Y[rows].to(self.X) for rows in self.rows]
@@ -130,9 +136,9 @@ def _rows(rows: list[np.ndarray], folds: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([rows[fold] for fold in folds])
 
 
-def _eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _eigh(symmetric: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    return eigenvalues.clamp(min=0), vectors
+    return eigenvalues.clamp(min=0).to(dtype), vectors.to(dtype)
 
 
 class Targets(NamedTuple):

@@ -174,13 +174,16 @@ def test_himalaya_in_blocks_predicts_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
-@pytest.mark.parametrize("smallest", [1.0, 1e-9])  # float32, and too small for it
-def test_the_memory_of_a_candidate_is_forecast(n_features: tuple[int, int], smallest: float) -> None:
+@pytest.mark.parametrize(("condition", "sizes"), [(1e3, (4, 4)), (3e4, (4, 8)), (1e9, (8, 8))])
+def test_the_memory_of_a_candidate_is_forecast(
+    n_features: tuple[int, int], condition: float, sizes: tuple[int, int]
+) -> None:
     bands = make_bands(n_features)
-    model = BandedRidge(bands, FOLDS, (smallest, 10.0), n_candidates=1)
+    smallest = BandedRidge(bands, FOLDS).largest_eigenvalue / condition
+    model = BandedRidge(bands, FOLDS, (smallest, 10 * smallest), n_candidates=1)
     model.fit(make_responses(bands))
     ridge = model._ridges[0]
-    assert ridge.dtype.itemsize == (4 if smallest == 1 else 8)
+    assert (ridge.dtype.itemsize, ridge.eigh_dtype.itemsize) == sizes
     form = ridge._form
     kept = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in (ridge._X, form.X)}  # type: ignore[attr-defined]
     product = form.gram if hasattr(form, "gram") else form.kernel
