@@ -17,6 +17,9 @@ from bert_encoding.core.errors import InputError, first_line
 from study.cluster.machines import Machines, machine_cpus, machine_gpus
 
 MOMENT_S = 0.3  # in which Ray's agents, which end by themselves, may write another line
+FOLDER = "bert-encoding-"
+SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 
 
@@ -35,7 +38,7 @@ def connect(machines: Machines) -> Iterator[Path]:
         with local_ray(machine_cpus(), machine_gpus()) as folder:
             yield folder
         return
-    folder = Path(tempfile.mkdtemp(prefix="bert-encoding-"))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER))
     try:
         _join(machines.address)
         with _ending_on_sigterm():
@@ -44,8 +47,8 @@ def connect(machines: Machines) -> Iterator[Path]:
         _end(folder)
 
 
-def _end(folder: Path) -> None:
-    """Leave Ray, or end our own, and remove its folder, which an agent of Ray's may make again; Ctrl-C comes after."""
+def _end(*folders: Path) -> None:
+    """Leave Ray, or end our own, and remove its folders, which an agent of Ray's may make again; Ctrl-C comes after."""
     try:
         if "ray" in sys.modules:
             import ray
@@ -53,10 +56,15 @@ def _end(folder: Path) -> None:
             ray.shutdown()
     finally:
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folders)
         finally:
             time.sleep(MOMENT_S)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folders)
+
+
+def _remove(folders: tuple[Path, ...]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join(address: str) -> None:
@@ -86,16 +94,50 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
     InputError
         if Ray does not start; what it wrote is kept.
     """
-    folder = Path(tempfile.mkdtemp(prefix="bert-encoding-"))  # mode 0700; short, since socket paths are limited
+    folder = short = Path(tempfile.mkdtemp(prefix=FOLDER))  # mode 0700
     try:
-        _start(folder, n_cpus, n_gpus)
+        short = _short(folder)
+        _start(folder, short, n_cpus, n_gpus)
         with _ending_on_sigterm():
             yield folder
     finally:
-        _end(folder)
+        _end(folder, short)
 
 
-def _start(folder: Path, n_cpus: int, n_gpus: int | None) -> None:
+def _short(folder: Path) -> Path:
+    """Return the folder, or where its path is too long for Ray's sockets, another private one with a link to it.
+
+    Only the paths are short there: what Ray writes stays below TMPDIR.
+
+    Raises
+    ------
+    InputError
+        if no folder with a short path can be made.
+    """
+    if _excess(folder) <= 0:
+        return folder
+    for place in SHORT_PLACES:
+        try:
+            short = Path(tempfile.mkdtemp(prefix=FOLDER, dir=place))  # mode 0700
+        except OSError:
+            continue
+        (folder / "r").mkdir()
+        (short / "r").symlink_to(folder / "r")
+        return short
+    longest = len(os.fsencode(folder.parent)) - _excess(folder)
+    raise InputError(
+        f"TMPDIR {folder.parent}: too long for Ray's sockets, and {', '.join(SHORT_PLACES)} cannot be written; "
+        f"set TMPDIR to a folder whose path has at most {longest} characters"
+    )
+
+
+def _excess(folder: Path) -> int:
+    """Return by how many bytes the longest path of Ray's sockets is too long."""
+    session = f"session_2025-01-01_00-00-00_000000_{os.getpid()}"
+    return len(os.fsencode(folder / "r" / session / "sockets" / "plasma_store")) - MAX_SOCKET_BYTES
+
+
+def _start(folder: Path, short: Path, n_cpus: int, n_gpus: int | None) -> None:
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text(_token())
@@ -116,9 +158,8 @@ def _start(folder: Path, n_cpus: int, n_gpus: int | None) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(
-                folder / "r"
-            ),  # Ray opens its own folder to everybody, again and again; the one around it not
+            # Ray opens its own folder to everybody, again and again; the one around it not
+            _temp_dir=str(short / "r"),
             _node_ip_address="127.0.0.1",
         )
     except Exception as error:  # Ray raises what it likes, also the bare class
@@ -130,7 +171,7 @@ def _kept_logs(folder: Path) -> str:
     logs = [file for file in folder.glob("r/session_*/logs/**/*") if file.is_file() and not file.is_symlink()]
     if not logs:
         return ""
-    kept = Path(tempfile.mkdtemp(prefix="bert-encoding-logs-"))
+    kept = Path(tempfile.mkdtemp(prefix=f"{FOLDER}logs-"))
     for file in logs:
         shutil.copy(file, kept / file.name)
     return f"; its logs are in {kept}"

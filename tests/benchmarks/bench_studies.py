@@ -3,7 +3,6 @@
 import itertools
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from bench_tables import CC_TOLERANCE, trial_seconds
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
-from study_process import environment_of, running_from
+from study_process import environment_of, running_from, short_folder
 
 from bert_encoding.core.devices import pick_device, resolve_precision
 from bert_encoding.core.names import BASELINE, FAILED, FROZEN, SEARCH
@@ -95,7 +94,7 @@ def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> 
     ----------
     early : score after every epoch and stop early, else score once, at the end
     """
-    private = Path(tempfile.mkdtemp(prefix="b-"))
+    private = short_folder("b-")
     try:
         return _run_our_study(private, shared, points, early)
     finally:

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HELPERS = ROOT / "tests" / "helpers"
 sys.path.insert(0, str(HELPERS))
 
-from study_process import environment_of, running_from  # noqa: E402
+from study_process import environment_of, running_from, short_folder  # noqa: E402
 
 SPACE = """SAMPLER = "{sampler}"
 
@@ -46,7 +45,7 @@ class Sample(NamedTuple):
 @app.default
 def main(*, trials: int = 1000, workers: int = 8, sampler: str = "tpe") -> None:
     """Run a study of trials that do nothing, and print its progress and what it cost."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))
+    folder = short_folder()
     try:
         samples = measure(folder / "study", folder, trials, workers, sampler)
     finally:

@@ -3,13 +3,12 @@
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from study_process import environment_of, running_from
+from study_process import environment_of, running_from, short_folder
 
 
 class Cluster(NamedTuple):
@@ -23,7 +22,7 @@ class Cluster(NamedTuple):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A real head with 3 CPUs and a token, ended by its process ids."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))  # short, since socket paths are limited
+    folder = short_folder()
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text("0123456789abcdef" * 4)

@@ -11,10 +11,15 @@ import psutil
 import pytest
 
 
+def short_folder(prefix: str = "s-") -> Path:
+    """Return a new folder with a path that is short enough for Ray's sockets, whatever TMPDIR is."""
+    return Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+
+
 @pytest.fixture
 def private_tmp() -> Iterator[Path]:
     """A short folder for Ray's sockets; whatever still runs from it afterwards is ended, by id."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))
+    folder = short_folder()
     yield folder
     for process in running_from(folder):
         process.kill()

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import pytest
 import yaml
 from pretend import SPACE, by_lr
 from project import HELPERS, ROOT
-from study_process import environment_of
+from study_process import environment_of, short_folder
 
 from bert_encoding.trial.record import TrialRecord
 
@@ -81,7 +80,7 @@ def free_port() -> int:
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head as `ray up` starts it, ended with all its nodes by their process ids."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))  # short, since the paths of sockets are limited
+    folder = short_folder()
     token, port, config = folder / "auth_token", free_port(), folder / "autoscaling.yaml"
     token.touch(mode=0o600)
     token.write_text("0123456789abcdef" * 4)

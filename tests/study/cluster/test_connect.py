@@ -13,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cyclopts
 import psutil
 import pytest
 from project import ROOT
 from ray_cluster import Cluster
-from study_process import environment_of, running_from
+from study_process import environment_of, running_from, short_folder
 
+from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from study.cluster import connect as cluster_module
 from study.cluster import machines as machines_module
@@ -185,7 +187,7 @@ with local_ray(1) as folder:
 @pytest.mark.ray
 def test_a_study_starts_its_own_ray_while_another_one_runs_here(tmp_path: Path) -> None:
     """Ray decides once, when imported, whether it shows a token: to look for clusters must not import it."""
-    folder = Path(tempfile.mkdtemp(prefix="s-"))
+    folder = short_folder()
     idle = [sys.executable, "-c", "import time; time.sleep(600)", "--gcs-address=127.0.0.1:1"]
     other = subprocess.Popen(idle)  # stands for a raylet of ours
     clean = {name: value for name, value in environment_of(folder).items() if not name.startswith("RAY_")}
@@ -396,6 +398,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace
     ray = SimpleNamespace(init=lambda **given: None, shutdown=lambda: None)
     monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster_module, "SHORT_PLACES", (str(tmp_path),))
     monkeypatch.setattr(cluster_module, "MOMENT_S", 0.0)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     return ray
@@ -415,6 +418,76 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(fake_ray: SimpleNamespace
     assert str(caught.value) == f"Ray does not start on this machine: The node timed out.; its logs are in {kept}"
     assert [file.read_text() for file in kept.rglob("*") if file.is_file()] == ["why"]
     assert kept.stat().st_mode & 0o777 == 0o700
+
+
+LISTS_SOCKETS = """
+import os, stat
+from study.cluster.connect import local_ray
+
+with local_ray(1) as folder:
+    import ray
+
+    ray.get(ray.remote(lambda: os.getpid()).remote())
+    temporary = ray._private.worker.global_worker.node.get_temp_dir_path()
+    files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    print(sum(stat.S_ISSOCK(os.stat(file).st_mode) for file in files))
+    print(folder, oct(folder.stat().st_mode), os.path.dirname(temporary), oct(os.stat(temporary + "/..").st_mode))
+print(os.path.exists(folder), os.path.lexists(temporary))
+"""
+
+
+@pytest.mark.ray
+def test_ray_starts_though_tmpdir_is_long(private_tmp: Path) -> None:
+    """What Ray writes stays in TMPDIR; only the paths by which it reaches its sockets are elsewhere."""
+    long = private_tmp / ("x" * (59 - len(str(private_tmp))))
+    long.mkdir()
+    assert len(str(long)) == 60
+    command, where = [sys.executable, "-c", LISTS_SOCKETS], {"TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment_of(private_tmp) | where, capture_output=True, text=True, timeout=120)
+    n_sockets, folders, after = done.stdout.splitlines() or [done.stderr]
+    assert int(n_sockets) >= 2
+    folder, mode, short, short_mode = folders.split()
+    assert Path(folder).parent == long and Path(short).parent == Path("/tmp")
+    assert mode == short_mode == "0o40700"
+    assert after == "False False" and not list(long.iterdir())
+
+
+@pytest.mark.parametrize("n_characters", [18, 19, 200])
+def test_a_short_path_is_chosen_only_where_it_is_needed(
+    n_characters: int, fake_ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, private_tmp: Path
+) -> None:
+    """A process id of 7 digits leaves room for 18."""
+    temporary = private_tmp / ("x" * (n_characters - len(str(private_tmp)) - 1))
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(cluster_module, "MAX_SOCKET_BYTES", 107)
+    monkeypatch.setattr(os, "getpid", lambda: 2**22)
+    given: dict[str, Any] = {}
+    fake_ray.init = lambda **options: given.update(options)
+    with local_ray(1) as folder:
+        short = Path(given["_temp_dir"])
+        assert (short.parent == folder) == (n_characters == 18)
+        assert short.resolve() == (folder / "r").resolve()
+        assert short.parent.stat().st_mode & 0o777 == 0o700 and short.parent.stat().st_uid == os.getuid()
+    assert not short.parent.exists() and list(temporary.iterdir()) == []
+
+
+def test_where_no_short_path_can_be_made_one_line_says_so(
+    fake_ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = str(tmp_path / "none")
+    monkeypatch.setattr(cluster_module, "SHORT_PLACES", (nowhere,))
+    app = cyclopts.App()
+
+    @app.default
+    def start() -> None:
+        with local_ray(1):
+            pytest.fail("Ray was started")
+
+    assert run_app(app, []) == 2
+    said = rf"error: TMPDIR {tmp_path}: too long for Ray's sockets, and {nowhere} cannot be written; set TMPDIR to a "
+    assert re.fullmatch(said + r"folder whose path has at most \d\d characters\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_ray_that_fails_before_its_first_log_leaves_nothing(fake_ray: SimpleNamespace, tmp_path: Path) -> None:
