@@ -140,7 +140,8 @@ def _tune(
         if it was interrupted, be it after the last job.
     """
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the records and the progress line tell them
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # it ends trials in good order
+    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as behind nohup, and so it stays
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = str(int(is_ignored))  # it ends trials in good order
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = NEVER_S  # Ray Tune's own state, which nobody reads, grows with the trials
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     options = study.options
