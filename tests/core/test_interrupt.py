@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import cyclopts
 import pytest
 from project import ROOT
+from study_process import with_ctrl_c
 
-from bert_encoding.core.command_line import run_app
 from bert_encoding.core.interrupt import INTERRUPTED
 
 WAITS = """
@@ -41,8 +40,9 @@ def test_ctrl_c_while_modules_load_is_one_line(arguments: list[str], module: str
     (tmp_path / "sitecustomize.py").write_text(WAITS.format(module=module, told=str(told)))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.PIPE, text=True
-    )
+        with_ctrl_c([sys.executable, *arguments]),
+        cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not told.exists():
@@ -53,15 +53,22 @@ def test_ctrl_c_while_modules_load_is_one_line(arguments: list[str], module: str
         _, error = command.communicate(timeout=30)
     finally:
         command.kill()
+        command.communicate()
     assert (command.returncode, error) == (INTERRUPTED, "interrupted\n")
 
 
-def test_ctrl_c_in_a_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    app = cyclopts.App()
+RAISES = """
+import signal, sys
+import cyclopts
+from bert_encoding.core.command_line import run_app
 
-    @app.default
-    def stop() -> None:
-        signal.raise_signal(signal.SIGINT)
+app = cyclopts.App()
+app.default(lambda: signal.raise_signal(signal.SIGINT))
+sys.exit(run_app(app, []))
+"""
 
-    assert run_app(app, []) == INTERRUPTED
-    assert capsys.readouterr().err == "interrupted\n"
+
+def test_ctrl_c_in_a_command_is_one_line() -> None:
+    command = with_ctrl_c([sys.executable, "-c", RAISES])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "interrupted\n")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from project import HELPERS, ROOT
-from study_process import environment_of
+from study_process import environment_of, with_ctrl_c
 
 from bert_encoding.trial.record import TrialRecord, read_records
 
@@ -44,7 +44,9 @@ def begin(folder: Path, private_tmp: Path, lrs: list[float], **options: object) 
     (folder / "space.py").write_text(SPACE.format(lrs=lrs))
     environment = environment_of(private_tmp) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(STUB), str(folder), json.dumps({"trials": len(lrs)} | options)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        with_ctrl_c(command), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition: object, driver: subprocess.Popen, timeout_s: float = 600) -> None:

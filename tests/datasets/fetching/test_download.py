@@ -32,6 +32,7 @@ from bad_server import (
 )
 from project import ROOT
 from rich.console import Console
+from study_process import with_ctrl_c
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets.fetching import download as download_module
@@ -470,7 +471,7 @@ def start(server: BadServer, folder: Path, limit: int = 0) -> subprocess.Popen[s
     body = server.files["a.bin"]
     arguments = [server.url + "a.bin", str(folder), str(len(body)), hashlib.md5(body).hexdigest(), str(limit)]
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments],
+        with_ctrl_c([sys.executable, "-c", SCRIPT, *arguments]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

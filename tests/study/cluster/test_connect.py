@@ -17,8 +17,8 @@ import cyclopts
 import psutil
 import pytest
 from project import ROOT
-from ray_cluster import Cluster
-from study_process import environment_of, running_from, short_folder
+from ray_cluster import Cluster, cluster
+from study_process import environment_of, private_tmp, running_from, short_folder
 
 from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
@@ -27,6 +27,7 @@ from study.cluster import machines as machines_module
 from study.cluster.connect import local_ray
 from study.cluster.machines import Machines, Node, check_fits, describe_machines, find_machines
 
+__all__ = ["cluster", "private_tmp"]  # fixtures
 SMALL, GPU = Node(2, 0), Node(8, 1)
 
 

@@ -15,7 +15,7 @@ from cloud_servers import bucket, s3_endpoint
 from make_data import make_lab
 from project import ANALYSIS, ROOT, RUN
 from ray_cluster import Cluster, cluster
-from study_process import environment_of, private_tmp, run_command, running_from
+from study_process import environment_of, private_tmp, run_command, running_from, with_ctrl_c
 
 from bert_encoding.core.storage import ObjectPath
 from bert_encoding.trial.record import read_cc, read_records
@@ -200,12 +200,17 @@ def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_bert: Path, sent: signal.Signals) -> None:
     command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "40")
-    study = tmp_path / "out" / "s"
+    study, is_heard = tmp_path / "out" / "s", sent == signal.SIGINT
     driver = subprocess.Popen(
-        command, env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        with_ctrl_c(command, is_heard),
+        env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
-        _wait_for(lambda: (study / "trials" / "0001" / "record.json").exists() or driver.poll() is not None)
+        _wait_for(lambda: _file(study, "0001").exists() or driver.poll() is not None)
+        if not is_heard:
+            driver.send_signal(signal.SIGINT)  # ignored, as behind nohup: trials go on
+            _wait_for(lambda: _file(study, "0005").exists() or driver.poll() is not None)
+            assert _file(study, "0005").exists(), driver.communicate()
         driver.send_signal(sent)
         out, error = driver.communicate(timeout=60)
     finally:

@@ -4,13 +4,14 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.tune.tune import _setup_signal_catching
+from study_process import raised_in_a_copy
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import write_json
@@ -105,23 +106,18 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 # --- in the last moment of a search -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    names = (signal.SIGINT, signal.SIGUSR1)
-    before = {name: signal.getsignal(name) for name in names}
-    yield
-    for name in names:
-        signal.signal(name, before[name])
+def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int, heard: bool = True) -> None:
+    """Run ``_tune`` with a Tuner that does with signals what Ray Tune does, and ends well though one came.
 
-
-def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
-    """Run ``_tune`` with a Tuner that does with signals what Ray Tune does, and ends well though one came."""
+    For a copy of this process.
+    """
+    before = signal.getsignal(signal.SIGINT)
 
     def fit() -> None:
         interrupted = _setup_signal_catching()
         for one in signals:
             os.kill(os.getpid(), one)
-        assert interrupted.is_set() == bool(signals)
+        assert interrupted.is_set() == (heard and bool(signals))
 
     def passing(*args: Any, **kwargs: Any) -> Any:
         return None
@@ -134,38 +130,47 @@ def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     for name in ("TUNE_PRINT_ALL_TRIAL_ERRORS", "TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_SIGINT_HANDLER"):
         monkeypatch.setenv(name, "1")  # put back afterwards
     searcher: Any = None
-    tuning._tune("search", study, None, Path("s"), searcher, None, [], Path("p"), 1)
+    try:
+        tuning._tune("search", study, None, Path("s"), searcher, None, [], Path("p"), 1)
+    finally:
+        assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_an_interrupt_that_tune_kept_to_itself_is_raised(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run_tune(monkeypatch, number)
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGUSR1], [signal.SIGINT, signal.SIGINT]])
+def test_an_interrupt_that_tune_kept_to_itself_is_raised(signals: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert raised_in_a_copy(lambda: run_tune(monkeypatch, *signals)) == "KeyboardInterrupt()"
 
 
 def test_tune_leaves_no_handler_that_swallows_the_next_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    run_tune(monkeypatch)
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt):
+    def interrupt_later() -> None:
+        run_tune(monkeypatch)
         signal.raise_signal(signal.SIGINT)
 
+    assert raised_in_a_copy(interrupt_later) == "KeyboardInterrupt()"
 
-def test_a_second_interrupt_and_an_error_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_tune(monkeypatch, signal.SIGINT, signal.SIGINT)
-    before = signal.getsignal(signal.SIGINT)
 
+def test_where_ctrl_c_is_ignored_tune_does_not_hear_it_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind nohup."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        run_tune(monkeypatch, signal.SIGINT, heard=False)
+        raise ZeroDivisionError
+
+    assert raised_in_a_copy(ignore) == "ZeroDivisionError()"
+
+
+def test_an_error_passes_as_it_is() -> None:
     def fail() -> None:
-        with tuning.passing_on_interrupts():
-            _setup_signal_catching()
-            raise ZeroDivisionError
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with tuning.passing_on_interrupts():
+                _setup_signal_catching()
+                raise ZeroDivisionError
+        finally:
+            assert signal.getsignal(signal.SIGINT) is before
 
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert raised_in_a_copy(fail) == "ZeroDivisionError()"
 
 
 def test_outside_the_main_thread_no_handler_is_touched() -> None:
