@@ -42,14 +42,14 @@ BERT = "bert"
 
 
 def partition_dataset(
-    configs: Mapping[str, TrialConfig], task: Task, banded: str | None = None, folder: Path | None = None
+    configs: Mapping[str, TrialConfig], task: Task, banded: bool = False, folder: Path | None = None
 ) -> tuple[dict[str, dict[Subset, NestedScores]], list[str]]:
     """Fit every subset of some feature spaces on the fit stories, score the test stories; also return notes.
 
     Parameters
     ----------
     configs : space -> settings that make its word vectors; ridge and delays are the same in all
-    banded : solver of banded ridge, which then makes the joint fits
+    banded : banded ridge makes the joint fits
     folder : where predictions are kept meanwhile; by default the system's folder of temporary files
     """
     dataset, split = task.dataset, task.splits[0]

@@ -137,10 +137,10 @@ class NestedScores(NamedTuple):
 
 
 class Fitting(NamedTuple):
-    """How ridge is fitted: its grid, whether with a penalty a space (then by which solver), and where it runs."""
+    """How ridge is fitted: its grid, whether with one penalty per space in the joint fits, and where it runs."""
 
     ridge_alphas: tuple[float, ...]
-    banded: str | None = None
+    banded: bool = False
     seed: int = 0
     device: torch.device | None = None
 
@@ -289,8 +289,8 @@ def r2_score(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def _make_ridge(designs: Sequence[Design], fitting: Fitting) -> CrossValidatedRidge | BandedRidge:
     X, folds = [design.fit for design in designs], designs[0].folds
-    if fitting.banded is not None and len(X) > 1:
-        options: dict[str, Any] = {"seed": fitting.seed, "solver": fitting.banded, "device": fitting.device}
+    if fitting.banded and len(X) > 1:
+        options: dict[str, Any] = {"seed": fitting.seed, "device": fitting.device}
         return BandedRidge(X, folds, fitting.ridge_alphas, **options)
     return CrossValidatedRidge(np.hstack(X), folds, fitting.ridge_alphas, device=fitting.device)
 

@@ -39,7 +39,6 @@ from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories
 from bert_encoding.datasets.story import TRIMS
 from bert_encoding.demo.stories import demo_stories, simulate_listener
 from bert_encoding.language_model.encoder import MINILM, check_layer, check_model_name, weights_fingerprint
-from bert_encoding.regression.banded_ridge import HIMALAYA, OWN, check_solver
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
 
@@ -63,7 +62,6 @@ def partition(
     trim: Text = None,
     trust_alignment: bool = False,
     banded: bool = False,
-    banded_solver: Text = None,
     seed: Whole = None,
     to: Text = None,
 ) -> int:
@@ -97,32 +95,29 @@ def partition(
         Go on although word rate lags elsewhere than in aligned data.
     banded
         Give each space a penalty of its own in the joint fits.
-    banded_solver
-        Of --banded: own, or himalaya, which finds the same more slowly and needs the extra 'banded'. [default: own]
     seed
         Of folds, permutations and the choice of stories. [default: 0]
     to
         A new folder for partition.json and partition.npz. [default: results/partition/NAME]
     """
     names = _parse_spaces(spaces, static_vectors)
-    solver = _solver(banded, banded_solver)
     folder = _output(to, path)
     base = _base_config(names, model, layer, seed or 0)
     task = _open_task(path, trim, trust_alignment, subjects, test_stories, train_stories, base.seed)
-    _fit_and_write(base, _configs(base, names, static_vectors), task, solver, folder)
+    _fit_and_write(base, _configs(base, names, static_vectors), task, banded, folder)
     return 0
 
 
 def _fit_and_write(
-    base: TrialConfig, configs: Mapping[str, TrialConfig], task: Task, solver: str | None, folder: Path
+    base: TrialConfig, configs: Mapping[str, TrialConfig], task: Task, banded: bool, folder: Path
 ) -> None:
     test = task.splits[0].test
     print(f"test stories are read ({', '.join(test)}): choose no layer or other setting by the result")
     with _made(folder):
         ceilings = noise_ceilings(task.dataset, test)
-        found, notes = partition_dataset(configs, task, solver, folder)
+        found, notes = partition_dataset(configs, task, banded, folder)
     rows = table_of(found)
-    about = _about(base, tuple(configs), solver, task)
+    about = _about(base, tuple(configs), banded, task)
     about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
     about |= {"table": rows, "normalised": normalised_of(found, ceilings, test), "arrays": ARRAYS}
     assert task.dataset.voxel_masks is not None
@@ -145,15 +140,6 @@ def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset
     if STATIC in names and not static_vectors:
         raise InputError("--spaces static: name the file of vectors with --static-vectors FILE")
     return tuple(names)
-
-
-def _solver(banded: bool, solver: str | None) -> str | None:
-    if solver is not None and not banded:
-        raise InputError(f"--banded-solver {solver}: means nothing without --banded")
-    if not banded:
-        return None
-    check_solver(solver or OWN)
-    return solver or OWN
 
 
 def _base_config(names: Subset, model: str | None, layer: str | None, seed: int) -> TrialConfig:
@@ -238,16 +224,15 @@ def _open_task(
     return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
 
 
-def _about(base: TrialConfig, names: Subset, solver: str | None, task: Task) -> dict[str, Any]:
+def _about(base: TrialConfig, names: Subset, banded: bool, task: Task) -> dict[str, Any]:
     """Return what a later reader needs to run it again."""
-    packages = (*PACKAGES, *([HIMALAYA] if solver == HIMALAYA else []))
     about: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command_line": sys.argv,
         "code": code_fingerprint(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "spaces": names,
-        "banded_solver": solver,
+        "banded_solver": "own" if banded else None,
         "settings": {name: getattr(base, name) for name in ("delays", "ridge_alphas", "n_folds", "vocabulary", "seed")},
         "model": None,
         "data": {"source": task.dataset.source, "fingerprint": task.dataset.fingerprint, "trim": task.dataset.trim},

@@ -8,24 +8,19 @@ times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so the sear
 """
 
 import copy
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bert_encoding.core.errors import InputError
 from bert_encoding.core.seeds import generator
-from bert_encoding.regression.ridge import BLOCK_BYTES, RIDGE_ALPHAS, CrossValidatedRidge, Prediction
+from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, Prediction
 from bert_encoding.regression.solvers import Targets, largest_eigenvalue, rows_of_folds
 
-HIMALAYA, OWN = "himalaya", "own"
 N_CANDIDATES = 5
 DECADES = 4.0  # penalties of two bands differ by at most so many
 KEPT_BYTES = 2**31  # what decompositions of all candidates may take, to serve several calls
-VOXELS_A_BATCH, ALPHAS_A_BATCH = 1000, 1  # himalaya's fastest on a CPU
-
 
 Attempt = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -60,13 +55,10 @@ class BandedRidge:
     ridge_alphas : penalty of the band of the largest weight; the others' is as large or larger
     n_candidates : band weights to try; see ``band_weights``
     seed : settles the weights of three bands or more
-    solver : ``own``: ``ridge.py`` on scaled bands; or ``himalaya``, which finds the same and takes longer
-    device : of ``own``; himalaya computes on the CPU
+    device : where ridge is computed
 
     Raises
     ------
-    InputError
-        if himalaya is asked for and not installed.
     ValueError
         if shapes disagree, values are not finite, or there are fewer than two folds.
     """
@@ -79,16 +71,13 @@ class BandedRidge:
         *,
         n_candidates: int = N_CANDIDATES,
         seed: int = 0,
-        solver: str = OWN,
         device: torch.device | None = None,
     ) -> None:
-        check_solver(solver)
         _check_features(X_bands, folds)
         self.X_bands = [np.asarray(X, np.float32) for X in X_bands]
         self.folds, self.ridge_alphas, self.device = folds, ridge_alphas, device
         self.band_weights = band_weights(len(X_bands), n_candidates, seed)
         self.largest_eigenvalue = largest_eigenvalue(torch.from_numpy(np.hstack(self.X_bands)))
-        self._solver = SOLVERS[solver]
         self._ridges: dict[int, CrossValidatedRidge] = {}
 
     def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "BandedRidge":
@@ -109,7 +98,14 @@ class BandedRidge:
         ValueError
             if rows disagree or values are not finite.
         """
-        return self._solver.fit(self, self._checked(Y))
+        targets = self._targets(Y)
+
+        def attempt(at: int) -> Attempt:
+            fitted = self.candidate(at).fit(targets)
+            return self.scale(at)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
+
+        (weights, ridge_alphas, _), scores = _best_candidates(self, attempt)
+        return BandedFit(weights, ridge_alphas, scores)
 
     def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
         """Fit, and predict other rows; the weights, which may be large, are not kept.
@@ -122,9 +118,11 @@ class BandedRidge:
         Returns
         -------
         as of plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of
-        the chosen candidate. himalaya tells it of the chosen alpha alone, so that the others have -1 there.
+        the chosen candidate.
         """
-        return self._solver.fit_predict(self, self._checked(Y), X)
+        targets = self._targets(Y)
+        best, _ = _best_candidates(self, lambda at: self.candidate(at).fit_predict(targets, X * self.scale(at)))
+        return Prediction(*best)
 
     def candidate(self, at: int) -> CrossValidatedRidge:
         """Return plain ridge on the bands scaled by one candidate's weights; kept if all candidates fit in memory."""
@@ -137,12 +135,8 @@ class BandedRidge:
             self._ridges[at] = ridge
         return ridge
 
-    def _checked(self, Y: np.ndarray) -> np.ndarray:
-        if len(Y) != len(self.folds):
-            raise ValueError(f"rows disagree: X {len(self.folds)}, Y {len(Y)}")
-        if not np.isfinite(Y).all():
-            raise ValueError("Y has non-finite values")
-        return np.asarray(Y, np.float32)
+    def _targets(self, Y: np.ndarray) -> Targets:
+        return Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
 
     def scale(self, at: int) -> np.ndarray:
         """Return what features are multiplied by in a candidate, (n_features,) float32."""
@@ -172,80 +166,6 @@ def band_weights(n_bands: int, n_candidates: int, seed: int = 0) -> np.ndarray:
     else:
         exponents[1:] = -generator(seed, "band weights").uniform(0, DECADES, (n_candidates - 1, n_bands))
     return 10 ** (exponents - exponents.max(axis=1, keepdims=True))
-
-
-def check_solver(solver: str) -> None:
-    """Refuse a solver that is unknown or not installed.
-
-    Raises
-    ------
-    InputError
-        saying what to do.
-    """
-    if solver not in SOLVERS:
-        raise InputError(f"--banded-solver {solver}: must be one of {', '.join(SOLVERS)}")
-    if solver == HIMALAYA:
-        _himalaya("ridge")
-
-
-def _solve_himalaya(model: BandedRidge, Y: np.ndarray) -> BandedFit:
-    """Search with himalaya: by features if they are fewer than rows, else by a kernel a band."""
-    Xs, numpy_backend = model.X_bands, _himalaya("backend")
-    settings = {
-        "n_iter": model.band_weights.astype(np.float32),
-        "alphas": np.asarray(model.ridge_alphas, np.float32),
-        "cv": _himalaya("sklearn").PredefinedSplit(model.folds),
-        "score_func": _himalaya("scoring").correlation_score,
-        "n_targets_batch": VOXELS_A_BATCH,
-        "n_alphas_batch": ALPHAS_A_BATCH,
-        "progress_bar": False,
-    }
-    before = numpy_backend.get_backend()
-    numpy_backend.set_backend("numpy")  # a global setting: left as it was found
-    try:
-        if sum(X.shape[1] for X in Xs) <= len(Y):
-            search = _himalaya("ridge").solve_group_ridge_random_search
-            deltas, weights, cv_cc = search(Xs, Y, return_weights=True, warn=False, **settings)
-        else:
-            search = _himalaya("kernel_ridge").solve_multiple_kernel_ridge_random_search
-            kernels = np.stack([X @ X.T for X in Xs])  # (n_bands, n_trs, n_trs)
-            deltas, weights, cv_cc = search(kernels, Y, return_weights="primal", Xs=Xs, **settings)
-    finally:
-        numpy_backend.set_backend(before)
-    return BandedFit(weights, np.exp(-deltas), cv_cc)
-
-
-def _predict_himalaya(model: BandedRidge, Y: np.ndarray, X: np.ndarray) -> Prediction:
-    """Fit and predict a block of voxels at a time: weights are returned for all of them at once."""
-    n_columns = max(1, BLOCK_BYTES // (2 * X.shape[1] * np.dtype(np.float32).itemsize))  # two copies at the worst
-    parts = []
-    for start in range(0, Y.shape[1], n_columns):
-        found = _solve_himalaya(model, Y[:, start : start + n_columns])
-        parts.append((found.predict(X), found.ridge_alphas, _cc_of_chosen(found, model.ridge_alphas)))
-    return Prediction(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
-
-
-def _cc_of_chosen(found: BandedFit, grid: tuple[float, ...]) -> np.ndarray:
-    """Return the CC of each voxel's chosen alpha, and -1 for the others, (n_alphas, n_voxels)."""
-    distances = np.abs(np.log(found.ridge_alphas.min(axis=0)) - np.log(grid)[:, None])
-    return np.where(distances == distances.min(axis=0), found.cv_cc.max(axis=0), -1.0)
-
-
-def _solve_own(model: BandedRidge, Y: np.ndarray) -> BandedFit:
-    targets = Targets.prepare(Y, rows_of_folds(model.folds), model.device)
-
-    def attempt(at: int) -> Attempt:
-        fitted = model.candidate(at).fit(targets)
-        return model.scale(at)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
-
-    (weights, ridge_alphas, _), scores = _best_candidates(model, attempt)
-    return BandedFit(weights, ridge_alphas, scores)
-
-
-def _predict_own(model: BandedRidge, Y: np.ndarray, X: np.ndarray) -> Prediction:
-    targets = Targets.prepare(Y, rows_of_folds(model.folds), model.device)
-    best, _ = _best_candidates(model, lambda at: model.candidate(at).fit_predict(targets, X * model.scale(at)))
-    return Prediction(*best)
 
 
 def _best_candidates(model: BandedRidge, attempt: Callable[[int], Attempt]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -278,27 +198,6 @@ def _bytes_of(ridge: CrossValidatedRidge) -> int:
     n, size = min(ridge.n_rows, ridge.n_features), ridge.dtype.itemsize
     bases = size * (n**2 * (len(ridge.rows) + 1) + ridge.n_rows * n)
     return bases + ridge.eigh_dtype.itemsize * n**2 + (4 + size) * ridge.n_rows * ridge.n_features
-
-
-class Solver(NamedTuple):
-    """What finds the penalties: with the weights, or with predictions of other rows in their stead."""
-
-    fit: Callable[[BandedRidge, np.ndarray], BandedFit]
-    fit_predict: Callable[[BandedRidge, np.ndarray, np.ndarray], Prediction]
-
-
-SOLVERS = {OWN: Solver(_solve_own, _predict_own), HIMALAYA: Solver(_solve_himalaya, _predict_himalaya)}
-
-
-def _himalaya(part: str) -> Any:
-    """Return a part of himalaya, or scikit-learn's, which himalaya requires."""
-    name = "sklearn.model_selection" if part == "sklearn" else f"himalaya.{part}"
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(
-            f"--banded-solver {HIMALAYA}: is not installed; pip install 'bert-encoding-study[banded]', or leave it out"
-        ) from None
 
 
 def _check_features(X_bands: Sequence[np.ndarray], folds: np.ndarray) -> None:

@@ -202,8 +202,8 @@ def test_every_nested_fit_is_that_of_a_slow_loop() -> None:
     assert all(scores.p_unique is None for subset, scores in found.items() if len(subset) > 1)
 
 
-@pytest.mark.parametrize("banded", [None, "own", "himalaya"])
-def test_a_grid_that_ends_too_early_is_extended_once(banded: str | None) -> None:
+@pytest.mark.parametrize("banded", [False, True])
+def test_a_grid_that_ends_too_early_is_extended_once(banded: bool) -> None:
     """A strong signal wants small penalties; voxels are judged together, whatever their panels.
 
     Features of unlike strength make the CC depend on the penalty.
@@ -218,13 +218,13 @@ def test_a_grid_that_ends_too_early_is_extended_once(banded: str | None) -> None
     designs = make_designs(features, n_fit)
     narrow, wide = (1e3, 1e4, 1e5), (1e1, 1e2, 1e3, 1e4, 1e5)
     found = nested_scores(designs, panels, Fitting(narrow, banded), 20)["s"]
-    if banded is None:
+    if not banded:
         ridge: CrossValidatedRidge | BandedRidge = CrossValidatedRidge(joint[:n_fit], designs["a"].folds, wide)
     else:
-        ridge = BandedRidge([design.fit for design in designs.values()], designs["a"].folds, wide, solver=banded)
+        ridge = BandedRidge([design.fit for design in designs.values()], designs["a"].folds, wide)
     predicted, ridge_alphas, _ = ridge.fit_predict(Y[:n_fit], joint[n_fit:])
     np.testing.assert_allclose(found[AB].grid, wide, rtol=1e-9)
-    assert found[AB].ridge_alphas.shape == ((1, 8) if banded is None else (2, 8))
+    assert found[AB].ridge_alphas.shape == ((2, 8) if banded else (1, 8))
     assert (found[AB].ridge_alphas.min(axis=0) < 900).mean() > 0.5
     np.testing.assert_allclose(found[AB].ridge_alphas, np.atleast_2d(ridge_alphas), rtol=1e-5)
     np.testing.assert_allclose(found[AB].cc, correlate(Y[n_fit:], predicted), atol=1e-6)
@@ -234,8 +234,8 @@ def test_a_grid_that_ends_too_early_is_extended_once(banded: str | None) -> None
     assert notes_on_grids({"s": found}, found[AB].grid) == []
 
 
-@pytest.mark.parametrize("banded", [None, "own"])
-def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded: str | None) -> None:
+@pytest.mark.parametrize("banded", [False, True])
+def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded: bool) -> None:
     """One space wants smaller penalties, the other larger ones; of a second subject, constant, none is better."""
     n_fit, n, narrow = 200, 300, (1e2, 1e3, 1e4)
     rng = np.random.default_rng(20)
@@ -324,15 +324,14 @@ def slow_ridge(
     return alpha, fitted(alpha, folds >= 0).predict(X_new)
 
 
-@pytest.mark.parametrize("solver", ["himalaya", "own"])
-def test_banded_ridge_makes_the_joint_fits_alone(solver: str) -> None:
+def test_banded_ridge_makes_the_joint_fits_alone() -> None:
     """Where a few columns tell much and many nothing, the joint fit need not lose what the few explain."""
     n_fit, n = 200, 500
     rng = np.random.default_rng(5)
     features = {"a": rng.standard_normal((n, 120)), "b": rng.standard_normal((n, 2))}
     Y = features["b"] @ rng.standard_normal((2, 12)) + 1.5 * rng.standard_normal((n, 12))
     grid = tuple(np.logspace(0, 4, 5))
-    plain, banded = (score(features, Y, n_fit, Fitting(grid, banded=how)) for how in (None, solver))
+    plain, banded = (score(features, Y, n_fit, Fitting(grid, banded=how)) for how in (False, True))
     for space in (A, B):
         np.testing.assert_array_equal(plain[space].r2, banded[space].r2)
     assert plain[AB].ridge_alphas.shape == (1, 12)
@@ -526,8 +525,6 @@ def test_short_test_stories_have_no_permutation_test(tmp_path: Path, capsys: pyt
         (("DATA", "--train-stories", "7"), "--train-stories 7: "),
         (("DATA", "--train-stories", "2"), "2 stories to fit; at least 3 are needed"),
         (("DATA", "--trim", "none"), "--trim none: must be one of published, course"),
-        (("DATA", "--banded-solver", "own"), "--banded-solver own: means nothing without --banded"),
-        (("DATA", "--banded", "--banded-solver", "foo"), "--banded-solver foo: must be one of own, himalaya"),
         (("DATA", "--seed", "-1"), "seed -1: must be"),
         (("DATA", "--to", "FILE"), "cannot be written"),
     ],

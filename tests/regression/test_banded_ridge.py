@@ -1,22 +1,14 @@
 """Banded ridge against plain ridge, himalaya, the normal equations, and a case where one penalty is not enough."""
 
-import sys
-
 import numpy as np
 import pytest
+from himalaya.kernel_ridge import solve_multiple_kernel_ridge_random_search
+from himalaya.ridge import solve_group_ridge_random_search
+from himalaya.scoring import correlation_score
+from sklearn.model_selection import PredefinedSplit
 
-from bert_encoding.core.errors import InputError
 from bert_encoding.regression import banded_ridge as banded
-from bert_encoding.regression.banded_ridge import (
-    DECADES,
-    HIMALAYA,
-    OWN,
-    SOLVERS,
-    BandedFit,
-    BandedRidge,
-    band_weights,
-    check_solver,
-)
+from bert_encoding.regression.banded_ridge import DECADES, BandedFit, BandedRidge, band_weights
 from bert_encoding.regression.ridge import fit_ridge
 from bert_encoding.statistics.correlation import correlate
 
@@ -40,28 +32,39 @@ def make_responses(bands: list[np.ndarray], seed: int = 1) -> np.ndarray:
     return ((Y - Y.mean(axis=0)) / Y.std(axis=0)).astype(np.float32)
 
 
-def fit(bands: list[np.ndarray], Y: np.ndarray, solver: str, n_candidates: int = 5) -> BandedFit:
-    return BandedRidge(bands, FOLDS, GRID, n_candidates=n_candidates, solver=solver).fit(Y)
+def fit(bands: list[np.ndarray], Y: np.ndarray) -> BandedFit:
+    return BandedRidge(bands, FOLDS, GRID).fit(Y)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+def himalaya_fit(Xs: list[np.ndarray], Y: np.ndarray) -> BandedFit:
+    """Search the same penalties with himalaya: by features if they are fewer than rows, else by one kernel per band."""
+    settings = {"n_iter": band_weights(len(Xs), 5).astype(np.float32), "alphas": np.asarray(GRID, np.float32)}
+    settings |= {"cv": PredefinedSplit(FOLDS), "score_func": correlation_score, "progress_bar": False}
+    if sum(X.shape[1] for X in Xs) <= len(Y):
+        found = solve_group_ridge_random_search(Xs, Y, return_weights=True, warn=False, **settings)
+    else:
+        kernels = np.stack([X @ X.T for X in Xs])  # (n_bands, n_trs, n_trs)
+        found = solve_multiple_kernel_ridge_random_search(kernels, Y, return_weights="primal", Xs=Xs, **settings)
+    deltas, weights, cv_cc = found
+    return BandedFit(weights, np.exp(-deltas), cv_cc)
+
+
 @pytest.mark.parametrize("n_features", [30, 300])  # fewer than rows, and more
-def test_one_band_is_plain_ridge(solver: str, n_features: int) -> None:
+def test_one_band_is_plain_ridge(n_features: int) -> None:
     bands = make_bands((n_features,))
     Y = make_responses(bands)
-    banded, plain = fit(bands, Y, solver), fit_ridge(bands[0], Y, FOLDS, GRID)
+    banded, plain = fit(bands, Y), fit_ridge(bands[0], Y, FOLDS, GRID)
     np.testing.assert_allclose(banded.weights, plain.weights, atol=2e-5)
     np.testing.assert_allclose(banded.ridge_alphas, plain.ridge_alphas[None], rtol=1e-5)
     np.testing.assert_allclose(banded.cv_cc, plain.cv_cc.max(axis=0)[None], atol=2e-5)
     np.testing.assert_allclose(banded.predict(bands[0]), plain.predict(bands[0]), atol=2e-4)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3), (20, 4, 10)])
-def test_weights_solve_the_normal_equations(solver: str, n_features: tuple[int, ...]) -> None:
+def test_weights_solve_the_normal_equations(n_features: tuple[int, ...]) -> None:
     bands = make_bands(n_features)
     Y = make_responses(bands)
-    found = fit(bands, Y, solver)
+    found = fit(bands, Y)
     X = np.hstack(bands).astype(np.float64)
     penalties = np.repeat(found.ridge_alphas, n_features, axis=0)  # (n_features, n_voxels)
     expected = np.stack(
@@ -72,10 +75,10 @@ def test_weights_solve_the_normal_equations(solver: str, n_features: tuple[int, 
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
-def test_the_solvers_choose_alike(n_features: tuple[int, ...]) -> None:
+def test_himalaya_chooses_alike(n_features: tuple[int, ...]) -> None:
     bands = make_bands(n_features, seed=3)
     Y = make_responses(bands, seed=4)
-    himalaya, own = fit(bands, Y, HIMALAYA), fit(bands, Y, OWN)
+    himalaya, own = himalaya_fit(bands, Y), fit(bands, Y)
     np.testing.assert_allclose(himalaya.cv_cc, own.cv_cc, atol=2e-5)
     np.testing.assert_allclose(himalaya.ridge_alphas, own.ridge_alphas, rtol=1e-4)
     np.testing.assert_allclose(himalaya.weights, own.weights, atol=5e-5)
@@ -84,7 +87,7 @@ def test_the_solvers_choose_alike(n_features: tuple[int, ...]) -> None:
 def test_held_out_scores_are_those_of_a_plain_loop() -> None:
     bands = make_bands((12, 3), seed=5)
     Y = make_responses(bands, seed=6)
-    found = fit(bands, Y, OWN)
+    found = fit(bands, Y)
     X = np.hstack(bands).astype(np.float64)
     for at, gamma in enumerate(band_weights(2, 5)):
         cc = np.zeros((len(GRID), N_VOXELS))
@@ -98,15 +101,14 @@ def test_held_out_scores_are_those_of_a_plain_loop() -> None:
         np.testing.assert_allclose(found.cv_cc[at], cc.max(axis=0), atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_two_penalties_beat_one_where_they_are_needed(solver: str) -> None:
+def test_two_penalties_beat_one_where_they_are_needed() -> None:
     """A few clear columns beside many that tell nothing."""
     both = make_bands((150, 2), seed=7, n_trs=2 * N_TRS)
     rng = np.random.default_rng(8)
     Y = both[1] @ rng.standard_normal((2, N_VOXELS)) + 2 * rng.standard_normal((2 * N_TRS, N_VOXELS))
     Y = (Y / Y.std(axis=0)).astype(np.float32)
     bands, held_out = [X[:N_TRS] for X in both], np.hstack([X[N_TRS:] for X in both])
-    found = fit(bands, Y[:N_TRS], solver)
+    found = fit(bands, Y[:N_TRS])
     plain = fit_ridge(np.hstack(bands), Y[:N_TRS], FOLDS, GRID)
     cc, plain_cc = (correlate(Y[N_TRS:], model.predict(held_out)) for model in (found, plain))
     assert (found.ridge_alphas[0] > 10 * found.ridge_alphas[1]).mean() > 0.9
@@ -132,11 +134,10 @@ def test_decompositions_that_are_kept_serve_other_voxels_and_grids(monkeypatch: 
     assert kept.largest_eigenvalue == pytest.approx(largest, rel=0.1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_predictions_are_those_of_the_weights(solver: str) -> None:
+def test_predictions_are_those_of_the_weights() -> None:
     bands = make_bands((20, 3))
     Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
-    model = BandedRidge(bands, FOLDS, GRID, solver=solver)
+    model = BandedRidge(bands, FOLDS, GRID)
     predicted, ridge_alphas, cv_cc = model.fit_predict(Y, X)
     fitted = model.fit(Y)
     np.testing.assert_allclose(predicted, X @ fitted.weights, atol=2e-6)
@@ -158,19 +159,6 @@ def test_the_cc_of_every_alpha_is_that_of_the_chosen_candidate() -> None:
     np.testing.assert_allclose(cv_cc, every[best, :, np.arange(N_VOXELS)].T, atol=1e-6)
     np.testing.assert_allclose(ridge_alphas[0] / ridge_alphas[1], (band_weights(2, 5)[best] ** -1 @ [1, 0]) /
                                (band_weights(2, 5)[best] ** -1 @ [0, 1]), rtol=1e-6)  # fmt: skip
-
-
-def test_himalaya_in_blocks_predicts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    bands = make_bands((20, 3))
-    Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
-    model, widths = BandedRidge(bands, FOLDS, GRID, solver=HIMALAYA), []
-    whole = model.fit_predict(Y, X)
-    solve = banded._solve_himalaya
-    monkeypatch.setattr(banded, "BLOCK_BYTES", 4 * 2 * 23 * 4)
-    monkeypatch.setattr(banded, "_solve_himalaya", lambda of, Y: widths.append(Y.shape[1]) or solve(of, Y))
-    for found, expected in zip(model.fit_predict(Y, X), whole, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    assert widths == [4, 4, 4, 3]
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
@@ -208,27 +196,6 @@ def test_candidates_of_three_bands_are_drawn_by_the_seed() -> None:
     assert 10**-DECADES <= drawn.min() < 1e-2
 
 
-def test_himalayas_backend_stays_as_it_was() -> None:
-    from himalaya.backend import get_backend, set_backend
-
-    before = get_backend().name
-    set_backend("torch")
-    try:
-        bands = make_bands((5, 2))
-        fit(bands, make_responses(bands), HIMALAYA, n_candidates=1)
-        assert get_backend().name == "torch"
-    finally:
-        set_backend(before)
-
-
-def test_without_himalaya_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "himalaya.ridge", None)
-    bands = make_bands((5, 2))
-    with pytest.raises(InputError, match=r"pip install 'bert-encoding-study\[banded\]', or leave it out$"):
-        BandedRidge(bands, FOLDS, GRID, solver=HIMALAYA)
-    assert fit(bands, make_responses(bands), OWN).weights.shape == (7, N_VOXELS)
-
-
 def test_what_cannot_be_fitted_is_refused() -> None:
     bands = make_bands((5, 2))
     Y = make_responses(bands)
@@ -238,10 +205,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         (lambda: BandedRidge(broken, FOLDS, GRID), "band 1 has non-finite values"),
         (lambda: BandedRidge(bands, 0 * FOLDS, GRID), "1 fold: at least 2"),
         (lambda: BandedRidge([], FOLDS, GRID), "0 bands"),
-        (lambda: fit(bands, Y[:-1], OWN), "rows disagree: X 240, Y 239"),
-        (lambda: fit(bands, np.where(Y > 2, np.inf, Y), OWN), "Y has non-finite values"),
+        (lambda: fit(bands, Y[:-1]), "rows disagree: X 240, Y 239"),
+        (lambda: fit(bands, np.where(Y > 2, np.inf, Y)), "Y has non-finite values"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
-    with pytest.raises(InputError, match="--banded-solver foo: must be one of own, himalaya"):
-        check_solver("foo")
