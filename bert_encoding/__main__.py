@@ -10,7 +10,7 @@ import sys
 import cyclopts
 from cyclopts import Parameter
 
-from bert_encoding.core.command_line import run_app
+from bert_encoding.core.command_line import called_as, run_app
 
 COMMANDS = {  # name -> (function, help); each is imported only when it is called
     "check": ("check:check", "Check a data set: usable, usable with masks or with doubts, or not usable; and why."),
@@ -32,7 +32,10 @@ COMMANDS = {  # name -> (function, help); each is imported only when it is calle
 }
 
 app = cyclopts.App(
-    name="python -m bert_encoding", help=__doc__, version_flags=[], default_parameter=Parameter(negative="")
+    name=called_as("bert-encoding", "python -m bert_encoding"),
+    help=__doc__,
+    version_flags=[],
+    default_parameter=Parameter(negative=""),
 )
 for name, (function, text) in COMMANDS.items():
     app.command(f"bert_encoding.commands.{function}", name=name, help=text)

@@ -5,16 +5,17 @@ python study/analysis.py results/<one> results/<other>
 """
 
 if __name__ == "__main__":  # the imports take seconds
-    from bert_encoding.core.interrupt import end_quietly
+    from bert_encoding.core.interrupt import end_quietly, leave_folder_of
 
     end_quietly()
+    leave_folder_of(__file__)
 
 import sys
 
 import cyclopts
 from rich.console import Console
 
-from bert_encoding.core.command_line import Number
+from bert_encoding.core.command_line import Number, called_as
 from bert_encoding.core.storage import open_place
 from bert_encoding.trial.tables import write_record_tables
 from study.report.finish import print_answer
@@ -24,7 +25,11 @@ from study.results.load import forced_lines, is_adaptive, load_delta, load_optio
 from study.results.printing import print_comparison, print_examples, print_study
 from study.setup.delta import check_delta
 
-app = cyclopts.App(name="analysis.py", help="Print what a study found, or compare two.", version_flags=[])
+app = cyclopts.App(
+    name=called_as("bert-encoding-analysis", "analysis.py"),
+    help="Print what a study found, or compare two.",
+    version_flags=[],
+)
 
 
 @app.default

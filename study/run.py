@@ -4,9 +4,10 @@ python study/run.py --space lora_full
 """
 
 if __name__ == "__main__":  # the imports take seconds
-    from bert_encoding.core.interrupt import end_quietly
+    from bert_encoding.core.interrupt import end_quietly, leave_folder_of
 
     end_quietly()
+    leave_folder_of(__file__)
 
 import logging
 import re
@@ -20,7 +21,7 @@ import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
-from bert_encoding.core.command_line import SOME_FAILED, Names, Number, Text, Whole, run_app
+from bert_encoding.core.command_line import SOME_FAILED, Names, Number, Text, Whole, called_as, run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import write_json
 from bert_encoding.core.interrupt import INTERRUPTED
@@ -51,7 +52,7 @@ from study.setup.encoding_study import Study, prepare
 from study.setup.options import Options, check_take_over, model_of, options_record, read_recorded, resolve_options
 from study.setup.spaces import Space, load_space
 from study.setup.text_study import TextStudy, prepare_text, print_text_plan
-from study.wording import counted
+from study.wording import counted, run_command
 
 WIDTH_OF_A_LOG = 400
 DEFAULT_SPACE = "lora_full"
@@ -60,7 +61,10 @@ NOT_OPTIONS = ("dry_run", "resume", "force_resume", "take_over", "look_again")
 
 
 app = cyclopts.App(
-    name="run.py", help=__doc__.split("\n\n")[0], version_flags=[], default_parameter=Parameter(negative="")
+    name=called_as("bert-encoding-study", "run.py"),
+    help=__doc__.split("\n\n")[0],
+    version_flags=[],
+    default_parameter=Parameter(negative=""),
 )
 
 
@@ -338,13 +342,13 @@ def _finish(options: Options, console: Console) -> int:
     missing = options.trials - int((trials["phase"] == "search").sum())
     if missing > 0:
         console.print(
-            f"{counted(missing, 'trial is', 'trials are')} missing; go on with: python study/run.py --resume "
+            f"{counted(missing, 'trial is', 'trials are')} missing; go on with: {run_command()} --resume "
             f"{_where(options)}",
             soft_wrap=True,
         )
         return INTERRUPTED
     if is_unconfirmed(options):
-        _tell(console, f"not yet confirmed; go on with: python study/run.py --resume {_where(options)}")
+        _tell(console, f"not yet confirmed; go on with: {run_command()} --resume {_where(options)}")
         return INTERRUPTED
     return SOME_FAILED if (trials["status"] == FAILED).any() else 0
 

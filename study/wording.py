@@ -1,9 +1,16 @@
-"""Numbers and lists in words, with singular and plural right."""
+"""Numbers and lists in words, with singular and plural right; the command of a study."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bert_encoding.core.command_line import called_as
+
 MOST_LISTED = 8  # different values; more are told as a range
+
+
+def run_command() -> str:
+    """Return what starts a study in a shell."""
+    return called_as("bert-encoding-study", "python study/run.py")
 
 
 def counted(n: int, singular: str, plural: str | None = None) -> str:

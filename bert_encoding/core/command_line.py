@@ -76,6 +76,11 @@ def print_lines(console: Console, *lines: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def called_as(console_script: str, otherwise: str) -> str:
+    """Return the name of a console script where one of ours was called, else what calls the same from a checkout."""
+    return console_script if Path(sys.argv[0]).name.startswith("bert-encoding") else otherwise
+
+
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     app.suppress_keyboard_interrupt = False  # else it ends without a word

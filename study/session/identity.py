@@ -39,13 +39,17 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """Return the commit of the source tree and whether it had changes; None outside a checkout."""
+    """Return the commit of the source tree and whether it had changes; None outside a checkout.
+
+    An installation may be in the repository of another project, which does not track it.
+    """
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -27,6 +27,7 @@ sys.addaudithook(wait)
     ("arguments", "module"),
     [
         (["study/run.py", "--dry-run"], "torch"),
+        (["-c", "from study.console_scripts import study; study()", "--dry-run"], "torch"),
         (["study/analysis.py", "nowhere"], "pandas"),
         (["-m", "bert_encoding", "check", "nowhere"], "rich.console"),
         (

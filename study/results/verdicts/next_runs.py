@@ -20,7 +20,7 @@ from study.results.verdicts.power import (
     seeds_needed,
     upper_sd,
 )
-from study.wording import counted
+from study.wording import counted, run_command
 
 SD_TRIAL, SD_STORY = 0.002, 0.001  # CC; supposed where a study has not shown its own
 FEW_STORIES = 4  # of fewer, no spread below ``SD_STORY`` is believed
@@ -180,7 +180,7 @@ def confirm_command(folder: str) -> str:
 def resume_command(folder: str) -> str:
     """Return the shell command that goes on with a study."""
     name, where = _where(folder)
-    return shlex.join(["python", "study/run.py", "--resume", "--name", name, *where])
+    return shlex.join([*run_command().split(), "--resume", "--name", name, *where])
 
 
 def _where(folder: str) -> tuple[str, list[str]]:

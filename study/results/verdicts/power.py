@@ -9,6 +9,7 @@ from scipy.stats import chi2, norm
 
 from study.results.slopes import half_width
 from study.setup.delta import DELTA
+from study.wording import run_command
 
 POWER = 0.8
 SURE = 0.8  # that a spread is not larger than what is reckoned with
@@ -189,7 +190,7 @@ def command(
     further : more words, such as where it shall be kept
     delta : CC below which an effect does not matter
     """
-    words = ["python", "study/run.py", "--space", space]
+    words = [*run_command().split(), "--space", space]
     for option, silent in _SILENT.items():
         value = options.get(option, silent)
         if value is None or value == silent:

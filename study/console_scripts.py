@@ -1,0 +1,27 @@
+"""The console scripts of an installation; each takes Ctrl-C before its imports, which take seconds."""
+
+from importlib import import_module
+
+from bert_encoding.core.interrupt import end_quietly
+
+
+def commands() -> int:
+    """``bert-encoding``: the commands of ``python -m bert_encoding``."""
+    return _run("bert_encoding.__main__")
+
+
+def study() -> int:
+    """``bert-encoding-study``: the command of ``study/run.py``."""
+    return _run("study.run")
+
+
+def analysis() -> int:
+    """``bert-encoding-analysis``: the command of ``study/analysis.py``."""
+    return _run("study.analysis")
+
+
+def _run(module: str) -> int:
+    end_quietly()
+    from bert_encoding.core.command_line import run_app
+
+    return run_app(import_module(module).app)
