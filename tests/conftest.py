@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
-os.environ["RAY_worker_niceness"] = "0"  # else trials wait for the tests that run at the same time
+# Ray spells its variable so; else trials wait for the tests that run at the same time
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the cores are busy with other tests
 

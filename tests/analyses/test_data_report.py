@@ -418,7 +418,6 @@ def test_it_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would have been fetched."""
-    from bert_encoding.datasets.fetching import lebel2023 as fetch
     from bert_encoding.datasets.fetching.download import Fetched
 
     calls: list[dict[str, Any]] = []
@@ -427,7 +426,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"subjects": subjects, "to": to, "stories": stories} | options)
         return Fetched(5, 2, 100, to)
 
-    monkeypatch.setattr(fetch, "fetch_lebel2023", pretend)
+    monkeypatch.setattr("bert_encoding.commands.fetch.fetch_lebel2023", pretend)
     return calls
 
 
