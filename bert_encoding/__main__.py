@@ -19,14 +19,8 @@ COMMANDS = {  # name -> (function, help); each is imported only when it is calle
         "export:export",
         "Write word vectors to a file; BERT's are contextual: a word has another vector in every sentence.",
     ),
-    "partition": (
-        "partition:partition",
-        "Variance partitioning: what BERT explains beyond other features.",
-    ),
-    "predict": (
-        "predict:predict",
-        "Predict the class of texts, or the responses to a story.",
-    ),
+    "partition": ("partition:partition", "Variance partitioning: what BERT explains beyond other features."),
+    "predict": ("predict:predict", "Predict the class of texts, or the responses to a story."),
     "fit": ("fit:fit", "Fit ridge again with a study's best encoder, and keep the weights."),
     "map": ("map:map_voxels", "Draw a trial's CC as a NIfTI volume or a flat cortex."),
 }

@@ -16,10 +16,7 @@ import optuna
 EPOCHS = 2
 TRIALS = 18
 SEEDS = (0, 1, 2)
-START = [
-    {"objective": "mlm_nsp", "lr": 5e-6},
-    {"objective": "mlm", "lr": 5e-6},
-]
+START = [{"objective": "mlm_nsp", "lr": 5e-6}, {"objective": "mlm", "lr": 5e-6}]
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:

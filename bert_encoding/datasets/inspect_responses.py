@@ -309,9 +309,7 @@ class _Totals:
         sd = np.sqrt(np.maximum(self.squares[good] / self.n_rows - shifted**2, 0))
         is_z_scored = np.median(mean) <= MAX_ABS_MEAN and np.median(np.abs(sd - 1)) <= MAX_SD_ERROR
         return check._replace(
-            max_abs_mean=float(mean.max()),
-            sd_range=(float(sd.min()), float(sd.max())),
-            is_z_scored=bool(is_z_scored),
+            max_abs_mean=float(mean.max()), sd_range=(float(sd.min()), float(sd.max())), is_z_scored=bool(is_z_scored)
         )
 
 

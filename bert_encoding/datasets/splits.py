@@ -42,11 +42,7 @@ def choose_subjects(dataset: Dataset, names: list[str] | None) -> tuple[str, ...
 
 
 def choose_stories(
-    dataset: Dataset,
-    subjects: tuple[str, ...],
-    test_stories: list[str] | None,
-    n_train_stories: int | None,
-    seed: int,
+    dataset: Dataset, subjects: tuple[str, ...], test_stories: list[str] | None, n_train_stories: int | None, seed: int
 ) -> tuple[list[str], list[str]]:
     """Return (training stories, test stories); training stories are later divided into fit and validation.
 

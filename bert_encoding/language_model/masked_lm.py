@@ -164,11 +164,7 @@ def probe_loss(model: Any, batches: Sequence[MaskedBatch], precision: str, devic
 
 
 def make_probes(
-    train: Sequence[Window],
-    heldout: Sequence[Window],
-    tokenizer: BertTokenizerFast,
-    max_masked: int,
-    seed: int,
+    train: Sequence[Window], heldout: Sequence[Window], tokenizer: BertTokenizerFast, max_masked: int, seed: int
 ) -> Probes:
     """Draw fixed samples from training and held-out windows and mask them, equally many tokens in both.
 

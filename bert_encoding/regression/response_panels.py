@@ -39,12 +39,7 @@ def scored_responses(dataset: Dataset, subject: str, stories: Sequence[str], col
 
 
 def fit_targets(
-    dataset: Dataset,
-    subject: str,
-    stories: Sequence[str],
-    columns: slice,
-    rows: list[np.ndarray],
-    device: torch.device,
+    dataset: Dataset, subject: str, stories: Sequence[str], columns: slice, rows: list[np.ndarray], device: torch.device
 ) -> Targets:
     """Return z-scored responses as ridge takes them, perhaps those of an earlier trial.
 
@@ -92,12 +87,7 @@ def kept_bytes(n_rows: int, n_voxels: int) -> float:
 
 
 def _prepare(
-    dataset: Dataset,
-    subject: str,
-    stories: Sequence[str],
-    columns: slice,
-    rows: list[np.ndarray],
-    device: torch.device,
+    dataset: Dataset, subject: str, stories: Sequence[str], columns: slice, rows: list[np.ndarray], device: torch.device
 ) -> Targets:
     return Targets.prepare(z_score(stack_responses(dataset, subject, stories, columns)), rows, device)
 

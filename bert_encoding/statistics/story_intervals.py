@@ -79,12 +79,7 @@ def paired_difference(
 
 
 def story_interval(
-    values: np.ndarray,
-    method: str = "t",
-    *,
-    level: float = LEVEL,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
+    values: np.ndarray, method: str = "t", *, level: float = LEVEL, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Interval:
     """Return the mean over stories and its interval, stories being the sample.
 

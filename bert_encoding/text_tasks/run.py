@@ -46,11 +46,7 @@ class TextRun(Protocol):
 
 
 def run_text_trial(
-    config: TrialConfig,
-    task: TextTask,
-    report: Report = lambda scores: True,
-    *,
-    adapter_folder: Path | None = None,
+    config: TrialConfig, task: TextTask, report: Report = lambda scores: True, *, adapter_folder: Path | None = None
 ) -> TrialRecord:
     """Run one configuration and return its record, which nobody has written yet.
 

@@ -133,12 +133,7 @@ class Chain:
         return {name: static_vectors(words, table) for name, words in spoken.items()}
 
     def score(
-        self,
-        on_trs: dict[str, np.ndarray],
-        fit: tuple[str, ...],
-        scored: tuple[str, ...],
-        *,
-        with_tests: bool = False,
+        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...], *, with_tests: bool = False
     ) -> dict[str, SubjectScores]:
         """Fit ridge on some stories and score others."""
         with self.timed("ridge"):

@@ -140,11 +140,7 @@ def run_trial(
 
 
 def run_test(
-    config: TrialConfig,
-    task: Task,
-    report: Report = lambda scores: True,
-    *,
-    adapter_folder: Path | None = None,
+    config: TrialConfig, task: Task, report: Report = lambda scores: True, *, adapter_folder: Path | None = None
 ) -> TrialRecord:
     """Tune on fit + validation, refit ridge there, and score the test stories once: for what was chosen without them.
 

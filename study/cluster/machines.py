@@ -303,10 +303,7 @@ def _can_add(client: Any, address: str, n_nodes: int) -> tuple[Node, ...] | None
     Autoscaler v2 reports its node types to the cluster; v1 keeps them in the file that the monitor beside the head
     reads, so only a driver on the head node, which is where ``ray exec`` runs it, can know.
     """
-    from ray._raylet import (  # type: ignore[attr-defined]  # compiled
-        GCS_AUTOSCALER_CLUSTER_CONFIG_KEY,
-        GCS_AUTOSCALER_STATE_NAMESPACE,
-    )
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE  # type: ignore[attr-defined]  # compiled
     from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
     key, namespace = GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), GCS_AUTOSCALER_STATE_NAMESPACE.encode()

@@ -165,7 +165,7 @@ def _lines_of_look(fixed: dict[str, Any], folder: Place, trials: pd.DataFrame) -
     lines = [
         f"Confirmed{f' (look {look})' if look > 1 else ''}: trial {winner.trial_id} wins, fixed by validation{unseen}: "
         f"CC {winner.confirmed:.4f}, mean over {len(fixed['seeds'])} fresh seeds "
-        f"({winner.searched:.4f} when searched, {winner.confirmed - winner.searched:+z.4f}).",
+        f"({winner.searched:.4f} when searched, {winner.confirmed - winner.searched:+z.4f})."
     ]
     if any(one.test is not None for one in (winner, *others)):
         stories = fixed["test_stories"]

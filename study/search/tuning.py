@@ -160,10 +160,7 @@ def _tune(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=n_jobs,
-            max_concurrent_trials=options.max_concurrent,
-            reuse_actors=True,
+            search_alg=searcher, num_samples=n_jobs, max_concurrent_trials=options.max_concurrent, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name=name,

@@ -22,12 +22,7 @@ CGROUP_ROOT, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def worker_bytes(
-    dataset: Dataset,
-    splits: tuple[Split, ...],
-    n_voxels: int,
-    shape: dict[str, int],
-    config: TrialConfig,
-    trains: bool,
+    dataset: Dataset, splits: tuple[Split, ...], n_voxels: int, shape: dict[str, int], config: TrialConfig, trains: bool
 ) -> float:
     """Return the peak memory of one trial, in bytes, for its largest subject.
 

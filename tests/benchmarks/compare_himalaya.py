@@ -55,11 +55,9 @@ def main(data: Path, model: str = "minilm-plain", train_stories: int | None = No
     Y = stack_responses(dataset, subject, fit)
     began = time.perf_counter()
     solver = {"score_func": correlation_score, "local_alpha": True, "n_targets_batch": 1000, "n_alphas_batch": 1}
-    theirs = RidgeCV(
-        alphas=np.array(config.ridge_alphas),
-        cv=PredefinedSplit(design.folds),
-        solver_params=solver,
-    ).fit(design.fit.astype(np.float64), ZScore.learn(Y).apply(Y).astype(np.float64))
+    theirs = RidgeCV(alphas=np.array(config.ridge_alphas), cv=PredefinedSplit(design.folds), solver_params=solver).fit(
+        design.fit.astype(np.float64), ZScore.learn(Y).apply(Y).astype(np.float64)
+    )
     Y_scored = stack_responses(dataset, subject, scored)
     cc = correlation_score(Y_scored.astype(np.float64), theirs.predict(design.scored.astype(np.float64)))
     print(f"himalaya  mean test CC {cc.mean():.5f}  {time.perf_counter() - began:.0f} s")

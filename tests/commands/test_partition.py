@@ -394,8 +394,7 @@ def test_single_spaces_score_as_trials_do(
 def test_units_of_responses_do_not_matter(task: Task, configs: dict[str, TrialConfig]) -> None:
     scaled = {
         name: replace(
-            story,
-            responses={s: Responses(array=3 * r.read(np.arange(12)) + 2) for s, r in story.responses.items()},
+            story, responses={s: Responses(array=3 * r.read(np.arange(12)) + 2) for s, r in story.responses.items()}
         )
         for name, story in task.dataset.stories.items()
     }

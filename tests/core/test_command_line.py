@@ -559,8 +559,7 @@ def made(lab: Path, tiny_bert: Path, tmp_path: Path) -> Made:
             trial_id, phase = (f"{at - 1:04d}", "search") if method == "lora" else (f"baseline-{method}", "baseline")
             scores = {"cc_mean": 0.1 * at, "cc_seen": 0.1}
             write_record(
-                folder,
-                TrialRecord("COMPLETE", method, asdict(config), trial_id, phase, params=params, scores=scores),
+                folder, TrialRecord("COMPLETE", method, asdict(config), trial_id, phase, params=params, scores=scores)
             )
     return Made(folder, ["--resume", "--name", "s", "--out", str(tmp_path / "out")], space, lab)
 
@@ -752,8 +751,7 @@ def test_a_study_in_which_a_trial_failed_ends_with_its_own_exit_code(
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
-    [([], ["0001", "0002"]), (["--keep-adapters", "1"], ["0002"]), (["--keep-adapters", "0"], [])],
+    ("given", "kept"), [([], ["0001", "0002"]), (["--keep-adapters", "1"], ["0002"]), (["--keep-adapters", "0"], [])]
 )
 def test_the_best_adapters_are_kept(
     given: list[str], kept: list[str], made: Made, capsys: pytest.CaptureFixture[str]

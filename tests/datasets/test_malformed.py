@@ -361,8 +361,7 @@ RESPONSES = {
         ("{data}/subject2/alpha.npy: story alpha, subject subject2: has no voxel that is finite and varies",),
     ),
     "constant in one story": Case(
-        npy(lambda y: np.full_like(y, 7.0)),
-        (*LAB_ROWS, "has no voxel that is finite and varies"),
+        npy(lambda y: np.full_like(y, 7.0)), (*LAB_ROWS, "has no voxel that is finite and varies")
     ),
     "without text": Case(named_otherwise("unheard"), ("{data}/subject2/unheard.npy: story unheard has no text",)),
     "a trailing space": Case(named_otherwise("beta "), ("{data}/subject2/beta .npy: story 'beta ' has no text",)),

@@ -244,14 +244,7 @@ def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> No
     }
     with pytest.raises(RuntimeError, match="story wet: word vectors are not finite"):
         embed_stories(
-            bert,
-            stories,
-            tiny_encoder.tokenizer,
-            layer=2,
-            window_tokens=32,
-            stride=30,
-            precision="float32",
-            device=CPU,
+            bert, stories, tiny_encoder.tokenizer, layer=2, window_tokens=32, stride=30, precision="float32", device=CPU
         )
 
 

@@ -214,12 +214,7 @@ def draw_adaptive(truth: Truth, plan: Plan, n_trials: int, seed: int) -> tuple[p
 
 
 def frames(
-    cc: np.ndarray,
-    gap: np.ndarray,
-    ranks: np.ndarray,
-    lrs: np.ndarray,
-    seeds: np.ndarray,
-    rules: np.ndarray,
+    cc: np.ndarray, gap: np.ndarray, ranks: np.ndarray, lrs: np.ndarray, seeds: np.ndarray, rules: np.ndarray
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return trials and stories of given CC, (n_trials, n_stories)."""
     ids = np.array([f"{at:04d}" for at in range(1, len(cc) + 1)])

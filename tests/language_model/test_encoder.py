@@ -160,8 +160,7 @@ def test_unknown_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("content", "because"),
-    [(None, "no config.json"), ("{}", "model_type"), ("{nonsense", "not a valid JSON")],
+    ("content", "because"), [(None, "no config.json"), ("{}", "model_type"), ("{nonsense", "not a valid JSON")]
 )
 def test_folder_without_a_usable_configuration_is_refused(content: str | None, because: str, tmp_path: Path) -> None:
     if content is not None:

@@ -76,10 +76,7 @@ CASES: dict[str, Case] = {
     "frozen": ({"method": "frozen"}, []),
     "random": ({"method": "random"}, []),
     "full": ({"method": "full"}, [*EMBEDDINGS, *BLOCKS[0], *BLOCKS[1], *HEAD]),
-    "full without embeddings": (
-        {"method": "full", "train_embeddings": False},
-        [*BLOCKS[0], *BLOCKS[1], *HEAD],
-    ),
+    "full without embeddings": ({"method": "full", "train_embeddings": False}, [*BLOCKS[0], *BLOCKS[1], *HEAD]),
     "partial, embeddings frozen": ({"method": "partial", "frozen_blocks": 0}, [*BLOCKS[0], *BLOCKS[1], *HEAD]),
     "partial, a block frozen": ({"method": "partial", "frozen_blocks": 1}, [*BLOCKS[1], *HEAD]),
     "lora": ({}, lora_names((Q, V), AB)),

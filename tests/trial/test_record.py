@@ -137,7 +137,7 @@ def test_records_come_baselines_first_then_by_id(tmp_path: Path) -> None:
     for record in (lora("0010"), confirm, lora("0003"), baseline(), baseline("word_rate"), failed("0001")):
         write_record(tmp_path, record)
     assert [r.trial_id for r in read_records(tmp_path)] == [
-        *("baseline-frozen", "baseline-word_rate", "0001", "0003", "0010", "0002"),
+        *("baseline-frozen", "baseline-word_rate", "0001", "0003", "0010", "0002")
     ]
 
 
@@ -185,11 +185,7 @@ def half_savez(file: Any, **arrays: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("target", "name", "broken"),
-    [
-        (records_module.np, "savez", half_savez),
-        (files_module.json, "dumps", crash),
-        (storage.os, "fsync", crash),
-    ],
+    [(records_module.np, "savez", half_savez), (files_module.json, "dumps", crash), (storage.os, "fsync", crash)],
 )
 def test_a_crash_while_writing_leaves_no_record(
     target: Any, name: str, broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

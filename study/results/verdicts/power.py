@@ -173,12 +173,7 @@ _SILENT: dict[str, Any] = {
 
 
 def command(
-    options: dict[str, Any],
-    space: str,
-    name: str,
-    n_folds: int = 1,
-    further: Sequence[str] = (),
-    delta: float = DELTA,
+    options: dict[str, Any], space: str, name: str, n_folds: int = 1, further: Sequence[str] = (), delta: float = DELTA
 ) -> str:
     """Return the shell command of a study on the same data.
 

@@ -147,10 +147,7 @@ def told(found: StudySearcher) -> list[tuple[str, float | None, dict[int, float]
 def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
     found = searcher(space, n_trials=2, scheduler="asha", sign=NotedSign())
     play(found, [rising(0.5), rising(0.2)])
-    assert told(found) == [
-        ("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}),
-        ("PRUNED", 0.2, {1: 0.2}),
-    ]
+    assert told(found) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
     assert found.study.best_value == 2.0, "a pruned trial is not the best one"
 
 

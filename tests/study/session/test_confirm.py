@@ -57,10 +57,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 BASE = TrialConfig(model="tiny", epochs=1)
 HEARD = {"eta": ["subject2 e7a"], "zeta": ["subject2 2e7a"]}
-IDENTITY = {
-    **{"data": {"fingerprint": "abc"}, "code": "c0de", "splits": [{"test": ["zeta", "eta"]}]},
-    "heard": HEARD,
-}
+IDENTITY = {**{"data": {"fingerprint": "abc"}, "code": "c0de", "splits": [{"test": ["zeta", "eta"]}]}, "heard": HEARD}
 Of = Callable[[Job], float | None]
 
 

@@ -290,8 +290,7 @@ def test_the_docstring_sorts_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["lora_full", "smoke", "layers", "full_vs_lora", "nsp", "sentiment_lora", "lora_rank", "lora_rank_small"],
+    "name", ["lora_full", "smoke", "layers", "full_vs_lora", "nsp", "sentiment_lora", "lora_rank", "lora_rank_small"]
 )
 @pytest.mark.parametrize("n_layers", [12, 6])
 def test_every_bundled_space_passes_the_rehearsal(name: str, n_layers: int, tmp_path: Path) -> None:
