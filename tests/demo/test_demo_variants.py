@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bert_encoding import __main__
 from bert_encoding.analyses import predictions as predicted_responses
-from bert_encoding.commands import export, fit, partition
+from bert_encoding.commands import check, export, fit, partition
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import DEMO, DEMO_HELPS, DEMO_NULL, DEMOS
 from bert_encoding.datasets import open_dataset
@@ -63,8 +62,8 @@ def test_every_command_opens_every_demo(name: str, monkeypatch: pytest.MonkeyPat
     for module in (demo, partition, predicted_responses):
         monkeypatch.setattr(module, "simulate_listener", listen)
     assert export._open_data(name).source == name
-    assert __main__._open(name, None).source == name
-    assert not __main__._is_text(name)
+    assert check._open(name, None).source == name
+    assert not check._is_text(name)
     assert fit._open_data(name, [], (), (10, 5)).source == name
     assert partition._open_task(name, None, False, None, None, None, 0).dataset.source == name
     assert predicted_responses._story_of(name, "ferry", None).name == "ferry"  # type: ignore[arg-type]
