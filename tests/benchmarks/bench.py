@@ -53,7 +53,7 @@ from bert_encoding.trial.config import TrialConfig
 
 Part = Literal["stages", "study", "base", "growth"]
 N_STORIES = 20
-DEMO_FOLDER = ROOT / "bert_encoding" / "data"
+DEMO_FOLDER = ROOT / "bert_encoding" / "demo" / "data"
 PARTS: tuple[Part, ...] = ("stages", "study", "base", "growth")
 # What the script takes from the library and its numbers rest on. Not finetune.py, whose speed changes: the script only
 # draws probes with it, and check_alike refuses others. The settings of TrialConfig are part of the question.

@@ -246,7 +246,7 @@ def test_minilm_plain_holds_the_packaged_weights(minilm_plain: Encoder) -> None:
 
 @pytest.mark.demo
 def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
-    data = ROOT / "bert_encoding" / "data" / "minilm_mlm"
+    data = ROOT / "bert_encoding" / "language_model" / "data" / "minilm_mlm"
     plain = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(minilm_folder()), data).eval()
     head = plain.get_base_model().cls.predictions
     loaded = load_file(data / "head.safetensors")
@@ -261,7 +261,7 @@ def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
 
 @pytest.mark.demo
 def test_minilm_predicts_words_far_better_than_minilm_plain(minilm: Encoder, minilm_plain: Encoder) -> None:
-    words = (ROOT / "bert_encoding" / "data" / "stories" / "flood.txt").read_text().split()
+    words = (ROOT / "bert_encoding" / "demo" / "data" / "stories" / "flood.txt").read_text().split()
     windows = cut_windows(tokenize(words, minilm.tokenizer), 130, 128, minilm.tokenizer)[:4]
     batch = mask_windows(windows, 0.15, np.random.default_rng(0), **special(minilm.tokenizer))
     with torch.no_grad():
