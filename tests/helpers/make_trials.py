@@ -18,16 +18,22 @@ from bert_encoding.trial.pipeline import Task
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TRAINING = Training(
-    lr=1e-2,
-    epochs=1,
-    batch_size=4,
-    accumulation=1,
-    weight_decay=0.0,
-    warmup_epochs=0.0,
-    schedule="constant",
-    max_grad_norm=1e9,
-    precision="float32",
-)
+    lr=1e-2, epochs=1, batch_size=4, accumulation=1, weight_decay=0.0, warmup_epochs=0.0, schedule="constant",
+    max_grad_norm=1e9, precision="float32",
+)  # fmt: skip
+OTHER_SETTINGS: dict[
+    str, Any
+] = {  # for every setting of a trial that trains on stories a value that is not the default
+    **{"layer": 4, "seed": 7, "rank": 64, "lora_alpha": 99.0, "target_modules": "q,d", "lora_dropout": 0.37},
+    **{"lora_scaling": "rslora", "lora_init": "pissa", "lora_bias": "lora_only", "lora_layers": (1, 3), "dora": True},
+    **{"train_embeddings": False, "frozen_blocks": 2, "objective": "mlm_nsp", "whole_words": True, "lr": 3.3e-4},
+    **{"epochs": 17, "batch_size": 77, "accumulation": 5, "weight_decay": 0.77, "max_grad_norm": 7.5},
+    **{"schedule": "cosine", "warmup_epochs": 1.75, "patience": 3, "l2_sp": 0.125, "replay": 0.45, "match_steps": True},
+    **{"stride": 333, "window_tokens": 444, "embed_stride": 111, "embed_window_tokens": 555, "mask_probability": 0.23},
+    **{"mlm_text": "control", "hidden_dropout": 0.21, "attention_dropout": 0.31, "precision": "float32"},
+    **{"embed_precision": "float32", "score_every": 17, "delays": (2, 5), "ridge_alphas": (1.0, 7.0, 50.0)},
+    **{"n_folds": 3, "probe_tokens": 1234},
+}
 
 
 def make_task(dataset: Dataset, n_outer_folds: int = 1) -> Task:
