@@ -67,15 +67,20 @@ def study_json(**changes: Any) -> dict[str, Any]:
 
 
 RANK = Verdict(
-    "Does a higher rank help?",
-    "cannot tell",
-    "The effect of rank is +0.001 CC (-0.004 to +0.006).",
-    ("It rests on 2 trials.",),
-    None,
-    0.002,
-    True,
-    "python study/run.py --space lora_rank",
-)
+    "Does a higher rank help?", "cannot tell", "The effect of rank is +0.001 CC (-0.004 to +0.006).",
+    ("It rests on 2 trials.",), None, 0.002, True, "python study/run.py --space lora_rank",
+)  # fmt: skip
+
+
+def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
+    """What is known of a grid of ``n`` complete trials, confirmed, of which nothing is special."""
+    stories = {"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}
+    return Facts(
+        name="lora_rank", task="encoding", question="Does a higher rank help?", data="demo", model="minilm",
+        space="lora_rank", sampler="grid", scheduler="none", is_adaptive=False, metric="cc_mean", metric_label="CC",
+        is_gain=True, n_asked=n, n_searched=n, n_complete=n, n_stopped=0, n_failed=0, n_repeats=0, n_voxels=n_voxels,
+        stories=stories, n_folds=1, is_confirmed=True, forced=[], looks=[], study={},
+    )._replace(**changes)  # fmt: skip
 
 
 def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> Evidence:
@@ -86,35 +91,16 @@ def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: An
     n_of = searched["status"].value_counts()
     metric = {"encoding": "cc_mean", "classification": "accuracy", "adapt": "mlm_loss_heldout"}[task]
     done = searched[searched["status"] == "COMPLETE"].sort_values(metric, ascending=task == "adapt")
-    facts = Facts(
-        name=study["name"],
-        task=task,
-        question=study["space"]["source"].split('"""')[1],
-        data=study["data"]["source"],
-        model=study["model"]["name"],
-        space=study["space"]["name"],
-        sampler=study["options"]["sampler"],
-        scheduler=study["options"]["scheduler"],
-        is_adaptive=False,
-        metric=metric,
-        metric_label="CC",
-        is_gain=task != "adapt",
-        n_asked=study["options"]["trials"],
-        n_searched=len(searched),
-        n_complete=int(n_of.get("COMPLETE", 0)),
-        n_stopped=int(n_of.get("STOPPED", 0)),
-        n_failed=int(n_of.get("FAILED", 0)),
-        n_repeats=0,
-        n_voxels=study["data"].get("n_voxels", {}),
-        stories={},
-        n_folds=len(study["splits"]),
-        is_confirmed=False,
-        forced=[],
-        looks=[],
-        study=study,
-    )
+    found = facts(
+        len(searched), study["data"].get("n_voxels", {}), name=study["name"], task=task,
+        question=study["space"]["source"].split('"""')[1], data=study["data"]["source"], model=study["model"]["name"],
+        space=study["space"]["name"], sampler=study["options"]["sampler"], scheduler=study["options"]["scheduler"],
+        metric=metric, is_gain=task != "adapt", n_asked=study["options"]["trials"],
+        n_complete=int(n_of.get("COMPLETE", 0)), n_stopped=int(n_of.get("STOPPED", 0)),
+        n_failed=int(n_of.get("FAILED", 0)), stories={}, n_folds=len(study["splits"]), is_confirmed=False, study=study,
+    )  # fmt: skip
     made = Evidence(
-        facts=facts,
+        facts=found,
         levels=Levels(0.1, 0.04, None, None, None, None),
         left_out=LeftOut(0, 0, 0, 0),
         trials=trials,

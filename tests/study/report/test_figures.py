@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from make_report import facts
 from matplotlib import rc_context, rcParams
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -25,7 +26,7 @@ from study.report.figures import style as figure_style
 from study.report.figures import voxels as figure_voxels
 from study.report.figures.figures import FIGURES, Drawn, draw, draw_all, left_out
 from study.report.figures.style import known, rank_colours, rate, short, styled
-from study.results.evidence import Evidence, Facts, LeftOut, Levels
+from study.results.evidence import Evidence, LeftOut, Levels
 
 EPOCHS = 4
 
@@ -64,22 +65,9 @@ def evidence_of(
         .rename(columns={"size": "n_trials", "mean": "cc_mean"}),
         best_lr=pd.DataFrame(),
         slopes=pd.DataFrame(),
-        importances=pd.DataFrame(
-            {
-                "parameter": ["rank", "lr", "seed"],
-                "importance": [0.6, 0.3, 0.1],
-                "low": [0.4, 0.1, 0.0],
-                "high": [0.8, 0.5, 0.2],
-                "n_trials": n,
-            }
-        ),
-        history=pd.DataFrame(
-            {
-                "number": range(1, n + 1),
-                "trial_id": used["trial_id"],
-                "value": used["cc_mean"],
-                "best_so_far": used["cc_mean"].cummax(),
-            }
+        importances=_importances(["rank", "lr", "seed"], [0.6, 0.3, 0.1], [0.4, 0.1, 0.0], [0.8, 0.5, 0.2], n),
+        history=used[["trial_id"]].assign(
+            number=range(1, n + 1), value=used["cc_mean"], best_so_far=used["cc_mean"].cummax()
         ),
         varied=tuple(name for name in ("rank", "lr", "scaling_rule", "seed") if used[name].nunique() > 1),
         confirmed=_confirmed(used),
@@ -92,35 +80,9 @@ def evidence_of(
     )._replace(**changes)
 
 
-def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
-    stories = {"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}
-    return Facts(
-        name="lora_rank",
-        task="encoding",
-        question="Does a higher rank help?",
-        data="demo",
-        model="minilm",
-        space="lora_rank",
-        sampler="grid",
-        scheduler="none",
-        is_adaptive=False,
-        metric="cc_mean",
-        metric_label="CC",
-        is_gain=True,
-        n_asked=n,
-        n_searched=n,
-        n_complete=n,
-        n_stopped=0,
-        n_failed=0,
-        n_repeats=0,
-        n_voxels=n_voxels,
-        stories=stories,
-        n_folds=1,
-        is_confirmed=True,
-        forced=[],
-        looks=[],
-        study={},
-    )._replace(**changes)
+def _importances(parameters: list[str], importance: Any, low: Any, high: Any, n_trials: int) -> pd.DataFrame:
+    table = {"parameter": parameters, "importance": importance, "low": low, "high": high}
+    return pd.DataFrame(table | {"n_trials": n_trials})
 
 
 def _by_rank(used: pd.DataFrame, outcome: str) -> pd.DataFrame:
@@ -135,17 +97,8 @@ def _epochs(used: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         for epoch in range(1, EPOCHS + 1):
             train = 3.0 - 0.1 * epoch * np.log2(one["rank"]) * 0.3 + 0.02 * rng.standard_normal()
             rows.append(
-                {
-                    "trial_id": one["trial_id"],
-                    "phase": "search",
-                    "epoch": epoch,
-                    "rank": one["rank"],
-                    "lr": one["lr"],
-                    "seed": one["seed"],
-                    "mlm_loss_train": train,
-                    "mlm_loss_heldout": train + 0.05 * epoch,
-                    "is_used": True,
-                }
+                {name: one[name] for name in ("trial_id", "phase", "rank", "lr", "seed")}
+                | {"epoch": epoch, "mlm_loss_train": train, "mlm_loss_heldout": train + 0.05 * epoch, "is_used": True}
             )
     return pd.DataFrame(rows)
 
@@ -153,41 +106,18 @@ def _epochs(used: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 def _confirmed(used: pd.DataFrame) -> pd.DataFrame:
     best = used.sort_values("cc_mean", ascending=False).head(3).reset_index(drop=True)
     cc = best["cc_mean"].astype(float)
-    return pd.DataFrame(
-        {
-            "look": 1,
-            "trial_id": best["trial_id"],
-            "is_winner": best.index == 0,
-            "rank": best["rank"],
-            "lr": best["lr"],
-            "cc_searched": cc,
-            "cc_confirmed": cc - 0.002,
-            "n_seeds": 3,
-            "selection_bias": 0.002,
-            "cc_test": 0.062,
-            "frozen_test": 0.06,
-            "gain_test": 0.002,
-            "low": -0.001,
-            "high": 0.005,
-            "unit": "time inside these stories",
-        }
-    )
+    about = {"look": 1, "trial_id": best["trial_id"], "is_winner": best.index == 0, "rank": best["rank"]}
+    cc_of = {"lr": best["lr"], "cc_searched": cc, "cc_confirmed": cc - 0.002, "n_seeds": 3, "selection_bias": 0.002}
+    tested = {"cc_test": 0.062, "frozen_test": 0.06, "gain_test": 0.002, "low": -0.001, "high": 0.005}
+    return pd.DataFrame(about | cc_of | tested | {"unit": "time inside these stories"})
 
 
 def _voxels(subjects: dict[str, int], rng: np.random.Generator) -> pd.DataFrame:
     tables = []
     for subject, n in subjects.items():
         frozen = np.clip(rng.gamma(1.5, 0.05, n) - 0.03, -0.1, 0.6)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "subject": subject,
-                    "voxel": range(n),
-                    "frozen": frozen,
-                    "best": frozen + 0.004 + 0.01 * rng.standard_normal(n),
-                }
-            )
-        )
+        best = frozen + 0.004 + 0.01 * rng.standard_normal(n)
+        tables.append(pd.DataFrame({"subject": subject, "voxel": range(n), "frozen": frozen, "best": best}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -205,8 +135,7 @@ def empty() -> Evidence:
     """A study in which nothing has ended yet; its tables have columns and no rows."""
     full = evidence_of()
     tables = {name: value.iloc[:0] for name, value in full._asdict().items() if isinstance(value, pd.DataFrame)}
-    levels = Levels(None, None, None, None, None, None)
-    return full._replace(**tables, levels=levels, varied=(), best_id=None, selection_bias=None)
+    return full._replace(**tables, levels=Levels(*[None] * 6), varied=(), best_id=None, selection_bias=None)
 
 
 def sampled() -> Evidence:
@@ -236,15 +165,8 @@ def long_names() -> Evidence:
     used = tables.pop("used").rename(columns=names)
     used = used.assign(lr=made.used["lr"], **{f"extra_{i}_{'y' * 30}": np.arange(len(used)) for i in range(9)})
     voxels = made.voxels.replace("UTS01", f"$subject$ {'z' * 50} </svg>")
-    importances = pd.DataFrame(
-        {
-            "parameter": [f"{i} {'parameter ' * 8}$" for i in range(20)],
-            "importance": np.linspace(0.5, 0, 20),
-            "low": np.nan,
-            "high": np.nan,
-            "n_trials": 8,
-        }
-    )
+    parameters = [f"{i} {'parameter ' * 8}$" for i in range(20)]
+    importances = _importances(parameters, np.linspace(0.5, 0, 20), np.nan, np.nan, 8)
     varied = tuple(name for name in used if str(name).startswith("extra")) + tuple(names.values())
     return made._replace(
         **tables, used=used, voxels=voxels, importances=importances, varied=varied, best_id=trial[made.best_id or ""]
@@ -260,15 +182,9 @@ def wanting() -> Evidence:
     epochs = made.epochs[made.epochs["epoch"] == 1].assign(mlm_loss_heldout=np.nan)
     confirmed = made.confirmed.assign(cc_test=np.nan, gain_test=np.nan, low=np.nan, high=np.nan, unit=None)
     voxels = made.voxels.assign(frozen=made.voxels["frozen"].where(made.voxels["voxel"] % 3 > 0))
-    return made._replace(
-        used=used,
-        by_rank=by_rank,
-        epochs=epochs,
-        confirmed=confirmed,
-        voxels=voxels,
-        levels=Levels(None, None, None, None, None, None),
-        seconds=made.seconds.drop(columns="seconds_other"),
-    )
+    levels, seconds = Levels(*[None] * 6), made.seconds.drop(columns="seconds_other")
+    tables = {"by_rank": by_rank, "epochs": epochs, "confirmed": confirmed, "voxels": voxels}
+    return made._replace(used=used, **tables, levels=levels, seconds=seconds)
 
 
 def of_text() -> Evidence:
@@ -580,11 +496,8 @@ def test_further_subjects_are_counted_and_not_drawn() -> None:
 def test_parallel_coordinates_break_where_a_value_is_missing_and_end_at_the_best() -> None:
     made = STUDIES["missing values"]
     picture = draw("parallel", made)
-    lines = [
-        np.asarray(line.get_ydata(), float)
-        for line in picture.figure.axes[0].get_lines()
-        if len(np.asarray(line.get_ydata())) == 4
-    ]
+    drawn = [np.asarray(line.get_ydata(), float) for line in picture.figure.axes[0].get_lines()]
+    lines = [line for line in drawn if len(line) == 4]
     used = known(made.used, "cc_mean")
     assert len(lines) == len(used) == 10
     np.testing.assert_allclose(sorted(line[-1] for line in lines)[-1], 1)
@@ -760,14 +673,8 @@ def test_what_colours_tell_markers_lines_and_hatching_tell_too() -> None:
 
 
 def test_names_and_numbers_by_hand() -> None:
-    assert [rate(value) for value in (1e-4, 2.5e-4, 1e-3, 0.05, 1.0, 3e-10)] == [
-        "1e-4",
-        "2.5e-4",
-        "1e-3",
-        "0.05",
-        "1",
-        "3e-10",
-    ]
+    rates = (1e-4, 2.5e-4, 1e-3, 0.05, 1.0, 3e-10)
+    assert [rate(value) for value in rates] == ["1e-4", "2.5e-4", "1e-3", "0.05", "1", "3e-10"]
     assert short("abcdefghij", 10) == "abcdefghij"
     assert short("abcdefghijk", 10) == "abcd…ghijk"
     assert short(" a\nb\tc\x00 ") == "a b c"

@@ -228,21 +228,11 @@ def test_studies_on_text_tell_of_no_story_and_no_voxel(task: str) -> None:
 
 
 def test_phrases() -> None:
-    assert [counted(n, "story", "stories") for n in (0, 1, 2, 1200)] == [
-        "0 stories",
-        "1 story",
-        "2 stories",
-        "1,200 stories",
-    ]
+    counts = [counted(n, "story", "stories") for n in (0, 1, 2, 1200)]
+    assert counts == ["0 stories", "1 story", "2 stories", "1,200 stories"]
     assert [joined(list(letters)) for letters in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
-    assert [number(value) for value in (3, 3.0, 2.5, 1e-4, 1234, 3.0000001)] == [
-        "3",
-        "3",
-        "2.5",
-        "0.0001",
-        "1,234",
-        "3",
-    ]
+    numbers = [number(value) for value in (3, 3.0, 2.5, 1e-4, 1234, 3.0000001)]
+    assert numbers == ["3", "3", "2.5", "0.0001", "1,234", "3"]
     assert one_or_several([None, 2, 2, "b", True]) == "none, 2, yes and b"
     assert one_or_several([[3, 1], (3, 1)]) == "3 and 1"
     assert one_or_several([10, 9, 1]) == "1, 9 and 10"
