@@ -36,9 +36,8 @@ WRONG = "ab" * 32
 
 
 @pytest.fixture
-def study(tmp_path: Path, private_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen]:
+def study(tmp_path: Path, private_tmp: Path) -> Iterator[subprocess.Popen]:
     """A study on this machine at work: one of its trials waits."""
-    monkeypatch.setenv("RAY_ADDRESS", "local")
     driver = begin(tmp_path / "s", private_tmp, [WAITS_ONCE])
     try:
         wait_for((tmp_path / "s" / WAITING).exists, driver)

@@ -28,11 +28,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 __all__ = ["private_tmp"]  # a fixture
 
 
-@pytest.fixture(autouse=True)
-def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-
-
 def log_of(folder: Path) -> list[tuple[float, int]]:
     """Return learning rate and process of every trial that a worker began."""
     lines = (folder / LOG).read_text().splitlines() if (folder / LOG).exists() else []

@@ -24,11 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 __all__ = ["private_tmp"]  # a fixture
 
 
-@pytest.fixture(autouse=True)
-def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-
-
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """Read TensorBoard's files by their documented framing: length, its checksum, event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
@@ -107,16 +102,14 @@ def space(trial):
 def test_a_real_study_with_early_stopping(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     make_lab(tmp_path / "lab")
     (tmp_path / "rank.py").write_text(LORA.format())
-    options = {
-        "--space": "rank.py",
-        "--data": "lab",
+    places = {
+        "--space": tmp_path / "rank.py",
+        "--data": tmp_path / "lab",
         "--model": tiny_bert,
-        "--out": "out",
-        "--name": "s",
-        "--confirm": 0,
+        "--out": tmp_path / "out",
     }
-    command = [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair)]
-    command = [str(tmp_path / part) if part in ("rank.py", "lab", "out") else part for part in command]
+    options = [str(part) for pair in places.items() for part in pair]
+    command = [sys.executable, str(RUN), *options, "--name", "s", "--confirm", "0"]
     done = run_command([*command, "--trials", "5", "--trial-timeout", "300"], private_tmp)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""

@@ -28,11 +28,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 __all__ = ["bucket", "cluster", "private_tmp", "s3_endpoint"]  # fixtures
 
 
-@pytest.fixture(autouse=True)
-def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-
-
 SPACE = '''"""Does a study survive?"""
 EPOCHS = 2
 START = {start}
@@ -55,14 +50,9 @@ def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> li
     if not (folder / "lab").exists():
         make_lab(folder / "lab")
     (folder / "survive.py").write_text(SPACE.format(start=start))
-    options = {
-        "--space": folder / "survive.py",
-        "--data": folder / "lab",
-        "--model": tiny_bert,
-        "--out": folder / "out",
-        "--confirm": 0,
-    }
-    return [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair), "--name", "s", *more]
+    places = {"--space": folder / "survive.py", "--data": folder / "lab", "--model": tiny_bert, "--out": folder / "out"}
+    options = [str(part) for pair in places.items() for part in pair]
+    return [sys.executable, str(RUN), *options, "--confirm", "0", "--name", "s", *more]
 
 
 def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:

@@ -1,5 +1,6 @@
 """What the user asked for, what a resumed study recorded, and defaults, in that order."""
 
+import math
 import os
 from dataclasses import asdict, fields, replace
 from datetime import date
@@ -26,6 +27,8 @@ from study.setup.options import (
     resolve_options,
 )
 from study.setup.spaces import Space, load_space
+
+NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
@@ -56,42 +59,17 @@ def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) 
 
 
 def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
-    assert resolve(smoke) == Options(
-        space="smoke",
-        data="demo",
-        model="minilm",
-        trim="published",
-        trust_alignment=False,
-        layer=None,
-        subjects=None,
-        voxels="all",
-        train_stories=None,
-        test_stories=None,
-        trials=2,
-        epochs=1,
-        seed=0,
-        sampler="tpe",
-        scheduler="none",
-        name=f"smoke-{date.today():%Y-%m-%d}",
-        out=str(tmp_path / "results"),
-        outer_folds=1,
-        mlm_text="fit",
-        baselines=[],
-        static_vectors="",
-        probe="",
-        control_text="",
-        train_examples=None,
-        examples=None,
-        max_length=None,
-        clean=False,
-        cpus_per_trial=2.0,
-        gpus_per_trial=0.0,
-        max_concurrent=2,
-        trial_timeout=None,
-        tensorboard=False,
-        keep_adapters=5,
-        machines=Machines(None, "x", (Node(4, 0),)),
-    )
+    expected = {
+        **{"space": "smoke", "data": "demo", "model": "minilm", "trim": "published", "trust_alignment": False},
+        **{"voxels": "all", "trials": 2, "epochs": 1, "seed": 0, "sampler": "tpe", "scheduler": "none"},
+        **{"name": f"smoke-{date.today():%Y-%m-%d}", "out": str(tmp_path / "results"), "outer_folds": 1},
+        **{"mlm_text": "fit", "baselines": [], "static_vectors": "", "probe": "", "control_text": "", "clean": False},
+        **dict.fromkeys(("layer", "subjects", "train_stories", "test_stories", "trial_timeout")),
+        **dict.fromkeys(("train_examples", "examples", "max_length")),
+        **{"cpus_per_trial": 2.0, "gpus_per_trial": 0.0, "max_concurrent": 2, "tensorboard": False},
+        **{"keep_adapters": 5, "machines": Machines(None, "x", (Node(4, 0),))},
+    }
+    assert resolve(smoke) == Options(**expected)
 
 
 def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> None:
@@ -107,8 +85,6 @@ def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: 
     assert base_config(found).embed_precision == options_record(found)["embed_precision"] == "bfloat16"
     recorded = {name: value for name, value in options_record(found).items() if value is not None}
     assert resolve_options({}, recorded, smoke).embed_precision == "bfloat16"
-    with pytest.raises(InputError, match="--embed-precision half: must be one of auto, float32, bfloat16"):
-        resolve(smoke, embed_precision="half")
 
 
 def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
@@ -134,8 +110,6 @@ def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(s
     assert base_config(found).score_every == options_record(found)["score_every"] == 3
     with pytest.raises(InputError, match="--score-every 3: --scheduler asha goes by the CC of every epoch"):
         resolve(smoke, score_every=3, scheduler="asha")
-    with pytest.raises(InputError, match="--score-every 0: must be at least 1"):
-        resolve(smoke, score_every=0)
 
 
 def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
@@ -173,13 +147,9 @@ def test_the_space_sets_trials_and_epochs(tmp_path: Path) -> None:
     ],
 )
 def test_trials_share_the_machine(
-    n_cpus: int,
-    n_gpus: int,
-    given: dict[str, Any],
-    expected: tuple[float, float, int],
-    smoke: Space,
+    n_cpus: int, n_gpus: int, given: dict[str, Any], expected: tuple[float, float, int], smoke: Space,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     machine(monkeypatch, n_cpus, n_gpus)
     found = resolve(smoke, **given)
     assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
@@ -208,21 +178,12 @@ def test_names_may_be_given_in_several_ways(given: list[str] | None, expected: l
     assert resolve(smoke, test_stories=given).test_stories == expected
 
 
-@pytest.mark.parametrize("given", [[], [""], [" ,"]])
-def test_an_empty_list_of_names_is_refused(given: list[str], smoke: Space) -> None:
-    with pytest.raises(InputError, match="name at least one"):
-        resolve(smoke, test_stories=given)
+LAYERS = [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None), ("4", 4), ("3-3", (3,))]
 
 
-@pytest.mark.parametrize(("given", "layer"), [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None)])
-def test_layers(given: str | int | None, layer: int | None, smoke: Space) -> None:
+@pytest.mark.parametrize(("given", "layer"), [*LAYERS, ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0))])
+def test_layers(given: str | int | None, layer: int | tuple[int, ...] | None, smoke: Space) -> None:
     assert resolve(smoke, layer=given).layer == layer
-
-
-@pytest.mark.parametrize("given", ["foo", "", "1.5", "first"])
-def test_a_layer_that_is_no_number_is_refused(given: str, smoke: Space) -> None:
-    with pytest.raises(InputError, match=f"--layer {given}: give 'last', a number"):
-        resolve(smoke, layer=given)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -239,9 +200,17 @@ def test_a_layer_that_is_no_number_is_refused(given: str, smoke: Space) -> None:
         ({"cpus_per_trial": 5.0}, "--cpus-per-trial 5: this machine has 4"),
         ({"cpus_per_trial": 0.0}, "--cpus-per-trial 0: this machine has 4"),
         ({"cpus_per_trial": -1.0}, "--cpus-per-trial -1"),
-        ({"cpus_per_trial": float("nan")}, "--cpus-per-trial nan"),
+        ({"cpus_per_trial": NAN}, "--cpus-per-trial nan"),
         ({"gpus_per_trial": 1.0}, "--gpus-per-trial 1: this machine has 0"),
         ({"gpus_per_trial": -0.5}, "--gpus-per-trial -0.5"),
+        ({"scheduler": "hyperband"}, "--scheduler hyperband: must be one of none, asha, median"),
+        ({"score_every": 0}, "--score-every 0: must be at least 1"),
+        ({"keep_adapters": -1}, "--keep-adapters -1: must be at least 0"),
+        ({"embed_precision": "half"}, "--embed-precision half: must be one of auto, float32, bfloat16"),
+        *(({"delta": cc}, f"^--delta {cc:g}: must be a CC above 0 and below 1$") for cc in (0.0, -0.1, 1.0, NAN)),
+        *(({"trial_timeout": s}, f"--trial-timeout {s:g}: must be a number of seconds") for s in (0.0, -1.0, NAN, INF)),
+        *(({"test_stories": names}, "name at least one") for names in ([], [""], [" ,"])),
+        *(({"layer": layer}, f"--layer {layer}: give 'last', a number") for layer in ("foo", "", "1.5", "first")),
         ({"name": ""}, "--name '': must be a plain folder name"),
         ({"name": "a/b"}, "--name 'a/b': must be a plain folder name"),
         ({"name": ".."}, r"--name '\.\.': must be a plain folder name"),
@@ -253,11 +222,12 @@ def test_values_out_of_range_are_refused(given: dict[str, Any], said: str, smoke
         resolve(smoke, **given)
 
 
-def test_several_gpus_a_trial_must_be_whole(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_gpus_is_a_number_and_above_1_a_whole_one(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, 4)
     assert resolve(smoke, gpus_per_trial=2.0).max_concurrent == 2
-    with pytest.raises(InputError, match=r"--gpus-per-trial 1\.5: above 1 it must be a whole number"):
-        resolve(smoke, gpus_per_trial=1.5)
+    for given, said in ((1.5, "above 1 it must be a whole number"), (NAN, "this machine has 4$")):
+        with pytest.raises(InputError, match=f"^--gpus-per-trial {given}: {said}"):
+            resolve(smoke, gpus_per_trial=given)
 
 
 @pytest.mark.parametrize(("name", "value"), [("EPOCHS", 0), ("EPOCHS", "three"), ("TRIALS", -1), ("TRIALS", "many")])
@@ -377,23 +347,14 @@ def test_what_cannot_be_taken_over_is_refused(out: str, resume: bool, said: str,
     check_take_over(resolve(smoke, out="s3://bucket/prefix"), resume=True, take_over=True)
 
 
-def test_a_share_of_a_gpu_that_is_no_number_is_refused(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, 16, 2)
-    with pytest.raises(InputError, match=r"^--gpus-per-trial nan: this machine has 2$"):
-        resolve(smoke, gpus_per_trial=float("nan"))
-
-
 def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
     options = resolve(smoke, layer="3", subjects=["a,b"], trials=4, out=str(tmp_path), name="study")
     options.folder.mkdir()
     write_json(options.folder / "study.json", {"options": options_record(options)})
+    assert read_recorded(str(tmp_path), "study", False) == {}, "without --resume"
     recorded = read_recorded(str(tmp_path), "study", True)
     assert resolve_options({"space": "smoke", "name": "study", "out": str(tmp_path)}, recorded, smoke) == options
     assert set(options_record(options)) == set(SCIENCE) <= {field.name for field in fields(Options)}
-
-
-def test_without_resume_nothing_is_recorded(tmp_path: Path) -> None:
-    assert read_recorded(str(tmp_path), "study", False) == {}
 
 
 def test_resume_takes_the_latest_study_by_default(tmp_path: Path) -> None:
@@ -463,13 +424,6 @@ def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) ->
         resolve(smoke, probe="a.txt", data="a.txt")
 
 
-@pytest.mark.parametrize(
-    ("text", "layers"), [("4", 4), ("0", 0), ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0)), ("3-3", (3,))]
-)
-def test_several_layers_are_read(smoke: Space, text: str, layers: int | tuple[int, ...]) -> None:
-    assert resolve(smoke, layer=text).layer == layers
-
-
 # --- how to search ----------------------------------------------------------------------------------------------------
 
 
@@ -495,16 +449,8 @@ def test_a_grid_has_no_more_trials_than_points_times_seeds(tmp_path: Path) -> No
     assert resolve(load_space("./grid.py", None, "tpe"), trials=500).trials == 500
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_time_limit_is_some_seconds(seconds: float, smoke: Space) -> None:
-    with pytest.raises(InputError, match=f"--trial-timeout {seconds:g}: must be a number of seconds above 0"):
-        resolve(smoke, trial_timeout=seconds)
+def test_a_time_limit_may_be_a_part_of_a_second(smoke: Space) -> None:
     assert resolve(smoke, trial_timeout=0.5).trial_timeout == 0.5
-
-
-def test_an_unknown_scheduler_is_refused(smoke: Space) -> None:
-    with pytest.raises(InputError, match="--scheduler hyperband: must be one of none, asha, median"):
-        resolve(smoke, scheduler="hyperband")
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
@@ -524,13 +470,9 @@ def test_an_unknown_scheduler_is_refused(smoke: Space) -> None:
     ],
 )
 def test_trials_share_a_cluster(
-    nodes: tuple[tuple[int, int], ...],
-    can_add: tuple[tuple[int, int], ...] | None,
-    given: dict[str, Any],
-    expected: tuple[float, float, int],
-    smoke: Space,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    nodes: tuple[tuple[int, int], ...], can_add: tuple[tuple[int, int], ...] | None, given: dict[str, Any],
+    expected: tuple[float, float, int], smoke: Space, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """``can_add`` is what an autoscaler may add, None where nobody here knows; then more may run than fit now."""
     more = None if can_add is None else tuple(Node(*size) for size in can_add)
     machines = Machines("h:1", "x", tuple(Node(*size) for size in nodes), more)
@@ -563,8 +505,6 @@ def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
     assert resolve(smoke, recorded, keep_adapters=0).keep_adapters == 0
     del recorded["keep_adapters"]
     assert resolve(smoke, recorded).keep_adapters == 5
-    with pytest.raises(InputError, match="--keep-adapters -1: must be at least 0"):
-        resolve(smoke, keep_adapters=-1)
 
 
 # --- delta ------------------------------------------------------------------------------------------------------------
@@ -586,9 +526,3 @@ def test_delta_is_recorded_and_what_it_was_is_kept(smoke: Space) -> None:
     old = resolve(smoke, {"space": "smoke", "seed": 1}, delta=0.01)
     assert old.deltas_before == [0.002], "a study that recorded none was begun with the default"
     assert resolve(smoke, delta=0.01).deltas_before == [], "a new study may choose"
-
-
-@pytest.mark.parametrize("delta", [0.0, -0.1, 1.0, float("nan")])
-def test_a_delta_is_the_size_of_an_effect(delta: float, smoke: Space) -> None:
-    with pytest.raises(InputError, match=rf"^--delta {delta:g}: must be a CC above 0 and below 1$"):
-        resolve(smoke, delta=delta)
