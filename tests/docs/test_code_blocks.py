@@ -8,11 +8,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cyclopts
 import matplotlib as mpl
 import nibabel
 import numpy as np
@@ -23,10 +21,10 @@ from make_lebel import make_lebel
 from make_texts import make_text_bert
 from make_trials import PEFT_WARNS
 from project import ROOT, RUN
+from ray.scripts.scripts import cli
 from study_process import private_tmp, run_command
 
 from bert_encoding.core.command_line import run_app
-from bert_encoding.core.errors import first_line
 from bert_encoding.core.names import CLASSIFICATION
 from bert_encoding.core.storage import ObjectPath, atomic_path, open_place
 from bert_encoding.datasets.corpus import open_corpus
@@ -35,43 +33,23 @@ from bert_encoding.text_tasks.task import make_text_task
 from bert_encoding.trial.config import TrialConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = {  # first words of a command -> why it is not run; what can be checked of it without running it, is
-    ". .venv/bin/activate": "changes the shell it is typed in",
-    ".venv/bin/pip install": "installs packages",
-    "pip install": "installs packages",
-    "make": "minutes to hours; the targets are checked",
-    "python -m bert_encoding fetch": "downloads gigabytes",
-    "optuna-dashboard": "serves until it is stopped",
-    "tensorboard": "serves until it is stopped",
-    "python deploy/aws_setup.py": "needs an AWS account",
-    "aws s3 sync": "needs an AWS account",
-    "ray up": "starts machines",
-    "ray exec": "needs a cluster",
-    "ray attach": "needs a cluster",
-    "ray dashboard": "needs a cluster",
-    "ray down": "ends machines",
-    "sbatch": "needs Slurm",
-}
+NOT_RUN = (  # first words of commands of which only what can be checked without running them is checked, because they
+    *(". .venv/bin/activate", ".venv/bin/pip install", "pip install"),  # change the shell, or install packages
+    *("make", "python -m bert_encoding fetch"),  # take minutes to hours, or download gigabytes
+    *("optuna-dashboard", "tensorboard"),  # serve until they are stopped
+    *("python deploy/aws_setup.py", "aws s3 sync"),  # need an AWS account
+    *("ray up", "ray exec", "ray attach", "ray dashboard", "ray down", "sbatch"),  # need a cluster, or Slurm
+)
 RUN_BY_BASH = "mkdir "  # with a home folder of its own
-PROGRAMS = {
-    "study/run.py": "study.run",
-    "study/analysis.py": "study.analysis",
-    "deploy/slurm.sbatch": "study.run",  # hands its arguments on
-    "deploy/aws_setup.py": "aws_setup",
-    "tests/benchmarks/compare_ridge.py": "compare_ridge",
-    "tests/benchmarks/compare_himalaya.py": "compare_himalaya",
-    "-m bert_encoding": "bert_encoding.__main__",
-}
-ADDED = {  # to a command, so that it takes seconds and needs no network
-    "python study/run.py": "--dry-run",
-    "python -m bert_encoding partition": "--model minilm",
-}
-REPLACED = {
-    "--voxels 2000": "--voxels 50",
-    'predict results/NAME/trials/0001/adapter "': 'predict classifier "',  # of a study of texts
-    "--size 2000 500 500": "--size 2000 60 60",
+CHANGED = {  # patterns in a command that is run, so that it takes seconds and needs no network
+    r"--voxels 2000": "--voxels 50",
+    r'predict results/NAME/trials/0001/adapter "': 'predict classifier "',  # of a study of texts
+    r"--size 2000 500 500": "--size 2000 60 60",
+    r"^(python study/run\.py (?!.*--dry-run).*)": r"\1 --dry-run",
+    r"^(python -m bert_encoding partition .*)": r"\1 --model minilm",
 }
 
+sys.path.insert(0, str(ROOT / "deploy"))  # where aws_setup is
 __all__ = ["bucket", "private_tmp", "s3_endpoint"]  # fixtures
 
 
@@ -104,19 +82,17 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS = {command for block in BLOCKS for command in block.commands}
 
 
-def reason_not_to_run(command: str) -> str | None:
-    return next((why for start, why in NOT_RUN.items() if f"{command} ".startswith(f"{start} ")), None)
+def is_not_run(command: str) -> bool:
+    return f"{command} ".startswith(tuple(f"{start} " for start in NOT_RUN))
 
 
-def program(command: str) -> tuple[cyclopts.App, list[str]]:
+def program(command: str) -> tuple[Any, list[str]]:
     """Return the application of a command line, and its arguments."""
     words = re.fullmatch(r"(?:python|sbatch(?: --nodes=\d+)?) (-m \w+|\S+)(.*)", command)
-    assert words and words[1] in PROGRAMS, "neither run nor listed"
-    sys.path.insert(0, str(ROOT / "deploy"))
-    try:
-        return importlib.import_module(PROGRAMS[words[1]]).app, shlex.split(words[2])
-    finally:
-        sys.path.pop(0)
+    assert words, "neither run nor listed"
+    name = re.sub(r"^(deploy|tests/benchmarks)/|\.py$", "", words[1]).replace("/", ".")
+    others = {"-m bert_encoding": "bert_encoding.__main__", "slurm.sbatch": "study.run"}  # which hands its arguments on
+    return importlib.import_module(others.get(name, name)).app, shlex.split(words[2])
 
 
 # --- without running ------------------------------------------------------------------------------------------------
@@ -130,9 +106,8 @@ def test_every_fence_has_a_language_and_ends() -> None:
         assert len(languages) == 2 * len(blocks_of(page)), page
 
 
-def test_the_list_of_what_is_not_run_is_honest() -> None:
-    unused = [start for start in NOT_RUN if not any(f"{command} ".startswith(f"{start} ") for command in COMMANDS)]
-    assert unused == [], "listed, but on no page"
+def test_all_that_is_listed_as_not_run_is_on_a_page() -> None:
+    assert [start for start in NOT_RUN if not any(f"{command} ".startswith(f"{start} ") for command in COMMANDS)] == []
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -152,8 +127,6 @@ def check_options(command: str) -> None:
         targets, variables = re.findall(r"^([\w./-]+):", makefile, re.M), re.findall(r"^(\w+) \?=", makefile, re.M)
         assert all(word.partition("=")[0] in (variables if "=" in word else targets) for word in words[1:])
     elif words[0] == "ray":
-        from ray.scripts.scripts import cli
-
         cli.commands[words[1]].make_context(words[1], words[2:])
         for inner in words[-1].split(" && ") if words[1] == "exec" else ():
             if not inner.startswith("cd "):
@@ -162,7 +135,7 @@ def check_options(command: str) -> None:
         app, arguments = program(command)
         app.parse_args(arguments, exit_on_error=False, print_error=False)
     else:
-        assert reason_not_to_run(command) or command.startswith(RUN_BY_BASH), "neither run nor listed"
+        assert is_not_run(command) or command.startswith(RUN_BY_BASH), "neither run nor listed"
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
@@ -198,58 +171,45 @@ def test_every_block_runs(
         if not folder.exists():
             shutil.copytree(shared, folder)
         monkeypatch.chdir(folder)
-        for name, step in steps(block, bucket):
-            if name.startswith("python study/") and name in done:  # later blocks need nothing of what it leaves
+        for step in [block.file or block.language, *block.commands]:
+            if is_not_run(step) or (
+                step.startswith("python study/") and step in done
+            ):  # it leaves nothing that is used
                 continue
             capsys.readouterr()
             try:
-                step()
+                take(step, block, bucket)
                 assert "failed:" not in capsys.readouterr().out
             except Exception as error:
                 said = capsys.readouterr().err.strip().splitlines()[-1:]
-                failures.append(
-                    f"{block.page.name}:{block.line}: {name}: {type(error).__name__}, {first_line(error)} {said}"
-                )
-            done.add(name)
+                failures.append(f"{block.page.name}:{block.line}: {step}: {error!r} {said}")
+            done.add(step)
     assert not failures, "\n".join(failures)
 
 
-def steps(block: Block, bucket: ObjectPath) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what is to be done for a block: its name, and a function that raises where it fails."""
-    if block.file:
-        yield block.file, lambda: Path(block.file).write_text(block.text)
-    elif block.language == "python":
-        yield "python", lambda: exec(compile(block.text, block.page.name, "exec"), {"__name__": "__main__"})
-    for command in block.commands:
-        if reason_not_to_run(command) is None:
-            yield command, lambda command=command: run_here(command, bucket)  # type: ignore[misc]
+def take(step: str, block: Block, bucket: ObjectPath) -> None:
+    """Save a block, run it as Python, or run one of its commands."""
+    if step == block.file:
+        Path(block.file).write_text(block.text)
+    elif step == "python":
+        exec(compile(block.text, block.page.name, "exec"), {"__name__": "__main__"})
+    elif step.startswith(RUN_BY_BASH):
+        subprocess.run(["bash", "-c", step], env=os.environ | {"HOME": str(Path.cwd())}, check=True)
+    elif step != block.language:
+        run_here(step, bucket)
 
 
 def run_here(command: str, bucket: ObjectPath) -> None:
-    if command.startswith(RUN_BY_BASH):
-        subprocess.run(["bash", "-c", command], env=os.environ | {"HOME": str(Path.cwd())}, check=True)
-        return
-    for old, new in REPLACED.items():
-        command = command.replace(old, new)
+    for pattern, new in CHANGED.items():
+        command = re.sub(pattern, new, command)
     command = re.sub(r"s3://[\w-]+/(\S+)", lambda found: f"'{bucket / found[1]}'", command)
-    for start, option in ADDED.items():
-        if command.startswith(start) and option.split()[0] not in command and "--help" not in command:
-            command += f" {option}"
     app, arguments = program(command)
-    if "analysis.py" in command:
-        put_study(arguments[0])
-    code = run_app(app, arguments)
-    if code != 0:
-        raise RuntimeError(f"exit code {code}")
-
-
-def put_study(place: str) -> None:
-    """Put the study where a page has it, if that is a bucket."""
-    study = Path("results/NAME")
-    for file in study.rglob("*") if place.startswith("s3:") else ():
-        if file.is_file():
-            with atomic_path(open_place(place) / str(file.relative_to(study))) as temporary:
+    if "analysis.py" in command and arguments[0].startswith("s3:"):  # where the page has the study
+        study = Path("results/NAME")
+        for file in filter(Path.is_file, study.rglob("*")):
+            with atomic_path(open_place(arguments[0]) / str(file.relative_to(study))) as temporary:
                 shutil.copyfile(file, temporary)
+    assert run_app(app, arguments) == 0
 
 
 def write_material(folder: Path, private_tmp: Path) -> Path:
@@ -264,16 +224,12 @@ def write_material(folder: Path, private_tmp: Path) -> Path:
         (folder / "reviews" / label).mkdir(parents=True)
         for at in range(600):
             (folder / "reviews" / label / f"{at}.txt").write_text(f"film {at} was {label}")
-    write_classifier(folder)
+    task = make_text_task(CLASSIFICATION, open_corpus(folder / "reviews"), seed=0, n_train=20, max_length=16)
+    bert = str(make_text_bert(folder / "bert"))
+    config = TrialConfig(model=bert, epochs=1, precision="float32", target_modules="all")
+    run_text_trial(config, task, adapter_folder=folder / "classifier")
     study = ["--space", "smoke", "--trials", "1", "--confirm", "0", "--model", "minilm"]
     place = ["--data", str(folder / "PATH"), "--out", str(folder / "results"), "--name", "NAME"]
     ended = run_command([sys.executable, str(RUN), *study, *place], private_tmp)
     assert ended.returncode == 0, ended.stderr
     return folder
-
-
-def write_classifier(folder: Path) -> None:
-    task = make_text_task(CLASSIFICATION, open_corpus(folder / "reviews"), seed=0, n_train=20, max_length=16)
-    bert = str(make_text_bert(folder / "bert"))
-    config = TrialConfig(model=bert, epochs=1, precision="float32", target_modules="all")
-    run_text_trial(config, task, adapter_folder=folder / "classifier")

@@ -217,24 +217,12 @@ class PlainChain:
 
 @pytest.mark.parametrize(
     ("method", "layer", "window_tokens", "stride"),
-    [
-        ("word_rate", None, 512, 256),
-        ("frozen", None, 512, 256),
-        ("frozen", 1, 40, 15),
-        ("lora", None, 512, 256),
-        ("lora", None, 50, 48),
-    ],
+    [*((method, None, 512, 256) for method in METHODS), ("frozen", 1, 40, 15), ("lora", None, 50, 48)],
 )
 def test_scores_equal_a_plain_chain_of_other_libraries(
-    method: str,
-    layer: int | None,
-    window_tokens: int,
-    stride: int,
-    uneven_task: Task,
-    tiny_encoder: Encoder,
-    tiny_bert: Path,
-    tmp_path: Path,
-) -> None:
+    method: str, layer: int | None, window_tokens: int, stride: int, uneven_task: Task, tiny_encoder: Encoder,
+    tiny_bert: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     alpha, (split,) = 300.0, uneven_task.splits
     settings = config(tiny_encoder, method=method, layer=layer, ridge_alphas=(alpha,))
     settings = replace(settings, embed_window_tokens=window_tokens, embed_stride=stride)
@@ -439,21 +427,11 @@ def test_losses_are_read_on_the_same_tokens_in_every_trial(task: Task, tiny_enco
     ("hidden", "attention", "expected"), [(None, 0.0, (0.1, 0.0)), (0.3, None, (0.3, 0.1)), (0.2, 0.4, (0.2, 0.4))]
 )
 def test_dropout_rates_reach_the_layers_they_name(
-    hidden: float | None,
-    attention: float | None,
-    expected: tuple[float, float],
-    task: Task,
-    tiny_encoder: Encoder,
+    hidden: float | None, attention: float | None, expected: tuple[float, float], task: Task, tiny_encoder: Encoder,
     heard: Heard,
-) -> None:
-    settings = config(
-        tiny_encoder,
-        hidden_dropout=hidden,
-        attention_dropout=attention,
-        lora_dropout=0.25,
-        epochs=1,
-        target_modules="q",
-    )
+) -> None:  # fmt: skip
+    rates = {"hidden_dropout": hidden, "attention_dropout": attention, "lora_dropout": 0.25}
+    settings = config(tiny_encoder, **rates, epochs=1, target_modules="q")
     run_trial(settings, task)
     (found,) = heard.dropouts
     blocks = [f"bert.encoder.layer.{n}" for n in (0, 1)]
@@ -577,23 +555,10 @@ def test_splits_of_which_some_are_too_short_for_p_values_are_averaged(tmp_path: 
 # --- records ----------------------------------------------------------------------------------------------------------
 
 TRAITS = {"share_trainable", "delta_norm", "stable_rank", "probe_loss_before", "probe_loss_after"}
-SCORES = {
-    "cc_mean",
-    "cc_median",
-    "cc_top1",
-    "cc_top5",
-    "share_above_0",
-    "alpha_edge_share",
-    "n_constant_predictions",
-    "voxels_are_chosen",
-    "epochs_done",
-    "epoch_kept",
-    "cc_best",
-    "epoch_best",
-    "cc_seen",
-    "layer",
-    "n_trainable",
-}
+SCORES = set(
+    "cc_mean cc_median cc_top1 cc_top5 share_above_0 alpha_edge_share n_constant_predictions voxels_are_chosen "
+    "epochs_done epoch_kept cc_best epoch_best cc_seen layer n_trainable".split()
+)
 LOSSES = {"optimizer_steps", "tokens_seen", "mlm_loss_train", "mlm_loss_heldout"}
 
 
