@@ -17,6 +17,10 @@ from bert_encoding.trial.pipeline import Task
 # PEFT asks transformers for an attribute by an older name; nothing here can mend that.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+LAYER_OF = {  # of a target, written by hand from the names in transformers' modeling_bert.py
+    **{"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"},
+    **{"o": "attention.output.dense", "i": "intermediate.dense", "d": "output.dense"},
+}
 TRAINING = Training(
     lr=1e-2, epochs=1, batch_size=4, accumulation=1, weight_decay=0.0, warmup_epochs=0.0, schedule="constant",
     max_grad_norm=1e9, precision="float32",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import story_words
-from make_trials import PEFT_WARNS
+from make_trials import LAYER_OF, PEFT_WARNS
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
@@ -33,33 +33,15 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 # Written by hand from the names in transformers' modeling_bert.py. The decoder's matrix and bias are tied: to the word
 # embeddings, and to cls.predictions.bias.
 EMBEDDINGS = [
-    "bert.embeddings.word_embeddings.weight",
-    "bert.embeddings.position_embeddings.weight",
-    "bert.embeddings.token_type_embeddings.weight",
-    "bert.embeddings.LayerNorm.weight",
-    "bert.embeddings.LayerNorm.bias",
+    *(f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")),
+    *(f"bert.embeddings.LayerNorm.{kind}" for kind in ("weight", "bias")),
 ]
-BLOCK = [
-    f"{layer}.{kind}"
-    for layer in (
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "attention.output.LayerNorm",
-        "intermediate.dense",
-        "output.dense",
-        "output.LayerNorm",
-    )
-    for kind in ("weight", "bias")
-]
+LAYERS = [*LAYER_OF.values(), "attention.output.LayerNorm", "output.LayerNorm"]
+BLOCK = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
 BLOCKS = [[f"bert.encoder.layer.{n}.{name}" for name in BLOCK] for n in (0, 1)]
 HEAD = [
     "cls.predictions.bias",
-    "cls.predictions.transform.dense.weight",
-    "cls.predictions.transform.dense.bias",
-    "cls.predictions.transform.LayerNorm.weight",
-    "cls.predictions.transform.LayerNorm.bias",
+    *(f"cls.predictions.transform.{layer}.{kind}" for layer in ("dense", "LayerNorm") for kind in ("weight", "bias")),
 ]
 
 
@@ -68,7 +50,7 @@ def lora_names(layers: tuple[str, ...], parts: tuple[str, ...], blocks: tuple[in
     return [f"base_model.model.{name}" for name in names]
 
 
-Q, V, D = "attention.self.query", "attention.self.value", "output.dense"
+Q, V, D = LAYER_OF["q"], LAYER_OF["v"], LAYER_OF["d"]
 AB = ("lora_A.default.weight", "lora_B.default.weight")
 MAGNITUDE, BIAS = "lora_magnitude_vector.default.weight", "base_layer.bias"
 Case = tuple[dict[str, Any], list[str]]
@@ -85,9 +67,7 @@ CASES: dict[str, Case] = {
     "rslora": ({"lora_scaling": "rslora"}, lora_names((Q, V), AB)),
     "lora with biases": ({"lora_bias": "lora_only"}, lora_names((Q, V), (*AB, BIAS))),
     "dora": ({"dora": True}, lora_names((Q, V), (*AB, MAGNITUDE))),
-    "gaussian": ({"lora_init": "gaussian"}, lora_names((Q, V), AB)),
-    "pissa": ({"lora_init": "pissa"}, lora_names((Q, V), AB)),
-    "olora": ({"lora_init": "olora"}, lora_names((Q, V), AB)),
+    **{init: ({"lora_init": init}, lora_names((Q, V), AB)) for init in ("gaussian", "pissa", "olora")},
     "dora, pissa, biases": (
         {"dora": True, "lora_init": "pissa", "lora_bias": "lora_only", "target_modules": "d"},
         lora_names((D,), (*AB, MAGNITUDE, BIAS)),
@@ -253,20 +233,15 @@ def test_dropout_rates_are_left_where_none_is_asked_for(tiny_encoder: Encoder) -
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def plain_full(model: BertForMaskedLM) -> Any:
-    return model
+def plain_but(*frozen: str) -> Callable[[BertForMaskedLM], Any]:
+    """Train all of a model but what has a name that begins so."""
 
+    def plain(model: BertForMaskedLM) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not name.startswith(frozen)
+        return model
 
-def plain_without_embeddings(model: BertForMaskedLM) -> Any:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not name.startswith("bert.embeddings.")
-    return model
-
-
-def plain_partial(model: BertForMaskedLM) -> Any:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not name.startswith(("bert.embeddings.", "bert.encoder.layer.0."))
-    return model
+    return plain
 
 
 def plain_lora(**settings: Any) -> Callable[[BertForMaskedLM], Any]:
@@ -276,16 +251,14 @@ def plain_lora(**settings: Any) -> Callable[[BertForMaskedLM], Any]:
 
 
 PLAIN: dict[str, Callable[[BertForMaskedLM], Any]] = {
-    "full": plain_full,
-    "full without embeddings": plain_without_embeddings,
-    "partial, a block frozen": plain_partial,
+    "full": plain_but(),
+    "full without embeddings": plain_but("bert.embeddings."),
+    "partial, a block frozen": plain_but("bert.embeddings.", "bert.encoder.layer.0."),
     "lora": plain_lora(),
     "rslora": plain_lora(use_rslora=True),
     "lora with biases": plain_lora(bias="lora_only"),
     "dora": plain_lora(use_dora=True),
-    "gaussian": plain_lora(init_lora_weights="gaussian"),
-    "pissa": plain_lora(init_lora_weights="pissa"),
-    "olora": plain_lora(init_lora_weights="olora"),
+    **{init: plain_lora(init_lora_weights=init) for init in ("gaussian", "pissa", "olora")},
 }
 
 
@@ -411,13 +384,9 @@ def test_parameters_of_a_whole_bert_are_counted_once() -> None:
     """Width h, inner width i, n words: the decoder is the word embeddings and adds nothing."""
     h, i, n, n_positions = 8, 12, 20, 16
     config = BertConfig(
-        vocab_size=n,
-        hidden_size=h,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=i,
+        vocab_size=n, hidden_size=h, num_hidden_layers=3, num_attention_heads=2, intermediate_size=i,
         max_position_embeddings=n_positions,
-    )
+    )  # fmt: skip
     embeddings = (n + n_positions + 2) * h + 2 * h
     block = 4 * (h * h + h) + (h * i + i) + (i * h + h) + 2 * 2 * h
     head = h * h + h + 2 * h + n

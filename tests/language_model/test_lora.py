@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import story_words
-from make_trials import PEFT_WARNS
+from make_trials import LAYER_OF, PEFT_WARNS
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from project import ROOT
@@ -42,30 +42,12 @@ SPOKEN = [*story_words(60, seed=5), "", "extraordinarily", "didn't"]
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
-# Written by hand from the names in transformers' modeling_bert.py.
+SINGLE = {target: target for target in LAYER_OF}
+SEVERAL = {"q,v": "qv", "v,q": "qv", "q, k": "qk", "q,k,v": "qkv", "q,k,v,o": "qkvo", "o,d": "od", "i,d": "id"}
 LAYERS_BY_TARGETS = {
-    "q": ["attention.self.query"],
-    "k": ["attention.self.key"],
-    "v": ["attention.self.value"],
-    "o": ["attention.output.dense"],
-    "i": ["intermediate.dense"],
-    "d": ["output.dense"],
-    "q,v": ["attention.self.query", "attention.self.value"],
-    "v,q": ["attention.self.query", "attention.self.value"],
-    "q, k": ["attention.self.query", "attention.self.key"],
-    "q,k,v": ["attention.self.query", "attention.self.key", "attention.self.value"],
-    "q,k,v,o": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
-    "o,d": ["attention.output.dense", "output.dense"],
-    "i,d": ["intermediate.dense", "output.dense"],
-    "all": [
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    ],
+    targets: [LAYER_OF[one] for one in parts] for targets, parts in (SINGLE | SEVERAL | {"all": "qkvoid"}).items()
 }
+DEPTH = "num_hidden_layers"
 
 
 class Trained(NamedTuple):
@@ -189,20 +171,12 @@ def test_trainable_parameters_are_a_and_b_alone(targets: str, tiny_encoder: Enco
     assert all("lora_A" in name or "lora_B" in name for name in trainable)
 
 
+UNKNOWN = {"x": "x", "q,x": "x", "dense": "dense", "query": "query", "all,q": "all", "": "", "q,": "", "q;v": "q;v"}
+
+
 @pytest.mark.parametrize(
     ("targets", "named"),
-    [
-        ("x", "no module 'x'"),
-        ("q,x", "no module 'x'"),
-        ("dense", "no module 'dense'"),
-        ("query", "no module 'query'"),
-        ("all,q", "no module 'all'"),
-        ("q,v,q", "named twice"),
-        ("q, q", "named twice"),
-        ("", "no module ''"),
-        ("q,", "no module ''"),
-        ("q;v", "no module 'q;v'"),
-    ],
+    [*((targets, f"no module '{one}'") for targets, one in UNKNOWN.items()), ("q,v,q", "twice"), ("q, q", "twice")],
 )
 def test_wrong_targets_are_named(targets: str, named: str) -> None:
     with pytest.raises(InputError, match=re.escape(named)) as refused:
@@ -227,39 +201,35 @@ def test_fresh_adapter_changes_nothing(tiny_encoder: Encoder) -> None:
     assert np.array_equal(embeddings(tiny_encoder, masked_lm(model).bert), expected)
 
 
-@pytest.mark.parametrize(("rank", "lora_alpha"), [(4, 16.0), (8, 4.0), (1, 1.0), (3, 12.5)])
-def test_update_is_alpha_over_rank_times_b_a(rank: int, lora_alpha: float, tiny_encoder: Encoder) -> None:
-    model = disturbed(adapted(tiny_encoder, "all", rank, lora_alpha))
-    layer: Any = masked_lm(model).bert.encoder.layer[1].intermediate.dense
+def intermediate(model: PeftModel, encoder: Encoder) -> tuple[Any, ...]:
+    """An adapted layer of width 32 and 64, its A and B, and the pretrained weights and bias."""
+    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer, A, B, *encoder.model.bert.encoder.layer[0].intermediate.dense.parameters()
+
+
+def adapt_one_layer(encoder: Encoder, rank: int = 4, lora_alpha: float = 8.0, **kind: Any) -> PeftModel:
+    model = encoder.copy_model()
+    return add_adapter(model, rank=rank, lora_alpha=lora_alpha, targets="i", dropout=0.0, seed=0, **kind)
+
+
+@pytest.mark.parametrize(("rank", "lora_alpha"), [(4, 16.0), (8, 4.0), (1, 1.0), (3, 12.5)])
+@pytest.mark.parametrize(("scaling", "power"), [("standard", 1.0), ("rslora", 0.5)])
+def test_update_is_alpha_over_rank_or_its_root_times_b_a(
+    scaling: str, power: float, rank: int, lora_alpha: float, tiny_encoder: Encoder
+) -> None:
+    model = disturbed(adapt_one_layer(tiny_encoder, rank, lora_alpha, scaling=scaling))
+    layer, A, B, W, bias = intermediate(model, tiny_encoder)
     assert (A.shape, B.shape) == ((rank, 32), (64, rank))
-    W, bias = tiny_encoder.model.bert.encoder.layer[1].intermediate.dense.parameters()
     x = torch.randn(50, 32)
     with torch.no_grad():
-        expected = x @ (W + lora_alpha / rank * B @ A).T + bias
+        expected = x @ (W + lora_alpha / rank**power * B @ A).T + bias
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
         assert (layer(x) - x @ W.T - bias).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("rank", "lora_alpha"), [(4, 16.0), (9, 5.0)])
-def test_rslora_update_is_alpha_over_root_rank_times_b_a(rank: int, lora_alpha: float, tiny_encoder: Encoder) -> None:
-    settings: dict[str, Any] = {"rank": rank, "lora_alpha": lora_alpha, "targets": "i", "dropout": 0.0, "seed": 0}
-    model = disturbed(add_adapter(tiny_encoder.copy_model(), **settings, scaling="rslora"))
-    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    W, bias = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.parameters()
-    x = torch.randn(50, 32)
-    with torch.no_grad():
-        expected = x @ (W + lora_alpha / rank**0.5 * B @ A).T + bias
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
-
-
 def test_dora_update_is_magnitude_times_direction(tiny_encoder: Encoder) -> None:
-    settings: dict[str, Any] = {"rank": 4, "lora_alpha": 8.0, "targets": "i", "dropout": 0.0, "seed": 0}
-    model = disturbed(add_adapter(tiny_encoder.copy_model(), **settings, dora=True))
-    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    W, bias = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.parameters()
+    layer, A, B, W, bias = intermediate(disturbed(adapt_one_layer(tiny_encoder, dora=True)), tiny_encoder)
     x, magnitude = torch.randn(50, 32), torch.rand(64)
     with torch.no_grad():
         layer.lora_magnitude_vector["default"].weight.copy_(magnitude)
@@ -270,15 +240,12 @@ def test_dora_update_is_magnitude_times_direction(tiny_encoder: Encoder) -> None
 
 def test_pissa_starts_with_the_largest_singular_vectors(tiny_encoder: Encoder) -> None:
     """At first s B A is the best approximation of W of its rank; the base weights keep the rest."""
-    settings: dict[str, Any] = {"rank": 4, "lora_alpha": 8.0, "targets": "i", "dropout": 0.0, "seed": 0}
-    model = add_adapter(tiny_encoder.copy_model(), **settings, init="pissa")
-    layer: Any = masked_lm(model).bert.encoder.layer[0].intermediate.dense
-    W = tiny_encoder.model.bert.encoder.layer[0].intermediate.dense.weight.detach()
+    layer, A, B, weights, _ = intermediate(adapt_one_layer(tiny_encoder, init="pissa"), tiny_encoder)
+    W = weights.detach()
     U, values, Vt = np.linalg.svd(W.numpy().astype(float), full_matrices=False)
     best = torch.from_numpy((U[:, :4] * values[:4]) @ Vt[:4]).float()
     with torch.no_grad():
-        update = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        torch.testing.assert_close(update, best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(2.0 * B @ A, best, rtol=0, atol=1e-6)
         torch.testing.assert_close(layer.base_layer.weight, W - best, rtol=0, atol=1e-6)
 
 
@@ -417,9 +384,8 @@ def test_trained_biases_are_saved_and_checked(tiny_encoder: Encoder, tmp_path: P
     assert (len(biases), len(saved)) == (2, 6)
     loaded = load_adapter(tiny_encoder, tmp_path).encoder.layer[0].attention.self.query.base_layer.bias
     assert torch.equal(loaded, saved[min(biases)])
-    save_file(
-        {name: value for name, value in saved.items() if name != biases[0]}, tmp_path / "adapter_model.safetensors"
-    )
+    del saved[biases[0]]
+    save_file(saved, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"query\.base_layer\.bias is on one side only"):
         load_adapter(tiny_encoder, tmp_path)
 
@@ -591,63 +557,47 @@ def test_fresh_adapter_is_refused_on_load(tiny_encoder: Encoder, tmp_path: Path)
         load_adapter(tiny_encoder, tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"intermediate_size": 48}])
-def test_adapter_of_a_model_of_another_shape_is_refused(
-    changes: dict[str, int], tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+# PEFT warns of the shallower one; we refuse both.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(("setting", "n"), [("hidden_size", 64), ("intermediate_size", 48), (DEPTH, 1), (DEPTH, 3)])
+def test_adapter_of_a_model_of_another_shape_or_depth_is_refused(
+    setting: str, n: int, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
+    other = other_encoder(tiny_bert, tmp_path / "other", **{setting: n})
     save_adapter(disturbed(adapted(other, "all")), tmp_path / "saved", other.name)
     with pytest.raises(InputError, match="saved: does not fit") as refused:
         load_adapter(tiny_encoder, tmp_path / "saved")
     assert "\n" not in str(refused.value)
 
 
-# PEFT warns of the shallower one; we refuse both.
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-@pytest.mark.parametrize("n_layers", [1, 3])
-def test_adapter_of_a_model_of_another_depth_is_refused(
-    n_layers: int, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("no configuration", r"no adapter_config\.json"),
+        ("no weights", "does not fit"),
+        ("half the weights", "damaged"),
+        ("a configuration of nothing", "damaged"),
+        ("nan", "is not finite"),  # torch's fused attention turns a NaN query into 0: embeddings alone do not show it
+    ],
+)
+def test_damaged_adapter_is_refused(
+    damage: str, named: str, trained: Trained, tiny_encoder: Encoder, tmp_path: Path
 ) -> None:
-    other = other_encoder(tiny_bert, tmp_path / "other", num_hidden_layers=n_layers)
-    save_adapter(disturbed(adapted(other)), tmp_path / "saved", other.name)
-    with pytest.raises(InputError, match="does not fit"):
-        load_adapter(tiny_encoder, tmp_path / "saved")
-
-
-def test_folder_without_an_adapter_is_refused(tiny_encoder: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no adapter_config\.json"):
-        load_adapter(tiny_encoder, tmp_path)
-
-
-def test_adapter_without_its_weights_is_refused(trained: Trained, tiny_encoder: Encoder, tmp_path: Path) -> None:
-    shutil.copy(trained.folder / "adapter_config.json", tmp_path)
-    with pytest.raises(InputError, match="does not fit"):
-        load_adapter(tiny_encoder, tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["half the weights", "a configuration of nothing"])
-def test_damaged_adapter_is_refused(damage: str, trained: Trained, tiny_encoder: Encoder, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(trained.folder, folder)
-    if damage == "half the weights":
-        file = folder / "adapter_model.safetensors"
+    folder = shutil.copytree(trained.folder, tmp_path / "damaged")
+    file, configuration = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if damage == "no configuration":
+        configuration.unlink()
+    elif damage == "no weights":
+        file.unlink()
+    elif damage == "half the weights":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "a configuration of nothing":
+        configuration.write_text("{}")
     else:
-        (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="damaged"):
-        load_adapter(tiny_encoder, folder)
-
-
-def test_adapter_with_a_weight_that_is_not_finite_is_refused(
-    trained: Trained, tiny_encoder: Encoder, tmp_path: Path
-) -> None:
-    """Torch's fused attention turns a NaN query into 0, so that embeddings alone do not show it."""
-    folder = tmp_path / "damaged"
-    shutil.copytree(trained.folder, folder)
-    weights = load_file(folder / "adapter_model.safetensors")
-    next(iter(weights.values()))[0, 0] = float("nan")
-    save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="is not finite"):
+        weights = load_file(file)
+        next(iter(weights.values()))[0, 0] = float("nan")
+        save_file(weights, file)
+    with pytest.raises(InputError, match=named):
         load_adapter(tiny_encoder, folder)
 
 
