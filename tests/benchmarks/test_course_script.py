@@ -50,11 +50,10 @@ def test_the_data_are_divided_as_a_study_divides_them(task: Task) -> None:
 @pytest.mark.parametrize(("window_tokens", "stride"), [(64, 24), (64, 62), (512, 256), (16, 3)])
 def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_tokens: int, stride: int) -> None:
     for story in task.dataset.stories.values():
-        expected = cut_windows(
-            tokenize(story.spoken, tiny_encoder.tokenizer), window_tokens, stride, tiny_encoder.tokenizer
-        )
-        plain = course_script.tokenize_story(story.spoken, tiny_encoder.tokenizer)
-        found = course_script.cut_windows(plain, window_tokens, stride, tiny_encoder.tokenizer)
+        tokenizer = tiny_encoder.tokenizer
+        expected = cut_windows(tokenize(story.spoken, tokenizer), window_tokens, stride, tokenizer)
+        plain = course_script.tokenize_story(story.spoken, tokenizer)
+        found = course_script.cut_windows(plain, window_tokens, stride, tokenizer)
         assert [window.ids for window in found] == [window.ids.tolist() for window in expected]
         assert [window.word_ids for window in found] == [window.word_ids.tolist() for window in expected]
 
@@ -62,17 +61,9 @@ def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_toke
 def test_word_vectors_are_the_librarys(task: Task, tiny_encoder: Encoder) -> None:
     story = task.dataset.stories["beta"]
     tokens = {"beta": tokenize(story.spoken, tiny_encoder.tokenizer)}
-    expected = embed_stories(
-        tiny_encoder.model.bert,
-        tokens,
-        tiny_encoder.tokenizer,
-        layer=2,
-        window_tokens=64,
-        stride=24,
-        precision="float32",
-        device=torch.device("cpu"),
-    )["beta"]
+    reading = {"layer": 2, "window_tokens": 64, "stride": 24, "precision": "float32", "device": torch.device("cpu")}
     tokenizer = tiny_encoder.tokenizer
+    expected = embed_stories(tiny_encoder.model.bert, tokens, tokenizer, **reading)["beta"]
     tokenized = course_script.tokenize_story(story.spoken, tokenizer)
     found = course_script.embed_story(tiny_encoder.model.bert, tokenized, len(story.words), tokenizer, SETTING)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
@@ -82,13 +73,9 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
     task: Task, tiny_bert: Path, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrialConfig(
-        method="frozen",
-        model=str(tiny_bert),
-        embed_window_tokens=64,
-        embed_stride=24,
-        precision="float32",
+        method="frozen", model=str(tiny_bert), embed_window_tokens=64, embed_stride=24, precision="float32",
         embed_precision="float32",
-    )
+    )  # fmt: skip
     monkeypatch.setattr("bert_encoding.trial.scoring.wider_grid", lambda *_: None)  # the script has one grid
     expected = run_trial(config, task, with_tests=False)
     split, dataset, bert = task.splits[0], task.dataset, tiny_encoder.copy_model().bert
@@ -149,17 +136,12 @@ def test_the_script_runs_whole_and_tells_its_laps_apart(lab: Path, tiny_bert: Pa
 
 
 def test_the_hash_of_probes_follows_ids_choice_and_labels(task: Task, tiny_encoder: Encoder) -> None:
-    probes = course_script.draw_probes(tiny_encoder, task.dataset, task.splits[0], SETTING)
+    probes, again = (course_script.draw_probes(tiny_encoder, task.dataset, task.splits[0], SETTING) for _ in range(2))
     first, digest = probes.heldout[0], course_script.digest(probes)
-    assert (
-        course_script.digest(course_script.draw_probes(tiny_encoder, task.dataset, task.splits[0], SETTING)) == digest
-    )
-    for changed in (
-        first._replace(ids=first.ids + 1),
-        first._replace(chosen=~first.chosen),
-        first._replace(labels=first.labels + 1),
-    ):
-        assert course_script.digest(Probes(probes.train, [changed, *probes.heldout[1:]])) != digest
+    assert course_script.digest(again) == digest
+    for change in ({"ids": first.ids + 1}, {"chosen": ~first.chosen}, {"labels": first.labels + 1}):
+        changed = [first._replace(**change), *probes.heldout[1:]]
+        assert course_script.digest(Probes(probes.train, changed)) != digest
 
 
 def tokens_of(dataset: Dataset, split: Split, encoder: Encoder) -> list[Tokens]:
@@ -242,11 +224,8 @@ def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_sources_of_the_bench_exist() -> None:
-    hashes = [
-        bench_kept.source_hash(*parts)
-        for parts in (bench.SOURCES_OF_SCRIPT, bench.SOURCES_OF_OURS, bench.SOURCES_OF_STUDY)
-    ]
-    assert len(set(hashes)) == 3
+    sources = (bench.SOURCES_OF_SCRIPT, bench.SOURCES_OF_OURS, bench.SOURCES_OF_STUDY)
+    assert len({bench_kept.source_hash(*parts) for parts in sources}) == 3
 
 
 def test_configurations_are_different_and_begin_alike() -> None:
@@ -258,31 +237,19 @@ def test_configurations_are_different_and_begin_alike() -> None:
 
 SCRIPT_RUN = {
     "seconds": {
-        "start": 5.0,
-        "load": 1.0,
-        "inspect": 7.0,
-        "prepare": 4.0,
-        "train": 100.0,
-        "embed": 10.0,
-        "ridge": 6.0,
-        "probes": 2.0,
-        "total": 134.0,
+        **{"start": 5.0, "load": 1.0, "inspect": 7.0, "prepare": 4.0, "train": 100.0, "embed": 10.0, "ridge": 6.0},
+        **{"probes": 2.0, "total": 134.0},
     },
     "counts": {"tokens": 40_000, "tokens_whole": 120_000, "words": 2000, "words_whole": 6000},
     "scores": {"cc_mean": 0.1, "mlm_loss_heldout": 4.0},
-    "wall": 136.0,
-    "peak_gb": {"memory": 3.0},
-    "n_threads": 2,
-    "device": "cpu",
-    "probes": "abc",
+    **{"wall": 136.0, "peak_gb": {"memory": 3.0}, "n_threads": 2, "device": "cpu", "probes": "abc"},
     "precision": {"train": "float32", "embed": "float32"},
     "dropout": {"attention": 0.1, "hidden": 0.1},
 }
 OUR_RUN = SCRIPT_RUN | {
     "seconds": {"start": 5.0, "load": 1.0, "train": 20.0, "embed": 2.5, "ridge": 3.0, "cc_seen": 1.0, "other": 2.0},
     "scores": {"cc_mean": 0.1031, "mlm_loss_heldout": 4.03},
-    "wall": 36.0,
-    "peak_gb": {"memory": 9.0, "gpu": 1.5},
+    **{"wall": 36.0, "peak_gb": {"memory": 9.0, "gpu": 1.5}},
     "precision": {"train": "bfloat16", "embed": "bfloat16"},
     "dropout": {"attention": 0.0, "hidden": 0.1},
 }
@@ -357,15 +324,8 @@ def test_the_scripts_study_leaves_out_what_no_student_does() -> None:
 
 
 OUR_STUDY = {
-    "cc": [0.0965, 0.0989],
-    "losses": [4.0, 4.02],
-    "epochs_done": [3, 3],
-    "ended_s": [30.0, 50.0],
-    "best": 0.0989,
-    "frozen": 0.0985,
-    "seconds_of_trials": 40.0,
-    "seconds": 25.4,
-    "precision": "bfloat16",
+    **{"cc": [0.0965, 0.0989], "losses": [4.0, 4.02], "epochs_done": [3, 3], "ended_s": [30.0, 50.0], "best": 0.0989},
+    **{"frozen": 0.0985, "seconds_of_trials": 40.0, "seconds": 25.4, "precision": "bfloat16"},
 }
 
 
@@ -427,20 +387,12 @@ def test_voxels_are_the_first_or_noise(task: Task, n_voxels: int) -> None:
 @pytest.fixture
 def finished_study(tmp_path: Path) -> Path:
     """Two trials of a study, the second one stopped, and its frozen baseline."""
-    write_record(
-        tmp_path, TrialRecord("complete", "frozen", {}, trial_id="b", phase="baseline", scores={"cc_mean": 0.04})
-    )
+    frozen = {"trial_id": "b", "phase": "baseline", "scores": {"cc_mean": 0.04}}
+    write_record(tmp_path, TrialRecord("complete", "frozen", {}, **frozen))
     for at, (status, cc) in enumerate((("complete", 0.10), ("stopped", 0.05))):
-        point = bench_studies.configurations(2)[at]
-        record = TrialRecord(
-            status,
-            "lora",
-            {"stride": 256, "precision": "float32", **point},
-            trial_id=f"t{at}",
-            phase="search",
-            scores={"cc_mean": cc, "mlm_loss_heldout": 4.0 + at, "epochs_done": 3.0 - at},
-            seconds={"total": 10.0},
-        )
+        config = {"stride": 256, "precision": "float32", **bench_studies.configurations(2)[at]}
+        scores = {"cc_mean": cc, "mlm_loss_heldout": 4.0 + at, "epochs_done": 3.0 - at}
+        record = TrialRecord(status, "lora", config, f"t{at}", "search", scores=scores, seconds={"total": 10.0})
         write_record(tmp_path, record)
         os.utime(tmp_path / "trials" / f"t{at}" / "record.json", (1000 + 12 * at, 1000 + 12 * at))
     return tmp_path

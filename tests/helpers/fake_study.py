@@ -127,20 +127,11 @@ def trial(listener: Listener, point: dict[str, Any], trial_id: str, phase: str =
     gap = 0.001 + listener.truth.gap * x + 0.0005 * rng.standard_normal()
     heldout = 4.3 - 0.1 * x + 0.01 * rng.standard_normal()
     scores: dict[str, Any] = {
-        "cc_mean": cc.mean(),
-        "cc_median": cc.mean() - 0.01,
-        "cc_seen": cc.mean() + 0.05 + gap,
-        "mlm_loss_train": heldout - 0.2 - 0.2 * x,
-        "mlm_loss_heldout": heldout,
-        "probe_loss_before": 4.0,
-        "probe_loss_after": 4.02 + 0.05 * x + 0.005 * rng.standard_normal(),
-        "delta_norm": 1.0 + x,
-        "epochs_done": 5.0,
-        "epoch_best": float(5 - round(2 * x)),
-        "optimizer_steps": 100.0,
-        "tokens_seen": 400_000.0,
-        "n_trainable": 9216.0 * rank,
-        "layer": 2.0,
+        **{"cc_mean": cc.mean(), "cc_median": cc.mean() - 0.01, "cc_seen": cc.mean() + 0.05 + gap},
+        **{"mlm_loss_train": heldout - 0.2 - 0.2 * x, "mlm_loss_heldout": heldout, "probe_loss_before": 4.0},
+        **{"probe_loss_after": 4.02 + 0.05 * x + 0.005 * rng.standard_normal(), "delta_norm": 1.0 + x},
+        **{"epochs_done": 5.0, "epoch_best": float(5 - round(2 * x)), "optimizer_steps": 100.0},
+        **{"tokens_seen": 400_000.0, "n_trainable": 9216.0 * rank, "layer": 2.0},
     }
     params = {name: point[name] for name in ("rank", "lr")} | {"alpha_rule": rule}
     seconds = {"train": 50.0 + rank / 8, "embed": 9.0, "ridge": 6.0, "total": 67.0 + rank / 8}

@@ -172,17 +172,9 @@ def main(folder: Path, given: dict[str, Any]) -> None:
 
         study.search.tuning.objective = stub_objective
         study.search.time_limits.write_record = where_full(study.search.time_limits.write_record, (FILLS_EVERY_DISK,))
-        error = study.search.tuning.run_jobs(
-            stub,
-            None,
-            folder,
-            read_records(folder),
-            [],
-            lambda config: content_key(asdict(config)),
-            _next_id(folder),
-            private,
-            Console(width=400),
-        )
+        key_of, first_id = lambda config: content_key(asdict(config)), _next_id(folder)
+        about = (folder, read_records(folder), [], key_of, first_id)
+        error = study.search.tuning.run_jobs(stub, None, *about, private, Console(width=400))
     print(f"ended: {error}")
 
 

@@ -48,6 +48,7 @@ RECORD_FIELDS = {"cc", "cc_test", "details"}
 def lora(trial_id: str = "0001", score: float = 0.2, seen: float = 0.3, **changes: Any) -> TrialRecord:
     """A complete searched trial, by hand."""
     config = asdict(TrialConfig(model="tiny", rank=4, lora_alpha=6.0, lr=3e-4, stride=128, seed=11))
+    scores = {"cc_mean": score, "cc_seen": seen, "epochs_done": 2, "n_trainable": 1024, "layer": 2.0}
     record = TrialRecord(
         status="COMPLETE",
         method="lora",
@@ -56,14 +57,7 @@ def lora(trial_id: str = "0001", score: float = 0.2, seen: float = 0.3, **change
         phase="search",
         key=f"key{trial_id}",
         params={"log2_rank": 2, "alpha_factor": 1.5, "lr": 3e-4, "stride": 128, "target_modules": "q,v"},
-        scores={
-            "cc_mean": score,
-            "cc_seen": seen,
-            "epochs_done": 2,
-            "n_trainable": 1024,
-            "layer": 2.0,
-            "tokens_seen": 900,
-        },
+        scores=scores | {"tokens_seen": 900},
         epochs=[{"epoch": 1, "cc_mean": score / 2}, {"epoch": 2, "cc_mean": score}],
         stories=[{"subject": "s", "story": "beta", "cc_mean": score}],
         seconds={"train": 1.5, "embed": 0.5, "ridge": 0.25, "total": 2.5},

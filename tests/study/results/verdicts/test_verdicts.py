@@ -19,14 +19,10 @@ from study.results.verdicts.rank import rank_verdict
 from study.results.verdicts.rules import CANNOT_TELL, HELPS, NO_EFFECT, OVERFITS, Effect, Verdict, decide
 from study.results.verdicts.tuning import gain_on_test, mean_gap, seen_gain, tuning_verdict
 
-NEEDED = [
-    Wanted("cc_mean", NONE),
-    Wanted("cc_mean", NUISANCE),
-    Wanted("adaptation_gap", NUISANCE),
-    Wanted(SEEN, NUISANCE),
-]
+NEEDED = [Wanted("cc_mean", NONE), *(Wanted(outcome, NUISANCE) for outcome in ("cc_mean", "adaptation_gap", SEEN))]
 N = 100
 STORIES = 5
+FIVE_STORIES, SMALL_OF_FIVE = (replace(plan, n_stories=STORIES) for plan in (FULL, SMALL))
 
 
 def an_effect(low: float, high: float, narrower: float = 0.8, wider: float = 1.3) -> Effect:
@@ -74,6 +70,12 @@ def test_a_larger_delta_calls_more_effects_none() -> None:
 # --- synthetic studies ------------------------------------------------------------------------------------------------
 
 
+def small_study(truth: Truth, plan: Plan = SMALL_OF_FIVE, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The used trials of a study, and its stories."""
+    trials, stories = tables(fake_records(truth, plan, seed))
+    return used_trials(trials)[0], stories
+
+
 def verdict_of(trials: pd.DataFrame, stories: pd.DataFrame, **told: Any) -> Verdict:
     used, left_out = used_trials(trials)
     return rank_verdict(slopes_of(used, stories, [*NEEDED, *shapes(used)], 0), used, left_out=left_out, **told)
@@ -98,20 +100,16 @@ def grid_answers(truth: Truth, plan: Plan, n: int = N) -> Counter[str]:
     return found
 
 
-FIVE_STORIES = replace(FULL, n_stories=STORIES)
-
-
 def grid(truth: Truth, plan: Plan = FIVE_STORIES) -> Callable[[int], Any]:
     points = plan.points
     return lambda seed: draw(truth, plan, points, seed)
 
 
-def test_a_rank_that_helps_is_found() -> None:
-    assert grid_answers(Truth(effect=0.005), FIVE_STORIES)[HELPS] >= 95
-
-
-def test_a_rank_that_overfits_is_found() -> None:
-    assert grid_answers(Truth(effect=-0.005, gap=0.005), FIVE_STORIES)[OVERFITS] >= 95
+@pytest.mark.parametrize(
+    ("truth", "answer"), [(Truth(effect=0.005), HELPS), (Truth(effect=-0.005, gap=0.005), OVERFITS)]
+)
+def test_a_rank_that_helps_or_overfits_is_found(truth: Truth, answer: str) -> None:
+    assert grid_answers(truth, FIVE_STORIES)[answer] >= 95
 
 
 def test_a_rank_that_does_nothing_is_called_so_and_rarely_anything_else() -> None:
@@ -139,7 +137,7 @@ def confounded(seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         rank = int(rng.choice(FULL.ranks))
         at = int(np.clip(round(0.4 * np.log2(rank) - 0.4 + rng.normal(0, 0.5)), 0, 2))
         points.append({"rank": rank, "lr": FULL.lrs[at], "seed": int(rng.integers(3)), "rule": RSLORA})
-    return draw(Truth(lr_effect=0.01), replace(FULL, n_stories=STORIES), points, seed)
+    return draw(Truth(lr_effect=0.01), FIVE_STORIES, points, seed)
 
 
 def test_what_the_learning_rate_did_is_not_put_down_to_rank() -> None:
@@ -162,21 +160,19 @@ def test_too_few_trials_cannot_tell_whatever_they_show() -> None:
 
 def test_the_small_grid_is_never_far_wrong() -> None:
     """Twelve trials find 0.005 on five stories more often than not, and call no effect overfitting at most 5 times."""
-    plan = replace(SMALL, n_stories=STORIES)
-    assert grid_answers(Truth(effect=0.005), plan, 40)[HELPS] >= 28
-    assert grid_answers(Truth(gap=0.005), plan)[OVERFITS] <= 5
+    assert grid_answers(Truth(effect=0.005), SMALL_OF_FIVE, 40)[HELPS] >= 28
+    assert grid_answers(Truth(gap=0.005), SMALL_OF_FIVE)[OVERFITS] <= 5
 
 
 @pytest.mark.parametrize("n_trials", [40, 80])
 def test_an_adaptive_search_does_not_make_an_effect_of_nothing(n_trials: int) -> None:
-    truth, plan = Truth(lr_effect=0.006, gap=0.005), replace(FULL, n_stories=STORIES)
-    found = answers(lambda seed: draw_adaptive(truth, plan, n_trials, seed), N, is_adaptive=True)
+    truth = Truth(lr_effect=0.006, gap=0.005)
+    found = answers(lambda seed: draw_adaptive(truth, FIVE_STORIES, n_trials, seed), N, is_adaptive=True)
     assert found[NO_EFFECT] + found[CANNOT_TELL] >= 95
 
 
 def test_an_adaptive_search_says_that_it_explores() -> None:
-    plan = replace(FULL, n_stories=STORIES)
-    verdict = verdict_of(*draw_adaptive(Truth(effect=0.01), plan, 80, 0), is_adaptive=True)
+    verdict = verdict_of(*draw_adaptive(Truth(effect=0.01), FIVE_STORIES, 80, 0), is_adaptive=True)
     assert verdict.answer == HELPS
     assert verdict.is_exploratory
     assert verdict.headline.startswith("Exploratory: a higher rank helps")
@@ -202,7 +198,7 @@ def test_power_over_effects_from_a_thousandth_to_a_hundredth(capsys: pytest.Capt
 
 
 def test_what_is_said_of_rank() -> None:
-    trials, stories = tables(fake_records(Truth(effect=0.005), replace(FULL, n_stories=STORIES)))
+    trials, stories = tables(fake_records(Truth(effect=0.005), FIVE_STORIES))
     used, left_out = used_trials(trials)
     slopes = slope_table(used, stories, 0)
     verdict = rank_verdict(slopes, used, left_out=left_out._replace(n_failed=2), command="not needed")
@@ -235,8 +231,7 @@ NO_CONFIRM = pd.DataFrame(columns=COLUMNS).astype({"is_winner": bool, "gain_test
 
 
 def tuning_of(truth: Truth, seed: int = 0, confirmed: pd.DataFrame = NO_CONFIRM, **told: Any) -> Verdict:
-    trials, stories = tables(fake_records(truth, replace(SMALL, n_stories=STORIES), seed))
-    used, _ = used_trials(trials)
+    used, stories = small_study(truth, seed=seed)
     slopes = slopes_of(used, stories, NEEDED, 0)
     return tuning_verdict(used, stories, "baseline-frozen", confirmed, slopes, **told)
 
@@ -257,7 +252,7 @@ def test_before_the_confirm_phase_the_mean_trial_is_compared_with_frozen_story_b
 
 
 def test_the_gain_of_the_mean_trial_by_hand() -> None:
-    trials, stories = tables(fake_records(Truth(), replace(SMALL, n_stories=STORIES)))
+    trials, stories = tables(fake_records(Truth(), SMALL_OF_FIVE))
     verdict = tuning_of(Truth())
     assert verdict.effect is not None
     cc = trials.set_index("trial_id")["cc_mean"].astype(float)
@@ -267,8 +262,7 @@ def test_the_gain_of_the_mean_trial_by_hand() -> None:
 
 
 def test_without_a_baseline_or_trials_nothing_is_told_of_tuning() -> None:
-    trials, stories = tables(fake_records(Truth(), SMALL))
-    used, _ = used_trials(trials)
+    used, stories = small_study(Truth(), SMALL)
     slopes = slopes_of(used, stories, NEEDED, 0)
     for chosen, frozen in ((used, None), (used.iloc[:0], "baseline-frozen")):
         verdict = tuning_verdict(chosen, stories, frozen, NO_CONFIRM, slopes.iloc[:0], command="run it")
@@ -276,8 +270,7 @@ def test_without_a_baseline_or_trials_nothing_is_told_of_tuning() -> None:
 
 
 def test_a_handful_of_trials_tells_nothing_of_the_mean_trial() -> None:
-    trials, stories = tables(fake_records(Truth(sd_trial=1e-5, tuning=0.01), replace(SMALL, n_stories=STORIES)))
-    used, _ = used_trials(trials)
+    used, stories = small_study(Truth(sd_trial=1e-5, tuning=0.01))
     few = used.iloc[:5]
     verdict = tuning_verdict(few, stories, "baseline-frozen", NO_CONFIRM, slopes_of(few, stories, NEEDED, 0))
     assert verdict.answer == CANNOT_TELL
@@ -314,8 +307,7 @@ def test_the_winner_on_the_test_stories_over_stories_or_over_time() -> None:
 
 def few_test_stories(gains: list[float], tuning: float, cc_confirmed: float = 0.2, **told: Any) -> Verdict:
     quiet = Truth(tuning=tuning, lr_effect=0, sd_seed=0, sd_trial=0.0005, gap=0.02)
-    trials, stories = tables(fake_records(quiet, replace(SMALL, n_stories=STORIES)))
-    used, _ = used_trials(trials)
+    used, stories = small_study(quiet)
     confirmed, of_test = confirmed_on(gains, cc_confirmed)
     slopes = slopes_of(used, stories, NEEDED, 0)
     return tuning_verdict(used, pd.concat([stories, of_test]), "baseline-frozen", confirmed, slopes, **told)
@@ -345,8 +337,7 @@ def test_few_test_stories_show_no_effect_or_harm_only_with_the_mean_trial() -> N
 
 
 def test_one_trial_has_no_spread_and_says_so() -> None:
-    trials, stories = tables(fake_records(Truth(), replace(SMALL, n_stories=STORIES)))
-    used, _ = used_trials(trials)
+    used, stories = small_study(Truth())
     one = used.iloc[:1]
     slopes = slopes_of(one, stories, NEEDED, 0)
     verdict = tuning_verdict(one, stories, "baseline-frozen", NO_CONFIRM, slopes)
@@ -362,8 +353,7 @@ def test_one_trial_has_no_spread_and_says_so() -> None:
 
 
 def test_the_mean_gap_by_hand() -> None:
-    trials, stories = tables(fake_records(Truth(gap=0.01), replace(SMALL, n_stories=STORIES)))
-    used, _ = used_trials(trials)
+    used, stories = small_study(Truth(gap=0.01))
     found = mean_gap(used, stories, "baseline-frozen")
     assert found is not None
     table = story_table(stories, [*used["trial_id"], "baseline-frozen"])
@@ -389,8 +379,7 @@ def test_a_fall_on_seen_stories_too_is_harm_and_not_overfitting() -> None:
 
 
 def test_the_gain_on_seen_stories_by_hand() -> None:
-    trials, _ = tables(fake_records(Truth(), SMALL))
-    used, _ = used_trials(trials)
+    used, _ = small_study(Truth(), SMALL)
     found = seen_gain(used, 0.2)
     assert found is not None
     bounds = ttest_1samp(used["cc_seen"] - 0.2, 0).confidence_interval(0.95)
@@ -406,13 +395,11 @@ def test_opposite_effects_at_two_rates_are_not_called_no_effect() -> None:
     assert grid_answers(truth, FIVE_STORIES, 40)[NO_EFFECT] == 0
     verdict = verdict_of(*grid(truth)(0))
     assert "Cannot tell: what rank does depends on the learning rate" in verdict.headline
-    small = replace(SMALL, n_stories=STORIES)
-    assert grid_answers(replace(truth, sd_trial=0.0005), small, 40)[NO_EFFECT] == 0
+    assert grid_answers(replace(truth, sd_trial=0.0005), SMALL_OF_FIVE, 40)[NO_EFFECT] == 0
 
 
 def test_the_effect_at_each_rate_is_said() -> None:
-    trials, stories = tables(fake_records(Truth(by_lr=0.008, sd_trial=1e-5, sd_noise=1e-5, sd_slope=0), SMALL))
-    used, _ = used_trials(trials)
+    used, stories = small_study(Truth(by_lr=0.008, sd_trial=1e-5, sd_noise=1e-5, sd_slope=0), SMALL)
     verdict = rank_verdict(slope_table(used, stories, 0), used)
     line = next(one for one in verdict.sentences if one.startswith("By learning rate"))
     assert line.startswith("By learning rate the effect is -0.0040 at 0.0002 and +0.0040 at 0.0006; from a rate of ")
