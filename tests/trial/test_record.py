@@ -246,6 +246,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from bert_encoding.trial import record as records
+from bert_encoding.trial.tables import write_tables
 from bert_encoding.core.errors import InputError
 study, what = Path(sys.argv[1]), sys.argv[2]
 if what == "cc":
@@ -256,7 +257,7 @@ if what == "tables":
     records.write_record(study, record)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    records.write_tables(study) if what == "tables" else records.write_record(study, record)
+    write_tables(study) if what == "tables" else records.write_record(study, record)
 except InputError as error:
     print(error)
 """
