@@ -494,7 +494,7 @@ def test_the_key_sees_every_value() -> None:
 
 
 def test_the_key_is_the_same_in_another_process() -> None:
-    code = "from bert_encoding.trial.record import content_key; print(content_key({'b': 1, 'a': [0.1, None]}, 'x'))"
+    code = "from bert_encoding.core.files import content_key; print(content_key({'b': 1, 'a': [0.1, None]}, 'x'))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
