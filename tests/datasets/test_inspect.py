@@ -1,17 +1,16 @@
-"""One pass over responses and transcripts: the voxel mask, the fingerprint, and what is refused by name.
+"""One pass over responses and transcripts: the voxel mask, the survey, the fingerprint, reading the valid voxels.
 
-Also the choice of stories and subjects, and reading the valid voxels.
+What is refused by name is in ``test_malformed.py``.
 """
 
 import hashlib
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from make_data import LabSequence, make_lab, pickle_as_lab
+from make_data import LabSequence, edit_responses, edit_text, make_lab, pickle_as_lab, put
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
@@ -20,36 +19,9 @@ from bert_encoding.datasets.inspect import Survey, inspect, survey
 from bert_encoding.datasets.inspect_responses import Block, ResponseCheck
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
-from bert_encoding.datasets.story import TRIMS, Dataset, Story
+from bert_encoding.datasets.story import Dataset, Story
 
 STORIES = ("alpha", "beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta")
-
-
-def edit_responses(lab: Path, story: str, edit: Callable[[np.ndarray], np.ndarray | None]) -> Path:
-    """Change a response file: ``edit`` works in place or returns what to write instead."""
-    file = lab / "subject2" / f"{story}.npy"
-    rows = np.load(file)
-    changed = edit(rows)
-    np.save(file, rows if changed is None else changed)
-    return file
-
-
-def edit_text(lab: Path, story: str, edit: Callable[[LabSequence], None]) -> None:
-    """Change one transcript of a lab folder."""
-    read = read_transcripts(lab / "raw_text.pkl")
-    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
-    edit(content[story])
-    (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content))
-
-
-def put(at: tuple[int, int] | tuple[slice, int] | slice, value: float) -> Callable[[np.ndarray], None]:
-    """An edit that sets some responses."""
-
-    def edit(rows: np.ndarray) -> None:
-        rows[at] = value
-
-    return edit
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------
@@ -138,75 +110,14 @@ def test_inspecting_leaves_the_data_set_and_the_files_as_they_were(lab: Path) ->
     assert {file: file.read_bytes() for file in lab.rglob("*.*")} == before
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def refused(lab: Path) -> str:
-    with pytest.raises(InputError) as error:
-        inspect(open_dataset(lab))
-    message = str(error.value)
-    assert "\n" not in message
-    assert str(lab) in message
-    return message
-
-
-def test_a_whole_story_of_nan_is_refused(lab: Path) -> None:
-    file = edit_responses(lab, "beta", put(slice(None), np.nan))
-    assert refused(lab) == (
-        f"{file}: story beta, subject subject2: has no finite voxel; leave the story out or mend the file"
-    )
+# --- what is refused and what is allowed ------------------------------------------------------------------------------
 
 
 def test_no_voxel_that_is_good_in_every_story_is_refused(lab: Path) -> None:
-    edit_responses(lab, "alpha", put((slice(None), slice(0, 6)), np.nan))  # type: ignore[arg-type]
-    edit_responses(lab, "beta", put((slice(None), slice(6, 12)), 0.0))  # type: ignore[arg-type]
-    assert "subject subject2 has no voxel that is finite and varies in every story" in refused(lab)
-
-
-@pytest.mark.parametrize("change", [-1, 1, 15])
-def test_a_wrong_number_of_rows_is_refused(change: int, lab: Path) -> None:
-    n_rows = len(np.load(lab / "subject2" / "beta.npy"))
-    file = edit_responses(lab, "beta", lambda rows: np.resize(rows, (n_rows + change, 12)))
-    assert refused(lab) == (
-        f"{file}: story beta, subject subject2: has {n_rows + change} rows; its {n_rows + 15} TR times less 15 "
-        f"trimmed make {n_rows}; text and responses must belong to the same cut"
-    )
-
-
-def test_transposed_responses_are_refused(lab: Path) -> None:
-    n_rows = len(np.load(lab / "subject2" / "beta.npy"))
-    file = edit_responses(lab, "beta", lambda rows: rows.T)
-    assert refused(lab) == (
-        f"{file}: story beta, subject subject2: has 12 rows and {n_rows} columns; its {n_rows + 15} TR times less 15 "
-        f"trimmed make {n_rows}: it looks transposed; save (rows, voxels)"
-    )
-
-
-def test_another_number_of_voxels_in_one_story_is_refused(lab: Path) -> None:
-    file = edit_responses(lab, "gamma", lambda rows: rows[:, :11])
-    assert refused(lab) == (
-        f"{file}: story gamma, subject subject2: has 11 voxels, other stories of subject2 have 12; all must agree"
-    )
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda rows: rows[:, :, None], "of shape"),
-        (lambda rows: rows[:, 0], "of shape"),
-        (lambda rows: rows.astype(complex), "is complex128"),
-        (lambda rows: rows > 0, "is bool"),
-        (lambda rows: rows.astype(str), "is <U"),
-    ],
-)
-def test_responses_that_are_no_matrix_of_numbers_are_refused(
-    make: Callable[[np.ndarray], np.ndarray], said: str, lab: Path
-) -> None:
-    file = edit_responses(lab, "beta", make)
-    message = refused(lab)
-    assert message.startswith(f"{file}: story beta, subject subject2: is ")
-    assert said in message
-    assert "expected numbers (rows, voxels)" in message
+    edit_responses(lab, "alpha", put((slice(None), slice(0, 6)), np.nan))
+    edit_responses(lab, "beta", put((slice(None), slice(6, 12)), 0.0))
+    with pytest.raises(InputError, match="subject subject2 has no voxel that is finite and varies in every story"):
+        inspect(open_dataset(lab))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int16"])
@@ -225,41 +136,6 @@ def _set_time(kind: str, at: int, value: float) -> Callable[[LabSequence], None]
     return edit
 
 
-def _shorten(text: LabSequence) -> None:
-    text.data_times = text.data_times[:-2]
-
-
-def _stop_the_clock(text: LabSequence) -> None:
-    text.tr_times[:] = 0.0
-
-
-def _silence(text: LabSequence) -> None:
-    text.data = ["{cg}", "", "..."] * 50 + ["(br}"] * (len(text.data) - 150)
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (_shorten, ["157 words", "155 word times"]),
-        (_silence, ["no spoken word"]),
-        (_set_time("data_times", 20, np.nan), ["non-finite word times"]),
-        (_set_time("data_times", 20, np.inf), ["non-finite word times"]),
-        (_set_time("data_times", 20, -4.0), ["word times must not decrease", "word 20 (-4 s)", "word 19 ("]),
-        (_set_time("tr_times", 4, np.nan), ["non-finite TR times"]),
-        (_set_time("tr_times", 4, -20.0), ["TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)"]),
-        (_set_time("tr_times", 4, -0.5), ["TR times must be evenly spaced"]),
-        (_set_time("tr_times", 4, -3.0), ["TR times must be evenly spaced"]),
-        (_stop_the_clock, ["TR times must be evenly spaced"]),
-    ],
-)
-def test_impossible_transcripts_are_refused(edit: Callable[[LabSequence], None], said: list[str], lab: Path) -> None:
-    edit_text(lab, "beta", edit)
-    message = refused(lab)
-    assert "story beta" in message
-    for part in said:
-        assert part in message
-
-
 def test_two_words_at_one_time_are_allowed(lab: Path) -> None:
     def edit(text: LabSequence) -> None:
         text.data_times[20] = text.data_times[19]
@@ -274,14 +150,6 @@ def test_rounding_of_tr_times_is_allowed(lab: Path) -> None:
 
     edit_text(lab, "beta", edit)
     assert inspect(open_dataset(lab)).fingerprint
-
-
-def test_a_story_shorter_than_its_trim_is_refused(lab: Path) -> None:
-    def edit(text: LabSequence) -> None:
-        text.tr_times = text.tr_times[:12]
-
-    edit_text(lab, "beta", edit)
-    assert "story beta" in refused(lab)
 
 
 # --- the survey goes on -----------------------------------------------------------------------------------------------
@@ -580,140 +448,3 @@ def test_valid_responses_need_an_inspected_data_set(lab: Path) -> None:
 def test_an_inspected_data_set_still_travels_as_paths(tmp_path: Path) -> None:
     found = inspect(open_dataset(make_lab(tmp_path / "lab", n_voxels=5000)))
     assert len(pickle.dumps(found)) < 100_000
-
-
-# --- which stories, which subjects ------------------------------------------------------------------------------------
-
-
-def heard(*names: str, test: tuple[str, ...] = (), subjects: tuple[str, ...] = ("s",)) -> Dataset:
-    """Stories with an empty response of every subject."""
-    responses = {s: Responses(array=np.zeros((5, 2))) for s in subjects}
-    stories = {n: Story(n, ("a",), np.zeros(1), np.arange(20) * 2.0, responses) for n in sorted(names)}
-    return Dataset("here", stories, subjects, test)
-
-
-def test_only_restricts_and_sorts() -> None:
-    data = heard("c", "a", "b", subjects=("s", "t"))
-    some = data.only(["c", "a"], ("t",))
-    assert list(some.stories) == ["a", "c"]
-    assert some.subjects == ("t",)
-    assert list(data.stories) == ["a", "b", "c"]
-
-
-def test_choose_subjects() -> None:
-    data = heard("a", subjects=("s", "t"))
-    assert choose_subjects(data, None) == ("s", "t")
-    assert choose_subjects(data, ["t"]) == ("t",)
-    assert choose_subjects(data, ["t", "s", "t"]) == ("t", "s")
-    with pytest.raises(InputError, match="here: no subject u; it has s, t"):
-        choose_subjects(data, ["s", "u"])
-
-
-def test_choose_stories_keeps_published_tests_apart() -> None:
-    data = heard(*"abcdef", test=("b", "e"))
-    assert choose_stories(data, ("s",), None, None, 0) == (["a", "c", "d", "f"], ["b", "e"])
-    assert choose_stories(data, ("s",), ["a", "a"], None, 0) == (["b", "c", "d", "e", "f"], ["a"])
-
-
-def test_a_story_that_a_chosen_subject_did_not_hear_stays_out() -> None:
-    data = heard(*"abc", test=("b",), subjects=("s", "t"))
-    only_s = replace(data.stories["c"], responses={"s": data.stories["c"].responses["s"]})
-    data = replace(data, stories={**data.stories, "c": only_s})
-    assert choose_stories(data, ("s", "t"), None, None, 0) == (["a"], ["b"])
-    assert choose_stories(data, ("s",), None, None, 0) == (["a", "c"], ["b"])
-    with pytest.raises(InputError, match="here: test story c has no responses of subject t"):
-        choose_stories(data, ("s", "t"), ["c"], None, 0)
-
-
-def test_train_stories_are_a_seeded_choice_that_never_holds_a_test_story() -> None:
-    data = heard(*"abcdefghij", test=("b",))
-    chosen = {seed: choose_stories(data, ("s",), None, 4, seed) for seed in range(20)}
-    assert chosen[3] == choose_stories(data, ("s",), None, 4, 3)
-    assert len({tuple(train) for train, _ in chosen.values()}) > 10
-    assert {name for train, _ in chosen.values() for name in train} == set("acdefghij")
-    for train, test in chosen.values():
-        assert len(set(train)) == 4
-        assert train == sorted(train)
-        assert (test, "b" in train) == (["b"], False)
-
-
-@pytest.mark.parametrize(
-    ("test", "n_train", "said"),
-    [
-        (["x"], None, "no story x, which is to be a test story"),
-        (None, 0, "--train-stories 0: here has 5 that are not test stories"),
-        (None, -1, "--train-stories -1: here has 5"),
-        (None, 6, "--train-stories 6: here has 5"),
-    ],
-)
-def test_choose_stories_refuses(test: list[str] | None, n_train: int | None, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        choose_stories(heard(*"abcdef", test=("b",)), ("s",), test, n_train, 0)
-
-
-def test_without_published_tests_one_must_be_named() -> None:
-    with pytest.raises(InputError, match="name yours with --test-stories"):
-        choose_stories(heard(*"abc"), ("s",), None, None, 0)
-
-
-@pytest.mark.parametrize("n", [4, 5, 10, 26])
-def test_a_split_uses_each_story_once(n: int) -> None:
-    train = [chr(97 + i) for i in range(n)]
-    splits = {split_stories(train, ["T"], seed, 1)[0] for seed in range(10)}
-    assert len(splits) > 1
-    for split in splits:
-        assert sorted(split.fit + split.validation) == train
-        assert len(split.validation) == max(1, round(0.2 * n))
-        assert split.test == ("T",)
-    assert split_stories(train, ["T"], 4, 1) == split_stories(train, ["T"], 4, 1)
-
-
-def test_outer_folds_validate_each_story_once() -> None:
-    train = list("abcdefgh")
-    splits = split_stories(train, ["T"], 0, 3)
-    assert len(splits) == 3
-    assert sorted(name for split in splits for name in split.validation) == train
-    for split in splits:
-        assert sorted(split.fit + split.validation) == train
-
-
-@pytest.mark.parametrize(
-    ("n", "n_folds", "said"),
-    [
-        (2, 1, "too few stories to split: 2 training stories, of which 1 for validation"),
-        (1, 1, "too few stories to split: 1 training stories"),
-        (3, 1, "too few stories to split: 3 training stories, of which 1 for validation"),
-        (5, 2, "too few stories to split: 5 training stories, of which 3 for validation"),
-        (5, 6, "--outer-folds 6: must be 1 to 5"),
-        (5, 0, "--outer-folds 0: must be 1 to 5"),
-    ],
-)
-def test_too_few_stories_are_refused(n: int, n_folds: int, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        split_stories([chr(97 + i) for i in range(n)], ["T"], 0, n_folds)
-
-
-@pytest.mark.parametrize(
-    ("roles", "said"),
-    [
-        ((("a", "b"), ("c",), ("b",)), "story b is in both fit and test"),
-        ((("a", "b"), ("b",), ("d",)), "story b is in both fit and validation"),
-        ((("a", "b"), ("c",), ("c",)), "story c is in both validation and test"),
-    ],
-)
-def test_no_story_has_two_roles(roles: tuple[tuple[str, ...], ...], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        Split(*roles)
-
-
-def test_story_folds_are_whole_stories_of_about_equal_length() -> None:
-    n_rows = {"a": 300, "b": 200, "c": 200, "d": 100, "e": 100}
-    folds = story_folds(n_rows, 3, 0)
-    assert sorted(name for fold in folds for name in fold) == list("abcde")
-    assert sorted(sum(n_rows[name] for name in fold) for fold in folds) == [300, 300, 300]
-    assert sorted(story_folds({"a": 5, "b": 3}, 5, 0)) == [("a",), ("b",)]
-
-
-def test_trims_name_the_published_rows() -> None:
-    assert list(range(30))[TRIMS["published"].rows(30)] == list(range(10, 25))
-    assert list(range(30))[TRIMS["course"].rows(30)] == list(range(5, 20))

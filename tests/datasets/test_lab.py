@@ -338,19 +338,6 @@ def test_a_registered_extension_code_is_refused_by_its_name(tmp_path: Path) -> N
     assert not canary.exists()
 
 
-def test_persistent_ids_are_refused(tmp_path: Path) -> None:
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: object) -> str | None:
-            return "elsewhere" if value == "here" else None
-
-    stream = io.BytesIO()
-    Pickler(stream).dump({"alpha": "here"})
-    file = tmp_path / "raw_text.pkl"
-    file.write_bytes(stream.getvalue())
-    with pytest.raises(InputError, match="refused: it refers to objects outside the file"):
-        read_transcripts(file)
-
-
 @pytest.mark.parametrize(
     "target",
     [("DataSequence", "DataSequence"), ("numpy.core.numeric", "_frombuffer"), ("numpy.core.multiarray", "scalar")],
@@ -471,47 +458,6 @@ def test_an_absent_attribute_is_named(attribute: str, lab: Path) -> None:
         open_lab(lab)
 
 
-@pytest.mark.parametrize(
-    ("attribute", "value", "said"),
-    [
-        ("data", ["a", 7], "word 1 is int, expected text"),
-        ("data", [b"a"], "word 0 is bytes, expected text"),
-        ("data", None, "NoneType"),
-        ("data", 5, "int"),
-        ("data", "one string", "str"),
-        ("data_times", ["soon", "later"], "times are not numbers"),
-        ("data_times", None, "times have shape ()"),
-        ("data_times", np.zeros((2, 2)), "times have shape (2, 2)"),
-        ("tr_times", ["x"], "times are not numbers"),
-        ("tr_times", 3.0, "times have shape ()"),
-    ],
-)
-def test_an_attribute_of_another_kind_is_named(attribute: str, value: object, said: str, tmp_path: Path) -> None:
-    written = sequence(["a", "b"])
-    setattr(written, attribute, value)
-    (tmp_path / "raw_text.pkl").write_bytes(pickle_as_lab({"alpha": written}))
-    np.save(_folder(tmp_path / "subject2") / "alpha.npy", np.zeros((5, 3)))
-    with pytest.raises(InputError) as refused:
-        open_lab(tmp_path)
-    assert f"{tmp_path / 'raw_text.pkl'}: story alpha" in str(refused.value)
-    assert said in str(refused.value)
-
-
-def test_no_responses_at_all(lab: Path) -> None:
-    for file in (lab / "subject2").glob("*.npy"):
-        file.unlink()
-    with pytest.raises(InputError, match=r"no responses; expected <subject>/<story>\.npy beside raw_text\.pkl"):
-        open_lab(lab)
-
-
-def test_responses_without_text_are_an_error_and_text_without_responses_is_not(lab: Path) -> None:
-    (lab / "subject2" / "beta.npy").rename(lab / "subject2" / "unheard.npy")
-    with pytest.raises(InputError, match=r"subject2/unheard\.npy: story unheard has no text in raw_text\.pkl"):
-        open_lab(lab)
-    (lab / "subject2" / "unheard.npy").unlink()
-    assert open_lab(lab).stories["beta"].responses == {}
-
-
 @pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder"])
 def test_what_is_not_a_lab_folder(there: str, tmp_path: Path) -> None:
     path = tmp_path / "data"
@@ -539,38 +485,6 @@ def test_responses_are_mapped_read_only(lab: Path) -> None:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _break_npy(file: Path, damage: str) -> None:
-    content = file.read_bytes()
-    if damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "truncated":
-        file.write_bytes(content[:-8])
-    elif damage == "header only":
-        file.write_bytes(content[:40])
-    elif damage == "text":
-        file.write_text("1 2 3\n")
-    elif damage == "a folder":
-        file.unlink()
-        file.mkdir()
-    elif damage == "a zip of arrays":
-        np.savez(file.with_suffix(".npz"), a=np.zeros(3))
-        file.with_suffix(".npz").rename(file)
-    elif damage == "a bare pickle":
-        file.write_bytes(pickle.dumps([1.0, 2.0]))
-
-
-@pytest.mark.parametrize(
-    "damage", ["empty", "truncated", "header only", "text", "a folder", "a zip of arrays", "a bare pickle"]
-)
-def test_a_damaged_npy_is_named(damage: str, lab: Path) -> None:
-    file = lab / "subject2" / "alpha.npy"
-    _break_npy(file, damage)
-    with pytest.raises(InputError) as refused:
-        open_dataset(lab).stories["alpha"].responses["subject2"].check()
-    assert str(refused.value).startswith(f"{file}: not a readable .npy array")
-    assert "\n" not in str(refused.value)
 
 
 def test_an_object_array_is_refused_without_effect(lab: Path) -> None:

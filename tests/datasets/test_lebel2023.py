@@ -260,13 +260,6 @@ def test_words_in_disorder_are_refused_by_tier_and_interval(labelled: Labelled, 
     assert str(caught.value).startswith(f"{tmp_path / 'alpha.TextGrid'}: tier word{message}")
 
 
-def test_damage_in_a_textgrid_ends_opening_with_its_name(root: Path) -> None:
-    file = grid_file(root, "delta")
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"delta\.TextGrid: .*tier 1 \(phone\), interval \d+ of \d+"):
-        open_lebel(root)
-
-
 def test_a_tier_that_stops_long_before_its_end_is_noted(root: Path) -> None:
     content = grid_file(root, "gamma").read_text()
     assert content.startswith('"Praat chronological')
@@ -294,12 +287,13 @@ def test_a_tier_that_stops_long_before_its_end_is_noted(root: Path) -> None:
         ("{}", "expected a dict of story -> volumes, found dict"),
         ('{"alpha": "200"}', "story alpha: '200' volumes; expected a whole number above 20"),
         ('{"alpha": 200.5}', "story alpha: '200.5' volumes"),
+        ('{"alpha": 60.0}', "story alpha: '60.0' volumes"),
         ('{"alpha": true}', "story alpha: 'True' volumes"),
         ('{"alpha": null}', "story alpha: 'None' volumes"),
         ('{"alpha": NaN}', "story alpha: 'nan' volumes"),
         ('{"beta": 200, "alpha": -3}', "story alpha: '-3' volumes"),
         ('{"alpha": 20}', "story alpha: '20' volumes; expected a whole number above 20"),
-        ('{"alpha": 1000000000000}', "story alpha: '1000000000000' volumes"),
+        ('{"alpha": 1000000000}', "story alpha: '1000000000' volumes"),
     ],
 )
 def test_malformed_lengths_are_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -460,9 +454,3 @@ def test_repeats_that_are_a_link_are_not_followed_on_opening_and_refused_on_read
     repeats = open_lebel(root).stories["wheretheressmoke"].repeats["UTS01"]
     with pytest.raises(InputError, match="is a link to somewhere else, which is not followed"):
         repeats.check()
-
-
-def test_rows_that_do_not_fit_the_length_are_refused_by_inspection(root: Path) -> None:
-    edit_volumes(root, lambda content: content.update(beta=content["beta"] + 5))
-    with pytest.raises(InputError, match=r"UTS01/beta\.hf5: story beta, subject UTS01: has \d+ rows; .* make \d+"):
-        inspect(open_lebel(root))

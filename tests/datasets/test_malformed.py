@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
-from make_data import LabSequence, make_lab, make_tiny_bert, pickle_as_lab
+from make_data import LabSequence, edit_responses, edit_text, make_lab, make_tiny_bert
 from make_lebel import DIALECTS, make_lebel
 from project import ROOT
 
@@ -132,14 +131,7 @@ def assert_both_refuse(case: Case, data: Path, model: Path, capsys: pytest.Captu
 
 def npy(edit: Callable[[np.ndarray], np.ndarray], story: str = STORY) -> Callable[[Path], object]:
     """Return a change of the responses to one story, in the lab's format."""
-
-    def change(data: Path) -> None:
-        file = data / "subject2" / f"{story}.npy"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an array of complex numbers may be made in passing
-            np.save(file, edit(np.load(file)))
-
-    return change
+    return lambda data: edit_responses(data, story, edit)
 
 
 def raw(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -162,25 +154,14 @@ def every_story(edit: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], ob
     return change
 
 
-def text(edit: Callable[[LabSequence], object], story: str = STORY) -> Callable[[Path], object]:
+def text(edit: Callable[[LabSequence], object]) -> Callable[[Path], object]:
     """Return a change of one transcript, in the lab's format."""
-
-    def change(data: Path) -> None:
-        stories = read_transcripts(data / "raw_text.pkl")
-        written = {name: LabSequence(s.data, s.data_times.copy(), s.tr_times.copy()) for name, s in stories.items()}
-        edit(written[story])
-        (data / "raw_text.pkl").write_bytes(pickle_as_lab(written))
-
-    return change
+    return lambda data: edit_text(data, STORY, edit)
 
 
 def setting(attribute: str, at: int, value: object) -> Callable[[Path], object]:
     """Return a change of one word or one time."""
-
-    def edit(story: LabSequence) -> None:
-        getattr(story, attribute)[at] = value
-
-    return text(edit)
+    return text(lambda story: getattr(story, attribute).__setitem__(at, value))
 
 
 def replacing(attribute: str, make: Callable[[Any], object]) -> Callable[[Path], object]:
@@ -306,33 +287,41 @@ GRID = "derivative/TextGrids/beta.TextGrid"
 LENGTHS = "derivative/respdict.json"
 NPY = "{data}/subject2/beta.npy"
 TEXT = "{data}/raw_text.pkl"
-LAB_ROWS = (NPY, "story beta", "subject subject2")
+LAB_ROWS = (NPY, "story beta, subject subject2: ")
+MAKE_40 = "its 55 TR times less 15 trimmed make 40; text and responses must belong to the same cut"
+NUMBERS = "expected numbers (rows, voxels)"
 LEBEL_ROWS = ("{data}/" + HF5, "story beta", "subject UTS03")
 LEBEL_GRID = "{data}/" + GRID
 LEBEL_LENGTHS = "{data}/" + LENGTHS
 LAB_STORY = ("{data}", "story beta")
 
 RESPONSES = {
-    "an extra TR": Case(npy(lambda y: np.vstack([y, y[:1]])), (*LAB_ROWS, "has 41 rows", "make 40")),
-    "one TR less": Case(npy(lambda y: y[1:]), (*LAB_ROWS, "has 39 rows", "make 40")),
-    "no rows": Case(npy(lambda y: y[:0]), (*LAB_ROWS, "has 0 rows", "make 40")),
+    "an extra TR": Case(npy(lambda y: np.vstack([y, y[:1]])), (*LAB_ROWS, f"has 41 rows; {MAKE_40}")),
+    "one TR less": Case(npy(lambda y: y[1:]), (*LAB_ROWS, f"has 39 rows; {MAKE_40}")),
+    "no rows": Case(npy(lambda y: y[:0]), (*LAB_ROWS, f"has 0 rows; {MAKE_40}")),
     "no voxels": Case(npy(lambda y: y[:, :0]), (*LAB_ROWS, "has 0 voxels", "have 12")),
-    "transposed": Case(npy(lambda y: y.T), (*LAB_ROWS, "has 12 rows and 40 columns", "transposed")),
-    "another number of voxels": Case(npy(lambda y: y[:, :-1]), (*LAB_ROWS, "has 11 voxels", "have 12")),
-    "one dimension": Case(npy(lambda y: y[:, 0]), (*LAB_ROWS, "shape (40,)")),
+    "transposed": Case(
+        npy(lambda y: y.T),
+        (*LAB_ROWS, "has 12 rows and 40 columns; its 55 TR times less 15 trimmed make 40: it looks transposed; save ("),
+    ),
+    "another number of voxels": Case(
+        npy(lambda y: y[:, :-1]), (*LAB_ROWS, "has 11 voxels, other stories of subject2 have 12; all must agree")
+    ),
+    "one dimension": Case(npy(lambda y: y[:, 0]), (*LAB_ROWS, "shape (40,)", NUMBERS)),
     "three dimensions": Case(npy(lambda y: y[None]), (*LAB_ROWS, "shape (1, 40, 12)")),
     "no dimension": Case(npy(lambda y: y[0, 0]), (*LAB_ROWS, "shape ()")),
     "no dimension, beside regions": Case(
         lambda data: (npy(lambda y: y[0, 0], "alpha")(data), with_file("subject2/rois.json", '{"V1": [3]}')(data)),
         ("{data}/subject2/rois.json: region V1: no voxel 3",),
     ),
-    "texts": Case(npy(lambda y: y.astype("U8")), (*LAB_ROWS, "<U8")),
-    "complex": Case(npy(lambda y: y * 1j), (*LAB_ROWS, "complex128")),
-    "true and false": Case(npy(lambda y: y > 0), (*LAB_ROWS, "bool")),
+    "texts": Case(npy(lambda y: y.astype("U8")), (*LAB_ROWS, "is <U8", NUMBERS)),
+    "complex": Case(npy(lambda y: y * 1j), (*LAB_ROWS, "is complex128", NUMBERS)),
+    "true and false": Case(npy(lambda y: y > 0), (*LAB_ROWS, "is bool", NUMBERS)),
     "dates": Case(npy(lambda y: y.astype("i8").astype("M8[s]")), (*LAB_ROWS, "datetime64")),
     "objects": Case(npy(lambda y: y.astype(object)), (NPY, "not a readable .npy array", "Python objects")),
     "cut short": Case(raw("subject2/beta.npy", lambda b: b[:-100]), (NPY, "not a readable .npy array")),
     "its header cut short": Case(raw("subject2/beta.npy", lambda b: b[:50]), (NPY, "not a readable .npy array")),
+    "a bare pickle": Case(raw("subject2/beta.npy", lambda b: pickle.dumps([1.0])), (NPY, "not a readable .npy array")),
     "an archive": Case(an_archive, (NPY, "an archive of several")),
     "text instead of an array": Case(raw("subject2/beta.npy", lambda b: b"0.1, 0.2\n"), (NPY, "not a readable .npy")),
     "an empty npy": Case(raw("subject2/beta.npy", lambda b: b""), (NPY, "not a readable .npy")),
@@ -349,7 +338,9 @@ RESPONSES = {
     "a header that is no Python": Case(npy_header("{'descr': ((((((((((('''"), (NPY, "npy")),
     "a header of brackets": Case(npy_header("(" * 110), (NPY, "npy")),
     "a dtype of no size": Case(npy_header("{'descr': '|V0', 'fortran_order': False, 'shape': (40, 12)}"), (NPY,)),
-    "nothing finite in a story": Case(npy(lambda y: y * np.nan), (*LAB_ROWS, "has no finite voxel")),
+    "nothing finite in a story": Case(
+        npy(lambda y: y * np.nan), (*LAB_ROWS, "has no finite voxel; leave the story out or mend the file")
+    ),
     "infinite": Case(npy(lambda y: y * np.inf), (*LAB_ROWS, "has no finite voxel")),
     "beyond float32": Case(npy(lambda y: y * 1e300), (*LAB_ROWS, "has no finite voxel")),
     "every voxel NaN somewhere": Case(
@@ -381,7 +372,8 @@ RESPONSES = {
     ),
     "a pipe": Case(a_pipe("subject2/beta.npy"), (NPY, "not a file but a pipe")),
     "a folder of that name": Case(
-        lambda data: ((data / "subject2/beta.npy").unlink(), (data / "subject2/beta.npy").mkdir()), (NPY, "directory")
+        lambda data: ((data / "subject2/beta.npy").unlink(), (data / "subject2/beta.npy").mkdir()),
+        (NPY, "not a readable .npy array", "directory"),
     ),
     "a subject that links to itself": Case(linked_to_itself("subject2"), ("{data}: no responses", "<subject>/<story>")),
     "a subject whose name is no UTF-8": Case(
@@ -396,7 +388,10 @@ TEXTS = {
         text(lambda s: (setattr(s, "data", []), setattr(s, "data_times", np.zeros(0)))),
         (*LAB_STORY, "has no spoken word"),
     ),
-    "tags alone": Case(replacing("data", lambda w: ["{br}"] * len(w)), (*LAB_STORY, "has no spoken word")),
+    "tags and marks alone": Case(
+        replacing("data", lambda w: [("{cg}", "", "...", "(br}")[at % 4] for at in range(len(w))]),
+        (*LAB_STORY, "has no spoken word"),
+    ),
     "a NaN word time": Case(setting("data_times", 5, np.nan), (*LAB_STORY, "non-finite word times")),
     "an infinite word time": Case(setting("data_times", 5, np.inf), (*LAB_STORY, "non-finite word times")),
     "a NaN TR time": Case(setting("tr_times", 5, np.nan), (*LAB_STORY, "non-finite TR times")),
@@ -404,22 +399,34 @@ TEXTS = {
         replacing("data_times", lambda t: t - 1e6), (*LAB_STORY, "100% of its words lie outside the scan")
     ),
     "times in milliseconds": Case(replacing("data_times", lambda t: t * 1000), (*LAB_STORY, "lie outside the scan")),
+    "a word before the last": Case(
+        setting("data_times", 20, -4.0), (*LAB_STORY, "word times must not decrease", "word 20 (-4 s)", "word 19 (")
+    ),
     "words in disorder": Case(setting("data_times", 5, 50.0), (*LAB_STORY, "word 5 (50 s)", "word 6")),
     "TRs that decrease": Case(replacing("tr_times", lambda t: t[::-1]), (*LAB_STORY, "TR times must not decrease")),
+    "a TR before the last": Case(
+        setting("tr_times", 4, -20.0), (*LAB_STORY, "TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)")
+    ),
+    "a TR too late": Case(setting("tr_times", 4, -0.5), (*LAB_STORY, "TR times must be evenly spaced")),
+    "two TRs at once": Case(setting("tr_times", 4, -3.0), (*LAB_STORY, "TR times must be evenly spaced")),
     "TRs all at once": Case(replacing("tr_times", lambda t: t * 0), (*LAB_STORY, "TR times must be evenly spaced")),
     "a TR left out": Case(
         replacing("tr_times", lambda t: np.delete(t, 9)), (*LAB_STORY, "TR times must be evenly spaced")
     ),
     "no TRs": Case(replacing("tr_times", lambda t: t[:0]), (*LAB_STORY, "TR times must be evenly spaced")),
+    "no more TRs than are trimmed": Case(replacing("tr_times", lambda t: t[:12]), LAB_STORY),
     "fewer times than words": Case(
         replacing("data_times", lambda t: t[:-1]), (*LAB_STORY, "has 157 words but 156 word times")
     ),
+    "fewer words than times": Case(replacing("data", lambda w: w[1:]), (*LAB_STORY, "156 words but 157 word times")),
     "a word that is a number": Case(setting("data", 5, 7), (TEXT, "story beta", "word 5 is int")),
     "a word that is bytes": Case(setting("data", 5, b"the"), (TEXT, "story beta", "word 5 is bytes")),
     "a word that is NaN": Case(setting("data", 5, float("nan")), (TEXT, "story beta", "word 5 is float")),
     "lists of words": Case(
         replacing("data", lambda w: [w[:9], w[9:]]), (TEXT, "story beta", "word 0 is list, expected text")
     ),
+    "nothing for words": Case(replacing("data", lambda w: None), (TEXT, "story beta", "NoneType")),
+    "a number for words": Case(replacing("data", lambda w: 5), (TEXT, "story beta", "int")),
     "one text": Case(replacing("data", " ".join), (TEXT, "story beta", "its words are str, expected a list")),
     "half a character": Case(setting("data", 5, "wo\ud83d"), (TEXT, "story beta", r"word 5 ('wo\ud83d')")),
     "times as texts": Case(
@@ -439,6 +446,10 @@ TEXTS = {
         replacing("data_times", lambda t: [10**400, *t[1:].tolist()]),
         (TEXT, "story beta", "word times are not numbers"),
     ),
+    "one time": Case(replacing("tr_times", lambda t: 3.0), (TEXT, "story beta", "TR times have shape ()")),
+    "TR times as texts": Case(
+        replacing("tr_times", lambda t: ["x"]), (TEXT, "story beta", "TR times are not numbers: number 0 is '")
+    ),
     "times in columns": Case(replacing("data_times", lambda t: t[:, None]), (TEXT, "story beta", "shape (157, 1)")),
     "lists of times": Case(
         replacing("tr_times", lambda t: [t.tolist(), t.tolist()]),
@@ -448,18 +459,10 @@ TEXTS = {
         with_file("subject2/rois.json", '{"V1": [3, 12]}'),
         ("{data}/subject2/rois.json: region V1: no voxel 12", "0 to 11"),
     ),
-    "regions before the voxels": Case(
-        with_file("rois.json", '{"V1": [-1]}'), ("{data}/rois.json: region V1: no voxel -1",)
-    ),
-    "regions that are a fraction": Case(with_file("rois.json", '{"V1": [0.5]}'), ("{data}/rois.json: region V1",)),
     "regions beyond all numbers": Case(
         with_file("rois.json", '{"V1": [1%s]}' % ("0" * 30)), ("{data}/rois.json: region V1",)
     ),
-    "regions that are no JSON": Case(with_file("rois.json", '{"V1": ['), ("{data}/rois.json: not readable JSON",)),
     "regions a hundred thousand deep": Case(with_file("rois.json", "[" * 100_000), ("{data}/rois.json: not readable",)),
-    "regions in a damaged archive": Case(
-        with_file("rois.npz", "PK\3\4 and nothing else"), ("{data}/rois.npz: not a readable .npz file",)
-    ),
 }
 
 PICKLES = {
@@ -534,21 +537,7 @@ GRIDS = {
     "words that overlap": Case(
         grid(words((1.0, 3.0, "a"), (2.0, 4.0, "b"))), (LEBEL_GRID, "interval 2 ('b', 2 to 4 s) overlaps interval 1")
     ),
-    "an interval reversed": Case(
-        grid(words((1.0, 2.0, "a"), (5.0, 4.0, "b"))), (LEBEL_GRID, "interval 2 ('b', 5 to 4 s) ends before it starts")
-    ),
-    "Latin-1": Case(
-        grid(words((1.0, 2.0, "caf\xe9")).decode().encode("latin-1")), (LEBEL_GRID, "wrong encoding", "0xe9")
-    ),
-    "UTF-16 without a mark": Case(
-        grid(words((1.0, 2.0, "a")).decode().encode("utf-16-le")), (LEBEL_GRID, "wrong encoding")
-    ),
     "cut short": Case(raw(GRID, lambda b: b[: len(b) // 2]), (LEBEL_GRID, "cut short")),
-    "empty": Case(grid(b""), (LEBEL_GRID, "ends before the file type")),
-    "no tier of words": Case(
-        grid(DIALECTS["long"]([("phone", [(0.0, 9.0, "AH0")])]).encode()), (LEBEL_GRID, "no tier of words", "has phone")
-    ),
-    "an empty tier of words": Case(grid(words()), (LEBEL_GRID, "tier word: nothing is said in it")),
     "a count too large": Case(
         grid(words((1.0, 2.0, "a")).replace(b"\n1\n1.0\n2.0", b"\n2\n1.0\n2.0")),
         (LEBEL_GRID, "a count in it is too large"),
@@ -557,9 +546,6 @@ GRIDS = {
         grid(words((1.0, 2.0, "a"), (3.0, 4.0, "b")).replace(b"\n2\n1.0\n2.0", b"\n1\n1.0\n2.0")),
         (LEBEL_GRID, "a count in it is too small"),
     ),
-    "a huge count": Case(
-        grid(words((1.0, 2.0, "a")).replace(b"\n1\n1.0\n2.0", b"\n%d\n1.0\n2.0" % 10**18)), (LEBEL_GRID, str(10**18))
-    ),
     "a huge number of tiers": Case(
         grid(words((1.0, 2.0, "a")).replace(b"<exists>\n2\n", b"<exists>\n%d\n" % 10**18)), (LEBEL_GRID, "tier 3")
     ),
@@ -567,28 +553,13 @@ GRIDS = {
         grid(words((1.0, 2.0, "a")).replace(b"<exists>\n2\n", b"<exists>\n%s\n" % (b"9" * 400))),
         (LEBEL_GRID, "the number of tiers: expected a number"),
     ),
-    "a NaN time": Case(
-        grid(words((1.0, 2.0, "a")).replace(b"\n1.0\n2.0", b"\nnan\n2.0")),
-        (LEBEL_GRID, "expected a number; found 'nan'"),
-    ),
-    "binary garbage": Case(grid(bytes(range(256)) * 5), (LEBEL_GRID, "wrong encoding: byte 128")),
-    "a binary TextGrid": Case(grid(b"ooBinaryFile\x08TextGrid" + bytes(99)), (LEBEL_GRID, "a binary TextGrid")),
     "a pipe": Case(a_pipe(GRID), (LEBEL_GRID, "not a file but a pipe")),
     "words after the scan": Case(
         grid(words(*((500.0 + i, 500.5 + i, "a") for i in range(9)))), ("{data}: story beta", "lie outside the scan")
     ),
     "lengths missing": Case(lambda data: (data / LENGTHS).unlink(), (LEBEL_LENGTHS, "no such file")),
-    "lengths not JSON": Case(raw(LENGTHS, lambda b: b[:-9]), (LEBEL_LENGTHS, "not JSON")),
-    "lengths a hundred thousand deep": Case(raw(LENGTHS, lambda b: b"[" * 100_000), (LEBEL_LENGTHS, "not JSON")),
-    "lengths a list": Case(raw(LENGTHS, lambda b: b"[60]"), (LEBEL_LENGTHS, "expected a dict", "found list")),
     "lengths a pipe": Case(a_pipe(LENGTHS), (LEBEL_LENGTHS, "not a file but a pipe")),
     "a negative length": Case(lengths(lambda v: v.update(beta=-60)), (LEBEL_LENGTHS, "story beta", "'-60'")),
-    "a length of 60.0": Case(lengths(lambda v: v.update(beta=60.0)), (LEBEL_LENGTHS, "story beta", "'60.0'")),
-    "a length that is text": Case(lengths(lambda v: v.update(beta="60")), (LEBEL_LENGTHS, "story beta", "'60'")),
-    "a length beyond a day": Case(
-        lengths(lambda v: v.update(beta=10**9)), (LEBEL_LENGTHS, "story beta", "'1000000000'")
-    ),
-    "a length shorter than the cut": Case(lengths(lambda v: v.update(beta=20)), (LEBEL_LENGTHS, "story beta", "'20'")),
     "a story without length": Case(
         lengths(lambda v: v.pop("beta")), ("UTS03/beta.hf5: story beta has no length in {data}/" + LENGTHS,)
     ),
@@ -830,10 +801,7 @@ BOMBS = {
 TRICKS = {
     "a persistent id": (b"\x80\x04U\x01aQ.", "it refers to objects outside the file"),
     "a persistent id of protocol 0": (b"Pelsewhere\n.", "it refers to objects outside the file"),
-    "getattr": (transcript(a_name("builtins", "getattr")), "it asks for builtins.getattr"),
     "getattr by its old name": (b"c__builtin__\ngetattr\n.", "it asks for __builtin__.getattr"),
-    "a name with dots": (transcript(a_name("numpy", "ndarray.tofile")), "it asks for numpy.ndarray.tofile"),
-    "INST": (b"(S'touch canary'\nios\nsystem\n.", "it asks for os.system"),
     "OBJ": (b"(cos\nsystem\nS'touch canary'\no.", "it asks for os.system"),
     "EXT1": (b"\x80\x02\x82\x07.", "unregistered extension code 7"),
     "EXT4": (b"\x80\x02\x84\xff\xff\xff\x7f.", "unregistered extension code"),

@@ -111,9 +111,10 @@ def test_too_few_stories_are_refused_with_their_number(n_stories: int) -> None:
         split_stories(names(n_stories), ["test"], 0, 1)
 
 
-def test_outer_folds_that_leave_too_few_to_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="4 training stories, of which 2 for validation"):
-        split_stories(names(4), ["test"], 0, 2)
+@pytest.mark.parametrize(("n_stories", "n_validation"), [(4, 2), (5, 3)])
+def test_outer_folds_that_leave_too_few_to_fit_are_refused(n_stories: int, n_validation: int) -> None:
+    with pytest.raises(InputError, match=f"{n_stories} training stories, of which {n_validation} for validation"):
+        split_stories(names(n_stories), ["test"], 0, 2)
 
 
 @pytest.mark.parametrize("n_folds", [-1, 0, 11])
@@ -125,6 +126,12 @@ def test_outer_folds_out_of_range_are_refused_by_their_value(n_folds: int) -> No
 def test_a_test_story_among_the_training_stories_is_refused() -> None:
     with pytest.raises(InputError, match="story story004 is in both"):
         split_stories(names(10), ["story004"], 0, 1)
+
+
+def test_a_part_of_a_data_set_is_sorted_and_leaves_the_whole(dataset: Dataset) -> None:
+    part = dataset.only(["story002", "story001"], SUBJECTS[1:])
+    assert (list(part.stories), part.subjects) == (["story001", "story002"], SUBJECTS[1:])
+    assert len(dataset.stories) == 13
 
 
 def test_choose_subjects_takes_all_or_those_named_once_each(dataset: Dataset) -> None:

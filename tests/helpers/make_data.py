@@ -4,13 +4,15 @@ import pickle
 import string
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+from bert_encoding.datasets.lab import read_transcripts
 
 WORDS = (
     "the a and to of i was it in that he she my we you had said on with but for they so me at as his her then when "
@@ -105,3 +107,31 @@ def make_lab(
             np.save(folder / subject / f"{name}.npy", rows)
     (folder / "raw_text.pkl").write_bytes(pickle_as_lab(content))
     return folder
+
+
+def edit_responses(
+    lab: Path, story: str, edit: Callable[[np.ndarray], np.ndarray | None], subject: str = "subject2"
+) -> Path:
+    """Change a response file and return it: ``edit`` works in place or returns what to write instead."""
+    file = lab / subject / f"{story}.npy"
+    rows = np.load(file)
+    changed = edit(rows)
+    np.save(file, rows if changed is None else changed)
+    return file
+
+
+def edit_text(lab: Path, story: str, edit: Callable[[LabSequence], object]) -> None:
+    """Change one transcript of a lab folder, or add one."""
+    read = read_transcripts(lab / "raw_text.pkl")
+    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
+    edit(content.setdefault(story, LabSequence([], np.zeros(0), np.zeros(0))))
+    (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content))
+
+
+def put(at: Any, value: float) -> Callable[[np.ndarray], None]:
+    """Return an edit that sets some responses."""
+
+    def edit(rows: np.ndarray) -> None:
+        rows[at] = value
+
+    return edit
