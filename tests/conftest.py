@@ -14,13 +14,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from cloud_servers import bucket, gcs_bucket, gcs_endpoint, s3_endpoint
 from make_data import make_lab, make_tiny_bert
+from nobody import open_folder
 from project import REAL_DATA
+from ray_cluster import cluster
+from study_process import private_tmp
 from threadpoolctl import threadpool_limits
 
 from bert_encoding.core import devices
 from bert_encoding.language_model.encoder import Encoder, load_encoder
 from bert_encoding.regression import response_panels
+
+__all__ = ["bucket", "cluster", "gcs_bucket", "gcs_endpoint", "open_folder", "private_tmp", "s3_endpoint"]  # fixtures
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -6,13 +6,11 @@ Nothing here starts Ray: each run stops before it, or is a dry run.
 import fcntl
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from make_data import LabSequence, make_lab, make_tiny_bert, pickle_as_lab
+from make_data import edit_responses, edit_text, make_lab, make_tiny_bert, put
+from nobody import open_to_all, run_as_nobody
 from project import ROOT
 
 from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
-from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, read_record, write_record
 from study import run
@@ -163,9 +161,7 @@ def test_text_without_responses_quietly_stays_out(lab: Path, command: Command) -
 
 
 def test_masked_voxels_are_told_in_the_plan(lab: Path, command: Command) -> None:
-    rows = np.load(lab / "subject2" / "beta.npy")
-    rows[3, 4] = np.nan
-    np.save(lab / "subject2" / "beta.npy", rows)
+    edit_responses(lab, "beta", put((3, 4), np.nan))
     ended = command("--dry-run")
     assert ended.code == 0
     assert "subject2 11 voxels" in ended.out
@@ -299,20 +295,6 @@ def test_a_user_s_own_space_is_checked_before_anything_runs(
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_number_of_rows_names_file_story_and_numbers(lab: Path, command: Command) -> None:
-    file = lab / "subject2" / "beta.npy"
-    rows = np.load(file)
-    np.save(file, rows[:-3])
-    assert_refused(
-        command(), f"{file}: story beta, subject subject2:", f"has {len(rows) - 3} rows", f"make {len(rows)}"
-    )
-
-
-def test_responses_without_text_are_an_error(lab: Path, command: Command) -> None:
-    (lab / "subject2" / "beta.npy").rename(lab / "subject2" / "unheard.npy")
-    assert_refused(command(), str(lab / "subject2" / "unheard.npy"), "story unheard has no text in raw_text.pkl")
-
-
 def test_a_test_story_without_responses_is_an_error(lab: Path, command: Command) -> None:
     (lab / "subject2" / "wheretheressmoke.npy").unlink()
     assert_refused(command(), "holds none of the published test stories that subject2 heard", "--test-stories")
@@ -338,87 +320,6 @@ def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, comman
 def test_too_few_stories_to_split(tmp_path: Path, command: Command) -> None:
     folder = make_lab(tmp_path / "other", stories=("a", "b", "wheretheressmoke"))
     assert_refused(command("--data", str(folder)), "too few stories to split: 2 training stories")
-
-
-def edit_story(lab: Path, edit: Callable[[LabSequence], None]) -> None:
-    read = read_transcripts(lab / "raw_text.pkl")
-    content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
-    edit(content["beta"])
-    (lab / "raw_text.pkl").write_bytes(pickle_as_lab(content))
-
-
-def _drop_a_word(text: LabSequence) -> None:
-    text.data = text.data[1:]
-
-
-def _turn_back_time(text: LabSequence) -> None:
-    text.data_times[10] = -7.5
-
-
-def _lose_a_volume(text: LabSequence) -> None:
-    text.tr_times = np.delete(text.tr_times, 20)
-
-
-def _tell_time_in_ms(text: LabSequence) -> None:
-    text.data_times = text.data_times * 1000
-
-
-def _forget_the_words(text: LabSequence) -> None:
-    text.data = None  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize(
-    ("edit", "said"),
-    [
-        (_drop_a_word, ["156 words but 157 word times"]),
-        (_turn_back_time, ["word 10 (-7.5 s)"]),
-        (_lose_a_volume, ["TR times must be evenly spaced"]),
-        (_tell_time_in_ms, ["of its words lie outside the scan", "must be in seconds"]),
-        (_forget_the_words, ["NoneType"]),
-    ],
-)
-def test_an_impossible_transcript_names_the_story(
-    edit: Callable[[LabSequence], None], said: list[str], lab: Path, command: Command
-) -> None:
-    edit_story(lab, edit)
-    assert_refused(command(), str(lab), "story beta", *said)
-
-
-class _Touches:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self.path}",)
-
-
-def test_a_malicious_pickle_is_refused_by_name_and_without_effect(lab: Path, command: Command, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    content = pickle.dumps({"alpha": _Touches(canary)})
-    pickle.loads(content)  # noqa: S301  # it works where nobody refuses it
-    canary.unlink()
-    (lab / "raw_text.pkl").write_bytes(content)
-    assert_refused(command(), f"{lab / 'raw_text.pkl'}: refused: it asks for posix.system")
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"once upon a time", bytes(99)])
-def test_a_transcript_that_is_none_is_one_line(content: bytes, lab: Path, command: Command) -> None:
-    (lab / "raw_text.pkl").write_bytes(content)
-    assert_refused(command(), f"{lab / 'raw_text.pkl'}: refused")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "an archive"])
-def test_a_damaged_response_file_is_one_line(damage: str, lab: Path, command: Command) -> None:
-    file = lab / "subject2" / "beta.npy"
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "empty":
-        file.write_bytes(b"")
-    else:
-        np.savez(lab / "beta.npz", a=np.zeros(3))
-        (lab / "beta.npz").rename(file)
-    assert_refused(command(), f"{file}: not a readable .npy array")
 
 
 # --- the study's folder -----------------------------------------------------------------------------------------------
@@ -452,82 +353,31 @@ def test_no_space_on_disk(command: Command, tmp_path: Path, monkeypatch: pytest.
     assert command("--dry-run").code == 0, "a plan needs no space"
 
 
-AS_NOBODY = """
-import json, os, sys
-import study.run, study.session
-from bert_encoding.core.command_line import run_app
-run_app(study.run.app, json.loads(sys.argv[2]))  # loads what is loaded late: nobody may not read this checkout
-sys.stdout.flush()
-if os.geteuid() == 0:
-    try:
-        os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    except OSError:
-        sys.exit(77)
-for arguments in json.loads(sys.argv[1]):
-    try:
-        code = run_app(study.run.app, arguments)
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = 1
-    print(code, file=sys.stderr)
-"""
-
-
-@pytest.fixture
-def open_folder(tiny_bert: Path) -> Iterator[Path]:
-    """A lab folder and a model that everybody may read: pytest's own folders are closed to others."""
-    folder = Path(tempfile.mkdtemp(prefix="bad-input-"))
-    make_lab(folder / "lab")
-    shutil.copytree(tiny_bert, folder / "model")
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    yield folder
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        path.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-def test_what_may_not_be_read_or_written_is_named(open_folder: Path) -> None:
-    """The permissions of a root user do not bind: as root, this runs as nobody."""
+def test_what_may_not_be_written_is_named(open_folder: Path) -> None:
+    """What may not be read is in ``test_malformed.py``."""
     closed, private = open_folder / "closed", open_folder / "private"
     (private / "inner").mkdir(parents=True)
     closed.mkdir()
-    shutil.copytree(open_folder / "lab", private / "lab")
-    cases: dict[str, tuple[dict[str, Path], str]] = {
-        "out": ({"--out": closed}, f"{closed}: may not be written"),
-        "out below a closed folder": ({"--out": private / "inner"}, f"{private}"),
-        "text": ({"--data": open_folder / "text"}, f"{open_folder / 'text' / 'raw_text.pkl'}: cannot be read"),
-        "responses": ({"--data": open_folder / "rows"}, f"{open_folder / 'rows' / 'subject2' / 'beta.npy'}: "),
-        "data": ({"--data": private / "lab"}, f"{private}"),
-    }
-    for name, file in (("text", "raw_text.pkl"), ("rows", "subject2/beta.npy")):
-        shutil.copytree(open_folder / "lab", open_folder / name)
-        (open_folder / name / file).chmod(0)
-    closed.chmod(0o555)
-    private.chmod(0o000)
-    shutil.copy(ROOT / "search_spaces" / "smoke.py", open_folder / "smoke.py")
     usual = {
         "--space": open_folder / "smoke.py",
-        "--data": open_folder / "lab",
-        "--model": open_folder / "model",
+        "--data": make_lab(open_folder / "lab"),
+        "--model": make_tiny_bert(open_folder / "model"),
         "--out": closed,
     }
-    lines = [[str(text) for pair in (usual | changes).items() for text in pair] for changes, _ in cases.values()]
-    rehearsal = ["--dry-run", *(str(text) for pair in usual.items() for text in pair)]
-    ended = in_a_process(
-        json.dumps(lines), json.dumps(rehearsal), code=AS_NOBODY, HOME=str(open_folder), HF_HOME="/nonexistent"
-    )
-    if ended.code == 77:
-        pytest.skip("this process is root and may not become nobody")
-    said = ended.error.splitlines()
-    assert ended.code == 0, ended.error
-    assert len(said) == 2 * len(cases), ended.error
-    wrong = {
-        name: line
-        for (name, (_, expected)), line, code in zip(cases.items(), said[::2], said[1::2], strict=True)
-        if not (line.startswith("error: ") and expected in line and code == "2")
+    cases: dict[str, dict[str, Path]] = {  # what must be named -> what is other than usual
+        f"error: {closed}: may not be written": {},
+        f"error: {private}/inner": {"--out": private / "inner"},
+        f"{private}": {"--data": make_lab(private / "lab")},
     }
-    assert wrong == {}
+    open_to_all(open_folder)
+    closed.chmod(0o555)
+    private.chmod(0o000)
+    lines = [["study.run", *(str(t) for pair in (usual | other).items() for t in pair)] for other in cases.values()]
+    ends = run_as_nobody([[*lines[0], "--dry-run"]], lines, open_folder)
+    for (said, code), expected in zip(ends, cases, strict=True):
+        error = said.splitlines()[-1]
+        assert code == 2 and error.startswith("error: ") and expected in error, said
+        assert "Traceback" not in said
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -593,17 +443,12 @@ def test_a_finished_study_can_be_resumed_and_has_nothing_to_do(made: Made, capsy
 
 
 def _change_a_response(made: Made) -> list[str]:
-    rows = np.load(made.lab / "subject2" / "beta.npy")
-    rows[0, 0] += 1e-9
-    np.save(made.lab / "subject2" / "beta.npy", rows)
+    edit_responses(made.lab, "beta", lambda rows: rows + 1e-9 * (np.arange(12) == 0))
     return []
 
 
 def _change_a_word(made: Made) -> list[str]:
-    def edit(text: LabSequence) -> None:
-        text.data[5] = "otherwise"
-
-    edit_story(made.lab, edit)
+    edit_text(made.lab, "beta", lambda text: text.data.__setitem__(5, "otherwise"))
     return []
 
 

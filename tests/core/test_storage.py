@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cloud_servers import bucket, gcs_bucket, gcs_endpoint, keys, s3_endpoint
+from cloud_servers import keys
 from project import ROOT
 
 from bert_encoding.core import storage
@@ -48,8 +48,6 @@ from bert_encoding.trial.record import (
 from bert_encoding.trial.tables import trials_frame, write_tables
 from study import analysis
 from study.results.load import load_trials
-
-__all__ = ["bucket", "gcs_bucket", "gcs_endpoint", "s3_endpoint"]  # fixtures
 
 ODD = ["plain", "with space", "ümlaut 語", "100%", "what?", "a#b", "a+b&c=d", "[x]", "per%20cent", "'q'\"", "x;y", "~$"]
 

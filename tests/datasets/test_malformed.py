@@ -13,8 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 from make_data import LabSequence, edit_responses, edit_text, make_lab, make_tiny_bert
 from make_lebel import DIALECTS, make_lebel
+from nobody import open_to_all, run_as_nobody
 from project import ROOT
 
 import bert_encoding.__main__ as commands
@@ -908,34 +908,6 @@ def test_bombs_end_soon_and_in_little_memory(tmp_path: Path) -> None:
 
 # --- what may not be read ---------------------------------------------------------------------------------------------
 
-AS_NOBODY = """
-import json, os, sys
-import study.run
-import bert_encoding.__main__
-from bert_encoding.core.command_line import run_app
-rehearsal, cases = json.loads(sys.argv[1])
-def both(data, model):
-    shared = ["--space", "smoke.py", "--model", model, "--out", "out"]
-    yield run_app, study.run.app, ["--dry-run", "--data", data, *shared]
-    yield run_app, bert_encoding.__main__.app, ["check", data]
-for data, model in rehearsal:  # loads what is loaded late: nobody may not read this checkout
-    for function, *arguments in both(data, model):
-        assert function(*arguments) in (0, 1)
-if os.geteuid() == 0:
-    try:
-        os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    except OSError:
-        sys.exit(77)
-for data, model in cases:
-    for function, *arguments in both(data, model):
-        try:
-            code = function(*arguments)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            code = 1
-        print("=" * 20, code, file=sys.stderr, flush=True)
-"""
-
 CLOSED = {  # what is closed -> what must be named
     "lab/subject2": "{data}/subject2: cannot be read (Permission denied)",
     "lab/subject2/beta.npy": "{data}/subject2/beta.npy",
@@ -951,61 +923,41 @@ CLOSED = {  # what is closed -> what must be named
 }
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that everybody may enter: pytest's own are closed to others."""
-    folder = Path(tempfile.mkdtemp(prefix="malformed-"))
-    folder.chmod(0o755)
-    yield folder
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o700)
-    shutil.rmtree(folder)
-
-
 def test_what_may_not_be_read_is_named(open_folder: Path) -> None:
-    """The permissions of a root user do not bind: as root, this runs as nobody."""
     model = make_tiny_bert(open_folder / "model")
-    (open_folder / "work").mkdir()
-    shutil.copy(ROOT / "search_spaces" / "smoke.py", open_folder / "work")
     made = {
         "lab": make_lab(open_folder / "lab", subjects=("subject2", "subject3")),
         "ds": make_lebel(open_folder / "ds"),
     }
     (made["lab"] / "rois.json").write_text('{"subject2/V1": [3]}')
-    copies = []
-    for at, closed in enumerate(CLOSED):
-        copies.append(shutil.copytree(made[closed.partition("/")[0]], open_folder / str(at)))
-        for path in (copies[-1], *copies[-1].rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-    for path in model.rglob("*"):
-        path.chmod(0o644)
-    model.chmod(0o755)
+    copies = [
+        shutil.copytree(made[closed.partition("/")[0]], open_folder / str(at)) for at, closed in enumerate(CLOSED)
+    ]
+    work = open_folder / "work"
+    work.mkdir()
+    open_to_all(open_folder)
     for copy, closed in zip(copies, CLOSED, strict=True):
         (copy / closed.partition("/")[2]).chmod(0)
     before = content(open_folder) if os.geteuid() == 0 else {}
-    todo = [(str(data), str(model)) for data in made.values()], [(str(data), str(model)) for data in copies]
-    ran = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, json.dumps(todo)],
-        capture_output=True,
-        text=True,
-        cwd=open_folder / "work",
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(open_folder), "MPLCONFIGDIR": str(open_folder / "work")},
-    )
-    if ran.returncode == 77:
-        pytest.skip("this process is root and may not become nobody")
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    ends = re.findall(r"((?:.*\n)*?)={20} (\d+)\n", ran.stderr)
-    assert len(ends) == 2 * len(CLOSED)
-    wrong = []
-    for at, (copy, (closed, said)) in enumerate(zip(copies, CLOSED.items(), strict=True)):
-        for error, code in ends[2 * at : 2 * at + 2]:
-            told = error if error else ran.stdout  # a verdict is on standard output
-            if code != "2" or said.replace("{data}", str(copy)) not in told or "Error:" in error:
-                wrong.append((closed, code, error))
+
+    def both(data: Path) -> list[list[str]]:
+        options = ["--space", str(open_folder / "smoke.py"), "--model", str(model), "--out", "out"]
+        return [
+            ["study.run", "--dry-run", "--data", str(data), *options],
+            ["bert_encoding.__main__", "check", str(data)],
+        ]
+
+    rehearsals, cases = ([command for data in chosen for command in both(data)] for chosen in ([lab, ds], copies))
+    ends = run_as_nobody(rehearsals, cases, work)
+    expected = [said.replace("{data}", str(copy)) for copy, said in zip(copies, CLOSED.values(), strict=True)]
+    wrong = [
+        (closed, code, told)
+        for at, (closed, said) in enumerate(zip(CLOSED, expected, strict=True))
+        for told, code in ends[2 * at : 2 * at + 2]
+        if code != 2 or said not in told or "Error:" in told
+    ]
     assert wrong == []
     if before:
         after = content(open_folder)
-        assert {name: after[name] for name in before if not name.startswith("work")} == {
-            name: before[name] for name in before if not name.startswith("work")
-        }
+        unchanged = [name for name in before if not name.startswith("work")]
+        assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}

@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 from make_lebel import make_lebel
 from project import RUN
-from study_process import private_tmp, run_command
+from study_process import run_command
 
 from bert_encoding.trial.record import read_cc
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-__all__ = ["private_tmp"]  # a fixture
 N_VOXELS = 12
 STORIES = ("adollshouse", "buck", "exorcism", "life", "undertheinfluence", "wheretheressmoke", "avatar")
 

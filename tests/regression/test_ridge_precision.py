@@ -159,19 +159,21 @@ def test_another_grid_gives_what_a_new_ridge_would_and_changes_nothing_here() ->
 
 
 @pytest.mark.parametrize(
-    ("share", "eigenvalue", "expected"),
+    ("grid", "share", "eigenvalue", "expected"),
     [
-        ({"low": 0.1, "high": 0.2}, 1e9, None),
-        ({"low": 0.21, "high": 0.0}, 1.0, tuple(np.logspace(0, 8, 17))),
-        ({"low": 0.0, "high": 0.9}, 1e8, tuple(np.logspace(2, 10, 17))),
-        ({"low": 0.0, "high": 0.9}, 9e6, None),  # such alphas only scale the predictions
-        ({"low": 0.4, "high": 0.4}, 1e8, tuple(np.logspace(0, 10, 21))),
+        (RIDGE_ALPHAS, {"low": 0.1, "high": 0.2}, 1e9, None),
+        (RIDGE_ALPHAS, {"low": 0.21, "high": 0.0}, 1.0, tuple(np.logspace(0, 8, 17))),
+        (RIDGE_ALPHAS, {"low": 0.0, "high": 0.9}, 1e8, tuple(np.logspace(2, 10, 17))),
+        (RIDGE_ALPHAS, {"low": 0.0, "high": 0.9}, 9e6, None),  # such alphas only scale the predictions
+        (RIDGE_ALPHAS, {"low": 0.4, "high": 0.4}, 1e8, tuple(np.logspace(0, 10, 21))),
+        ((1.0, 1e6), {"low": 0.5, "high": 0.0}, 1.0, (1e-2, 1.0, 1e6)),  # two decades, whatever the step
+        ((100.0,), {"low": 1.0, "high": 1.0}, 1e9, None),  # a single alpha is never widened
     ],
 )
 def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edge(
-    share: dict[str, float], eigenvalue: float, expected: tuple[float, ...] | None
+    grid: tuple[float, ...], share: dict[str, float], eigenvalue: float, expected: tuple[float, ...] | None
 ) -> None:
-    found = wider_grid(RIDGE_ALPHAS, share, eigenvalue)
+    found = wider_grid(grid, share, eigenvalue)
     if expected is None:
         assert found is None
     else:
@@ -183,16 +185,6 @@ def test_a_voxel_presses_an_edge_if_it_scores_there_by_more_than_rounding() -> N
     assert pressing_share(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
     assert pressing_share(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}
     assert pressing_share(cv_cc[:1]) == {"low": 0.0, "high": 0.0}
-
-
-def test_two_decades_are_added_whatever_the_step() -> None:
-    found = wider_grid((1.0, 1e6), {"low": 0.5, "high": 0.0}, 1.0)
-    assert found is not None
-    np.testing.assert_allclose(found, (1e-2, 1.0, 1e6), rtol=1e-12)
-
-
-def test_a_single_alpha_is_never_widened() -> None:
-    assert wider_grid((100.0,), {"low": 1.0, "high": 1.0}, 1e9) is None
 
 
 def test_alphas_far_above_the_largest_eigenvalue_change_predictions_in_scale_alone() -> None:
