@@ -327,6 +327,7 @@ def test_another_wrong_lag_has_no_named_cause() -> None:
     assert "check how the responses were cut" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_real_listener() -> None:
     found = profile_of(open_dataset(REAL_DATA), "uts02")
@@ -433,6 +434,7 @@ def test_an_unusual_lag_is_noted(lag: int, noted: bool) -> None:
     assert [f"best at {lag:+d} TR" in note for note in notes] == [True] * noted
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_shifted_stories_of_a_real_listener_are_found() -> None:
     dataset = open_dataset(REAL_DATA)

@@ -384,6 +384,7 @@ def test_text_has_no_responses(option: list[str], tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err == (f"error: {option[0]}: {file} is text without responses; leave the option out\n")
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_demo_is_usable_and_its_trim_matters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -467,6 +468,7 @@ def test_fetch_needs_to_know(
 # --- a real listener --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", str(REAL_DATA)) == 0
@@ -477,6 +479,7 @@ def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(line.rstrip().endswith(" ok") for line in out.splitlines()) == 101
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", str(REAL_DATA), "--trim", "course") == 2

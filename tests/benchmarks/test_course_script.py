@@ -28,6 +28,8 @@ from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.record import TrialRecord, read_records, write_record
 from bert_encoding.trial.run import run_trial
 
+pytestmark = pytest.mark.slow
+
 SETTING = TrialConfig(
     window_tokens=64, stride=24, embed_window_tokens=64, embed_stride=24, epochs=2, attention_dropout=None
 )

@@ -273,6 +273,7 @@ def similarities(encoder: Encoder, layer: int) -> tuple[float, float]:
     return float(alike[same & others].mean()), float(alike[~same].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_senses_of_a_word_lie_apart() -> None:
     encoder = load_encoder("minilm")

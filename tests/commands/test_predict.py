@@ -94,6 +94,7 @@ def heldout(task: TextTask) -> list[Example]:
     return [examples[at] for at in task.heldout]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_predictions_are_those_of_the_trial_bit_for_bit(
     variant: str, trained: Callable[[str], Trained], task: TextTask

@@ -130,6 +130,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_network_and_no_model(lab: Path, tmp_path: Path) -> None:
     control = in_a_process("control", code=NO_NETWORK)
     assert control.code == 99, "the guard must notice a connection"
@@ -486,6 +487,7 @@ CHANGES: dict[str, tuple[Callable[[Made], list[str]], str]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_study_is_refused_by_name(change: str, made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     edit, said = CHANGES[change]
@@ -595,6 +597,7 @@ def test_a_study_in_which_a_trial_failed_ends_with_its_own_exit_code(
     assert "trial 0002 FAILED: no end after 5 s" in ended.out
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("given", "kept"), [([], ["0001", "0002"]), (["--keep-adapters", "1"], ["0002"]), (["--keep-adapters", "0"], [])]
 )
@@ -618,6 +621,7 @@ def change_record(made: Made, **values: Any) -> dict[str, Any]:
     return recorded
 
 
+@pytest.mark.slow
 def test_a_forced_study_goes_on_and_says_how_it_changed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     now = read_json(made.folder / "study.json")
     old = change_record(made, code="older", versions=now["versions"] | {"torch": "1.0"}, created="long ago")
@@ -661,6 +665,7 @@ def test_a_forced_study_goes_on_and_says_how_it_changed(made: Made, capsys: pyte
     assert read_json(made.folder / "study.json")["forced"] == [forced]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changed_can_be_forced(change: str, made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = CHANGES[change][0](made)

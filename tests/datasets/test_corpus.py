@@ -294,6 +294,7 @@ def test_empty_texts_do_not_count_for_a_sample(tmp_path: Path) -> None:
 # --- streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["txt", "csv", "parquet"])
 def test_texts_are_never_held(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PARQUET_ROWS", 20)

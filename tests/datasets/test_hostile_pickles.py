@@ -32,6 +32,8 @@ from bert_encoding.datasets import safe_pickle
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.datasets.safe_pickle import DataSequence
 
+pytestmark = pytest.mark.slow
+
 MAX_PEAK_BYTES = 16 * 2**20  # for a file of a few kB
 ALWAYS_BAD = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "exec", "compile", "pickle.find_class", "code.")
 

@@ -574,11 +574,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", RESPONSES)
 def test_responses_of_the_lab(name: str, lab: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_both_refuse(RESPONSES[name], lab, model, capsys)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_and_regions(name: str, lab: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_both_refuse(TEXTS[name], lab, model, capsys)
@@ -590,11 +592,13 @@ def test_pickles(name: str, lab: Path, model: Path, capsys: pytest.CaptureFixtur
     assert not Path("canary").exists()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", HDF5)
 def test_hdf5(name: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_both_refuse(HDF5[name], make_lebel(tmp_path / "ds", subjects=("UTS03",)), model, capsys)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", GRIDS)
 def test_textgrids_and_lengths(name: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_both_refuse(GRIDS[name], make_lebel(tmp_path / "ds", subjects=("UTS03",)), model, capsys)
@@ -881,6 +885,7 @@ print([line.split()[1] for line in status.open() if line.startswith("VmHWM")][0]
 """
 
 
+@pytest.mark.slow
 def test_bombs_end_soon_and_in_little_memory(tmp_path: Path) -> None:
     """All in one process of limited memory; it would be killed, or run for ever, by a single one."""
     for at, bomb in enumerate(BOMBS.values()):
@@ -923,6 +928,7 @@ CLOSED = {  # what is closed -> what must be named
 }
 
 
+@pytest.mark.slow
 def test_what_may_not_be_read_is_named(open_folder: Path) -> None:
     model = make_tiny_bert(open_folder / "model")
     made = {
@@ -947,7 +953,7 @@ def test_what_may_not_be_read_is_named(open_folder: Path) -> None:
             ["bert_encoding.__main__", "check", str(data)],
         ]
 
-    rehearsals, cases = ([command for data in chosen for command in both(data)] for chosen in ([lab, ds], copies))
+    rehearsals, cases = ([command for data in chosen for command in both(data)] for chosen in (made.values(), copies))
     ends = run_as_nobody(rehearsals, cases, work)
     expected = [said.replace("{data}", str(copy)) for copy, said in zip(copies, CLOSED.values(), strict=True)]
     wrong = [

@@ -170,6 +170,7 @@ def by_listener(cc: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(DEMOS, np.split(cc, len(DEMOS)), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_listeners_differ_in_language_voxels_alone(heard: dict[str, Dataset]) -> None:
     for story in ("bakery", "ferry"):
@@ -183,6 +184,7 @@ def test_listeners_differ_in_language_voxels_alone(heard: dict[str, Dataset]) ->
         assert np.isfinite(helps).all()
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_adapted_encoder_is_nearer_to_the_listener_of_demo_helps(
     task: Task, word_vectors: dict[str, dict[int, listeners.Vectors]]

@@ -78,6 +78,7 @@ def test_word_rate_predicts_rate_voxels_alone(heard: tuple[Task, Truth]) -> None
     assert cc.shape == (N_VOXELS,)
 
 
+@pytest.mark.slow
 def test_words_of_another_story_predict_nothing(heard: tuple[Task, Truth]) -> None:
     """Give every story the word vectors' order of a shuffle: the score must vanish."""
     from dataclasses import replace
@@ -90,6 +91,7 @@ def test_words_of_another_story_predict_nothing(heard: tuple[Task, Truth]) -> No
     assert cc[truth.kind == "language"].mean() < 0.1
 
 
+@pytest.mark.slow
 def test_simulation_is_the_same_twice(heard: tuple[Task, Truth]) -> None:
     again = simulate_listener(demo_stories())[0]
     first = heard[0].dataset
@@ -126,6 +128,7 @@ def test_noise_of_repeats_is_independent_and_as_large_as_it_should_be() -> None:
     np.testing.assert_allclose(np.cov(noise), N_REPEATS_TEST * np.eye(N_REPEATS_TEST), atol=0.15)
 
 
+@pytest.mark.slow
 def test_ceiling_of_the_repeats_is_the_planted_one(heard: tuple[Task, Truth]) -> None:
     """Signal power of N repeats, (Var(sum) - sum Var) / (N (N - 1)) (Schoppe et al. 2016, eq. 2 and 3), over the
     variance of their mean; the truth is that of the signals heard, whose variance in two short stories is not 1.

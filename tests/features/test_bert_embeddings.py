@@ -65,6 +65,7 @@ def plain_vectors(
     return np.array([np.mean(vectors, axis=0) if vectors else np.zeros(n_hidden) for vectors in in_windows])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize(("window_tokens", "stride"), WINDOWS)
 def test_vectors_equal_a_plain_loop(
@@ -259,6 +260,7 @@ def embed_several(encoder: Encoder, layers: list[int], **changes: Any) -> dict[i
     return embed_layers(encoder.model.bert, tokens, encoder.tokenizer, layers=layers, **settings)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("window_tokens", "stride"), WINDOWS)
 def test_layers_together_equal_a_plain_loop(
     window_tokens: int, stride: int, tiny_encoder: Encoder, plain_bert: BertModel

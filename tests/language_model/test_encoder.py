@@ -244,6 +244,7 @@ def test_minilm_plain_holds_the_packaged_weights(minilm_plain: Encoder) -> None:
     assert not minilm_plain.has_head
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
     data = ROOT / "bert_encoding" / "language_model" / "data" / "minilm_mlm"

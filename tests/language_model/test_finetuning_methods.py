@@ -404,6 +404,7 @@ def merged_weights(model: Any) -> dict[str, np.ndarray]:
     return {name: part.weight.detach().numpy() for name, part in parts if isinstance(part, torch.nn.Linear)}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("case", TUNING)
 def test_change_equals_that_of_merged_weights(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
     model = a_step(prepare_model(configure(case), tiny_encoder), ids, n_steps=3)

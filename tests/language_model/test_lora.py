@@ -328,6 +328,7 @@ np.save(out, vectors["story"])
 """
 
 
+@pytest.mark.slow
 def test_adapter_gives_the_same_embeddings_in_a_fresh_process(
     trained: Trained, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +348,7 @@ def test_loading_leaves_the_encoder_as_it_was(trained: Trained, tiny_encoder: En
     assert not tiny_encoder.model.training
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("init", ["zero", "gaussian", "pissa", "olora"])
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
 @pytest.mark.parametrize(("bias", "dora"), [("lora_only", False), ("none", True)])

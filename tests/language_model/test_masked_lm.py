@@ -188,6 +188,7 @@ def plain_training(
     return model
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (3, 1), (4, 2), (3, 2), (1, 5), (16, 1)])
 @pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
 def test_training_equals_a_plain_loop_over_whole_batches(
@@ -229,6 +230,7 @@ def test_weights_after_a_warm_up_equal_a_plain_loop(
     assert_same_weights(model, expected)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup_epochs", "warmup_steps"), [(0, 0), (0.3, 1), (1.0, 3), (1.5, 4)])
 def test_learning_rates_follow_the_closed_form(
@@ -350,6 +352,7 @@ def test_only_the_adapter_changes(tiny_encoder: Encoder, probes: Probes) -> None
     assert {name for name in before if not torch.equal(before[name], after[name])} == lora
 
 
+@pytest.mark.slow
 def test_an_adapter_lowers_the_training_loss(tiny_encoder: Encoder) -> None:
     windows = some_windows(tiny_encoder, n_words=900)
     probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
@@ -365,6 +368,7 @@ def test_an_adapter_lowers_the_training_loss(tiny_encoder: Encoder) -> None:
     assert last.mlm_loss_train < np.log(len(tiny_encoder.tokenizer)) - 0.1  # better than a blind guess
 
 
+@pytest.mark.slow
 def test_full_tuning_learns_a_pattern_that_holds_for_another_story(tiny_encoder: Encoder) -> None:
     windows = some_windows(tiny_encoder, n_words=900)
     probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)

@@ -469,6 +469,7 @@ def themed_stories(tokenizer: BertTokenizerFast, seed: int) -> dict[str, Tokens]
     return stories
 
 
+@pytest.mark.slow
 def test_full_tuning_learns_which_segments_belong_together(tiny_encoder: Encoder) -> None:
     tokenizer, model = tiny_encoder.tokenizer, tiny_encoder.copy_model()
     with torch.no_grad():  # the words of an untrained BERT are nearly alike

@@ -154,6 +154,7 @@ def test_terms_must_be_those_foretold() -> None:
 # --- memory that runs out ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("fits", "kept"), [(7, 4), (4, 4), (3, 2), (1, 1)])
 def test_smaller_micro_batches_give_the_same_gradients_and_are_kept(
     fits: int, kept: int, gradients: list[list[torch.Tensor]], caplog: pytest.LogCaptureFixture

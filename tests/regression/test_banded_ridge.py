@@ -101,6 +101,7 @@ def test_held_out_scores_are_those_of_a_plain_loop() -> None:
         np.testing.assert_allclose(found.cv_cc[at], cc.max(axis=0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_penalties_beat_one_where_they_are_needed() -> None:
     """A few clear columns beside many that tell nothing."""
     both = make_bands((150, 2), seed=7, n_trs=2 * N_TRS)

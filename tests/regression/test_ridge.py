@@ -214,6 +214,7 @@ def nested_loop(problem: Problem, grid: tuple[float, ...]) -> np.ndarray:
     return predicted
 
 
+@pytest.mark.table
 @every_form
 @pytest.mark.parametrize("n_features", SHAPES.values(), ids=SHAPES.keys())
 def test_cross_validated_predictions_equal_a_nested_loop(form: str, n_features: int) -> None:
@@ -234,6 +235,7 @@ def test_a_fold_is_predicted_without_a_look_at_its_responses(problem: Problem, f
     assert np.abs(after[~out] - before[~out]).max() > 1  # the others did see them
 
 
+@pytest.mark.slow
 @every_form
 def test_nested_choice_of_alpha_scores_0_on_noise_where_the_naive_maximum_does_not(form: str) -> None:
     """The CC inside a fold: its expectation is 0 exactly, since no other fold's scale or mean enters.

@@ -40,6 +40,7 @@ def bfloat16_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ridge, "resolve_precision", lambda precision, device: "bfloat16")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("n_features", [300, 1500], ids=["primal", "kernel"])
 @pytest.mark.parametrize("norms", ["float32", "bfloat16"])
 def test_scores_and_alphas_are_those_of_float64(

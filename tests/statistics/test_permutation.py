@@ -90,6 +90,7 @@ def widening_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.ndar
     return np.maximum(1, whole / inside)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equals_moving_the_rows_and_correlating_anew(seed: int, dtype: type[np.floating]) -> None:
@@ -196,6 +197,7 @@ def band(n_voxels: int) -> tuple[float, float]:
     return low, high
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("lag_1", [0.0, 0.4, 0.8])
 def test_one_silent_voxel_in_twenty_passes(lag_1: float) -> None:
     p = block_permutation_p(*silent(lag_1))
@@ -204,6 +206,7 @@ def test_one_silent_voxel_in_twenty_passes(lag_1: float) -> None:
     assert abs(p.mean() - 0.5) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lag_1", "block_trs", "n_voxels"), [(0.4, 1, 600), (0.8, 10, N_SILENT)])
 def test_without_widening_chance_would_pass_for_success(
     lag_1: float, block_trs: int, n_voxels: int, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +218,7 @@ def test_without_widening_chance_would_pass_for_success(
     assert np.mean(p < 0.05) > band(n_voxels)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag_1", [0.0, 0.4])
 def test_far_out_no_more_silent_voxels_pass_than_chance_lets(lag_1: float) -> None:
     """At the upper ends of the 99.5% binomial bands; the lower ends do not bind, as the tail is careful."""
@@ -249,6 +253,7 @@ def test_a_small_region_is_found_among_many_voxels(monkeypatch: pytest.MonkeyPat
     assert not (benjamini_hochberg(block_permutation_p(Y, predicted, story_of_row)) < 0.05).any()
 
 
+@pytest.mark.slow
 def test_the_false_discovery_rate_of_permutation_p_is_kept() -> None:
     """40 mixes of 300 silent and 10 weakly planted voxels: the mean share of false ones is at most 0.1 x 300 / 310."""
     Y, predicted, story_of_row = silent(0.4, 40 * 310)

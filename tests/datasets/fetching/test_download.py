@@ -41,6 +41,8 @@ from bert_encoding.datasets.fetching import web
 from bert_encoding.datasets.fetching.download import Fetched, RemoteFile, download
 from bert_encoding.datasets.fetching.threads import UNTRIED, each, raise_first
 
+pytestmark = pytest.mark.slow
+
 N = 10_000  # bytes of the first file
 
 

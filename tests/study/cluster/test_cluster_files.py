@@ -334,6 +334,7 @@ def _job(project: Path, number: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_slurm_job_runs_and_ends_before_its_time_is_up(slurm_project: Path, job_id: str) -> None:
     probe = subprocess.run([*OWN_PROCESSES, "true"], capture_output=True, text=True)
@@ -424,6 +425,7 @@ def _rules(session: Any, group: str) -> list[Any]:
     )
 
 
+@pytest.mark.slow
 def test_aws_setup_makes_what_the_cluster_needs(aws: Any, tmp_path: Path) -> None:
     _setup(tmp_path, "198.51.100.0/24")
     config = _setup(tmp_path)  # again, from another place
@@ -459,6 +461,7 @@ def test_aws_setup_makes_what_the_cluster_needs(aws: Any, tmp_path: Path) -> Non
     assert hands_on == ["iam:PassRole"]
 
 
+@pytest.mark.slow
 def test_ray_starts_head_and_spot_workers_on_aws(aws: Any, tmp_path: Path) -> None:
     """What Ray makes of the file: no rule of its own, our roles, spot where we said."""
     from ray.autoscaler._private.aws.config import bootstrap_aws

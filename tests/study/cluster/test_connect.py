@@ -27,6 +27,8 @@ from study.cluster import machines as machines_module
 from study.cluster.connect import local_ray
 from study.cluster.machines import Machines, Node, check_fits, describe_machines, find_machines
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["cluster", "private_tmp"]  # fixtures
 SMALL, GPU = Node(2, 0), Node(8, 1)
 

@@ -20,7 +20,7 @@ from pretend import begin, wait_for
 from stub_study import WAITING, WAITS_ONCE
 from study_process import environment_of, private_tmp
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 __all__ = ["private_tmp"]  # a fixture
 

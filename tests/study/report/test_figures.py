@@ -247,6 +247,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lay_out
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("study", "name"), every())
 def test_nothing_written_overlaps_or_leaves_the_picture(study: str, name: str, texts: Any) -> None:
     picture = draw(name, STUDIES[study])
@@ -555,6 +556,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Drawn]:
     return draw_all(STUDIES["long names"], tmp_path_factory.mktemp("figures"))
 
 
+@pytest.mark.slow
 def test_both_files_of_every_figure_are_written_and_nothing_else(files: list[Drawn]) -> None:
     assert [one.name for one in files] == [drawer.name for drawer in FIGURES]
     folder = Path(str(files[0].png)).parent
@@ -682,6 +684,7 @@ def test_names_and_numbers_by_hand() -> None:
     assert [figure_style.plain(value) for value in (np.nan, 12345.0, 0.5, 2e-5)] == ["unknown", "12345", "0.5", "2e-5"]
 
 
+@pytest.mark.slow
 def test_one_figure_that_fails_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence, told = STUDIES["one trial"], list[tuple[str, str]]()
     expected = [one.name for one in draw_all(evidence, tmp_path / "whole")]

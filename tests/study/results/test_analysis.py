@@ -231,6 +231,7 @@ def test_a_study_that_has_nothing_yet_can_be_printed(printed: Callable[..., str]
     assert "No frozen baseline yet" in printed()
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_rebuilds_the_tables(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", HAND_MADE)
     ran = subprocess.run(
@@ -282,6 +283,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("study.report.html.draw_all", lambda *arguments: [])
 
 
+@pytest.mark.slow
 def test_a_delta_chosen_afterwards_is_told_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
@@ -304,6 +306,7 @@ def test_a_delta_chosen_afterwards_is_told_everywhere(
     assert capsys.readouterr().err == "error: --delta 0: must be a CC above 0 and below 1\n"
 
 
+@pytest.mark.slow
 def test_a_study_without_a_summary_gets_none(tmp_path: Path, quick: None) -> None:
     folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
     assert ended(str(folder)) == 0
@@ -311,6 +314,7 @@ def test_a_study_without_a_summary_gets_none(tmp_path: Path, quick: None) -> Non
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_summary_that_is_damaged_costs_neither_verdict_nor_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
@@ -322,6 +326,7 @@ def test_a_summary_that_is_damaged_costs_neither_verdict_nor_report(
     assert out.endswith(f"report: {folder / 'report.html'}\n")
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_a_number_costs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
     file = next(iter(sorted(folder.glob("trials/0*/record.json"))))

@@ -290,6 +290,7 @@ def test_studies_on_other_stories_or_data_are_not_compared(
     check_comparable(study, study | {"name": "again"})
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_verdict(folder: Path, found: Evidence, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(folder)) == 0
     out = capsys.readouterr().out
@@ -306,6 +307,7 @@ def run(*arguments: str) -> int:
     return int(str(ended.value.code or 0))
 
 
+@pytest.mark.slow
 def test_epochs_that_were_not_scored_cost_no_figure_and_no_verdict(folder: Path, tmp_path: Path) -> None:
     """As ``score_every`` leaves them: losses after every epoch, CC after the last."""
     rare = tmp_path / "rare"

@@ -820,6 +820,7 @@ def space(trial):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_study_confirms_and_looks_once(
