@@ -122,8 +122,7 @@ def main(
     ----------
     space
         What to search: a bundled space (lora_rank_small, lora_rank, lora_full, full_vs_lora, layers, nsp,
-        sentiment_lora, smoke) or your own
-        FILE.py. [default: lora_full]
+        sentiment_lora, smoke) or your own FILE.py. [default: lora_full]
     data
         'demo', 'demo-null', 'demo-helps', or the folder of your data; its format is recognised. [default: demo]
     trim
