@@ -115,6 +115,7 @@ def test_predictions_are_those_of_the_trial_bit_for_bit(
     assert table["text"].tolist() == texts
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_and_transformers_read_the_folder(
     variant: str, trained: Callable[[str], Trained], task: TextTask, bert: Path

@@ -354,6 +354,7 @@ def test_no_space_on_disk(command: Command, tmp_path: Path, monkeypatch: pytest.
     assert command("--dry-run").code == 0, "a plan needs no space"
 
 
+@pytest.mark.slow
 def test_what_may_not_be_written_is_named(open_folder: Path) -> None:
     """What may not be read is in ``test_malformed.py``."""
     closed, private = open_folder / "closed", open_folder / "private"

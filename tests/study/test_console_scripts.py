@@ -55,6 +55,7 @@ def test_a_script_imports_nothing_from_its_own_folder(script: Path, tmp_path: Pa
     assert done.stdout == "found []\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_nor_do_the_workers_that_it_starts(tmp_path: Path, private_tmp: Path) -> None:
     folder = tmp_path / "study"

@@ -315,6 +315,7 @@ def test_bert_learns_what_no_bag_of_words_can(corpus: Corpus, task: TextTask, be
     assert abs(full["accuracy_before"] - 0.5) < 0.2
 
 
+@pytest.mark.slow
 def test_lora_and_partial_learn_too(task: TextTask, bert: str) -> None:
     for method, lr in {"lora": 5e-3, "partial": 2e-3}.items():
         record = run_text_trial(settings(bert, method=method, lr=lr, epochs=6), task)
@@ -368,6 +369,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> TextTask:
     return make_text_task(CLASSIFICATION, corpus, seed=0, max_length=32)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_best_epoch_is_restored_bit_for_bit(method: str, noise: TextTask, bert: str, tmp_path: Path) -> None:
     """Trained just up to the best epoch, the model is the same."""
@@ -504,6 +506,7 @@ def test_a_frozen_model_is_read_once(domain: TextTask, bert: str) -> None:
     assert "delta_norm" not in frozen.scores
 
 
+@pytest.mark.slow
 def test_adapting_restores_and_saves_the_best_epoch(
     domain: TextTask, bert: str, encoder: Encoder, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:

@@ -339,6 +339,7 @@ np.savez(out, cc=record.cc["subject2"], losses=losses, cc_seen=record.scores["cc
 """
 
 
+@pytest.mark.slow
 def test_trial_after_others_equals_one_in_a_fresh_process(
     task: Task, lab_folder: Path, tiny_encoder: Encoder, tmp_path: Path
 ) -> None:
@@ -394,6 +395,7 @@ def probe_labels(probes: Probes) -> list[set[int]]:
     return [{int(label) for batch in batches for label in batch.labels} for batches in probes]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("n_outer_folds", [1, 3])
 @pytest.mark.parametrize("mlm_text", ["fit", "all"])
 def test_training_reads_the_stories_it_may_and_no_other(
@@ -516,6 +518,7 @@ def test_notes_name_every_epoch_of_overfitting(
 # --- several splits ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_over_outer_folds_are_means_of_single_splits(
     method: str, rotating_task: Task, tiny_encoder: Encoder, tmp_path: Path

@@ -55,6 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("changes", list(WAYS.values()), ids=list(WAYS))
 def test_every_way_changes_the_vectors_and_leaves_the_resident_weights_alone(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
@@ -228,6 +229,7 @@ def test_what_the_model_cannot_do_is_refused(
         run_trial(config(tiny_encoder, **changes), task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"epochs": 4, "lr": 0.05, "patience": 1}], ids=["plain", "patience"])
 def test_folds_of_unequal_length_make_a_row_of_the_table(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]

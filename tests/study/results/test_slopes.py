@@ -239,6 +239,7 @@ def test_slopes_within_a_scaling_rule_are_of_its_trials() -> None:
     assert step["adjusted_for"] == "seed, learning rate, scaling rule, step size"
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Trials and stories both vary; 95% intervals of 120 small studies, whose count has an SD of 2.4."""
     truth = Truth(effect=0.005, sd_slope=0.003, sd_noise=0.001)

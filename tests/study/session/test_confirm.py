@@ -647,6 +647,7 @@ def test_no_test_story_is_read_before_the_winner_is_fixed(tmp_path: Path, task: 
     assert (study / "trials" / "test-0001" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", ["full", "partial", "lora", "frozen"])
 def test_a_confirmed_trial_keeps_its_weights_and_a_searched_one_only_an_adapter(
     method: str, tmp_path: Path, task: Task, small: TrialConfig

@@ -156,6 +156,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to read the peak of a process")
 def test_the_forecast_is_near_the_peak_of_a_real_trial(tmp_path: Path, tiny_bert: Path) -> None:
     folder = make_lab(tmp_path / "lab", n_words=300, n_voxels=20_000)

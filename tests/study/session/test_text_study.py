@@ -91,6 +91,7 @@ def test_an_adaptation_study_minimises_the_held_out_loss(tmp_path: Path, private
     assert summary["best_id"] == searched.idxmin()
 
 
+@pytest.mark.slow
 def test_text_is_needed(tmp_path: Path, private_tmp: Path) -> None:
     texts = command(tmp_path, "classification", 1)
     at = texts.index("--data")

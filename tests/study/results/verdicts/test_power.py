@@ -50,6 +50,7 @@ def test_the_detectable_effect_is_found_with_the_stated_power() -> None:
     assert smallest == pytest.approx(half + norm.ppf(0.8) * np.hypot(by_trials, by_stories), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [0.0, 0.001])
 def test_power_is_that_of_simulated_studies(effect: float) -> None:
     """100 studies of 162 trials: a share has an SD of at most 0.05."""
@@ -112,6 +113,7 @@ def test_an_upper_bound_of_a_spread_holds_as_often_as_it_says() -> None:
         assert held == pytest.approx(SURE, abs=0.02)  # its SD is 0.006
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_stories", [2, 3, 5])
 def test_runs_that_are_said_to_tell_do_so_in_most_studies(n_stories: int) -> None:
     """40 small studies say which runs would tell; by the true spreads these have the stated power."""

@@ -164,6 +164,7 @@ def test_the_small_grid_is_never_far_wrong() -> None:
     assert grid_answers(Truth(gap=0.005), SMALL_OF_FIVE)[OVERFITS] <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_trials", [40, 80])
 def test_an_adaptive_search_does_not_make_an_effect_of_nothing(n_trials: int) -> None:
     truth = Truth(lr_effect=0.006, gap=0.005)
@@ -390,6 +391,7 @@ def test_the_gain_on_seen_stories_by_hand() -> None:
 # --- what a mean effect hides -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opposite_effects_at_two_rates_are_not_called_no_effect() -> None:
     truth = Truth(by_lr=0.008)
     assert grid_answers(truth, FIVE_STORIES, 40)[NO_EFFECT] == 0
