@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ def pickle_as_lab(content: dict, module: str = "ridge_utils.DataSequence", proto
     try:
         for name in made:
             sys.modules[name] = types.ModuleType(name)
-        sys.modules[module].DataSequence = LabSequence  # type: ignore[attr-defined]
         LabSequence.__module__, LabSequence.__qualname__, LabSequence.__name__ = module, "DataSequence", "DataSequence"
-        return pickle.dumps(content, protocol=protocol)
+        with patch.object(sys.modules[module], "DataSequence", LabSequence, create=True):  # the real one may be loaded
+            return pickle.dumps(content, protocol=protocol)
     finally:
         LabSequence.__module__, LabSequence.__qualname__, LabSequence.__name__ = saved
         for name in made:
