@@ -16,7 +16,8 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -120,12 +121,13 @@ def open_corpus(path: Path, *, clean: bool = False, n_examples: int | None = Non
         raise InputError(f"{path}: {n_examples} examples asked for; it must be 1 or more")
     check_path(path)
     whole, n_left_out = _Tally(), 0
-    for example in _kept(path, clean):
-        if example is None:
-            n_left_out += 1
-        else:
-            whole.add(example)
-            _check_number_of_labels(path, whole)
+    with closing(_kept(path, clean)) as examples:
+        for example in examples:
+            if example is None:
+                n_left_out += 1
+            else:
+                whole.add(example)
+                _check_number_of_labels(path, whole)
     _check_classes(path, whole, n_left_out)
     mask = _sample(whole.n_texts, n_examples, seed)
     used = whole if mask is None else _tally(_used(path, clean, mask))
@@ -192,19 +194,20 @@ def _used(path: Path, clean: bool, mask: bytes | None) -> Iterator[Example]:
     return kept if mask is None else compress(kept, mask)
 
 
-def _kept(path: Path, clean: bool) -> Iterator[Example | None]:
+def _kept(path: Path, clean: bool) -> Generator[Example | None, None, None]:
     """Yield every example, or None in place of one whose text is empty."""
     first: Row | None = None
-    for row in read_rows(path):
-        text = clean_text(row.text) if clean else row.text
-        if not text.strip():
-            yield None
-            continue
-        first = first or row
-        if (row.label is None) != (first.label is None):
-            lacking, other = (row, first) if row.label is None else (first, row)
-            raise InputError(f"{lacking.where} has no label, but {other.label!r} labels another; label all or none")
-        yield Example(text, row.label)
+    with closing(read_rows(path)) as rows:
+        for row in rows:
+            text = clean_text(row.text) if clean else row.text
+            if not text.strip():
+                yield None
+                continue
+            first = first or row
+            if (row.label is None) != (first.label is None):
+                without, other = (row, first) if row.label is None else (first, row)
+                raise InputError(f"{without.where} has no label, but {other.label!r} labels another; label all or none")
+            yield Example(text, row.label)
 
 
 def _sample(n_texts: int, n_examples: int | None, seed: int) -> bytes | None:
@@ -258,11 +261,11 @@ def _notes(whole: _Tally, used: _Tally, n_left_out: int, n_examples: int | None,
         yield f"the sample holds no text of {', '.join(missed)}; ask for more examples"
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Generator[Row, None, None]:
     return _folder_rows(path) if path.is_dir() else _READERS[path.suffix.lower()](path)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Generator[str, None, None]:
     """Yield the lines of a text file with their ends; a byte-order mark is dropped."""
     try:
         with path.open("rb") as file:
@@ -283,15 +286,20 @@ def _decode(where: str, raw: bytes, *, is_start: bool) -> str:
     return text
 
 
-def _txt_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield Row(f"{path}: line {number}", line.rstrip("\r\n"), None)
+def _txt_rows(path: Path) -> Generator[Row, None, None]:
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Row(f"{path}: line {number}", line.rstrip("\r\n"), None)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Generator[Row, None, None]:
     """Read row by row with Python's own reader: no guessed types, and the number of a bad row is known."""
-    reader = csv.reader(_lines(path), strict=True)
+    with closing(_lines(path)) as lines:  # now, not when the garbage is collected
+        yield from _parsed_csv(path, csv.reader(lines, strict=True))
+
+
+def _parsed_csv(path: Path, reader: Any) -> Iterator[Row]:
     try:
         names = next(filter(None, reader), None)
         if names is None:
@@ -321,7 +329,7 @@ def _columns(path: Path, names: list[str]) -> tuple[int, int | None]:
     return names.index("text"), names.index("label") if "label" in names else None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Generator[Row, None, None]:
     try:
         with pq.ParquetFile(path) as file:
             columns = _parquet_columns(path, file.schema_arrow)
@@ -355,7 +363,7 @@ def _parquet_row(where: str, text: Any, label: Any = None) -> Row:
         raise InputError(f"{where}: byte {error.start} is not UTF-8; write it as UTF-8") from None
 
 
-def _folder_rows(path: Path) -> Iterator[Row]:
+def _folder_rows(path: Path) -> Generator[Row, None, None]:
     for label, files in _label_folders(path).items():
         for file in files:
             yield Row(str(file), _decode(str(file), _content(file), is_start=True), label)
