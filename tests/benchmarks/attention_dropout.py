@@ -29,16 +29,16 @@ def main() -> None:
     parser.add_argument("--model", default="minilm")
     for name, default in (("stories", 20), ("epochs", 3), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
-    task = make_task(given.data, given.stories)
+    arguments = parser.parse_args()
+    task = make_task(arguments.data, arguments.stories)
     print("dropout seed " + " ".join(f"{name:>16}" for name in COLUMNS), flush=True)
     rows: dict[float, list[list[float]]] = {rate: [] for rate in RATES}
-    for seed in range(given.seeds):
+    for seed in range(arguments.seeds):
         for rate in RATES:
             config = TrialConfig(
-                model=given.model,
-                epochs=given.epochs,
-                score_every=given.epochs,
+                model=arguments.model,
+                epochs=arguments.epochs,
+                score_every=arguments.epochs,
                 seed=seed,
                 hidden_dropout=0.1,
                 attention_dropout=rate,
@@ -47,8 +47,8 @@ def main() -> None:
             print(f"{rate:7} {seed:4} " + " ".join(f"{value:16.5f}" for value in rows[rate][-1]), flush=True)
     differences = np.array(rows[RATES[0]]) - np.array(rows[RATES[1]])  # (n_seeds, n_columns)
     print("with - without " + " ".join(f"{value:+.5f}" for value in differences.mean(axis=0)))
-    if given.seeds > 1:
-        errors = differences.std(axis=0, ddof=1) / np.sqrt(given.seeds)
+    if arguments.seeds > 1:
+        errors = differences.std(axis=0, ddof=1) / np.sqrt(arguments.seeds)
         print("standard error " + " ".join(f"{value:.5f}" for value in errors))
 
 
@@ -63,9 +63,9 @@ def make_task(data: Path, n_stories: int) -> Task:
 def measure(config: TrialConfig, task: Task) -> list[float]:
     """Return what ``COLUMNS`` names of one trial."""
     record = run_trial(config, task)
-    found = record.scores | {"train_s": record.seconds["train"]}
-    found["gap"] = found["mlm_loss_heldout"] - found["mlm_loss_train"]
-    return [float(found[name]) for name in COLUMNS]
+    result = record.scores | {"train_s": record.seconds["train"]}
+    result["gap"] = result["mlm_loss_heldout"] - result["mlm_loss_train"]
+    return [float(result[name]) for name in COLUMNS]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The course script beside the library, in one run on the same stories: seconds, ratios, scores, and whether bars hold.
+"""Compare the course script with the library on the same stories: seconds, ratios, scores, and whether bars hold.
 
 python tests/benchmarks/bench.py --data FOLDER [--only stages] [--folder results/bench] [--save]
 
-Every measurement is a process of its own, one after the other; let nothing else run meanwhile. With ``--folder`` each
-is kept as it ends, and taken from there if what was measured has not changed, so a bench that was cut off goes on.
+Each measurement runs in its own process, one after the other, on an otherwise idle machine. With ``--folder`` each
+result is saved as it ends and reused while the measured code is unchanged, so an interrupted bench resumes.
 """
 
 import datetime
@@ -18,18 +18,8 @@ from typing import Annotated, Any, Literal
 
 import cyclopts
 import torch
-from bench_growth import (
-    AT_ONCE,
-    STORIES,
-    VOXELS,
-    Projection,
-    at_once_lines,
-    growth_lines,
-    measure_at_once,
-    project,
-    projection_lines,
-)
-from bench_kept import HERE, ROOT, Result, data_fingerprint, kept, source_hash, versions
+from bench_growth import AT_ONCE, STORIES, VOXELS, at_once_lines, growth_lines, measure_at_once
+from bench_runs import HERE, ROOT, Result, data_fingerprint, measure_once, source_hash, versions
 from bench_studies import configurations, run_course_script, run_our_study, run_our_trial, run_script_study
 from bench_tables import (
     check_alike,
@@ -109,16 +99,16 @@ def main(
     voxels
         Numbers of voxels of the growth.
     folder
-        Where results are kept. [default: nowhere]
+        Folder for saved results. [default: none]
     save
-        Also write the tables to bench-DATE.txt beside this file.
+        Also write the tables to bench-DATE.txt next to this file.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        given = data if data in DEMOS else str(Path(data).resolve())
-        n_most = n_train_stories(given)
+        source = data if data in DEMOS else str(Path(data).resolve())
+        n_most = n_train_stories(source)
         n_stories = train_stories or min(N_STORIES, n_most)
         sizes = stories or tuple(n for n in STORIES if n <= n_most)
-        shared = {"data": given, "model": model, "train_stories": n_stories, "epochs": epochs}
+        shared = {"data": source, "model": model, "train_stories": n_stories, "epochs": epochs}
         bench = Bench((folder or Path(temporary)).resolve(), shared)
         makers = {
             "stages": bench.stages,
@@ -129,9 +119,9 @@ def main(
         lines = [bench.headline()]
         print(lines[0], flush=True)
         for part in only or PARTS:
-            made = ["", f"== {part} ==", *makers[part]()]
-            print("\n".join(made), flush=True)
-            lines += made
+            table = ["", f"== {part} ==", *makers[part]()]
+            print("\n".join(table), flush=True)
+            lines += table
             if save:
                 file = HERE / f"bench-{datetime.date.today().isoformat()}.txt"
                 file.write_text("\n".join(lines) + "\n")
@@ -139,11 +129,11 @@ def main(
 
 
 class Bench:
-    """Measures what is asked for, once, and makes tables of it.
+    """Run the measurements, each once, and format them as tables.
 
     Attributes
     ----------
-    folder : where results are kept
+    folder : of saved results
     shared : options of all runs
     """
 
@@ -160,13 +150,17 @@ class Bench:
 
     def script(self, options: Result) -> Result:
         """Return a run of the course script."""
-        asked = self._asked(options) | {"settings": asdict(TrialConfig())}
-        return kept(self.folder, "script", asked, source_hash(*SOURCES_OF_SCRIPT), lambda: run_course_script(options))
+        question = self._question(options) | {"settings": asdict(TrialConfig())}
+        return measure_once(
+            self.folder, "script", question, source_hash(*SOURCES_OF_SCRIPT), lambda: run_course_script(options)
+        )
 
     def ours(self, options: Result) -> Result:
         """Return a trial of ours."""
-        asked = self._asked(options)
-        return kept(self.folder, "ours", asked, source_hash(*SOURCES_OF_OURS), lambda: run_our_trial(options))
+        question = self._question(options)
+        return measure_once(
+            self.folder, "ours", question, source_hash(*SOURCES_OF_OURS), lambda: run_our_trial(options)
+        )
 
     def stages(self) -> list[str]:
         """One trial of each; ours scoring once, after every epoch, and once with the dropout of the script."""
@@ -177,7 +171,7 @@ class Bench:
         alike = [("ours", once), ("ours, dropout as the script's", dropping)]
         columns = [alike[0], ("every epoch", every), alike[1]]
         return [
-            *stage_table(rates(script), [(name, rates(found)) for name, found in columns]),
+            *stage_table(rates(script), [(name, rates(result)) for name, result in columns]),
             *score_lines(script, alike),
             f"ours scores once, as the script does, or after every epoch ({self.shared['epochs']} times)",
             *setting_lines(script, alike),
@@ -185,13 +179,13 @@ class Bench:
         ]
 
     def study(self, n: int) -> list[str]:
-        """So many configurations: the script once for each, ours as a study, and as a study that stops early."""
+        """Run ``n`` configurations: the script once for each, ours as a study, and as a study that stops early."""
         points, ours = configurations(n), self.ours(self.shared)
 
         def run_one(point: dict[str, Any]) -> Result:
-            found = self.script(self.shared | point)
-            check_alike(found, ours)
-            return found
+            result = self.script(self.shared | point)
+            check_alike(result, ours)
+            return result
 
         script = run_script_study(points, run_one)
         same, early = (self._our_study(points, stops) for stops in (False, True))
@@ -199,12 +193,12 @@ class Bench:
         return [first, *study_table(script, same, early)]
 
     def _our_study(self, points: list[dict[str, Any]], early: bool) -> Result:
-        asked = self._asked(self.shared) | {"points": points, "early": early}
+        question = self._question(self.shared) | {"points": points, "early": early}
         sources = source_hash(*SOURCES_OF_STUDY)
-        return kept(self.folder, "study", asked, sources, lambda: run_our_study(self.shared, points, early))
+        return measure_once(self.folder, "study", question, sources, lambda: run_our_study(self.shared, points, early))
 
     def base(self, n_steps: int) -> list[str]:
-        """An encoder as large as BERT-base with random weights: a part of a trial, made whole by tokens and words."""
+        """An encoder as large as BERT-base with random weights: part of a trial, extrapolated by tokens and words."""
         with base_encoder(self.folder / "base-sized") as model:
             options = self.shared | {"model": str(model), "max_steps": n_steps, "embed_stories": 2}
             script, ours = self.script(options), self.ours(options)
@@ -217,7 +211,7 @@ class Bench:
         ]
 
     def growth(self, stories: tuple[int, ...], voxels: tuple[int, ...]) -> list[str]:
-        """Seconds of a trial of ours against stories, voxels, and trials at once; the large study projected."""
+        """Seconds of a trial of ours against stories, voxels, and trials at once."""
         by_stories = [self.ours(self.shared | {"train_stories": n}) for n in stories]
         by_voxels = [self.ours(self.shared | {"voxels": n}) for n in voxels]
         at_once = [self._at_once(n, by_stories[0]["device"] == "cuda") for n in AT_ONCE]
@@ -227,20 +221,18 @@ class Bench:
             *growth_lines("voxels", voxels, by_voxels),
             "",
             *at_once_lines(AT_ONCE, at_once),
-            "",
-            *projection_lines(Projection(), project(Projection(), by_stories, by_voxels)),
         ]
 
     def _at_once(self, n: int, has_gpu: bool) -> Result:
-        asked, sources = self._asked(self.shared) | {"at_once": n}, source_hash(*SOURCES_OF_OURS)
-        return kept(self.folder, "at-once", asked, sources, lambda: measure_at_once(self.shared, n, has_gpu))
+        question, sources = self._question(self.shared) | {"at_once": n}, source_hash(*SOURCES_OF_OURS)
+        return measure_once(self.folder, "at-once", question, sources, lambda: measure_at_once(self.shared, n, has_gpu))
 
-    def _asked(self, options: Result) -> Result:
+    def _question(self, options: Result) -> Result:
         return {"options": options} | self.fixed
 
 
 def n_train_stories(data: str) -> int:
-    """Return how many stories of the data are not test stories; say what is wrong with them before hours are spent."""
+    """Return how many stories of the data are not test stories; refuse bad data before hours are spent."""
     try:
         _, split = open_data(data, None)
     except InputError as error:
@@ -250,7 +242,7 @@ def n_train_stories(data: str) -> int:
 
 @contextmanager
 def base_encoder(folder: Path) -> Iterator[Path]:
-    """Write an encoder of BERT-base's size with random weights and the tokenizer of ``minilm``, for a while."""
+    """Write an encoder of BERT-base's size with random weights and the tokenizer of ``minilm``, then delete it."""
     torch.manual_seed(0)
     try:
         with quiet():

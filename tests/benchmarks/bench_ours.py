@@ -1,7 +1,7 @@
 """One trial of the library in a process of its own, timed by stages; ``bench.py`` starts it.
 
 A stage is timed as in the course script: fine-tuning without the reading of probes, embedding up to the scanner's
-clock, ridge up to the CC of the validation stories. What a trial does beyond that is told apart, and is in its total,
+clock, ridge up to the CC of the validation stories. Other work of a trial is listed separately and is in its total,
 the check of the data included.
 """
 
@@ -36,30 +36,34 @@ from bert_encoding.trial.training_data import Material
 
 
 def main() -> None:
-    """Run one trial, or parts of one, and write what it took and what it scored."""
-    began, given = psutil.Process().create_time(), parse_arguments()
+    """Run one trial, or parts of one, and write its seconds and scores."""
+    began, arguments = psutil.Process().create_time(), parse_arguments()
     seconds = {"start": time.time() - began}
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    opened, split = open_data(given.data, given.train_stories)
-    resident_encoder(given.model)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    opened, split = open_data(arguments.data, arguments.train_stories)
+    resident_encoder(arguments.model)
     seconds["load"] = time.time() - began - seconds["start"]
     dataset = inspected(opened)
     seconds["check"] = time.time() - began - seconds["start"] - seconds["load"]
-    if given.voxels:
-        dataset = with_voxels(dataset, given.voxels)
+    if arguments.voxels:
+        dataset = with_voxels(dataset, arguments.voxels)
     task = Task(dataset, (split,), SPLIT_SEED)
-    config = TrialConfig(model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs)
-    config = replace(config, score_every=given.score_every or given.epochs)
-    if given.attention_dropout is not None:
-        config = replace(config, attention_dropout=given.attention_dropout)
-    found = (
-        run_parts(config, task, given.max_steps, given.embed_stories) if given.max_steps else run_whole(config, task)
+    config = TrialConfig(
+        model=arguments.model, rank=arguments.rank, lr=arguments.lr, seed=arguments.seed, epochs=arguments.epochs
     )
-    found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
-    found |= {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peak_gb()}
-    found |= settings_of(config)
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
+    config = replace(config, score_every=arguments.score_every or arguments.epochs)
+    if arguments.attention_dropout is not None:
+        config = replace(config, attention_dropout=arguments.attention_dropout)
+    result = (
+        run_parts(config, task, arguments.max_steps, arguments.embed_stories)
+        if arguments.max_steps
+        else run_whole(config, task)
+    )
+    result["seconds"] = seconds | result["seconds"] | {"total": time.time() - began}
+    result |= {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peak_gb()}
+    result |= settings_of(config)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,10 +86,10 @@ def settings_of(config: TrialConfig) -> dict[str, Any]:
     """Return precisions and dropouts as they are in effect here."""
     dropout = dropout_of(resident_encoder(config.model).model.config)
     set_here = {"attention": config.attention_dropout, "hidden": config.hidden_dropout}
-    asked = {"train": config.precision, "embed": config.embed_precision}
+    precisions = {"train": config.precision, "embed": config.embed_precision}
     return {
         "dropout": dropout | {name: value for name, value in set_here.items() if value is not None},
-        "precision": {stage: resolve_precision(precision, pick_device()) for stage, precision in asked.items()},
+        "precision": {stage: resolve_precision(precision, pick_device()) for stage, precision in precisions.items()},
     }
 
 
@@ -105,27 +109,14 @@ def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
             "words": watch.words,
             "n_voxels": sum(int(np.isfinite(cc).sum()) for cc in record.cc.values()),
         },
-        "shape": shape_of(config, task),
         "scores": {name: record.scores[name] for name in ("cc_mean", "mlm_loss_heldout", "mlm_loss_train", "cc_seen")},
         "notes": record.notes,
         "probes": watch.probes,
     }
 
 
-def shape_of(config: TrialConfig, task: Task) -> dict[str, int]:
-    """Return the sizes that the cost of a trial depends on."""
-    dataset, fit = task.dataset, task.splits[0].fit
-    n_trs = {name: len(dataset.stories[name].tr_times_s) for name in fit}
-    return {
-        "epochs": config.epochs,
-        "n_fit_stories": len(fit),
-        "n_fit_rows": sum(len(range(n)[dataset.trim.rows(n)]) for n in n_trs.values()),
-        "n_features": len(config.delays) * resident_encoder(config.model).n_hidden,
-    }
-
-
 class Watch:
-    """Seconds of the stages of a trial, the words embedded, each time anew, and a hash of the probes."""
+    """Seconds per stage of a trial, the words embedded (repeats included), and a hash of the probes."""
 
     def __init__(self) -> None:
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0, "cc_seen": 0.0}
@@ -136,9 +127,9 @@ class Watch:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
-            found = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             self.seconds[stage] += time.perf_counter() - began
-            return found
+            return result
 
         return timed
 
@@ -193,7 +184,7 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
 def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | None) -> dict[str, Any]:
     """Time some training steps, the embedding of some stories, and ridge on random word vectors of all stories.
 
-    What is beside the stages is timed once and counted as often as a trial does it. Losses are read on one probe; a
+    Work outside the stages is timed once and multiplied by how often a trial does it. Losses are read on one probe; a
     trial reads two after every epoch, and one of general text before and after.
     """
     split, clock = task.splits[0], Clock()

@@ -1,4 +1,4 @@
-"""A study of given configurations: the course script once for each, and ours, as it is and with early stopping."""
+"""A study of some configurations: the course script once for each, then ours, as it is and with early stopping."""
 
 import itertools
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_kept import ROOT, Result, child_environment, command_line, run_process, run_script
+from bench_runs import ROOT, Result, child_environment, command_line, run_process, run_script
 from bench_tables import CC_TOLERANCE, trial_seconds
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -43,7 +43,7 @@ def configurations(n: int) -> list[dict[str, Any]]:
 
 
 def run_script_study(points: list[dict[str, Any]], run_one: Callable[[dict[str, Any]], Result]) -> Result:
-    """Run the course script once for each configuration, one after the other; ``run_one`` runs it, or knows it."""
+    """Run the course script once for each configuration, one after the other, with ``run_one``."""
     results = [run_one(point) for point in points]
     cc = [result["scores"]["cc_mean"] for result in results]
     margin = seed_sd(points, cc)
@@ -64,8 +64,8 @@ def seed_sd(points: list[dict[str, Any]], cc: list[float]) -> float | None:
     ``s^2 = sum_g sum_i (cc_gi - mean_g)^2 / sum_g (n_g - 1)``
     """
     alike: dict[tuple[Any, ...], list[float]] = {}
-    for point, one in zip(points, cc, strict=True):
-        alike.setdefault(tuple(without(point, "seed").items()), []).append(one)
+    for point, score in zip(points, cc, strict=True):
+        alike.setdefault(tuple(without(point, "seed").items()), []).append(score)
     n_free = sum(len(group) - 1 for group in alike.values())
     if not n_free:
         return None
@@ -88,7 +88,7 @@ def without(options: Result, *names: str) -> Result:
 
 
 def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> Result:
-    """Run ``study/run.py`` on a grid of the configurations in a fresh folder, so that no record answers anything.
+    """Run ``study/run.py`` on a grid of the configurations in a fresh folder, so that no record is reused.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def _run_our_study(private: Path, shared: Result, points: list[dict[str, Any]], 
 
 
 def read_our_study(folder: Path, points: list[dict[str, Any]], began: float) -> Result:
-    """Return what a study found, configuration by configuration.
+    """Return the results of a study, one per configuration.
 
     Raises
     ------
@@ -129,18 +129,18 @@ def read_our_study(folder: Path, points: list[dict[str, Any]], began: float) -> 
     bad = [record.trial_id for record in records if record.status == FAILED or record.repeat_of]
     if bad or len(records) != len(points):
         raise RuntimeError(f"{folder}: {len(records)} trials, expected {len(points)}; failed or answered: {bad}")
-    found = [next(record for record in records if _is_of(record.config, point)) for point in points]
-    ended = [(folder / "trials" / record.trial_id / "record.json").stat().st_mtime - began for record in found]
-    spans = [(end - record.seconds["total"], end) for end, record in zip(ended, found, strict=True)]
+    trials = [next(record for record in records if _is_of(record.config, point)) for point in points]
+    ended = [(folder / "trials" / record.trial_id / "record.json").stat().st_mtime - began for record in trials]
+    spans = [(end - record.seconds["total"], end) for end, record in zip(ended, trials, strict=True)]
     (frozen,) = (record for record in every if record.phase == BASELINE and record.method == FROZEN)
     return {
-        "cc": [record.scores["cc_mean"] for record in found],
-        "losses": [record.scores["mlm_loss_heldout"] for record in found],
-        "epochs_done": [record.scores["epochs_done"] for record in found],
+        "cc": [record.scores["cc_mean"] for record in trials],
+        "losses": [record.scores["mlm_loss_heldout"] for record in trials],
+        "epochs_done": [record.scores["epochs_done"] for record in trials],
         "ended_s": ended,
-        "best": max(record.scores["cc_mean"] for record in found),
+        "best": max(record.scores["cc_mean"] for record in trials),
         "frozen": frozen.scores["cc_mean"],
-        "precision": resolve_precision(found[0].config["precision"], pick_device()),
+        "precision": resolve_precision(trials[0].config["precision"], pick_device()),
         "seconds_of_trials": sum(record.seconds["total"] for record in records),
         "at_once": max(sum(begin < now <= end for begin, end in spans) for _, now in spans),
     }

@@ -2,16 +2,16 @@
 
 from typing import NamedTuple
 
-from bench_kept import Result
+from bench_runs import Result
 
 BARS = {"train": 4.5, "embed": 4.0, "ridge": 2.7, "trial": 4.0, "study": 5.0, "early": 10.0}
 LOSS_TOLERANCE, CC_TOLERANCE = 0.01, 0.003
-NOT_THE_SCRIPTS = ("probes", "inspect", "drawn")  # laps of the course script that a student's does not have
-BESIDE_STAGES = ("start", "load", "check", "prepare", "cc_seen", "other")
+NOT_THE_SCRIPTS = ("probes", "inspect", "drawn")  # laps of the course script that a student's own script does not have
+OTHER_LAPS = ("start", "load", "check", "prepare", "cc_seen", "other")
 
 
 class Rates(NamedTuple):
-    """What one side did in a trial."""
+    """Speed and memory of one side in a trial."""
 
     tokens_per_s: float
     words_per_s: float
@@ -21,31 +21,31 @@ class Rates(NamedTuple):
     peak_gb: float
 
 
-def rates(found: Result) -> Rates:
+def rates(result: Result) -> Rates:
     """Return the rates of one run."""
-    seconds, counts = found["seconds"], found["counts"]
+    seconds, counts = result["seconds"], result["counts"]
     return Rates(
         tokens_per_s=counts["tokens"] / seconds["train"],
         words_per_s=counts["words"] / seconds["embed"],
         ridge_s=seconds["ridge"],
-        trial_s=trial_seconds(found),
+        trial_s=trial_seconds(result),
         start_s=seconds["start"] + seconds["load"],
-        peak_gb=found["peak_gb"].get("gpu", found["peak_gb"]["memory"]),
+        peak_gb=result["peak_gb"].get("gpu", result["peak_gb"]["memory"]),
     )
 
 
-def trial_seconds(found: Result) -> float:
+def trial_seconds(result: Result) -> float:
     """Return how long a trial lasts, from the start of its process to its end.
 
-    What the course script does only to be compared is taken out in its favour; ours has no such laps.
+    Laps that the course script needs only for the comparison are subtracted; ours has no such laps.
     """
-    return found["wall"] - sum(found["seconds"].get(lap, 0.0) for lap in NOT_THE_SCRIPTS)
+    return result["wall"] - sum(result["seconds"].get(lap, 0.0) for lap in NOT_THE_SCRIPTS)
 
 
-def extrapolated(found: Result) -> Rates:
-    """Return the rates of a run that trained and embedded a part, its trial made whole by tokens and words."""
-    seconds, counts, part = found["seconds"], found["counts"], rates(found)
-    rest = sum(seconds.get(lap, 0.0) for lap in BESIDE_STAGES)
+def extrapolated(result: Result) -> Rates:
+    """Return the rates of a run that trained and embedded a part, its trial extrapolated by tokens and words."""
+    seconds, counts, part = result["seconds"], result["counts"], rates(result)
+    rest = sum(seconds.get(lap, 0.0) for lap in OTHER_LAPS)
     whole = counts["tokens_whole"] / part.tokens_per_s + counts["words_whole"] / part.words_per_s + part.ridge_s + rest
     return part._replace(trial_s=whole)
 
@@ -53,7 +53,7 @@ def extrapolated(found: Result) -> Rates:
 def stage_table(script: Rates, ours: list[tuple[str, Rates]]) -> list[str]:
     """Return the table of stages: the course script, then ours in one column or more, each with its ratio.
 
-    The bars are those of the first column of ours. What the course script does only to be compared is left out.
+    The bars apply to the first column of ours.
     """
     widths = [max(16, len(name) + 2) for name, _ in ours]
     heads = "".join(f"{name:>{width}s}{'ratio':>8s}" for width, (name, _) in zip(widths, ours, strict=True))
@@ -85,8 +85,8 @@ def verdict(ratio: float, bar: float) -> str:
 def score_lines(script: Result, ours: list[tuple[str, Result]]) -> list[str]:
     """Return loss and CC of both sides at the same configuration, ours in one way or more."""
     theirs, lines = script["scores"], []
-    for name, found in ours:
-        mine = found["scores"]
+    for name, result in ours:
+        mine = result["scores"]
         loss = mine["mlm_loss_heldout"] / theirs["mlm_loss_heldout"] - 1
         cc = mine["cc_mean"] - theirs["cc_mean"]
         lines += [
@@ -120,7 +120,7 @@ def setting_lines(script: Result, ours: list[tuple[str, Result]]) -> list[str]:
 
 
 def check_alike(script: Result, ours: Result) -> None:
-    """Refuse a comparison that would not be one.
+    """Refuse a comparison of unlike runs.
 
     Raises
     ------
@@ -147,20 +147,20 @@ def own_lines(ours: Result) -> list[str]:
 def study_table(script: Result, same: Result, early: Result) -> list[str]:
     """Return the table of studies: the course script once a configuration, ours, and ours with early stopping.
 
-    A study whose best CC is not as good as the script's is not held to be faster, whatever it took. As good is the
-    script's best less its own SD over seeds, or less 0.003 if that is smaller.
+    A study counts as faster only if its best CC reaches the script's best less the script's own SD over seeds, or less
+    0.003 if that is smaller.
     """
     enough = script["best"] - script["margin"]
     sides = (same, early)
     has = [side["best"] >= enough for side in sides]
     ratios = [script["seconds"] / side["seconds"] for side in sides]
-    bars = [study_verdict(*one) for one in zip(ratios, (BARS["study"], BARS["early"]), has, strict=True)]
+    bars = [study_verdict(*side) for side in zip(ratios, (BARS["study"], BARS["early"]), has, strict=True)]
     rows = (
         ("study, s", f"{script['seconds']:.1f}", [f"{side['seconds']:.1f}" for side in sides]),
         ("ratio", "", [f"{ratio:.2f}" for ratio in ratios]),
         ("bar", "", bars),
         ("best cc_mean", f"{script['best']:.4f}", [f"{side['best']:.4f}" for side in sides]),
-        ("  reaches what is enough", "", ["yes" if one else "no" for one in has]),
+        ("  reaches the required CC", "", ["yes" if reaches else "no" for reaches in has]),
         ("  s until a trial had it", "", [_until(side, enough) for side in sides]),
         ("epochs of all trials", "", [f"{sum(side['epochs_done']):g}" for side in sides]),
         ("s inside searched trials", "", [f"{side['seconds_of_trials']:.1f}" for side in sides]),
@@ -180,14 +180,14 @@ def study_verdict(ratio: float, bar: float, has_best: bool) -> str:
 
 
 def enough_line(script: Result, same: Result, enough: float) -> str:
-    """Say what CC is enough, and how hard it is to come by."""
+    """Describe the required CC, and how many trials reach it."""
     sd = script["seed_sd"]
     spread = "no two of its configurations differ in seed alone" if sd is None else f"its SD over seeds is {sd:.4f}"
     n_script, n_same = (sum(cc >= enough for cc in side["cc"]) for side in (script, same))
     return (
-        f"enough is CC {enough:.4f}: the script's best less {script['margin']:.4f} ({spread}; at most {CC_TOLERANCE:g} "
-        f"is granted); it is reached by {n_script} of {len(script['cc'])} configurations of the script, by {n_same} of "
-        f"{len(same['cc'])} trials of ours with the same work, and our frozen baseline ({same['frozen']:.4f}) "
+        f"the required CC is {enough:.4f}: the script's best less {script['margin']:.4f} ({spread}; at most "
+        f"{CC_TOLERANCE:g} is allowed); it is reached by {n_script} of {len(script['cc'])} configurations of the script, "
+        f"by {n_same} of {len(same['cc'])} trials of ours with the same work, and our frozen baseline ({same['frozen']:.4f}) "
         f"{'reaches it too' if same['frozen'] >= enough else 'does not reach it'}"
     )
 
@@ -198,13 +198,13 @@ def _until(side: Result, enough: float) -> str:
 
 
 def configuration_lines(script: Result, same: Result, early: Result) -> list[str]:
-    """Return a line a configuration, then how far the CC of the same work lie apart."""
+    """Return one line per configuration, then how far the CC of the same work differs."""
     lines = [f"{'configuration':32s}{'CC of script':>14s}{'CC of ours':>18s}{'CC early stop':>18s}{'epochs':>8s}"]
-    for at, point in enumerate(script["points"]):
+    for row, point in enumerate(script["points"]):
         name = ", ".join(f"{key} {value:g}" for key, value in point.items())
         lines.append(
-            f"{name:32s}{script['cc'][at]:14.4f}{same['cc'][at]:18.4f}{early['cc'][at]:18.4f}"
-            f"{early['epochs_done'][at]:8g}"
+            f"{name:32s}{script['cc'][row]:14.4f}{same['cc'][row]:18.4f}{early['cc'][row]:18.4f}"
+            f"{early['epochs_done'][row]:8g}"
         )
     apart = [mine - theirs for mine, theirs in zip(same["cc"], script["cc"], strict=True)]
     loss = [mine / theirs - 1 for mine, theirs in zip(same["losses"], script["losses"], strict=True)]

@@ -1,4 +1,4 @@
-"""Test CC of frozen word vectors: our chain beside himalaya's RidgeCV, given the same features, folds and alphas.
+"""Test CC of frozen word vectors: our chain compared with himalaya's RidgeCV, with equal features, folds and alphas.
 
 python tests/benchmarks/compare_himalaya.py --data PATH [--model minilm-plain] [--train-stories N]
 """

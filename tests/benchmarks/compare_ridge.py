@@ -1,9 +1,9 @@
-"""Cross-validated ridge beside others on the same numbers: seconds, peak memory, and how far from float64.
+"""Compare cross-validated ridge solvers on the same numbers: seconds, peak memory, and distance from float64.
 
 python tests/benchmarks/compare_ridge.py [--size 8000 3072 5000] [--repeats 2] [--only ours huth ...]
 
-Each runs in a process of its own, one after the other. The task of all: whole-story folds, an alpha a voxel by the mean
-held-out correlation, then weights from all rows. Times are of that alone, best of the repeats.
+Each runs in its own process, one after the other. The task: whole-story folds, one penalty per voxel by the mean
+held-out correlation, then weights from all rows. Times cover that alone, best of the repeats.
 """
 
 import json
@@ -106,14 +106,14 @@ def measure(name: str, folder: Path, repeats: int) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     with np.load(folder / f"{name}.npz") as arrays:
-        return found | dict(arrays)
+        return result | dict(arrays)
 
 
 @app.command
 def one(name: str, folder: Path, repeats: int) -> None:
-    """Time one candidate and write what it found."""
+    """Time one candidate and write its result."""
     logging.disable(logging.INFO)
     X, Y, folds, n = (np.load(folder / f"{name}.npy") for name in ("X", "Y", "folds", "n"))
     fit = choose(name)
@@ -212,17 +212,17 @@ def correlations(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.einsum("tv,tv->v", y, p) / (np.linalg.norm(y, axis=0) * np.linalg.norm(p, axis=0))
 
 
-def line(name: str, found: dict[str, Any], exact: dict[str, Any]) -> str:
+def line(name: str, result: dict[str, Any], exact: dict[str, Any]) -> str:
     """Return one row of the table."""
-    if "failed" in found:
-        return f"{name:24s} failed: {found['failed']}"
-    row_of = np.abs(np.log(found["alphas"][:, None] / ALPHAS)).argmin(axis=1)
+    if "failed" in result:
+        return f"{name:24s} failed: {result['failed']}"
+    row_of = np.abs(np.log(result["alphas"][:, None] / ALPHAS)).argmin(axis=1)
     loss = exact["cv_cc"].max(axis=0) - exact["cv_cc"][row_of, np.arange(len(row_of))]
     as_good = np.mean(loss <= 1e-4)
-    differ = np.abs(np.log(found["alphas"] / exact["alphas"])) > 1e-3
+    differ = np.abs(np.log(result["alphas"] / exact["alphas"])) > 1e-3
     return (
-        f"{name:24s} {found['seconds']:7.1f} s  peak +{found['peak_gb']:.2f} GB  mean CC {found['cc'].mean():.6f} "
-        f"(off by {abs(found['cc'].mean() - exact['cc'].mean()):.1e})  same alpha {1 - differ.mean():.2%}, "
+        f"{name:24s} {result['seconds']:7.1f} s  peak +{result['peak_gb']:.2f} GB  mean CC {result['cc'].mean():.6f} "
+        f"(off by {abs(result['cc'].mean() - exact['cc'].mean()):.1e})  same alpha {1 - differ.mean():.2%}, "
         f"or as good {as_good:.2%}"
     )
 

@@ -1,17 +1,17 @@
-"""The yardstick: the script that a student of the course has today, plain and fair. The library is measured against it.
+"""The script that a student of the course would write; the library is measured against it.
 
 python tests/benchmarks/course_script.py DATA --model minilm --train-stories 20 --rank 8 --lr 2e-4 --seed 0 --out FILE
 
-One configuration a process: transformers and PEFT in float32, ``BertForMaskedLM`` called with labels (so it computes
-logits at every position), the stock collator, the model's own dropouts; embeddings with one forward pass a window; the
+One configuration per process: transformers and PEFT in float32, ``BertForMaskedLM`` called with labels (so it computes
+logits at every position), the stock collator, the model's own dropouts; one forward pass per window for embeddings; the
 Huth lab's code (``ridge_utils``) for Lanczos, delays and ridge, with folds of whole stories; one score, at the end.
 
-Where correctness is not speed it does what the library does, and takes from it: how data and checkpoint are loaded,
+It shares with the library what does not decide speed: how data and checkpoint are loaded,
 which stories and voxels, the ridge folds, and the masked probes on which the held-out loss is read. Features are
 delayed in the whole story, then trimmed, then z-scored by the fit rows. All arithmetic is the script's own. It is given
 float32 features and responses, which the lab's code takes and is faster with, and torch's own number of threads.
 
-Two laps are the comparison's and not the script's, and are left out of its seconds: ``inspect``, the library's checks
+Two laps belong to the comparison, not to the script, and are left out of its seconds: ``inspect``, the library's checks
 of the data (a student loads them), and ``probes``, the reading of the held-out loss.
 """
 
@@ -47,19 +47,19 @@ SPLIT_SEED = 0  # of the choice of stories and of the ridge folds, the same for 
 IGNORED = -100  # the label of a position that is not to be predicted
 MIN_TOKENS = 32  # of a training window
 
-Words = dict[str, np.ndarray]  # story -> an array with a row a word, or a TR
+Words = dict[str, np.ndarray]  # story -> an array with one row per word, or per TR
 
 
 def main() -> None:
-    """Run one configuration and write what it took and what it scored."""
-    began, given = psutil.Process().create_time(), parse_arguments()
+    """Run one configuration and write its seconds and scores."""
+    began, arguments = psutil.Process().create_time(), parse_arguments()
     seconds = {"start": time.time() - began}
-    found = run(given)
-    found["seconds"] = seconds | found["seconds"] | {"total": time.time() - began}
-    text = json.dumps(found, indent=1)
+    result = run(arguments)
+    result["seconds"] = seconds | result["seconds"] | {"total": time.time() - began}
+    text = json.dumps(result, indent=1)
     print(text)
-    if given.out:
-        given.out.write_text(text + "\n")
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,20 +72,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--max-steps", type=int, help="stop training after so many steps")
-    parser.add_argument("--embed-stories", type=int, help="embed so many stories alone; the others get random vectors")
+    parser.add_argument("--max-steps", type=int, help="stop training after this many steps")
+    parser.add_argument("--embed-stories", type=int, help="embed only this many stories; the others get random vectors")
     parser.add_argument("--out", type=Path, help="JSON file")
     return parser.parse_args(arguments)
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune, embed, fit ridge and score; return seconds and counts a stage, and the scores."""
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune, embed, fit ridge and score; return seconds and counts per stage, and the scores."""
     clock = Clock()
-    opened, split = open_data(given.data, given.train_stories)
-    encoder = load_encoder(given.model)
+    opened, split = open_data(arguments.data, arguments.train_stories)
+    encoder = load_encoder(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = TrialConfig(
-        model=given.model, rank=given.rank, lr=given.lr, seed=given.seed, epochs=given.epochs, attention_dropout=None
+        model=arguments.model,
+        rank=arguments.rank,
+        lr=arguments.lr,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        attention_dropout=None,
     )
     clock.lap("load")
     dataset = inspected(opened)
@@ -93,9 +98,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     stories = tokenize_all(dataset, split, encoder)
     model, loader = prepare(encoder, [stories[name] for name in split.fit], setting, device)
     clock.lap("prepare")
-    trained = train(model, loader, setting, device, given.max_steps)
+    trained = train(model, loader, setting, device, arguments.max_steps)
     clock.lap("train")
-    first = dict(list(stories.items())[: given.embed_stories])
+    first = dict(list(stories.items())[: arguments.embed_stories])
     vectors, n_embedded = embed_all(model.get_base_model().bert, encoder, dataset, first, setting)
     clock.lap("embed")
     vectors |= draw_all(encoder, dataset, [name for name in stories if name not in first])
@@ -127,8 +132,8 @@ def dropout_of(config: Any) -> dict[str, float]:
 def peak_gb() -> dict[str, float]:
     """Return the peak memory of this process in GB, and on a GPU that of its tensors."""
     (peak,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
-    found = {"memory": int(peak.split()[1]) / 1e6}
-    return found | ({"gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
+    peaks = {"memory": int(peak.split()[1]) / 1e6}
+    return peaks | ({"gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
 
 
 class Clock:
@@ -245,12 +250,12 @@ def embed_all(
     bert: Any, encoder: Encoder, dataset: Dataset, stories: dict[str, Tokenized], setting: TrialConfig
 ) -> tuple[Words, int]:
     """Return the features on the scanner's clock, story -> (n_trs, n_hidden), and how many words were embedded."""
-    n_embedded, found = 0, {}
+    n_embedded, features = 0, {}
     for name, tokenized in stories.items():
         vectors = embed_story(bert, tokenized, len(dataset.stories[name].words), encoder.tokenizer, setting)
         n_embedded += len(vectors)
-        found[name] = to_trs(vectors, dataset.stories[name])
-    return found, n_embedded
+        features[name] = to_trs(vectors, dataset.stories[name])
+    return features, n_embedded
 
 
 def draw_all(encoder: Encoder, dataset: Dataset, names: list[str]) -> Words:
@@ -305,7 +310,7 @@ def encode(on_trs: Words, dataset: Dataset, subject: str, split: Split, setting:
 
 
 def fit_ridge(X: np.ndarray, Y: np.ndarray, folds: np.ndarray, ridge_alphas: tuple[float, ...]) -> np.ndarray:
-    """Choose an alpha a voxel by the mean CC over folds, then return the weights of all rows, (n_features, n_voxels).
+    """Return ridge weights, (n_features, n_voxels), with the penalty of each voxel chosen by the mean CC over folds.
 
     The lab's code penalises by the square of its alpha.
     """
@@ -337,7 +342,7 @@ def draw_probes(encoder: Encoder, dataset: Dataset, split: Split, setting: Trial
 
 
 def heldout_loss(model: Any, probes: Probes, device: torch.device) -> float:
-    """Return the masked-LM loss on the masked tokens of validation stories, nats a token.
+    """Return the masked-LM loss on the masked tokens of validation stories, nats per token.
 
     This belongs to the comparison, not to the script, and is no part of any stage.
     """
@@ -355,11 +360,11 @@ def heldout_loss(model: Any, probes: Probes, device: torch.device) -> float:
 
 def digest(probes: Probes) -> str:
     """Return a hash of the masked tokens on which the held-out loss is read; both sides must have the same."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for batch in probes.heldout:
         for array in (batch.ids, batch.chosen, batch.labels):
-            found.update(array.astype(np.int64).tobytes())
-    return found.hexdigest()[:16]
+            sha.update(array.astype(np.int64).tobytes())
+    return sha.hexdigest()[:16]
 
 
 if __name__ == "__main__":

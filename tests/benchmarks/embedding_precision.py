@@ -52,8 +52,8 @@ def main() -> None:
     for layer in given.layers:
         rows = []
         for seed in range(given.splits):
-            found = {key: score(task, chain.config, of_layer[layer], seed) for key, of_layer in features.items()}
-            rows.append(compare(found))
+            result = {key: score(task, chain.config, of_layer[layer], seed) for key, of_layer in features.items()}
+            rows.append(compare(result))
             print(f"{layer:5} {seed:5} " + " ".join(f"{value:+.1e}" for value in rows[-1]), flush=True)
         table = np.array(rows)
         errors = table.std(axis=0, ddof=1) / np.sqrt(len(table))
@@ -90,22 +90,22 @@ def read(chain: Chain, bert: object, layers: list[int], precision: str) -> dict[
     n_words = sum(one.n_words for one in tokens.values())
     print(f"{precision}: {n_words / (time.perf_counter() - began):.0f} words/s", flush=True)
     stories = chain.task.dataset.stories
-    return {at: {n: downsample_story(found[n], stories[n]) for n in found} for at, found in vectors.items()}
+    return {layer: {n: downsample_story(rows[n], stories[n]) for n in rows} for layer, rows in vectors.items()}
 
 
 def score(task: Task, config: TrialConfig, features: Features, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return CC and alpha of every voxel of all subjects, with the split of this seed."""
     first = task.splits[0]
     split = split_stories(sorted(first.fit + first.validation), sorted(first.test), seed, 1)[0]
-    found = Chain(config, task._replace(splits=(split,))).score(features, split.fit, split.validation)
-    cc = np.concatenate([one.cc.astype(float) for one in found.values()])
-    return cc, np.concatenate([one.ridge_alphas for one in found.values()])
+    result = Chain(config, task._replace(splits=(split,))).score(features, split.fit, split.validation)
+    cc = np.concatenate([one.cc.astype(float) for one in result.values()])
+    return cc, np.concatenate([one.ridge_alphas for one in result.values()])
 
 
-def compare(found: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> list[float]:
+def compare(result: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> list[float]:
     """Return how far mean CC moves, frozen, tuned and their difference; that in float32; and voxels of other alphas."""
-    (exact_0, alphas_0), (rough_0, rough_alphas_0) = (found["frozen", precision] for precision in PRECISIONS)
-    (exact_1, alphas_1), (rough_1, rough_alphas_1) = (found["tuned", precision] for precision in PRECISIONS)
+    (exact_0, alphas_0), (rough_0, rough_alphas_0) = (result["frozen", precision] for precision in PRECISIONS)
+    (exact_1, alphas_1), (rough_1, rough_alphas_1) = (result["tuned", precision] for precision in PRECISIONS)
     moved = [float((rough_0 - exact_0).mean()), float((rough_1 - exact_1).mean())]
     changed = [float((alphas_0 != rough_alphas_0).sum()), float((alphas_1 != rough_alphas_1).sum())]
     return [*moved, moved[1] - moved[0], float((exact_1 - exact_0).mean()), *changed]

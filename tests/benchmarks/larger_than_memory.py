@@ -159,9 +159,9 @@ def peak_gb() -> float:
     """Return the largest resident set of this process so far, mapped pages of files included."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) * 1024 / 1e9
+        result = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert result is not None
+        return int(result[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 

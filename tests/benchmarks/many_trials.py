@@ -99,15 +99,15 @@ def measure(folder: Path, private_tmp: Path, n_trials: int, n_workers: int, samp
 
 
 def _watch(driver: subprocess.Popen, folder: Path):  # type: ignore[no-untyped-def]
-    began, found = None, psutil.Process(driver.pid)
+    began, process = None, psutil.Process(driver.pid)
     mb = cpu_s = workers_mb = 0.0
     while True:
         has_ended = driver.poll() is not None
         if not has_ended:
             try:
-                mb, spent = found.memory_info().rss / 1e6, found.cpu_times()
+                mb, spent = process.memory_info().rss / 1e6, process.cpu_times()
                 cpu_s = spent.user + spent.system
-                workers_mb = max((_mb(one) for one in found.children(recursive=True)), default=0.0)
+                workers_mb = max((_mb(one) for one in process.children(recursive=True)), default=0.0)
             except psutil.NoSuchProcess:
                 pass
         n = sum(1 for _ in folder.glob("trials/*/record.json"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import bench
 import bench_growth
-import bench_kept
 import bench_ours
+import bench_runs
 import bench_studies
 import bench_tables
 import course_script
@@ -55,9 +55,9 @@ def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_toke
         tokenizer = tiny_encoder.tokenizer
         expected = cut_windows(tokenize(story.spoken, tokenizer), window_tokens, stride, tokenizer)
         plain = course_script.tokenize_story(story.spoken, tokenizer)
-        found = course_script.cut_windows(plain, window_tokens, stride, tokenizer)
-        assert [window.ids for window in found] == [window.ids.tolist() for window in expected]
-        assert [window.word_ids for window in found] == [window.word_ids.tolist() for window in expected]
+        windows = course_script.cut_windows(plain, window_tokens, stride, tokenizer)
+        assert [window.ids for window in windows] == [window.ids.tolist() for window in expected]
+        assert [window.word_ids for window in windows] == [window.word_ids.tolist() for window in expected]
 
 
 def test_word_vectors_are_the_librarys(task: Task, tiny_encoder: Encoder) -> None:
@@ -67,8 +67,8 @@ def test_word_vectors_are_the_librarys(task: Task, tiny_encoder: Encoder) -> Non
     tokenizer = tiny_encoder.tokenizer
     expected = embed_stories(tiny_encoder.model.bert, tokens, tokenizer, **reading)["beta"]
     tokenized = course_script.tokenize_story(story.spoken, tokenizer)
-    found = course_script.embed_story(tiny_encoder.model.bert, tokenized, len(story.words), tokenizer, SETTING)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    vectors = course_script.embed_story(tiny_encoder.model.bert, tokenized, len(story.words), tokenizer, SETTING)
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)
 
 
 def test_its_scores_of_the_frozen_model_are_the_librarys(
@@ -127,14 +127,14 @@ def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Enco
 
 def test_the_script_runs_whole_and_tells_its_laps_apart(lab: Path, tiny_bert: Path) -> None:
     given = [str(lab), "--model", str(tiny_bert), "--epochs", "2", "--max-steps", "1", "--embed-stories", "1"]
-    found = course_script.run(course_script.parse_arguments(given))
-    assert set(found["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "drawn", "ridge", "probes"}
-    assert min(found["seconds"].values()) > 0
-    assert (found["counts"]["steps"], found["counts"]["n_voxels"]) == (1, 12)
-    assert found["counts"]["tokens"] < found["counts"]["tokens_whole"]
-    assert found["counts"]["words"] < found["counts"]["words_whole"]
-    assert found["dropout"] == {"attention": 0.1, "hidden": 0.1}
-    assert found["precision"] == {"train": "float32", "embed": "float32"}
+    result = course_script.run(course_script.parse_arguments(given))
+    assert set(result["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "drawn", "ridge", "probes"}
+    assert min(result["seconds"].values()) > 0
+    assert (result["counts"]["steps"], result["counts"]["n_voxels"]) == (1, 12)
+    assert result["counts"]["tokens"] < result["counts"]["tokens_whole"]
+    assert result["counts"]["words"] < result["counts"]["words_whole"]
+    assert result["dropout"] == {"attention": 0.1, "hidden": 0.1}
+    assert result["precision"] == {"train": "float32", "embed": "float32"}
 
 
 def test_the_hash_of_probes_follows_ids_choice_and_labels(task: Task, tiny_encoder: Encoder) -> None:
@@ -151,64 +151,64 @@ def tokens_of(dataset: Dataset, split: Split, encoder: Encoder) -> list[Tokens]:
 
 
 def test_kept_results_answer_the_same_question_of_the_same_sources(tmp_path: Path) -> None:
-    asked: list[int] = []
+    question: list[int] = []
 
     def measure() -> dict[str, Any]:
-        asked.append(len(asked))
-        return {"seconds": 1.5 + len(asked)}
+        question.append(len(question))
+        return {"seconds": 1.5 + len(question)}
 
-    first = bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abc", measure)
-    assert bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abc", measure) == first == {"seconds": 2.5}
-    assert bench_kept.kept(tmp_path, "script", {"lr": 2e-4}, "abc", measure) == {"seconds": 3.5}
-    assert bench_kept.kept(tmp_path, "script", {"lr": 1e-4}, "abd", measure) == {"seconds": 4.5}
-    assert len(asked) == 3
+    first = bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abc", measure)
+    assert bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abc", measure) == first == {"seconds": 2.5}
+    assert bench_runs.measure_once(tmp_path, "script", {"lr": 2e-4}, "abc", measure) == {"seconds": 3.5}
+    assert bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abd", measure) == {"seconds": 4.5}
+    assert len(question) == 3
 
 
 def test_the_hash_of_sources_follows_files_in_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kept, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_runs, "ROOT", tmp_path)
     (tmp_path / "below").mkdir()
     file = tmp_path / "below" / "one.py"
     file.write_text("1\n")
     (tmp_path / "two.py").write_text("2\n")
-    deep, flat = bench_kept.source_hash("**/*.py"), bench_kept.source_hash("*.py")
+    deep, flat = bench_runs.source_hash("**/*.py"), bench_runs.source_hash("*.py")
     file.write_text("2\n")
-    assert bench_kept.source_hash("**/*.py") != deep
-    assert bench_kept.source_hash("*.py") == flat
+    assert bench_runs.source_hash("**/*.py") != deep
+    assert bench_runs.source_hash("*.py") == flat
     with pytest.raises(ValueError, match="no such source"):
-        bench_kept.source_hash("other.py")
+        bench_runs.source_hash("other.py")
 
 
 def test_data_are_known_by_names_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "subject1").mkdir()
     (tmp_path / "subject1" / "alpha.npy").write_bytes(b"123")
-    before = bench_kept.data_fingerprint(tmp_path)
+    before = bench_runs.data_fingerprint(tmp_path)
     (tmp_path / "subject1" / "alpha.npy").write_bytes(b"124")
-    assert bench_kept.data_fingerprint(tmp_path) == before
+    assert bench_runs.data_fingerprint(tmp_path) == before
     (tmp_path / "subject1" / "alpha.npy").write_bytes(b"1234")
-    longer = bench_kept.data_fingerprint(tmp_path)
+    longer = bench_runs.data_fingerprint(tmp_path)
     (tmp_path / "subject1" / "alpha.npy").rename(tmp_path / "subject1" / "beta.npy")
-    assert len({before, longer, bench_kept.data_fingerprint(tmp_path)}) == 3
+    assert len({before, longer, bench_runs.data_fingerprint(tmp_path)}) == 3
 
 
 def test_the_question_names_machine_data_versions_and_settings(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(bench, "kept", lambda folder, name, question, *_: asked.append(question))
-    found = bench.Bench(tmp_path, {"data": str(lab)})
-    found.script({"lr": 1.0})
-    found.ours({"lr": 1.0})
-    assert set(asked[1]) == {"options", "machine", "data", "versions"}
-    assert asked[0] == asked[1] | {"settings": vars(TrialConfig())}
-    assert asked[1]["versions"]["torch"] == torch.__version__
-    assert set(asked[1]["versions"]) == {"torch", "transformers", "peft", "numpy", "ridge_utils"}
+    questions: list[dict[str, Any]] = []
+    monkeypatch.setattr(bench, "measure_once", lambda folder, name, question, *_: questions.append(question))
+    runs = bench.Bench(tmp_path, {"data": str(lab)})
+    runs.script({"lr": 1.0})
+    runs.ours({"lr": 1.0})
+    assert set(questions[1]) == {"options", "machine", "data", "versions"}
+    assert questions[0] == questions[1] | {"settings": vars(TrialConfig())}
+    assert questions[1]["versions"]["torch"] == torch.__version__
+    assert set(questions[1]["versions"]) == {"torch", "transformers", "peft", "numpy", "ridge_utils"}
 
 
 def test_no_variable_keeps_a_process_from_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
-    assert not {name for name in bench_kept.child_environment() if name.endswith("_NUM_THREADS")}
-    assert bench_kept.child_environment()["PATH"] == os.environ["PATH"]
+    assert not {name for name in bench_runs.child_environment() if name.endswith("_NUM_THREADS")}
+    assert bench_runs.child_environment()["PATH"] == os.environ["PATH"]
 
 
 def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch
 
 def test_all_sources_of_the_bench_exist() -> None:
     sources = (bench.SOURCES_OF_SCRIPT, bench.SOURCES_OF_OURS, bench.SOURCES_OF_STUDY)
-    assert len({bench_kept.source_hash(*parts) for parts in sources}) == 3
+    assert len({bench_runs.source_hash(*parts) for parts in sources}) == 3
 
 
 def test_configurations_are_different_and_begin_alike() -> None:
@@ -317,10 +317,10 @@ def scripts_study(cc: list[float]) -> dict[str, Any]:
 
 
 def test_the_scripts_study_leaves_out_what_no_student_does() -> None:
-    found = scripts_study([0.10, 0.11, 0.12, 0.13, 0.101, 0.11, 0.12, 0.13])
-    assert found["seconds"] == pytest.approx(8 * 127)
-    assert found["best"] == 0.13
-    assert found["margin"] == found["seed_sd"] == pytest.approx((0.0005**2 * 2 / 4) ** 0.5)
+    result = scripts_study([0.10, 0.11, 0.12, 0.13, 0.101, 0.11, 0.12, 0.13])
+    assert result["seconds"] == pytest.approx(8 * 127)
+    assert result["best"] == 0.13
+    assert result["margin"] == result["seed_sd"] == pytest.approx((0.0005**2 * 2 / 4) ** 0.5)
     assert scripts_study([0.10, 0.11, 0.12, 0.13, 0.11, 0.11, 0.12, 0.13])["margin"] == 0.003
     assert scripts_study([0.10, 0.11])["margin"] == 0.003
 
@@ -351,36 +351,11 @@ def test_an_exponent_is_that_of_the_power() -> None:
     assert error == pytest.approx(0, abs=1e-6)
 
 
-def measured(n_stories: int, n_voxels: int) -> dict[str, Any]:
-    """A trial whose fine-tuning grows with the square of the stories; 3 s of ridge are there without a voxel."""
-    seconds = {"train": 0.1 * n_stories**2, "embed": 1.0 * n_stories, "cc_seen": 2.0, "ridge": 1 + 0.004 * n_voxels}
-    return {
-        "seconds": seconds,
-        "counts": {"tokens": 6000 * n_stories, "n_voxels": n_voxels},
-        "shape": {"epochs": 3, "n_fit_stories": n_stories, "n_fit_rows": 300 * n_stories, "n_features": 1536},
-    }
-
-
-def test_the_projection_scales_what_was_measured() -> None:
-    wanted = bench_growth.Projection(gpu_tokens_per_second=1000, gpu_speedup=10, read_gb_per_s=2)
-    by_stories, by_voxels = [measured(n, 100) for n in (4, 16)], [measured(16, n) for n in (100, 1000)]
-    rows = bench_growth.project(wanted, by_stories, by_voxels)
-    found = {row.stage: row.seconds for row in rows}
-    assert found["fine-tuning"] == pytest.approx(2000 * 84 * 3 / 1000)
-    assert found["embedding"] == pytest.approx(2000 * 84 / 2000)
-    assert found["decomposing"] == pytest.approx(3 * 2**3 * 4 / 10)
-    assert found["each voxel"] == pytest.approx(0.004 * 95_000 * 2 * (3 * 84 + 26 + 4 * 27 + 54) / 16 / 10)
-    assert found["reading"] == pytest.approx((3 * 84 + 26 + 4 * 27 + 54) * 300 * 95_000 * 4 / 1e9 / 2)
-    assert "linear in stories (assumed; measured exponent 2.00)" in rows[0].because
-    assert "measured exponent 0.00 of rows" in rows[3].because
-    assert bench_growth.split_ridge(by_voxels[:1]) == (0.0, pytest.approx(3.4 / 100))
-
-
 @pytest.mark.parametrize("n_voxels", [5, 40])
 def test_voxels_are_the_first_or_noise(task: Task, n_voxels: int) -> None:
-    found = bench_ours.with_voxels(task.dataset, n_voxels)
-    assert found.n_valid("subject2") == n_voxels
-    Y = found.valid_responses("beta", "subject2")
+    dataset = bench_ours.with_voxels(task.dataset, n_voxels)
+    assert dataset.n_valid("subject2") == n_voxels
+    Y = dataset.valid_responses("beta", "subject2")
     measured = task.dataset.valid_responses("beta", "subject2")
     assert Y.shape == (len(measured), n_voxels)
     assert np.array_equal(Y, measured[:, :n_voxels]) == (n_voxels == 5)
@@ -402,13 +377,13 @@ def finished_study(tmp_path: Path) -> Path:
 
 def test_a_study_is_read_configuration_by_configuration(finished_study: Path) -> None:
     points = bench_studies.configurations(2)
-    found = bench_studies.read_our_study(finished_study, points[::-1], 930.0)
-    assert found["cc"] == [0.05, 0.10]
-    assert found["losses"] == [5.0, 4.0]
-    assert found["epochs_done"] == [2.0, 3.0]
-    assert found["ended_s"] == [82.0, 70.0]
-    assert (found["best"], found["frozen"], found["at_once"], found["precision"]) == (0.10, 0.04, 1, "float32")
-    assert found["seconds_of_trials"] == 20.0
+    result = bench_studies.read_our_study(finished_study, points[::-1], 930.0)
+    assert result["cc"] == [0.05, 0.10]
+    assert result["losses"] == [5.0, 4.0]
+    assert result["epochs_done"] == [2.0, 3.0]
+    assert result["ended_s"] == [82.0, 70.0]
+    assert (result["best"], result["frozen"], result["at_once"], result["precision"]) == (0.10, 0.04, 1, "float32")
+    assert result["seconds_of_trials"] == 20.0
 
 
 def test_a_study_with_answers_from_records_does_not_count(finished_study: Path) -> None:
@@ -421,26 +396,25 @@ def test_a_study_with_answers_from_records_does_not_count(finished_study: Path) 
 @pytest.mark.parametrize("score_every", [1, 2])
 def test_a_trial_of_ours_is_timed_by_stages(task: Task, tiny_bert: Path, score_every: int) -> None:
     setting = replace(SETTING, model=str(tiny_bert), score_every=score_every)
-    found = bench_ours.run_whole(setting, task)
+    result = bench_ours.run_whole(setting, task)
     n_words = bench_ours.n_words(task.dataset, task.splits[0].fit + task.splits[0].validation)
-    assert found["counts"]["words"] == n_words * (2 // score_every)
-    assert found["counts"]["n_voxels"] == 12
-    assert found["shape"]["n_features"] == 4 * 32
-    assert set(found["seconds"]) == {"train", "embed", "ridge", "cc_seen", "other"}
-    assert min(found["seconds"].values()) > 0
-    assert found["probes"] == probes_of_script(task, tiny_bert)
+    assert result["counts"]["words"] == n_words * (2 // score_every)
+    assert result["counts"]["n_voxels"] == 12
+    assert set(result["seconds"]) == {"train", "embed", "ridge", "cc_seen", "other"}
+    assert min(result["seconds"].values()) > 0
+    assert result["probes"] == probes_of_script(task, tiny_bert)
     assert Chain.score.__qualname__ == "Chain.score"  # nothing is watched any more
 
 
 def test_a_part_of_a_trial_says_what_the_whole_would_be(task: Task, tiny_bert: Path) -> None:
     setting = replace(SETTING, model=str(tiny_bert))
-    found, whole = bench_ours.run_parts(setting, task, 3, 2), bench_ours.run_whole(setting, task)
-    assert found["counts"]["steps"] == 3
-    assert found["counts"]["tokens_whole"] == whole["counts"]["tokens"]
-    assert found["counts"]["words"] == bench_ours.n_words(task.dataset, task.splits[0].fit[:2])
-    assert 2 * found["counts"]["words_whole"] == whole["counts"]["words"]
-    assert set(found["seconds"]) == set(whole["seconds"])
-    assert found["probes"] == whole["probes"]
+    result, whole = bench_ours.run_parts(setting, task, 3, 2), bench_ours.run_whole(setting, task)
+    assert result["counts"]["steps"] == 3
+    assert result["counts"]["tokens_whole"] == whole["counts"]["tokens"]
+    assert result["counts"]["words"] == bench_ours.n_words(task.dataset, task.splits[0].fit[:2])
+    assert 2 * result["counts"]["words_whole"] == whole["counts"]["words"]
+    assert set(result["seconds"]) == set(whole["seconds"])
+    assert result["probes"] == whole["probes"]
 
 
 def probes_of_script(task: Task, tiny_bert: Path) -> str:
@@ -460,13 +434,13 @@ def test_what_stands_beside_the_stages_is_timed_once_and_counted_as_often_as_it_
             clock[0] += seconds
 
         monkeypatch.setattr(bench_ours, name, pass_time)
-    found = bench_ours.run_parts(replace(SETTING, model=str(tiny_bert)), task, 1, 1)
-    assert found["seconds"]["other"] == (2 * 2 + 2) * 1.0 + 2 * 10.0 + 100.0
+    result = bench_ours.run_parts(replace(SETTING, model=str(tiny_bert)), task, 1, 1)
+    assert result["seconds"]["other"] == (2 * 2 + 2) * 1.0 + 2 * 10.0 + 100.0
 
 
 @pytest.mark.parametrize(("given", "attention"), [(0.0, 0.0), (0.3, 0.3), (None, 0.1)])
 def test_the_settings_in_effect_are_told(tiny_bert: Path, given: float | None, attention: float) -> None:
     config = replace(SETTING, model=str(tiny_bert), attention_dropout=given, precision="float32")
-    found = bench_ours.settings_of(config)
-    assert found["dropout"] == {"attention": attention, "hidden": 0.1}
-    assert found["precision"] == {"train": "float32", "embed": resolve_precision("auto", torch.device("cpu"))}
+    result = bench_ours.settings_of(config)
+    assert result["dropout"] == {"attention": attention, "hidden": 0.1}
+    assert result["precision"] == {"train": "float32", "embed": resolve_precision("auto", torch.device("cpu"))}
