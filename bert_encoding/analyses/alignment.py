@@ -1,7 +1,7 @@
-"""The lag diagnostic: do the responses follow the words by the few seconds that blood needs, and not by others?
+"""The lag diagnostic: do the responses follow the words by the few seconds that blood flow needs?
 
-Responses that are cut otherwise than their text fit it row by row, raise no error, and lose most of the signal. So word
-rate is shifted against them: with text and responses aligned it predicts best when they come 2 or 3 TRs later.
+Responses that were cut otherwise than their text have the right number of rows, raise no error, and lose most of the
+signal. So word rate is shifted against them: in aligned data the best lag is +2 or +3 TRs (response after word).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_encoding.core.errors import InputError
+from bert_encoding.core.errors import InputError, first_names
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.inspect_responses import Block
 from bert_encoding.datasets.splits import story_folds
@@ -19,30 +19,23 @@ from bert_encoding.features.downsampling import lanczos_downsample
 from bert_encoding.features.word_rate import word_rate
 
 SHIFTS = np.arange(-10, 11)  # in TRs; above 0 the response comes later than the word
-USABLE = range(1, 5)  # TRs at which the peak of aligned data lies
+PLAUSIBLE = range(1, 5)  # lags of aligned data, in TRs
 TYPICAL = (2, 3)
-WRONG_TRIM_TRS = 5  # by so much do the published and the course's trim differ
+TRIM_DIFFERENCE_TRS = 5  # between the published and the course's trim
 N_FOLDS = 5
 MIN_ROWS = 10  # of a story, for a CC
-# A peak counts if it stands above the profile's median by so many of both measures of noise. Measured, so many profiles
-# have such a peak: of noise (white, or correlated in time; 12 to 1000 voxels) 1 in 4800, of noise with a part common to
-# all voxels up to 1 in 80, of real responses to other stories than the words' none in 1200; of 3, 5 and 10 stories of a
-# real listener 34%, 68% and all of 200 draws.
-MIN_MADS, MIN_ERRORS = 3.0, 9.0
+# How often these thresholds flag noise, and find real shifts: docs/data.md
+MIN_MADS, MIN_ERRORS = 3.0, 9.0  # a peak above the profile's median by both is clear
 MAD_TO_SD = 1.4826  # of a normal distribution
 VOXELS_AT_A_TIME = 4096
-MIN_STORIES, STORY_VOXELS = 5, 4096  # for a story's own lag: stories to learn a pattern from, voxels kept of each
-# In MADs. Of a real listener's 101 stories (100 voxels; 8 of them shifted by 3 to 5 TRs, 12 draws) 95% of the shifted
-# ones lie clearly elsewhere and none of the 1116 others. With 10 voxels it would be 1 in 60 of the others, so the lags
-# of single stories count only where most of them show well.
-MIN_STORY_HEIGHT, MIN_STORY_LEAD, MIN_USUAL_HEIGHT = 3.0, 1.5, 4.5
-MAX_TRACE = 1.9  # of a story that does not follow its words; 22 of 26 swapped in pairs, none of 101 right ones
-MAX_SHOWN = 8  # stories in a message
-NEAR_TRS = 2  # shifts so close to the subject's peak count as the same
+MIN_STORIES, STORY_VOXELS = 5, 4096  # for a story's own lag: stories to learn a pattern from, voxels used of each
+MIN_STORY_HEIGHT, MIN_STORY_LEAD, MIN_USUAL_HEIGHT = 3.0, 1.5, 4.5  # in MADs
+MAX_TRACE = 1.9  # in MADs, of a story that does not follow its words
+NEAR_TRS = 2  # shifts this close to the subject's peak count as the same
 
 
 class StoryLag(NamedTuple):
-    """Where one story's responses follow its words best, through the other stories' pattern over voxels.
+    """Where one story's responses follow its words best, by the voxel pattern of the other stories.
 
     Attributes
     ----------
@@ -57,12 +50,12 @@ class StoryLag(NamedTuple):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the story clearly belongs to another lag than the subject's stories as a whole."""
+        """Whether the story clearly has another lag than the subject's stories as a whole."""
         return self.height >= MIN_STORY_HEIGHT and self.height - self.height_here >= MIN_STORY_LEAD
 
     @property
     def is_lost(self) -> bool:
-        """Whether the story does not follow its words where the others do, nor clearly anywhere else."""
+        """Whether the story follows its words neither at the lag of the others, nor clearly at any other."""
         return self.height_here < MAX_TRACE and not self.is_elsewhere
 
 
@@ -73,10 +66,10 @@ class LagProfile(NamedTuple):
     ----------
     shifts : (21,) in TRs, above 0: the response comes later
     cc : (21,) held-out CC, mean over folds and valid voxels; NaN if there are fewer than two folds
-    floor : a CC above it is no noise
+    floor : the CC that noise reaches
     peak : the best shift, in TRs
-    is_clear : whether the peak reaches above the floor
-    stories : each story's own lag; none if there are too few
+    is_clear : whether the peak is above the floor
+    stories : each story's own lag; empty if there are too few stories
     """
 
     source: str
@@ -107,13 +100,12 @@ class LagProfile(NamedTuple):
 
     @property
     def is_aligned(self) -> bool:
-        """Whether the peak is clear and lies where it must."""
-        return self.is_clear and self.peak in USABLE
+        """Whether there is a clear peak at a plausible lag."""
+        return self.is_clear and self.peak in PLAUSIBLE
 
 
 class FoldSums(NamedTuple):
-    """Products of word rate ``x`` and responses ``y``, each less its mean over the rows used of a story, summed over
-    the rows of each fold.
+    """Products of word rate ``x`` and responses ``y``, each less its mean over the story's rows, summed in each fold.
 
     Attributes
     ----------
@@ -126,85 +118,83 @@ class FoldSums(NamedTuple):
     xx: np.ndarray
     yy: np.ndarray
 
+    @classmethod
+    def zeros(cls, n_folds: int, n_voxels: int) -> "FoldSums":
+        xy = np.zeros((n_folds, SHIFTS.size, n_voxels), np.float32)
+        return cls(xy, np.zeros((n_folds, SHIFTS.size)), np.zeros((n_folds, n_voxels)))
+
 
 class LagSums:
-    """Watches responses pass by (see ``inspect``) and keeps the sums that the lag profile needs.
+    """Receives blocks of responses (see ``inspect``) and keeps the sums that the lag profile needs.
 
-    Memory: ``FoldSums`` of each subject, one story's share of it, and ``STORY_VOXELS`` voxels' share of every story.
+    Memory: ``FoldSums`` of each subject and of one story, and ``STORY_VOXELS`` voxels' share of every story.
     """
 
-    def __init__(self, dataset: Dataset, n_folds: int = N_FOLDS) -> None:
-        self.dataset, self.n_folds = dataset, n_folds
-        self.folds = {subject: _fold_of(dataset, subject, n_folds) for subject in dataset.subjects}
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.folds = {subject: _fold_of(dataset, subject) for subject in dataset.subjects}
         self.sums: dict[str, FoldSums] = {}
         self.of_stories: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {s: {} for s in dataset.subjects}
         self._tr_s: dict[str, float] = {}
-        self._designs: dict[str, tuple[np.ndarray, slice]] = {}
-        self._story = FoldSums(*(np.zeros(0),) * 3)
-        self._y = np.zeros(0)
+        self._word_rates: dict[str, tuple[np.ndarray, slice]] = {}
+        self._story, self._y = FoldSums.zeros(1, 0), np.zeros(0)  # of the story being read
 
     def __call__(self, block: Block) -> None:
-        """Add some responses; a story counts once its last rows have passed."""
-        X, used = self._design(block.story)
+        """Add a block; a story counts once its last rows have been read."""
+        if block.story.name not in self._word_rates:
+            self._word_rates[block.story.name] = shifted_word_rate(block.story, self.dataset.trim)
+        X, used = self._word_rates[block.story.name]
         if not len(X):
             return
         if block.rows.start == 0 and block.voxels.start == 0:
-            self._begin(block)
+            self._story, self._y = FoldSums.zeros(1, block.shape[1]), np.zeros(block.shape[1])
         start, stop = max(used.start, block.rows.start), min(used.stop, block.rows.stop)
         if start < stop:
             y = block.values[start - block.rows.start : stop - block.rows.start]
-            self._story.xy[:, block.voxels] += X[start - used.start : stop - used.start].T @ y
-            self._story.yy[block.voxels] += np.einsum("tv,tv->v", y, y)
+            self._story.xy[0, :, block.voxels] += X[start - used.start : stop - used.start].T @ y
+            self._story.yy[0, block.voxels] += np.einsum("tv,tv->v", y, y)
             self._y[block.voxels] += y.sum(axis=0)
         if (block.rows.stop, block.voxels.stop) == block.shape:
-            self._end(block, X)
+            self._end_story(block, X)
 
     def profile(self, subject: str, valid: np.ndarray) -> LagProfile:
         """Return the profile of one subject over its valid voxels, (n_voxels,) flags."""
-        empty = FoldSums(np.zeros((0, SHIFTS.size, 0)), np.zeros((0, SHIFTS.size)), np.zeros((0, 0)))
-        fold_cc = held_out_cc(self.sums.get(subject, empty), valid)
+        fold_cc = held_out_cc(self.sums.get(subject, FoldSums.zeros(0, 0)), valid)
         cc = fold_cc.mean(axis=0) if len(fold_cc) > 1 else np.full(SHIFTS.size, np.nan)
         floor = noise_floor(fold_cc)
         peak = int(SHIFTS[np.argmax(cc)]) if np.isfinite(cc).all() else 0
-        is_clear, tr_s = bool(cc.max() > floor), self._tr_s.get(subject, float("nan"))
-        stories = story_lags(self.of_stories[subject], valid[_spread(valid.size)], peak) if valid.size else ()
         return LagProfile(
-            self.dataset.source, subject, SHIFTS, cc, floor, peak, is_clear, tr_s, self.dataset.trim, stories
+            self.dataset.source,
+            subject,
+            SHIFTS,
+            cc,
+            floor,
+            peak,
+            is_clear=bool(cc.max() > floor),
+            tr_s=self._tr_s.get(subject, float("nan")),
+            trim=self.dataset.trim,
+            stories=story_lags(self.of_stories[subject], valid[_spread(valid.size)], peak) if valid.size else (),
         )
 
-    def _design(self, story: Story) -> tuple[np.ndarray, slice]:
-        if story.name not in self._designs:
-            self._designs[story.name] = shifted_word_rate(story, self.dataset.trim)
-        return self._designs[story.name]
-
-    def _begin(self, block: Block) -> None:
-        n_voxels = block.shape[1]
-        self._story = FoldSums(np.zeros((SHIFTS.size, n_voxels), np.float32), np.zeros(SHIFTS.size), np.zeros(n_voxels))
-        self._y = np.zeros(n_voxels)
-
-    def _end(self, block: Block, X: np.ndarray) -> None:
-        """Add the story to its fold. ``X`` has mean 0, so ``y`` need not have, but for its own square."""
+    def _end_story(self, block: Block, X: np.ndarray) -> None:
+        """Add the story to its fold. ``X`` has mean 0, so the mean of ``y`` matters only for its own square."""
+        fold, n_voxels = self.folds[block.subject][block.story.name], block.shape[1]
         if block.subject not in self.sums:
             self._tr_s[block.subject] = float(np.mean(np.diff(block.story.tr_times_s)))
-            n_folds, n_voxels = max(self.folds[block.subject].values()) + 1, block.shape[1]
-            self.sums[block.subject] = FoldSums(
-                np.zeros((n_folds, SHIFTS.size, n_voxels), np.float32),
-                np.zeros((n_folds, SHIFTS.size)),
-                np.zeros((n_folds, n_voxels)),
-            )
-        fold, sums = self.folds[block.subject][block.story.name], self.sums[block.subject]
+            self.sums[block.subject] = FoldSums.zeros(max(self.folds[block.subject].values()) + 1, n_voxels)
+        sums, xy = self.sums[block.subject], self._story.xy[0]
         xx = np.einsum("ts,ts->s", X, X, dtype=np.float64)
-        sums.xy[fold] += self._story.xy
+        sums.xy[fold] += xy
         sums.xx[fold] += xx
-        self.of_stories[block.subject][block.story.name] = (self._story.xy[:, _spread(block.shape[1])], xx)
-        sums.yy[fold] += np.maximum(self._story.yy - self._y**2 / len(X), 0)
+        sums.yy[fold] += np.maximum(self._story.yy[0] - self._y**2 / len(X), 0)
+        self.of_stories[block.subject][block.story.name] = (xy[:, _spread(n_voxels)], xx)
 
 
 def shifted_word_rate(story: Story, trim: Trim) -> tuple[np.ndarray, slice]:
-    """Return word rate at every shift, (n_used, 21) float32 with mean 0, and the rows of the responses it belongs to.
+    """Return word rate at every shift, (n_used, 21) float32 with mean 0, and the rows of responses that it predicts.
 
-    The rows are the same for every shift: those at which each shift still meets the told story. With others, the
-    silence before the first word and after the last would be predicted, at all shifts alike.
+    The rows are the same for every shift: those for which every shift falls between the first and the last word.
+    Otherwise the silence before and after the story would be predicted, at all shifts alike.
     """
     rate = lanczos_downsample(word_rate(story.spoken), story.word_times_s, story.tr_times_s)[:, 0]  # (n_trs,)
     spoken_s = story.word_times_s[[word != "" for word in story.spoken]]
@@ -221,16 +211,16 @@ def held_out_cc(sums: FoldSums, valid: np.ndarray) -> np.ndarray:
     """Return the mean CC over valid voxels in each fold that has data, (n_folds_used, 21).
 
     One regressor without intercept, fitted on the other folds, predicts ``b x``; its CC in the fold is
-    ``sign(b) xy / sqrt(xx yy)`` with ``sign(b)`` that of the others' ``xy``. A voxel that is constant in a fold has no
-    CC there.
+    ``sign(b) xy / sqrt(xx yy)``, where ``b`` has the sign of ``xy`` summed over the other folds. A voxel that is
+    constant in a fold has no CC there.
     """
     used = np.flatnonzero(sums.xx.min(axis=1) > 0)
     total, counts = np.zeros((len(used), sums.xx.shape[1])), np.zeros((len(used), 1))
     voxels = np.flatnonzero(valid)
     for start in range(0, voxels.size, VOXELS_AT_A_TIME):
-        some = voxels[start : start + VOXELS_AT_A_TIME]
-        xy = sums.xy[np.ix_(used, np.arange(sums.xy.shape[1]), some)].astype(np.float64)
-        scale = np.sqrt(sums.xx[used][:, :, None] * sums.yy[np.ix_(used, some)][:, None])
+        block = voxels[start : start + VOXELS_AT_A_TIME]
+        xy = sums.xy[np.ix_(used, np.arange(sums.xy.shape[1]), block)].astype(np.float64)
+        scale = np.sqrt(sums.xx[used][:, :, None] * sums.yy[np.ix_(used, block)][:, None])
         sign = np.sign(xy.sum(axis=0) - xy)
         total += np.divide(sign * xy, scale, out=np.zeros_like(xy), where=scale > 0).sum(axis=2)
         counts += (scale[:, :1] > 0).sum(axis=2)
@@ -238,10 +228,10 @@ def held_out_cc(sums: FoldSums, valid: np.ndarray) -> np.ndarray:
 
 
 def story_lags(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], valid: np.ndarray, peak: int) -> tuple[StoryLag, ...]:
-    """Return the lag of each story alone.
+    """Return the lag of each single story.
 
     One story is too short for a profile of single voxels. But the slopes of the *other* stories at their best shift
-    tell which voxels follow word rate, and how much: summed with these weights, one story's voxels show its peak.
+    show how much each voxel follows word rate; the sum over voxels with these weights shows the story's peak.
 
     Parameters
     ----------
@@ -249,20 +239,19 @@ def story_lags(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], valid: np.ndar
     valid : (n_voxels,) flags
     peak : the subject's own, in TRs
     """
-    kept = {name: (xy[:, valid].astype(np.float64), xx) for name, (xy, xx) in sums.items() if xx.min() > 0}
-    if len(kept) < MIN_STORIES or not valid.any():
+    usable = {name: (xy[:, valid].astype(np.float64), xx) for name, (xy, xx) in sums.items() if xx.min() > 0}
+    if len(usable) < MIN_STORIES or not valid.any():
         return ()
-    all_xy, all_xx = (sum(parts, np.zeros(1)) for parts in zip(*kept.values(), strict=True))
+    all_xy, all_xx = (sum(parts, np.zeros(1)) for parts in zip(*usable.values(), strict=True))
     lags = []
-    for name, (xy, xx) in kept.items():
+    for name, (xy, xx) in usable.items():
         others, others_xx = all_xy - xy, all_xx - xx
         best = int(np.argmax(np.einsum("sv,sv->s", others, others) / others_xx))
         profile = (xy @ others[best]) / np.sqrt(xx)  # (21,)
         profile -= np.median(profile)
         height = profile / max(MAD_TO_SD * float(np.median(np.abs(profile))), 1e-30)
         near = np.abs(SHIFTS - peak) <= NEAR_TRS
-        at = int(np.argmax(height))
-        lags.append(StoryLag(name, int(SHIFTS[at]), float(height[at]), float(height[near].max())))
+        lags.append(StoryLag(name, int(SHIFTS[np.argmax(height)]), float(height.max()), float(height[near].max())))
     return tuple(lags)
 
 
@@ -272,10 +261,10 @@ def _spread(n_voxels: int) -> np.ndarray:
 
 
 def noise_floor(fold_cc: np.ndarray) -> float:
-    """Return the CC above which a peak is no noise: the profile's median, and some multiples of its noise.
+    """Return the CC that noise reaches: the profile's median plus a multiple of its noise.
 
-    Of two measures the larger multiple counts: the profile's own spread over shifts (median absolute deviation), and
-    the standard error over folds. The first also rises with a slow trend over shifts, the second does not.
+    The larger of two measures counts: the profile's spread over shifts (median absolute deviation, MAD), which also
+    rises with a slow trend over shifts, and the standard error over folds, which does not.
 
     Parameters
     ----------
@@ -290,47 +279,45 @@ def noise_floor(fold_cc: np.ndarray) -> float:
 
 
 def check_alignment(profile: LagProfile, trust: bool = False) -> list[str]:
-    """Return what a user should know of the alignment, a line each; nothing if it is confirmed.
+    """Return what speaks against the alignment, one line each; nothing if it is confirmed.
 
     Parameters
     ----------
-    trust : note what would be refused instead of refusing it
+    trust : return what would be refused as a note
 
     Raises
     ------
     InputError
-        if there is a clear peak where aligned data have none, or some stories clearly peak elsewhere than the others.
+        if there is a clear peak at an implausible lag, or some stories clearly peak at another lag than the others.
     """
+    subject, peak = profile.subject, in_trs(profile.peak, profile.tr_s)
     if not np.isfinite(profile.cc).all():
-        return [f"{profile.subject}: too little data to look for the lag: alignment could not be confirmed"]
+        return [f"{subject}: too little data to compute the lag: alignment could not be confirmed"]
     refusal = _mixture(profile)
     if not refusal and not profile.is_clear:
         return [
-            f"{profile.subject}: word rate predicts nothing at any shift: alignment could not be confirmed "
-            f"(best CC {profile.cc.max():.4f} at {in_trs(profile.peak, profile.tr_s)}, noise up to {profile.floor:.4f})"
+            f"{subject}: word rate predicts nothing at any shift: alignment could not be confirmed "
+            f"(best CC {profile.cc.max():.4f} at {peak}, noise up to {profile.floor:.4f})"
         ]
-    refusal = refusal or ("" if profile.is_aligned else f"{_misaligned(profile)}; {_remedy(profile)}")
+    refusal = refusal or ("" if profile.is_aligned else _misalignment(profile))
     if refusal and not trust:
-        raise InputError(f"{refusal}, or --trust-alignment for a study all the same")
+        raise InputError(f"{refusal}, or run a study anyway with --trust-alignment")
     if refusal:
-        return [f"{refusal}; trusted all the same, as asked"]
+        return [f"{refusal}; ignored because of --trust-alignment"]
     notes = []
     if profile.lost:
+        names = first_names([story.story for story in profile.lost])
         notes.append(
-            f"{profile.subject}: {len(profile.lost)} of {len(profile.stories)} stories leave no trace of their words "
-            f"where the others do; does each lie under its own name? {_shown([s.story for s in profile.lost])}"
+            f"{subject}: {len(profile.lost)} of {len(profile.stories)} stories do not follow their words at the lag of "
+            f"the others; are their names right? {names}"
         )
     if profile.peak not in TYPICAL:
-        expected = " or ".join(in_trs(shift, profile.tr_s) for shift in TYPICAL)
-        notes.append(
-            f"{profile.subject}: responses follow the words best at {in_trs(profile.peak, profile.tr_s)}; {expected} "
-            "is usual: are TR times and trim right?"
-        )
+        notes.append(f"{subject}: the best lag is {peak}; {_typical(profile)} is usual: are TR times and trim right?")
     return notes
 
 
 def inspect_aligned(dataset: Dataset, names: list[str], trust: bool) -> Dataset:
-    """Inspect the data, and in the same pass see whether responses follow the words in these stories, no others."""
+    """Inspect a data set and, in the same pass, check the alignment of these stories, reading no other for it."""
     sums = LagSums(dataset.only(names, dataset.subjects))
     inspected = inspect(dataset, lambda block: sums(block) if block.story.name in sums.dataset.stories else None)
     assert inspected.voxel_masks is not None
@@ -339,63 +326,47 @@ def inspect_aligned(dataset: Dataset, names: list[str], trust: bool) -> Dataset:
     return replace(inspected, notes=(*inspected.notes, *notes))
 
 
-def _mixture(profile: LagProfile) -> str:
-    """Describe stories that are cut otherwise than the others; a remedy for all would spoil these, or those."""
-    others = profile.elsewhere
-    if not others:
-        return ""
-    shown = _shown([f"{story.story} ({story.peak:+d} TR)" for story in others])
-    return (
-        f"{profile.source}: subject {profile.subject}: {len(others)} of {len(profile.stories)} stories do not follow "
-        f"their words at {in_trs(profile.peak, profile.tr_s)} as the stories do on the whole, but elsewhere: {shown}; "
-        "cut all stories alike, and see that each lies under its own name"
-    )
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
-
-
 def in_trs(shift: int, tr_s: float) -> str:
-    """Return a shift in TRs and seconds, for people."""
+    """Return a shift in TRs and seconds, for a message."""
     return f"{shift:+d} TR ({shift * tr_s:+g} s)"
 
 
-def _misaligned(profile: LagProfile) -> str:
-    expected = " or ".join(in_trs(shift, profile.tr_s) for shift in TYPICAL)
+def _typical(profile: LagProfile) -> str:
+    return " or ".join(in_trs(shift, profile.tr_s) for shift in TYPICAL)
+
+
+def _mixture(profile: LagProfile) -> str:
+    """Name the stories that are cut otherwise than the others; one ``--trim`` for all would spoil either."""
+    if not profile.elsewhere:
+        return ""
+    shown = first_names([f"{story.story} ({story.peak:+d} TR)" for story in profile.elsewhere])
     return (
-        f"{profile.source}: subject {profile.subject}: responses follow the words best at "
-        f"{in_trs(profile.peak, profile.tr_s)}, where {expected} is expected{_cause(profile)}"
+        f"{profile.source}: subject {profile.subject}: {len(profile.elsewhere)} of {len(profile.stories)} stories have "
+        f"another lag than {in_trs(profile.peak, profile.tr_s)}, the lag of all together: {shown}; "
+        "cut all stories alike, and check that each has the right name"
     )
 
 
-def _cause(profile: LagProfile) -> str:
-    actual = _trim_that_fits(profile)
-    if actual is None:
-        return ""
-    return f", as if trimmed {tuple(actual)} instead of {tuple(profile.trim)} TRs at start and end"
+def _misalignment(profile: LagProfile) -> str:
+    """Name the lag, and if the two usual trims were confused the right one."""
+    cause, remedy = "", f"check how the responses were cut; try --trim {' or --trim '.join(TRIMS)}"
+    for shift in (TRIM_DIFFERENCE_TRS, -TRIM_DIFFERENCE_TRS):
+        actual = Trim(profile.trim.start_trs - shift, profile.trim.end_trs + shift)
+        if profile.peak - shift in TYPICAL and min(actual) >= 0:
+            cause = f", as if trimmed {tuple(actual)} instead of {tuple(profile.trim)} TRs at start and end"
+            remedy = next((f"try --trim {name}" for name, trim in TRIMS.items() if trim == actual), remedy)
+            break
+    return (
+        f"{profile.source}: subject {profile.subject}: the best lag is {in_trs(profile.peak, profile.tr_s)}, where "
+        f"{_typical(profile)} is expected{cause}; {remedy}"
+    )
 
 
-def _remedy(profile: LagProfile) -> str:
-    actual = _trim_that_fits(profile)
-    for name, trim in TRIMS.items():
-        if trim == actual:
-            return f"try --trim {name}"
-    return f"check how the responses were cut; try --trim {' or --trim '.join(TRIMS)}"
-
-
-def _trim_that_fits(profile: LagProfile) -> Trim | None:
-    """Return the trim with which the peak would lie at +2 or +3, if it is off by the usual confusion."""
-    for wrong in (WRONG_TRIM_TRS, -WRONG_TRIM_TRS):
-        if profile.peak - wrong in TYPICAL and min(profile.trim.start_trs - wrong, profile.trim.end_trs + wrong) >= 0:
-            return Trim(profile.trim.start_trs - wrong, profile.trim.end_trs + wrong)
-    return None
-
-
-def _fold_of(dataset: Dataset, subject: str, n_folds: int) -> dict[str, int]:
+def _fold_of(dataset: Dataset, subject: str) -> dict[str, int]:
+    """Return story -> fold."""
     n_rows = {
         name: max(0, len(story.tr_times_s) - sum(dataset.trim))
         for name, story in dataset.stories.items()
         if subject in story.responses
     }
-    return {name: at for at, names in enumerate(story_folds(n_rows, n_folds, seed=0)) for name in names}
+    return {name: fold for fold, names in enumerate(story_folds(n_rows, N_FOLDS, seed=0)) for name in names}

@@ -1,13 +1,20 @@
-"""The command ``check``: look at a data set or a text corpus and say whether it can be used."""
+"""The command ``check``: the data check of a data set, or of a text corpus."""
 
 import json as json_format
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bert_encoding.core.command_line import Names, Text, Whole, console_of_command, print_lines
+from bert_encoding.core.command_line import (
+    Names,
+    Text,
+    Whole,
+    absolute,
+    check_ending,
+    console_of_command,
+    print_lines,
+    refuse_options,
+)
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.names import DEMOS
 
@@ -25,8 +32,8 @@ def check(
     clean: bool = False,
     examples: Whole = None,
 ) -> int:
-    """Look at all of a data set and say whether it can be trusted: usable (exit code 0), usable with these masks or
-    with doubts (1: voxels left out, or something unconfirmed), or not usable (2), and why.
+    """Read a whole data set and say whether it is usable (exit code 0), usable with masks or with doubts (1: voxels are
+    left out, or something could not be confirmed), or not usable (2), and why.
 
     Parameters
     ----------
@@ -42,44 +49,38 @@ def check(
     figure
         Where to save the lag figure (.png, .pdf or .svg). [default: results/check/NAME-lag.png]
     clean
-        Of text: look at it without emoji and all other non-ASCII characters.
+        Text only: remove emoji and all other non-ASCII characters first.
     examples
-        Of text: look at a sample of so many texts.
+        Text only: check a random sample of this many texts.
     """
     if _is_text(path):
-        _refuse(path, "is text without responses", trim=trim, subjects=subjects, figure=figure)
+        refuse_options(f"{path} is text without responses", trim=trim, subjects=subjects, figure=figure)
         return _check_text(path, clean, examples, json)
-    _refuse(path, "is no text corpus", clean=clean or None, examples=examples)
+    refuse_options(f"{path} is no text corpus", clean=clean, examples=examples)
     return _check_responses(path, trim, subjects, json, figure)
 
 
 def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as_json: bool, figure: str | None) -> int:
-    from bert_encoding.analyses.data_report import (
-        NOT_USABLE,
-        check_dataset,
-        choose_heard,
-        default_figure,
-        print_report,
-        to_json,
-    )
+    from bert_encoding.analyses import data_report
 
-    file = Path(figure) if figure is not None else default_figure(path)
-    if file.suffix.lower() not in FIGURES:
-        raise InputError(f"--figure {figure}: give a name that ends in {', '.join(FIGURES)}")
+    default = Path("results") / "check" / f"{absolute('', path).name or 'data'}-lag.png"
+    file = default if figure is None else Path(figure)
+    check_ending(file, FIGURES, "--figure")
     console = console_of_command()
     try:
-        dataset = choose_heard(_open(path, trim), subjects)
+        dataset = data_report.with_responses(_open(path, trim), subjects)
     except InputError as error:
         if as_json:
-            _print_json({"kind": "responses", "source": path, "verdict": NOT_USABLE, "reasons": [str(error)]})
+            verdict = data_report.NOT_USABLE
+            _print_json({"kind": "responses", "source": path, "verdict": verdict, "reasons": [str(error)]})
         raise
-    with _waiting(console, f"reading {path}", quietly=as_json):
-        report = check_dataset(dataset)
+    with console.status(f"reading {path}") if console.is_terminal and not as_json else nullcontext():
+        report = data_report.check_dataset(dataset)
     failure = _draw(report, file)
     if as_json:
-        _print_json(to_json(report) | {"figure": None if failure else str(file)})
+        _print_json(data_report.to_json(report) | {"figure": None if failure else str(file)})
     else:
-        print_report(console, report, failure or f"figure: {file}")
+        data_report.print_report(console, report, failure or f"figure: {file}")
     return report.exit_code
 
 
@@ -100,7 +101,7 @@ def _open(path: str, trim: str | None) -> Any:
 
 
 def _draw(report: Any, file: Path) -> str:
-    """Save the figure; a verdict is not lost over it. Return what went wrong, if anything."""
+    """Save the figure and return what went wrong, if anything: the verdict is printed all the same."""
     from bert_encoding.analyses.data_report import draw_lags
 
     try:
@@ -117,27 +118,16 @@ def _is_text(path: str) -> bool:
 
 
 def _check_text(path: str, clean: bool, n_examples: int | None, as_json: bool) -> int:
-    from bert_encoding.analyses.data_report import USABLE_AS_IT_IS
+    from bert_encoding.analyses.data_report import USABLE
     from bert_encoding.datasets.corpus import describe, open_corpus
 
     lines = describe(open_corpus(Path(path), clean=clean, n_examples=n_examples))
     if as_json:
-        _print_json({"kind": "text", "source": path, "verdict": USABLE_AS_IT_IS, "reasons": [], "notes": lines})
+        _print_json({"kind": "text", "source": path, "verdict": USABLE, "reasons": [], "notes": lines})
     else:
-        print_lines(console_of_command(), *lines, f"verdict: {USABLE_AS_IT_IS}")
+        print_lines(console_of_command(), *lines, f"verdict: {USABLE}")
     return 0
-
-
-def _refuse(path: str, reason: str, **options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise InputError(f"--{name}: {path} {reason}; leave the option out")
 
 
 def _print_json(content: dict[str, Any]) -> None:
     print(json_format.dumps(content, allow_nan=False))
-
-
-def _waiting(console: Console, what: str, quietly: bool) -> AbstractContextManager[object]:
-    """Show in a terminal that something goes on."""
-    return console.status(what) if console.is_terminal and not quietly else nullcontext()

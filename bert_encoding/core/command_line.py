@@ -1,6 +1,7 @@
 """What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
 
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
+from rich.table import Table
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.interrupt import INTERRUPTED, listen_again
@@ -65,6 +67,56 @@ def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
     return layers if (dash and first) or len(layers) > 1 else layers[0]
 
 
+def refuse_options(reason: str, **options: object) -> None:
+    """Refuse options that were given (neither None nor False) where they have no meaning.
+
+    Raises
+    ------
+    InputError
+        naming the first of them.
+    """
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise InputError(f"--{name}: {reason}; leave the option out")
+
+
+def check_ending(file: Path, endings: tuple[str, ...], option: str = "--to") -> None:
+    """Refuse the name of an output file with another ending.
+
+    Raises
+    ------
+    InputError
+        if it has none of ``endings``, in lower or upper case.
+    """
+    if not file.name.lower().endswith(endings):
+        raise InputError(f"{option} {file}: give a name that ends in {', '.join(endings)}")
+
+
+def check_folder(file: Path) -> None:
+    """Refuse an output file in a folder that does not exist.
+
+    Raises
+    ------
+    InputError
+        naming the folder.
+    """
+    if not file.parent.is_dir():
+        raise InputError(f"--to {file}: no such folder {file.parent}; make it first")
+
+
+def check_absent(*files: Path) -> None:
+    """Refuse to overwrite a file.
+
+    Raises
+    ------
+    InputError
+        if one of them exists.
+    """
+    for file in files:
+        if file.exists():
+            raise InputError(f"{file}: exists already; move it away, or give another name with --to")
+
+
 def console_of_command() -> Console:
     """Return the console of a command: as wide as the terminal, or wide enough for a table in a file."""
     return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
@@ -74,6 +126,16 @@ def print_lines(console: Console, *lines: str) -> None:
     """Print lines as they are: not wrapped, without markup."""
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def plain_table(text_columns: Sequence[str], number_columns: Sequence[str]) -> Table:
+    """Return an empty table without lines; numbers are aligned right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in text_columns:
+        table.add_column(name, no_wrap=True)
+    for name in number_columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def called_as(console_script: str, otherwise: str) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,23 @@ def code_fingerprint() -> str:
     for file in sorted([*root.rglob("*.py"), *root.glob("language_model/data/general/*.txt")]):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def output_file(file: Path, option: str = "--to") -> Iterator[Path]:
+    """Yield a temporary name to write to, and rename it to ``file`` at the end; folders are made.
+
+    Raises
+    ------
+    InputError
+        if the disk is full, or the folder must not be written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            yield temporary
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be written ({error.strerror or first_line(error)})") from None
 
 
 def write_json(path: Place, content: Any) -> None:

@@ -234,7 +234,7 @@ def test_one_story_alone_confirms_nothing(n_stories: int) -> None:
     found = profile_of(replace(dataset, stories=stories))
     assert not found.is_clear
     assert np.isnan(found.cc).all()
-    assert check_alignment(found) == ["s: too little data to look for the lag: alignment could not be confirmed"]
+    assert check_alignment(found) == ["s: too little data to compute the lag: alignment could not be confirmed"]
 
 
 # --- what is clear ----------------------------------------------------------------------------------------------------
@@ -308,15 +308,15 @@ def test_the_wrong_trim_is_refused_by_name(
         check_alignment(found)
     message = str(error.value)
     assert message.startswith(
-        f"here: subject s: responses follow the words best at {lag + moved:+d} TR ({2 * (lag + moved):+d} s), where "
+        f"here: subject s: the best lag is {lag + moved:+d} TR ({2 * (lag + moved):+d} s), where "
         "+2 TR (+4 s) or +3 TR (+6 s) is expected, "
     )
     assert cause in message
     assert remedy in message
-    assert message.endswith("--trust-alignment for a study all the same")
+    assert message.endswith("anyway with --trust-alignment")
     assert "\n" not in message
     (note,) = check_alignment(found, trust=True)
-    assert note.endswith("; trusted all the same, as asked")
+    assert note.endswith("; ignored because of --trust-alignment")
     assert check_alignment(profile_of(listener(lag, cut)) if cut == PUBLISHED else found, trust=True) in ([], [note])
 
 
@@ -385,15 +385,15 @@ def test_stories_cut_otherwise_are_named(lag: int) -> None:
     assert [(story.story, story.peak) for story in profile.elsewhere] == [(n, 2 + lag) for n in ("s1", "s4", "s9")]
     with pytest.raises(InputError) as refused:
         check_alignment(profile)
-    assert "3 of 12 stories do not follow their words at +2 TR" in str(refused.value)
-    assert f"elsewhere: s1 ({2 + lag:+d} TR), s4 ({2 + lag:+d} TR), s9" in str(refused.value)
+    assert "3 of 12 stories have another lag than +2 TR" in str(refused.value)
+    assert f"together: s1 ({2 + lag:+d} TR), s4 ({2 + lag:+d} TR), s9" in str(refused.value)
     (note,) = check_alignment(profile, trust=True)
-    assert note.endswith("trusted all the same, as asked")
+    assert note.endswith("ignored because of --trust-alignment")
 
 
 def test_half_the_stories_cut_otherwise_are_no_reason_to_cut_all_so() -> None:
     profile = profile_of(shift_stories(many(), dict.fromkeys(("s0", "s2", "s4", "s6", "s8", "s10"), 5)))
-    with pytest.raises(InputError, match="stories do not follow their words at") as refused:
+    with pytest.raises(InputError, match="stories have another lag") as refused:
         check_alignment(profile)
     assert "--trim" not in str(refused.value)
 
@@ -408,7 +408,7 @@ def test_stories_under_each_others_names_are_noted() -> None:
     profile = profile_of(replace(dataset, stories=stories))
     assert {story.story for story in profile.lost} <= {"s2", "s7"}
     assert profile.lost
-    assert "leave no trace of their words" in check_alignment(profile)[0]
+    assert "do not follow their words" in check_alignment(profile)[0]
 
 
 def test_right_stories_raise_no_alarm() -> None:
@@ -431,7 +431,7 @@ def test_few_stories_have_no_lags_of_their_own() -> None:
 @pytest.mark.parametrize(("lag", "noted"), [(1, True), (2, False), (3, False), (4, True)])
 def test_an_unusual_lag_is_noted(lag: int, noted: bool) -> None:
     notes = check_alignment(profile_of(listener(lag)))
-    assert [f"best at {lag:+d} TR" in note for note in notes] == [True] * noted
+    assert [f"best lag is {lag:+d} TR" in note for note in notes] == [True] * noted
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from bert_encoding.analyses.alignment import SHIFTS, LagProfile
 from bert_encoding.analyses.data_report import (
     Report,
     check_dataset,
-    choose_heard,
+    with_responses,
     draw_lags,
     lag_lines,
     print_report,
@@ -149,7 +149,7 @@ def test_the_wrong_trim_is_not_usable(good: Path) -> None:
     report = check_dataset(open_dataset(good, TRIMS["course"]))
     assert (report.verdict, report.exit_code) == ("not usable", 2)
     (reason,) = report.reasons
-    assert reason.startswith(f"{good}: subject subject2: responses follow the words best at -")
+    assert reason.startswith(f"{good}: subject subject2: the best lag is -")
     assert "try --trim published" in reason
 
 
@@ -196,19 +196,19 @@ def test_only_chosen_subjects_and_stories_that_were_heard(tmp_path: Path) -> Non
     for name in ("alpha", "beta"):
         (lab / "subject3" / f"{name}.npy").unlink()
     (lab / "subject2" / "alpha.npy").unlink()
-    both = choose_heard(open_dataset(lab), None)
+    both = with_responses(open_dataset(lab), None)
     assert sorted(both.stories) == ["beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta"]
     assert both.notes == (
-        "1 stories have text alone and stay out: alpha",
-        "1 stories lack responses of a subject, and of a study of all of them: beta",
+        "1 stories have text but no responses and are ignored: alpha",
+        "1 stories lack responses of a subject; a study of all subjects ignores them: beta",
     )
     report = check_dataset(both)
     assert [(c.story, c.subject) for c in report.survey.responses][:2] == [("beta", "subject2"), ("delta", "subject2")]
     assert len(report.survey.responses) == 6 + 5
-    alone = choose_heard(open_dataset(lab), ["subject3"])
+    alone = with_responses(open_dataset(lab), ["subject3"])
     assert (alone.subjects, len(alone.stories)) == (("subject3",), 5)
     with pytest.raises(InputError, match="no subject x; it has subject2, subject3"):
-        choose_heard(open_dataset(lab), ["x"])
+        with_responses(open_dataset(lab), ["x"])
 
 
 def test_bad_text_of_a_story_that_nobody_heard_is_no_reason(good: Path) -> None:
@@ -216,7 +216,7 @@ def test_bad_text_of_a_story_that_nobody_heard_is_no_reason(good: Path) -> None:
     content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
     content["unheard"] = LabSequence(["a"], np.array([np.nan]), np.arange(30) * 2.0)
     (good / "raw_text.pkl").write_bytes(pickle_as_lab(content))
-    assert check_dataset(choose_heard(open_dataset(good), None)).verdict == "usable"
+    assert check_dataset(with_responses(open_dataset(good), None)).verdict == "usable"
 
 
 # --- print, draw, JSON ------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_the_bars() -> None:
     cc = np.zeros(21)
     cc[[12, 13, 0, 1]] = 0.05, 0.025, -0.01, 0.001
     lines = lag_lines(a_profile(cc, 0.01))
-    assert lines[0].endswith("best at +2 TR (+4 s), clear")
+    assert lines[0].endswith("best at +2 TR (+4 s), above the noise")
     assert lines[1] == "  -10 -0.0100 " + " " * 10 + ":"
     assert lines[2] == "   -9 +0.0010 #" + " " * 9 + ":"
     assert lines[13] == ">  +2 +0.0500 " + "#" * 50
@@ -242,7 +242,7 @@ def test_the_bars() -> None:
 
 def test_bars_below_the_floor_are_not_clear() -> None:
     lines = lag_lines(a_profile(np.full(21, -0.01), 0.02))
-    assert lines[0].endswith("not clear of the noise")
+    assert lines[0].endswith("within the noise")
     assert {line[13:] for line in lines[1:]} == {" " * 51 + ":"}
 
 
@@ -474,7 +474,7 @@ def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", str(REAL_DATA)) == 0
     out = capsys.readouterr().out
     assert "lag of uts02: " in out
-    assert "best at +2 TR (+4 s), clear" in out
+    assert "best at +2 TR (+4 s), above the noise" in out
     assert out.splitlines()[-1] == "verdict: usable"
     assert sum(line.rstrip().endswith(" ok") for line in out.splitlines()) == 101
 
@@ -485,12 +485,12 @@ def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFi
     assert run("check", str(REAL_DATA), "--trim", "course") == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == "verdict: not usable"
-    assert "responses follow the words best at -3 TR (-6 s)" in lines[-1]
+    assert "the best lag is -3 TR (-6 s)" in lines[-1]
     assert "try --trim published" in lines[-1]
 
 
 def test_choosing_leaves_the_data_set_as_it_was(lab: Path) -> None:
     dataset: Dataset = open_dataset(lab)
     before = replace(dataset)
-    check_dataset(choose_heard(dataset, None))
+    check_dataset(with_responses(dataset, None))
     assert dataset == before
