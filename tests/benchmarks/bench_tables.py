@@ -184,11 +184,12 @@ def enough_line(script: Result, same: Result, enough: float) -> str:
     sd = script["seed_sd"]
     spread = "no two of its configurations differ in seed alone" if sd is None else f"its SD over seeds is {sd:.4f}"
     n_script, n_same = (sum(cc >= enough for cc in side["cc"]) for side in (script, same))
+    frozen = "reaches it too" if same["frozen"] >= enough else "does not reach it"
     return (
         f"the required CC is {enough:.4f}: the script's best less {script['margin']:.4f} ({spread}; at most "
-        f"{CC_TOLERANCE:g} is allowed); it is reached by {n_script} of {len(script['cc'])} configurations of the script, "
-        f"by {n_same} of {len(same['cc'])} trials of ours with the same work, and our frozen baseline ({same['frozen']:.4f}) "
-        f"{'reaches it too' if same['frozen'] >= enough else 'does not reach it'}"
+        f"{CC_TOLERANCE:g} is allowed); it is reached by {n_script} of {len(script['cc'])} configurations of the "
+        f"script, by {n_same} of {len(same['cc'])} trials of ours with the same work, and our frozen baseline "
+        f"({same['frozen']:.4f}) {frozen}"
     )
 
 
