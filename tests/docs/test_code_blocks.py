@@ -1,4 +1,4 @@
-"""README and pages: every command and every Python block is run, or listed here with the reason why not."""
+"""Run every command and Python block of README and docs, or list it here with the reason why not."""
 
 import importlib
 import os
@@ -33,7 +33,7 @@ from bert_encoding.text_tasks.task import make_text_task
 from bert_encoding.trial.config import TrialConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = (  # first words of commands of which only what can be checked without running them is checked, because they
+NOT_RUN = (  # first words of commands that are parsed but not run, because they
     *(". .venv/bin/activate", ".venv/bin/pip install", "pip install"),  # change the shell, or install packages
     *("make", "python -m bert_encoding fetch"),  # take minutes to hours, or download gigabytes
     *("optuna-dashboard", "tensorboard"),  # serve until they are stopped
@@ -41,7 +41,7 @@ NOT_RUN = (  # first words of commands of which only what can be checked without
     *("ray up", "ray exec", "ray attach", "ray dashboard", "ray down", "sbatch"),  # need a cluster, or Slurm
 )
 RUN_BY_BASH = "mkdir "  # with a home folder of its own
-CHANGED = {  # patterns in a command that is run, so that it takes seconds and needs no network
+CHANGED = {  # replacements in a command before it is run, so that it takes seconds and needs no network
     r"--voxels 2000": "--voxels 50",
     r'predict results/NAME/trials/0001/adapter "': 'predict classifier "',  # of a study of texts
     r"--size 2000 500 500": "--size 2000 60 60",
@@ -71,10 +71,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     text, blocks = page.read_text(), []
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
-        before = text[: found.start()]  # "Save this as `my_space.py`:"
+    for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        before = text[: fence.start()]  # "Save this as `my_space.py`:"
         saved = re.search(r"\bas `([\w.]+\.(?:py|csv))`[^\n]*\n\n?\Z", before)
-        blocks.append(Block(page, before.count("\n") + 1, found[1], found[2], saved[1] if saved else ""))
+        blocks.append(Block(page, before.count("\n") + 1, fence[1], fence[2], saved[1] if saved else ""))
     return blocks
 
 
@@ -106,7 +106,7 @@ def test_every_fence_has_a_language_and_ends() -> None:
         assert len(languages) == 2 * len(blocks_of(page)), page
 
 
-def test_all_that_is_listed_as_not_run_is_on_a_page() -> None:
+def test_every_command_listed_as_not_run_is_on_a_page() -> None:
     assert [start for start in NOT_RUN if not any(f"{command} ".startswith(f"{start} ") for command in COMMANDS)] == []
 
 
@@ -161,7 +161,7 @@ def test_every_block_runs(
     tmp_path: Path, private_tmp: Path, bucket: ObjectPath, one_thread: None, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """One study and one process serve all pages; a page's blocks run in their order, in a folder of its own."""
+    """One study and one process serve all pages; the blocks of a page run in order, in the page's own folder."""
     monkeypatch.setenv("RAY_ADDRESS", "local")
     mpl.use("agg")
     shared = write_material(tmp_path / "shared", private_tmp)
@@ -181,8 +181,8 @@ def test_every_block_runs(
                 take(step, block, bucket)
                 assert "failed:" not in capsys.readouterr().out
             except Exception as error:
-                said = capsys.readouterr().err.strip().splitlines()[-1:]
-                failures.append(f"{block.page.name}:{block.line}: {step}: {error!r} {said}")
+                message = capsys.readouterr().err.strip().splitlines()[-1:]
+                failures.append(f"{block.page.name}:{block.line}: {step}: {error!r} {message}")
             done.add(step)
     assert not failures, "\n".join(failures)
 
@@ -202,7 +202,7 @@ def take(step: str, block: Block, bucket: ObjectPath) -> None:
 def run_here(command: str, bucket: ObjectPath) -> None:
     for pattern, new in CHANGED.items():
         command = re.sub(pattern, new, command)
-    command = re.sub(r"s3://[\w-]+/(\S+)", lambda found: f"'{bucket / found[1]}'", command)
+    command = re.sub(r"s3://[\w-]+/(\S+)", lambda url: f"'{bucket / url[1]}'", command)
     app, arguments = program(command)
     if "analysis.py" in command and arguments[0].startswith("s3:"):  # where the page has the study
         study = Path("results/NAME")
@@ -213,7 +213,7 @@ def run_here(command: str, bucket: ObjectPath) -> None:
 
 
 def write_material(folder: Path, private_tmp: Path) -> Path:
-    """Write everything that pages take for granted, under the names that they use, and run one study."""
+    """Write the files that the pages assume, under the names that they use, and run one study."""
     folder.mkdir()
     stories = ("STORY", "beta", "gamma", "delta", "epsilon", "zeta", "wheretheressmoke")
     make_lab(folder / "PATH", stories, n_voxels=60)
@@ -222,8 +222,8 @@ def write_material(folder: Path, private_tmp: Path) -> Path:
     (folder / "texts.csv").write_text("text\nthe bank of the river\na bat flew to the bank\n")
     for label in ("neg", "pos"):
         (folder / "reviews" / label).mkdir(parents=True)
-        for at in range(600):
-            (folder / "reviews" / label / f"{at}.txt").write_text(f"film {at} was {label}")
+        for film in range(600):
+            (folder / "reviews" / label / f"{film}.txt").write_text(f"film {film} was {label}")
     task = make_text_task(CLASSIFICATION, open_corpus(folder / "reviews"), seed=0, n_train=20, max_length=16)
     bert = str(make_text_bert(folder / "bert"))
     config = TrialConfig(model=bert, epochs=1, precision="float32", target_modules="all")

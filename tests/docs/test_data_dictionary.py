@@ -1,4 +1,4 @@
-"""The data dictionary of docs/results.md against the files that the product's own code writes, both ways."""
+"""Compare the data dictionary of docs/results.md with the files that the program writes, both ways."""
 
 import re
 from collections.abc import Iterable
@@ -71,8 +71,8 @@ def assert_same_names(file: str, written: Iterable[str], lacking: Iterable[str] 
     """Compare names both ways; ``<word>`` in the dictionary stands for any part of a name."""
     patterns = {name: re.sub(r"<[^>]+>", "[^/]+", name) for name in dictionary(file)}
     names = set(written)
-    unknown = sorted(name for name in names if not any(re.fullmatch(one, name) for one in patterns.values()))
-    unused = sorted(n for n, one in patterns.items() if not any(re.fullmatch(one, name) for name in names))
+    unknown = sorted(name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns.values()))
+    unused = sorted(n for n, pattern in patterns.items() if not any(re.fullmatch(pattern, name) for name in names))
     assert unknown == [], f"{file}: not in the dictionary"
     assert unused == sorted(lacking), f"{file}: in the dictionary, and not written"
 
@@ -90,9 +90,9 @@ def write_encoding_study(root: Path, tiny_bert: Path) -> None:
     make_lab(root / "lab", subjects=SUBJECTS, n_words=260, n_voxels=N_VOXELS)
     for subject in SUBJECTS:
         write_json(root / "lab" / subject / "rois.json", {"language": [0, 1, 2]})
-    given = {"space": "smoke", "data": str(root / "lab"), "model": str(tiny_bert), "out": str(root), "name": "s"}
+    options = {"space": "smoke", "data": str(root / "lab"), "model": str(tiny_bert), "out": str(root), "name": "s"}
     space = load_space("smoke")
-    study = prepare(resolve_options(given | {"epochs": 1, "confirm": 1, "confirm_seeds": 1}, {}, space), space)
+    study = prepare(resolve_options(options | {"epochs": 1, "confirm": 1, "confirm_seeds": 1}, {}, space), space)
     folder, task = root / "s", study.task()
     folder.mkdir()
     about = identify(study, task)
@@ -106,12 +106,12 @@ def write_encoding_study(root: Path, tiny_bert: Path) -> None:
     keep(folder, run_trial(replace(config, method="full"), heard), "0002", "search")
     keep(folder, TrialRecord("FAILED", "lora", searched.config, error="no"), "0003", "search", SUGGESTED)
     keep(folder, replace(searched, repeat_of="0001"), "0004", "search", SUGGESTED)
-    options = SimpleNamespace(**vars(study.options) | {"folder": folder})
-    job = validation_jobs(options, read_records(folder), 1, lambda config: "key")[0]  # type: ignore[arg-type]
+    with_folder = SimpleNamespace(**vars(study.options) | {"folder": folder})
+    job = validation_jobs(with_folder, read_records(folder), 1, lambda config: "key")[0]  # type: ignore[arg-type]
     fresh = TrialConfig.from_dict(job.config)
     keep(folder, run_trial(fresh, heard), job.trial_id, job.phase)
     identity = about | {"heard": heard_by(task.dataset, task.splits[0].test)}
-    fixed = fix_winner(options, read_records(folder), 1, identity)  # type: ignore[arg-type]
+    fixed = fix_winner(with_folder, read_records(folder), 1, identity)  # type: ignore[arg-type]
     assert fixed is not None
     write_json(folder / "confirm.json", fixed | {"keys": {}})
     keep(folder, run_test(fresh, heard), f"test-{fixed['winner']}", "confirm")
@@ -121,7 +121,7 @@ def write_encoding_study(root: Path, tiny_bert: Path) -> None:
 def with_repeats(task: Task) -> Task:
     """The test story heard three times, by both subjects."""
     story, rng = task.dataset.stories[TEST], np.random.default_rng(0)
-    mean = {subject: found.read(np.arange(N_VOXELS)) for subject, found in story.responses.items()}
+    mean = {subject: responses.read(np.arange(N_VOXELS)) for subject, responses in story.responses.items()}
     repeats = {s: Responses(array=Y + rng.standard_normal((3, *Y.shape)).astype("f4")) for s, Y in mean.items()}
     heard = replace(story, repeats=repeats)
     return task._replace(dataset=replace(task.dataset, stories={**task.dataset.stories, TEST: heard}))
@@ -141,10 +141,10 @@ def write_text_studies(root: Path) -> None:
 def keep(
     folder: Path, record: TrialRecord, trial_id: str, phase: str = "baseline", params: dict[str, Any] | None = None
 ) -> TrialRecord:
-    """Write a record as the driver does: with what only the driver knows."""
-    kept = replace(record, trial_id=trial_id, phase=phase, params=params or {}, key=trial_id)
-    write_record(folder, kept)
-    return kept
+    """Write a record as the driver does: with the fields that only the driver knows."""
+    complete = replace(record, trial_id=trial_id, phase=phase, params=params or {}, key=trial_id)
+    write_record(folder, complete)
+    return complete
 
 
 def table(root: Path, name: str) -> pd.DataFrame:
@@ -154,16 +154,16 @@ def table(root: Path, name: str) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_column_is_in_the_dictionary_and_every_row_is_a_column(root: Path, name: str) -> None:
+def test_columns_and_dictionary_agree(root: Path, name: str) -> None:
     assert_same_names(f"{name}.parquet", set(table(root, name)) - set(SUGGESTED))
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_column_that_is_never_null_holds_none_and_types_are_as_stated(root: Path, name: str) -> None:
-    found, entries = table(root, name), dictionary(f"{name}.parquet")
+def test_columns_that_are_never_null_and_types_are_as_documented(root: Path, name: str) -> None:
+    frame, entries = table(root, name), dictionary(f"{name}.parquet")
     assert "never" in {entry.null_when for entry in entries.values()}
     for column, entry in entries.items():
-        for values in (found[real] for real in found if re.fullmatch(re.sub(r"<[^>]+>", "[^/]+", column), real)):
+        for values in (frame[real] for real in frame if re.fullmatch(re.sub(r"<[^>]+>", "[^/]+", column), real)):
             assert entry.null_when != "never" or values.notna().all(), column
             assert entry.kind.startswith("text") != pd.api.types.is_numeric_dtype(values), column
             known = values.dropna().to_numpy()
@@ -187,10 +187,10 @@ def test_scores_of_a_record_are_columns_or_named_below_its_table(root: Path) -> 
 def test_arrays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     names: dict[str, set[str]] = {"cc.npz": set(), "details.npz": set()}
-    for file, found in names.items():
+    for file, arrays in names.items():
         for path in root.glob(f"s/trials/*/{file}"):
-            found |= set(np.load(path).files)
-        assert_same_names(file, found)
+            arrays |= set(np.load(path).files)
+        assert_same_names(file, arrays)
     assert fit("s", trial="0001") == 0
     assert_same_names("model.npz", np.load("s/model.npz").files)
 
