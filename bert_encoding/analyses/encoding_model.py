@@ -13,13 +13,14 @@ import numpy as np
 from bert_encoding.analyses.model_file import (
     SUFFIX,
     EncodingModel,
-    Fitted,
+    FittedSubject,
     ModelSettings,
-    adapter_beside,
+    adapter_path,
     is_plain_name,
     load_model,
     write_model,
 )
+from bert_encoding.core.command_line import check_absent, check_ending, check_folder
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import FROZEN, LORA
 from bert_encoding.datasets.story import Dataset, Story
@@ -57,7 +58,7 @@ def fit_encoding_model(
     *,
     adapter: Path | None = None,
     origin: Origin = NOWHERE,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Fit ridge on some stories, for every subject of the chain's data set, and write ``file`` (``model.npz``) and,
     of a tuned encoder, a copy of the adapter (``model/adapter``).
@@ -68,7 +69,7 @@ def fit_encoding_model(
     Parameters
     ----------
     chain : of a trial with method ``frozen``, or ``lora`` with its ``adapter``
-    say : is told when a subject is done
+    log : receives a line when a subject is done
 
     Raises
     ------
@@ -78,7 +79,7 @@ def fit_encoding_model(
     config, dataset, encoder = chain.config, chain.task.dataset, chain.encoder
     if encoder is None or config.method != (FROZEN if adapter is None else LORA):
         raise ValueError(f"method {config.method}: only the frozen encoder, and LoRA with its adapter, can be kept")
-    check_output(file)
+    check_model_file(file)
     names = tuple(sorted(stories))
     settings = _settings(chain, names, adapter, origin)
     bert = encoder.copy_model().bert if adapter is None else load_adapter(encoder, adapter)
@@ -86,7 +87,7 @@ def fit_encoding_model(
     design = design_on_trs(on_trs, dataset, names, names[:1], config, chain.task.split_seed)
     _check_disk(file, sum(4 * design.fit.shape[1] * dataset.n_valid(subject) for subject in dataset.subjects))
     ridge = prepare_ridge(design, config, chain.device)
-    subjects = {s: _fitted(ridge, dataset, s, names, origin.cc.get(s), say) for s in dataset.subjects}
+    subjects = {s: _fitted(ridge, dataset, s, names, origin.cc.get(s), log) for s in dataset.subjects}
     with _adapter_copied(adapter, file):
         write_model(file, settings, design.constants, subjects)
 
@@ -116,21 +117,11 @@ def _settings(chain: Chain, stories: tuple[str, ...], adapter: Path | None, orig
     )
 
 
-def check_output(file: Path) -> None:
-    """Refuse a place that a model cannot or should not be written to.
-
-    Raises
-    ------
-    InputError
-        if it has another ending than ``.npz``, exists, or lies in no folder.
-    """
-    if file.suffix != SUFFIX:
-        raise InputError(f"--to {file}: give a name that ends in {SUFFIX}")
-    if not file.parent.is_dir():
-        raise InputError(f"--to {file}: no such folder {file.parent}; make it first")
-    for path in (file, adapter_beside(file)):
-        if path.exists():
-            raise InputError(f"{path}: exists already; move it away, or give another name with --to FILE{SUFFIX}")
+def check_model_file(file: Path) -> None:
+    """Refuse an output file that exists, has another ending than ``.npz``, or is in no folder."""
+    check_ending(file, (SUFFIX,))
+    check_folder(file)
+    check_absent(file, adapter_path(file))
 
 
 def _fitted(
@@ -139,24 +130,24 @@ def _fitted(
     subject: str,
     stories: Sequence[str],
     cc: np.ndarray | None,
-    say: Callable[[str], None],
-) -> Fitted:
+    log: Callable[[str], None],
+) -> FittedSubject:
     assert dataset.voxel_masks is not None
     mask = dataset.voxel_masks[subject]
     if cc is not None and cc.shape != mask.shape:
         raise InputError(f"subject {subject}: CC of {cc.size} voxels on record, {mask.size} in the data")
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for fit in _fit_panels(ridge, dataset, subject, stories, say):
+        for fit in _fit_panels(ridge, dataset, subject, stories, log):
             yield fit.weights, fit.ridge_alphas
-        say(f"{subject}: {dataset.n_valid(subject)} voxels fitted on {ridge.n_rows} rows of {len(stories)} stories")
+        log(f"{subject}: {dataset.n_valid(subject)} voxels fitted on {ridge.n_rows} rows of {len(stories)} stories")
 
     known = np.full(mask.size, np.nan, np.float32) if cc is None else cc
-    return Fitted(mask.size, np.flatnonzero(mask), known[mask], blocks())
+    return FittedSubject(mask.size, np.flatnonzero(mask), known[mask], blocks())
 
 
 def _fit_panels(
-    ridge: CrossValidatedRidge, dataset: Dataset, subject: str, stories: Sequence[str], say: Callable[[str], None]
+    ridge: CrossValidatedRidge, dataset: Dataset, subject: str, stories: Sequence[str], log: Callable[[str], None]
 ) -> Iterator[RidgeFit]:
     """Yield the fit of each panel of voxels, all from one grid of alphas, widened where ``score_subject`` would.
 
@@ -173,7 +164,7 @@ def _fit_panels(
     share = pressing_share(np.concatenate(cv_cc, axis=1))
     grid = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
     if grid is not None:
-        say(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {min(grid):g} to {max(grid):g}")
+        log(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {min(grid):g} to {max(grid):g}")
         ridge, only = ridge.with_alphas(grid), None
     if only is not None:
         yield only
@@ -229,7 +220,7 @@ def _adapter_copied(adapter: Path | None, file: Path) -> Iterator[None]:
     if adapter is None:
         yield
         return
-    to = adapter_beside(file)
+    to = adapter_path(file)
     try:
         to.mkdir(parents=True)
         for name in ADAPTER_FILES:

@@ -1,17 +1,17 @@
 """The file of an encoding model: an uncompressed ``.npz``, written and read a block of voxels at a time.
 
-The weights of a whole brain are some gigabytes a subject, so they never lie in memory at once. Members:
+The weights of a whole brain are some gigabytes per subject, so they are never in memory at once. Members:
 
 ``settings``
-    text: JSON of ``ModelSettings`` and the number of voxels a subject
+    text: JSON of ``ModelSettings`` and the number of voxels of each subject
 ``mean``, ``scale``
     (n_features,) float64: z-score constants of the features
 ``<subject>/weights``
-    (n_features, n_voxels) float32, a voxel after the other (Fortran order)
+    (n_features, n_voxels) float32, one voxel after the other (Fortran order)
 ``<subject>/ridge_alphas``, ``<subject>/cc``, ``<subject>/voxels``
     (n_voxels,) float64, float32, int64: see ``SubjectModel``
 
-``numpy.load(file)["UTS03/weights"]`` reads it as well. Whatever a file claims, no more is read than it holds.
+``numpy.load(file)["UTS03/weights"]`` reads it as well. Sizes in a header are checked before anything is read.
 """
 
 import json
@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from bert_encoding.core.errors import InputError, first_line
-from bert_encoding.core.storage import atomic_path
+from bert_encoding.core.files import output_file
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.responses import check_regular
 from bert_encoding.datasets.story import Trim
@@ -45,13 +45,13 @@ class ModelSettings:
     Attributes
     ----------
     encoder, checkpoint : name and fingerprint of the pretrained BERT
-    adapter : hash of the adapter in the folder beside the file; None for the frozen encoder
+    adapter : hash of the adapter next to the file; None for the frozen encoder
     layer, window_tokens, stride : as in ``embed_stories``
     delays : in TRs
     trim_trs : volumes cut at the start and the end of every story
-    tr_s, first_tr_s : seconds from one volume to the next; middle of a story's first one, from the story's start
+    tr_s, first_tr_s : seconds from one volume to the next; middle of the first one, from the story's start
     fit_stories, fingerprint : what ridge was fitted on, and the hash of the whole data set
-    test_stories : those that the study keeps locked
+    test_stories : the study's locked test stories
     study, trial_id : where the model comes from
     """
 
@@ -73,14 +73,14 @@ class ModelSettings:
 
 
 class SubjectModel(NamedTuple):
-    """What is known of a subject's voxels, the weights aside.
+    """A subject's voxels, without their weights.
 
     Attributes
     ----------
-    n_all : voxels of the responses, those that are masked out included
+    n_all : voxels of the responses, including those that are masked out
     voxels : (n_voxels,) ascending indices of the predicted ones among all
     ridge_alphas : (n_voxels,) the chosen penalties
-    cc : (n_voxels,) CC on validation stories, of the trial, whose ridge had not seen them; NaN where unknown
+    cc : (n_voxels,) the trial's CC on validation stories, on which its ridge was not fitted; NaN where unknown
     """
 
     n_all: int
@@ -89,9 +89,9 @@ class SubjectModel(NamedTuple):
     cc: np.ndarray
 
 
-class Fitted(NamedTuple):
-    """A subject to write; ``blocks`` yields weights (n_features, n_columns) and ridge_alphas (n_columns,), which
-    together make ``voxels.size`` columns."""
+class FittedSubject(NamedTuple):
+    """A subject to write; ``blocks`` yields weights (n_features, n_columns) and ridge_alphas (n_columns,), in total
+    ``voxels.size`` columns."""
 
     n_all: int
     voxels: np.ndarray
@@ -101,7 +101,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingModel:
-    """A model on disk; ``weights`` reads it a block at a time."""
+    """A model on disk; ``weights`` reads one block at a time."""
 
     file: Path
     settings: ModelSettings
@@ -115,11 +115,10 @@ class EncodingModel:
     @property
     def adapter_folder(self) -> Path | None:
         """The folder of the adapter in PEFT format; None for the frozen encoder."""
-        return None if self.settings.adapter is None else adapter_beside(self.file)
+        return None if self.settings.adapter is None else adapter_path(self.file)
 
     def weights(self, subject: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield the columns of a block among the subject's predicted voxels, and its weights, (n_features, n_columns)
-        float32.
+        """Yield blocks: columns among the subject's predicted voxels, and weights (n_features, n_columns) float32.
 
         Raises
         ------
@@ -130,36 +129,33 @@ class EncodingModel:
             yield from _weights(archive, self.file, subject, self.n_features, self.subjects[subject].voxels.size)
 
 
-def adapter_beside(file: Path) -> Path:
-    """Return where the adapter of ``model.npz`` lies: ``model/adapter``."""
+def adapter_path(file: Path) -> Path:
+    """Return the folder of the adapter of ``model.npz``: ``model/adapter``."""
     return file.with_suffix("") / "adapter"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_model(file: Path, settings: ModelSettings, constants: ZScore, subjects: Mapping[str, Fitted]) -> None:
-    """Write a model, whole or not at all; equal models give equal bytes.
+def write_model(file: Path, settings: ModelSettings, constants: ZScore, subjects: Mapping[str, FittedSubject]) -> None:
+    """Write a model, completely or not at all; equal models give equal bytes.
 
     Raises
     ------
     InputError
-        if there is no space, or the place may not be written.
+        if the disk is full, or the folder must not be written to.
     """
     sizes = {name: {"n_all": part.n_all, "n_voxels": int(part.voxels.size)} for name, part in subjects.items()}
-    about = {"version": VERSION, "n_features": len(constants.mean), "subjects": sizes} | asdict(settings)
-    try:
-        with atomic_path(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            _write(archive, "settings", np.array(json.dumps(about)))
-            _write(archive, "mean", constants.mean.astype(np.float64))
-            _write(archive, "scale", constants.std.astype(np.float64))
-            for name, part in subjects.items():
-                alphas = _write_weights(archive, f"{name}/weights", part, len(constants.mean))
-                _write(archive, f"{name}/ridge_alphas", alphas)
-                _write(archive, f"{name}/voxels", part.voxels.astype(np.int64))
-                _write(archive, f"{name}/cc", part.cc.astype(np.float32))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror or first_line(error)})") from None
+    content = {"version": VERSION, "n_features": len(constants.mean), "subjects": sizes} | asdict(settings)
+    with output_file(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _write(archive, "settings", np.array(json.dumps(content)))
+        _write(archive, "mean", constants.mean.astype(np.float64))
+        _write(archive, "scale", constants.std.astype(np.float64))
+        for name, part in subjects.items():
+            ridge_alphas = _write_weights(archive, f"{name}/weights", part, len(constants.mean))
+            _write(archive, f"{name}/ridge_alphas", ridge_alphas)
+            _write(archive, f"{name}/voxels", part.voxels.astype(np.int64))
+            _write(archive, f"{name}/cc", part.cc.astype(np.float32))
 
 
 def _write(archive: zipfile.ZipFile, name: str, values: np.ndarray) -> None:
@@ -167,22 +163,21 @@ def _write(archive: zipfile.ZipFile, name: str, values: np.ndarray) -> None:
         np.lib.format.write_array(member, values, version=(1, 0), allow_pickle=False)
 
 
-def _write_weights(archive: zipfile.ZipFile, name: str, part: Fitted, n_features: int) -> np.ndarray:
-    """Write blocks as they come and return the ridge_alphas, (n_voxels,)."""
+def _write_weights(archive: zipfile.ZipFile, name: str, part: FittedSubject, n_features: int) -> np.ndarray:
+    """Write the weights block by block, and return the ridge_alphas, (n_voxels,)."""
     shape = (n_features, int(part.voxels.size))
-    alphas = []
+    ridge_alphas = np.empty(0)
     with _new_member(archive, name) as member:
         header = {"descr": "<f4", "fortran_order": True, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)
-        for weights, chosen in part.blocks:
-            if len(weights) != n_features or weights.shape[1] != len(chosen) or not np.isfinite(weights).all():
+        for weights, block_alphas in part.blocks:
+            if weights.shape != (n_features, len(block_alphas)) or not np.isfinite(weights).all():
                 raise RuntimeError(f"{name}: weights {weights.shape} for {n_features} features, or not finite")
             member.write(np.ascontiguousarray(weights.T, dtype="<f4").data)  # (n_columns, n_features)
-            alphas.append(chosen.astype(np.float64))
-    found = np.concatenate(alphas) if alphas else np.empty(0)
-    if len(found) != shape[1]:
-        raise RuntimeError(f"{name}: {len(found)} voxels, not {shape[1]}")
-    return found
+            ridge_alphas = np.append(ridge_alphas, block_alphas.astype(np.float64))
+    if len(ridge_alphas) != shape[1]:
+        raise RuntimeError(f"{name}: {len(ridge_alphas)} voxels, not {shape[1]}")
+    return ridge_alphas
 
 
 def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -193,17 +188,15 @@ def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def load_model(file: Path) -> EncodingModel:
-    """Read a model and check all of it: every shape, every value, every checksum. The weights are read through, not
-    kept.
+    """Open a model and check every shape, value and checksum; the weights are read block by block, and not returned.
 
     Raises
     ------
     InputError
-        if the file is missing, damaged, compressed, of another version, or no encoding model.
+        if the file is missing, damaged, compressed, of another version, or not an encoding model.
     """
     with _open(file) as archive:
-        about = _read_settings(archive, file)
-        settings, sizes, n_features = _parse(about, file)
+        settings, sizes, n_features = _parse(_read_settings(archive, file), file)
         _check_members(archive, file, sizes)
         mean, scale = (_read(archive, file, name, "<f8", n_features) for name in ("mean", "scale"))
         if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
@@ -214,41 +207,39 @@ def load_model(file: Path) -> EncodingModel:
 
 @contextmanager
 def _open(file: Path) -> Iterator[zipfile.ZipFile]:
-    """Yield the archive; whatever a damaged one raises becomes one line."""
+    """Yield the archive; any error from a damaged one becomes a one-line message."""
     check_regular(file)
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; `python -m bert_encoding fit results/NAME` writes a model") from None
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged archive raises almost anything
         raise _damaged(file, first_line(error)) from None
 
 
-def _damaged(file: Path, why: str) -> InputError:
-    return InputError(f"{file}: not an encoding model, or damaged ({why}); fit it anew")
+def _damaged(file: Path, reason: str) -> InputError:
+    return InputError(f"{file}: not an encoding model, or damaged ({reason}); fit it again")
 
 
 def _check_members(archive: zipfile.ZipFile, file: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
     expected = {"settings.npy", "mean.npy", "scale.npy"}
     expected |= {f"{name}/{part}.npy" for name in sizes for part in ("weights", "ridge_alphas", "voxels", "cc")}
     names = archive.namelist()
-    if other := sorted(expected ^ set(names)):
-        raise _damaged(file, f"{other[0]} is {'missing' if other[0] in expected else 'too many'}")
+    if wrong := sorted(expected ^ set(names)):
+        raise _damaged(file, f"{wrong[0]} is {'missing' if wrong[0] in expected else 'not expected'}")
     if len(names) > len(expected):
-        raise _damaged(file, "a member is there twice")
+        raise _damaged(file, "it has two members of the same name")
 
 
 @contextmanager
 def _member(archive: zipfile.ZipFile, file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[Any, ...], int]]:
-    """Yield a member behind its header, (shape, fortran_order, dtype), and the bytes that are left."""
+    """Yield a member after its header, the header (shape, fortran_order, dtype), and the number of bytes left."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
-        raise InputError(f"{file}: {name} is compressed, and could unfold to any size; fit the model anew")
+        raise InputError(f"{file}: {name} is compressed, so its size is unknown before it is read; fit the model again")
     if info.file_size > file.stat().st_size:
         raise _damaged(file, f"{name} claims more bytes than the file has")
     with archive.open(info) as member:
@@ -260,26 +251,26 @@ def _member(archive: zipfile.ZipFile, file: Path, name: str) -> Iterator[tuple[I
 
 
 def _read(archive: zipfile.ZipFile, file: Path, name: str, dtype: str, n: int) -> np.ndarray:
-    """Return a member that must be (n,) of a type; the size is compared before anything is read."""
-    with _member(archive, file, name) as (member, (shape, _, found), n_left):
-        _expect(file, name, (shape, found), ((n,), np.dtype(dtype)), n_left)
+    """Return a member that must be (n,) of a type; the size is checked before anything is read."""
+    with _member(archive, file, name) as (member, header, n_left):
+        _check_header(file, name, header, (n,), dtype, n_left)
         return np.frombuffer(member.read(n_left), dtype)
 
 
-def _expect(file: Path, name: str, found: tuple[Any, Any], wanted: tuple[tuple[int, ...], Any], n_left: int) -> None:
-    if found != wanted or n_left != math.prod(wanted[0]) * wanted[1].itemsize:
-        raise _damaged(
-            file, f"{name} is {found[1]} of shape {found[0]} in {n_left} bytes, not {wanted[1]} of {wanted[0]}"
-        )
+def _check_header(
+    file: Path, name: str, header: tuple[Any, ...], shape: tuple[int, ...], dtype: str, n_left: int
+) -> None:
+    if (header[0], header[2]) != (shape, np.dtype(dtype)) or n_left != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise _damaged(file, f"{name} is {header[2]} of shape {header[0]} in {n_left} bytes, not {dtype} of {shape}")
 
 
 def _weights(
     archive: zipfile.ZipFile, file: Path, subject: str, n_features: int, n_voxels: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     name, n_columns = f"{subject}/weights", max(1, BLOCK_BYTES // (4 * n_features))
-    with _member(archive, file, name) as (member, (shape, is_fortran, dtype), n_left):
-        _expect(file, name, (shape, dtype), ((n_features, n_voxels), np.dtype("<f4")), n_left)
-        if not is_fortran and min(shape) > 1:
+    with _member(archive, file, name) as (member, header, n_left):
+        _check_header(file, name, header, (n_features, n_voxels), "<f4", n_left)
+        if not header[1] and min(header[0]) > 1:
             raise _damaged(file, f"{name} is not in Fortran order")
         for start in range(0, n_voxels, n_columns):
             columns = slice(start, min(start + n_columns, n_voxels))
@@ -294,15 +285,15 @@ def _read_subject(
     archive: zipfile.ZipFile, file: Path, name: str, n_all: int, n_voxels: int, n_features: int
 ) -> SubjectModel:
     voxels = _read(archive, file, f"{name}/voxels", "<i8", n_voxels)
-    alphas = _read(archive, file, f"{name}/ridge_alphas", "<f8", n_voxels)
+    ridge_alphas = _read(archive, file, f"{name}/ridge_alphas", "<f8", n_voxels)
     cc = _read(archive, file, f"{name}/cc", "<f4", n_voxels)
     if n_voxels < 1 or voxels[0] < 0 or voxels[-1] >= n_all or (np.diff(voxels) <= 0).any():
         raise _damaged(file, f"{name}/voxels are not ascending indices below {n_all}")
-    if not np.isfinite(alphas).all() or (alphas <= 0).any() or (np.abs(cc) > 1).any():
-        raise _damaged(file, f"{name}: a ridge_alpha is not above 0, or a CC is beyond 1")
+    if not np.isfinite(ridge_alphas).all() or (ridge_alphas <= 0).any() or (np.abs(cc) > 1).any():
+        raise _damaged(file, f"{name}: a ridge_alpha is not above 0, or a CC is not between -1 and 1")
     for _ in _weights(archive, file, name, n_features, n_voxels):
         pass
-    return SubjectModel(n_all, voxels, alphas, cc)
+    return SubjectModel(n_all, voxels, ridge_alphas, cc)
 
 
 def _read_settings(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
@@ -311,17 +302,17 @@ def _read_settings(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
     with _member(archive, file, "settings") as (member, (shape, _, dtype), n_left):
         if dtype.kind != "U" or shape != () or n_left != dtype.itemsize or n_left > MAX_SETTINGS_BYTES:
             raise _damaged(file, f"its settings are {dtype} of shape {shape}, not text")
-        about = json.loads(str(np.frombuffer(member.read(n_left), dtype)[0]))
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        found = about.get("version") if isinstance(about, dict) else None
-        raise InputError(f"{file}: an encoding model of version {found!r:.20}, expected {VERSION}; fit it anew")
-    return about
+        content = json.loads(str(np.frombuffer(member.read(n_left), dtype)[0]))
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise InputError(f"{file}: an encoding model of version {version!r:.20}, expected {VERSION}; fit it again")
+    return dict(content)
 
 
-def _parse(about: dict[str, Any], file: Path) -> tuple[ModelSettings, dict[str, tuple[int, int]], int]:
+def _parse(content: dict[str, Any], file: Path) -> tuple[ModelSettings, dict[str, tuple[int, int]], int]:
     """Return the settings, subject -> (n_all, n_voxels), and n_features, each checked."""
     try:
-        values = {field.name: about[field.name] for field in fields(ModelSettings)}
+        values = {field.name: content[field.name] for field in fields(ModelSettings)}
         for name, is_right in _RULES.items():
             if not is_right(values[name]):
                 raise ValueError(f"{name} is {values[name]!r:.40}")
@@ -329,19 +320,19 @@ def _parse(about: dict[str, Any], file: Path) -> tuple[ModelSettings, dict[str, 
         values["layer"] = tuple(layer) if isinstance(layer, list) else layer
         values |= {name: tuple(values[name]) for name in ("delays", "fit_stories", "test_stories")}
         values["trim_trs"] = Trim(*values["trim_trs"])
-        sizes = {name: (size["n_all"], size["n_voxels"]) for name, size in about["subjects"].items()}
+        sizes = {name: (size["n_all"], size["n_voxels"]) for name, size in content["subjects"].items()}
         for name, size in sizes.items():
             if not is_plain_name(name) or not all(map(_is_count, size)) or size[0] > MAX_VOXELS:
                 raise ValueError(f"subject {name!r:.40} has {size!r:.40} voxels")
-        if not sizes or not _is_count(about["n_features"]) or about["n_features"] % len(values["delays"]):
-            raise ValueError(f"n_features is {about['n_features']!r:.40}, subjects are {len(sizes)}")
-        return ModelSettings(**values), sizes, about["n_features"]
+        if not sizes or not _is_count(content["n_features"]) or content["n_features"] % len(values["delays"]):
+            raise ValueError(f"n_features is {content['n_features']!r:.40}, subjects are {len(sizes)}")
+        return ModelSettings(**values), sizes, content["n_features"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(file, f"its settings: {first_line(error)}") from None
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name can be part of a file's name: a path in it could lead anywhere."""
+    """Whether a name can be part of a file's name, without a path in it."""
     return isinstance(name, str) and 0 < len(name) <= 200 and not set(name) & {"/", "\\", "\0"} and name[0] != "."
 
 
@@ -366,19 +357,14 @@ def _are_texts(values: object) -> bool:
 
 
 _RULES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("checkpoint", "fingerprint", "study", "trial_id"), _is_text),
+    **dict.fromkeys(("window_tokens", "stride"), _is_count),
+    **dict.fromkeys(("fit_stories", "test_stories"), _are_texts),
     "encoder": lambda v: _is_text(v) and v,
-    "checkpoint": _is_text,
     "adapter": lambda v: v is None or _is_text(v),
     "layer": lambda v: _are_counts(v if isinstance(v, list) else [v]),
-    "window_tokens": _is_count,
-    "stride": _is_count,
     "delays": _are_counts,
     "trim_trs": lambda v: _are_counts(v) and len(v) == 2,
     "tr_s": lambda v: _is_number(v) and v > 0,
     "first_tr_s": _is_number,
-    "fit_stories": _are_texts,
-    "test_stories": _are_texts,
-    "fingerprint": _is_text,
-    "study": _is_text,
-    "trial_id": _is_text,
 }

@@ -1,4 +1,4 @@
-"""The command ``fetch``: get what a study needs of a public data set."""
+"""The command ``fetch``: download what a study needs from a public data set."""
 
 import shlex
 from pathlib import Path
@@ -19,7 +19,8 @@ def fetch(
     base_url: Text = None,
     keys_url: Text = None,
 ) -> int:
-    """Fetch what a study needs of a public data set, verified; the same command goes on where it was cut off.
+    """Download what a study needs from a public data set, with checksums; the same command resumes an interrupted
+    download.
 
     Parameters
     ----------
@@ -32,21 +33,23 @@ def fetch(
     stories
         Which stories. [default: all that a subject heard]
     base_url
-        Where the files lie. [default: the public object storage]
+        URL of the files. [default: the public object storage]
     keys_url
-        Where their checksums lie. [default: the data set's public git repository]
+        URL of their checksums. [default: the data set's public git repository]
     """
     if dataset != "lebel2023":
         raise InputError(f"no data set {dataset!r} to fetch; there is lebel2023")
     if not subjects:
         raise InputError("fetch: name the subjects, as in --subjects UTS03")
     if to is None:
-        raise InputError("fetch: say where to, as in --to DIR")
-    urls: dict[str, Any] = {
-        name: url for name, url in (("base_url", base_url), ("keys_url", keys_url)) if url is not None
-    }
+        raise InputError("fetch: name the folder, as in --to DIR")
+    given: dict[str, Any] = {"base_url": base_url, "keys_url": keys_url}
+    urls = {name: url for name, url in given.items() if url is not None}
     console = console_of_command()
     fetched = fetch_lebel2023(list(subjects), Path(to), list(stories) if stories else None, console=console, **urls)
-    print_lines(console, f"{fetched.n_files} files lie in {to}, {fetched.n_already_there} of them were there before")
-    print_lines(console, f"next: python -m bert_encoding check {shlex.quote(to)}")
+    print_lines(
+        console,
+        f"{fetched.n_files} files are in {to}, {fetched.n_already_there} of them were there before",
+        f"next: python -m bert_encoding check {shlex.quote(to)}",
+    )
     return 0

@@ -1,7 +1,6 @@
-"""The command ``map``: numbers of voxels as a NIfTI volume, a mosaic of its slices, or a flat cortex."""
+"""The command ``map``: voxel values as a NIfTI volume, a mosaic of its slices, or a flat cortex."""
 
 import gzip
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,9 @@ from bert_encoding.analyses.brain_maps.volumes import (
     read_mask,
     slices,
 )
-from bert_encoding.core.command_line import Text
-from bert_encoding.core.errors import InputError, first_line
-from bert_encoding.core.storage import atomic_path
+from bert_encoding.core.command_line import Text, check_absent, check_ending, check_folder
+from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import output_file
 
 
 def map_voxels(
@@ -53,56 +52,57 @@ def map_voxels(
     test
         CC of the test stories instead of the validation stories.
     minus
-        Another trial of the study; the difference is drawn.
+        Another trial of the study; draw the difference.
     array
-        Instead of a study: FILE.npy, or FILE.npz:NAME, with one number a voxel.
+        Instead of a study: FILE.npy, or FILE.npz:NAME, with one number per voxel.
     mask
-        Where the voxels lie: a NIfTI (mask_thick.nii.gz), a 3-D .npy, or .npz.
+        Positions of the voxels: a NIfTI file (mask_thick.nii.gz), a 3-D .npy, or .npz.
     mapper
         Mapper file of the subject (HDF5 with voxel_to_flatmap).
     order
         How the mask's voxels are numbered: zyx (pycortex, x fastest) or xyz (nilearn, z fastest). [default: zyx]
     mosaic
-        With --mask: a picture of the slices.
+        With --mask: draw the slices next to each other.
     to
         The file: .nii.gz or .nii (with --mask), or a picture: .png, .svg, .pdf. [default: in maps/ of the study]
     """
     _check_place(mask, mapper, order, mosaic)
     is_picture = mapper is not None or mosaic or (to is not None and to.lower().endswith(PICTURES))
     _check_target(to, PICTURES if mapper or mosaic else VOLUMES + PICTURES, (mask, mapper, array))
-    found = _find_values(study, trial, subject, test, minus, array, to)
-    name = f"{found.name}{'.png' if is_picture else '.nii.gz'}"
+    voxels = _read_values(study, trial, subject, test, minus, array, to)
+    name = f"{voxels.name}{'.png' if is_picture else '.nii.gz'}"
     file = Path(to) if to is not None else Path(study or "") / "maps" / name
-    if file.exists():
-        raise InputError(f"{file}: exists already; give another name with --to, or delete it")
+    check_absent(file)
     if mapper is not None:
-        picture = flatten(found.values, read_mapper(Path(mapper)), mapper)
-        _write(file, lambda temporary: draw(*picture, found, temporary, file.suffix))
+        image, background = flatten(voxels.values, read_mapper(Path(mapper)), mapper)
+        with output_file(file) as temporary:
+            draw(image, background, voxels, temporary, file.suffix)
     else:
         assert mask is not None
-        _map_volume(found, read_mask(mask, order or ZYX), mask, file, is_picture)
-    print(f"{_summary(found)}\n{file}")
+        _map_volume(voxels, read_mask(mask, order or ZYX), mask, file, is_picture)
+    print(f"{_summary(voxels)}\n{file}")
     return 0
 
 
-def _map_volume(found: Values, mask: Mask, mask_file: str, file: Path, is_picture: bool) -> None:
-    volume = fill_volume(found.values, mask, mask_file)
-    if doubt := doubt_order(found.values, mask):
+def _map_volume(voxels: Values, mask: Mask, mask_file: str, file: Path, is_picture: bool) -> None:
+    volume = fill_volume(voxels.values, mask, mask_file)
+    if doubt := doubt_order(voxels.values, mask):
         print(f"doubt: {doubt}")
     if is_picture:
-        picture = slices(volume, mask)
-        _write(file, lambda temporary: draw(*picture, found, temporary, file.suffix))
+        image, background = slices(volume, mask)
+        with output_file(file) as temporary:
+            draw(image, background, voxels, temporary, file.suffix)
     else:
-        content = nifti_bytes(volume, mask, found.title)
-        packed = gzip.compress(content, mtime=0) if file.suffix == ".gz" else content
-        _write(file, lambda temporary: temporary.write_bytes(packed))
+        content = nifti_bytes(volume, mask, voxels.title)
+        with output_file(file) as temporary:
+            temporary.write_bytes(gzip.compress(content, mtime=0) if file.suffix == ".gz" else content)
 
 
 def _check_place(mask: str | None, mapper: str | None, order: str | None, mosaic: bool) -> None:
     if (mask is None) == (mapper is None):
         raise InputError("map: give --mask FILE or --mapper FILE, one of the two")
     if mapper is not None and (order is not None or mosaic):
-        raise InputError("map: --order and --mosaic belong to --mask; a mapper file has its own order")
+        raise InputError("map: --order and --mosaic are options of --mask; a mapper file has its own order")
     if order not in (None, ZYX, XYZ):
         raise InputError(f"--order {order}: give {ZYX} or {XYZ}")
 
@@ -110,30 +110,19 @@ def _check_place(mask: str | None, mapper: str | None, order: str | None, mosaic
 def _check_target(to: str | None, endings: tuple[str, ...], sources: tuple[str | None, ...]) -> None:
     if to is None:
         return
-    if not to.lower().endswith(endings):
-        raise InputError(f"--to {to}: give a name that ends in {', '.join(endings)}")
-    if not Path(to).parent.is_dir():
-        raise InputError(f"--to {to}: no such folder {Path(to).parent}; make it first")
+    check_ending(Path(to), endings)
+    check_folder(Path(to))
     if any(source is not None and Path(source).resolve() == Path(to).resolve() for source in sources):
-        raise InputError(f"--to {to}: is read as well, and would be lost; give another name")
+        raise InputError(f"--to {to}: is an input file, which would be overwritten; give another name")
 
 
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary:
-            write(temporary)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror or first_line(error)})") from None
+def _summary(voxels: Values) -> str:
+    known = voxels.values[np.isfinite(voxels.values)]
+    text = f"{voxels.title}: {known.size} of {voxels.values.size} voxels have a value, mean {known.mean():+.4f}"
+    return f"{text}, above 0 in {np.mean(known > 0):.1%} of them" if voxels.is_difference else text
 
 
-def _summary(found: Values) -> str:
-    known = found.values[np.isfinite(found.values)]
-    text = f"{found.title}: {known.size} of {found.values.size} voxels have a value, mean {known.mean():+.4f}"
-    return f"{text}, above 0 in {np.mean(known > 0):.1%} of them" if found.is_difference else text
-
-
-def _find_values(
+def _read_values(
     study: str | None,
     trial: str | None,
     subject: str | None,
@@ -147,8 +136,8 @@ def _find_values(
             raise InputError("map: give a study's folder and --trial ID, or --array FILE")
         return read_trial(Path(study), trial, subject, test=test, minus=minus)
     if test or any(option is not None for option in (study, trial, subject, minus)):
-        raise InputError("map: --array stands alone; leave out the study, --trial, --subject, --test and --minus")
+        raise InputError("map: --array replaces the study; leave out the study, --trial, --subject, --test and --minus")
     if to is None:
-        raise InputError("map: with --array say where to, as in --to FILE.png")
+        raise InputError("map: with --array name the output file, as in --to FILE.png")
     values, name = read_array(array)
     return Values(check_values(values, array), name, name, name, is_cc=False)

@@ -1,10 +1,10 @@
-"""The command ``predict``: what a trained classifier says of texts, or an encoding model of a story."""
+"""The command ``predict``: classes of texts by a trained classifier, or responses to a story by an encoding model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_encoding.core.command_line import Text, Whole
+from bert_encoding.core.command_line import Text, Whole, check_ending, check_folder, refuse_options
 from bert_encoding.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,39 +26,38 @@ def predict(
     encoder: Text = None,
     test: bool = False,
 ) -> int:
-    """Say which class a trained classifier gives to texts, and how probable it holds that; or predict the responses to
-    a story with an encoding model.
+    """Predict the classes of texts and their probabilities with a trained classifier, or the responses to a story with
+    an encoding model.
 
     Parameters
     ----------
     model
         The folder of a classifier, trials/ID/adapter in a study's results; or model.npz, which `fit` wrote.
     texts
-        Of a classifier: texts, each in quotes.
+        Classifier: texts, each in quotes.
     file
-        Of a classifier: texts from a file: .txt with one a line, or .csv or .parquet with a column 'text'; or a folder
+        Classifier: a file of texts (.txt with one text per line, or .csv or .parquet with a column 'text'), or a folder
         with a sub-folder of .txt files for each class.
     to
-        Of a classifier: write a table (.csv or .parquet) instead of printing. Of an encoding model: write FILE.npy,
-        with several subjects FILE-SUBJECT.npy. [default: STORY-SUBJECT.npy here]
+        Classifier: write a table (.csv or .parquet) instead of printing. Encoding model: write FILE.npy, with several
+        subjects FILE-SUBJECT.npy. [default: STORY-SUBJECT.npy in the current folder]
     story
-        Of an encoding model: a transcript, .TextGrid or .csv (columns word and time_s, the word's middle in seconds
+        Encoding model: a transcript, .TextGrid or .csv (columns word and time_s, the word's middle in seconds
         from the story's start; or word, start, end); or with --data the name of a story.
     trs
-        How many volumes the scan of --story has. [default: so many that the rows cover its last word]
+        How many volumes the scan of --story has. [default: enough for the rows to cover its last word]
     data
-        'demo' or the folder of your data, to predict one of its stories; its CC with the responses is printed, unless
+        'demo' or the folder of your data, to predict one of its stories. Its CC with the responses is printed, unless
         the story is a locked test story of the model's study.
     encoder
-        Folder or name of the pretrained BERT, if it has moved since.
+        Folder or name of the pretrained BERT, if it has moved since the fit.
     test
-        With --data: look at the CC of a test story, which the model's study keeps locked. Do so once all is chosen.
+        With --data: compute the CC of a locked test story. Use it only after all choices are final.
     """
     if Path(model).suffix.lower() == MODEL:
         return _predict_responses(model, texts, file, to, story, trs, data, encoder, test)
-    for name, value in (("story", story), ("trs", trs), ("data", data), ("encoder", encoder), ("test", test or None)):
-        if value is not None:
-            raise InputError(f"--{name}: means nothing to a classifier; an encoding model is a file, model{MODEL}")
+    reason = f"not available for a classifier (an encoding model is a file, model{MODEL})"
+    refuse_options(reason, story=story, trs=trs, data=data, encoder=encoder, test=test)
     return _predict_classes(model, texts, file, to)
 
 
@@ -74,13 +73,13 @@ def _predict_responses(
     test: bool,
 ) -> int:
     if texts or file is not None:
-        raise InputError("predict: an encoding model reads words with times: give --story FILE, and no other texts")
+        raise InputError("predict: an encoding model reads words with times: give --story FILE and no other texts")
     if story is None:
-        raise InputError("predict: say which story, as in --story FILE.TextGrid")
+        raise InputError("predict: name the story, as in --story FILE.TextGrid")
     if trs is not None and data is not None:
-        raise InputError("--trs: the stories of --data have a length; leave it out")
+        raise InputError("--trs: the stories of --data have a known length; leave the option out")
     if test and data is None:
-        raise InputError("--test: means nothing without --data, which holds the responses; leave it out")
+        raise InputError("--test: needs --data, which holds the responses")
     from bert_encoding.analyses.predictions import predict_to_files
 
     for line in predict_to_files(Path(model), story, to=to, n_trs=trs, data=data, encoder=encoder, test=test):
@@ -89,25 +88,25 @@ def _predict_responses(
 
 
 def _predict_classes(folder: str, texts: Sequence[str], file: str | None, to: str | None) -> int:
-    if to is not None and Path(to).suffix.lower() not in TABLES:
-        raise InputError(f"--to {to}: give a name that ends in {' or '.join(TABLES)}")
-    given = [*texts, *(read_file(Path(file)) if file is not None else [])]
-    if not given:
+    if to is not None:
+        check_ending(Path(to), TABLES)
+    texts = [*texts, *(read_file(Path(file)) if file is not None else [])]
+    if not texts:
         raise InputError("predict: give texts in quotes, or --file FILE")
-    if empty := [at for at, text in enumerate(given, 1) if not text.strip()]:
-        raise InputError(f"predict: text {empty[0]} of {len(given)} is empty; leave it out")
-    table = predict_texts(Path(folder), given)
+    if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+        raise InputError(f"predict: text {empty[0]} of {len(texts)} is empty; leave it out")
+    table = predict_texts(Path(folder), texts)
     if to is None:
         for row in table.itertuples():
             print(f"{row.label}\t{row.probability:.4f}\t{' '.join(str(row.text).split())}")
     else:
         write_table(table, Path(to))
-        print(f"{len(table)} predictions lie in {to}")
+        print(f"{len(table)} predictions are in {to}")
     return 0
 
 
 def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
-    """Return a row for each text: ``text``, ``label``, the most probable class, and its ``probability``.
+    """Return one row per text: ``text``, the most probable class ``label``, and its ``probability``.
 
     Raises
     ------
@@ -125,14 +124,14 @@ def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
     return pd.DataFrame(
         {
             "text": list(texts),
-            "label": [classifier.reading.labels[at] for at in best],
+            "label": [classifier.reading.labels[index] for index in best],
             "probability": probabilities[np.arange(len(best)), best],
         }
     )
 
 
 def read_file(path: Path) -> list[str]:
-    """Return the texts of a file in order; lines of a .txt file that are blank separate, as elsewhere.
+    """Return the texts of a file or folder in order.
 
     Raises
     ------
@@ -149,8 +148,7 @@ def write_table(table: "pd.DataFrame", path: Path) -> None:
     """Write a table, whole or not at all."""
     from bert_encoding.core.storage import atomic_path
 
-    if not path.parent.is_dir():
-        raise InputError(f"--to {path}: no such folder {path.parent}; make it first")
+    check_folder(path)
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".csv":
             table.to_csv(temporary, index=False)

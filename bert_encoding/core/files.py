@@ -29,7 +29,7 @@ def code_fingerprint() -> str:
 
 
 @contextmanager
-def output_file(file: Path, option: str = "--to") -> Iterator[Path]:
+def output_file(file: Path) -> Iterator[Path]:
     """Yield a temporary name to write to, and rename it to ``file`` at the end; folders are made.
 
     Raises
@@ -42,7 +42,7 @@ def output_file(file: Path, option: str = "--to") -> Iterator[Path]:
         with atomic_path(file) as temporary:
             yield temporary
     except OSError as error:
-        raise InputError(f"{option} {file}: cannot be written ({error.strerror or first_line(error)})") from None
+        raise InputError(f"{file}: cannot be written ({error.strerror or first_line(error)})") from None
 
 
 def write_json(path: Place, content: Any) -> None:

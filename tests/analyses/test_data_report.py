@@ -22,11 +22,11 @@ from bert_encoding.analyses.alignment import SHIFTS, LagProfile
 from bert_encoding.analyses.data_report import (
     Report,
     check_dataset,
-    with_responses,
     draw_lags,
     lag_lines,
     print_report,
     to_json,
+    with_responses,
 )
 from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
@@ -437,7 +437,7 @@ def test_fetch_says_where_and_what_next(fetched: list[dict[str, Any]], capsys: p
     assert isinstance(call.pop("console"), Console)
     assert call == {"subjects": ["UTS01", "UTS03"], "to": Path("stories of [red]"), "stories": None}
     assert capsys.readouterr().out.splitlines() == [
-        "5 files lie in stories of [red], 2 of them were there before",
+        "5 files are in stories of [red], 2 of them were there before",
         "next: python -m bert_encoding check 'stories of [red]'",
     ]
 
@@ -454,7 +454,7 @@ def test_fetch_passes_what_is_given(fetched: list[dict[str, Any]]) -> None:
     [
         (["other", "--subjects", "UTS03", "--to", "d"], "no data set 'other' to fetch; there is lebel2023"),
         (["lebel2023", "--to", "d"], "name the subjects, as in --subjects UTS03"),
-        (["lebel2023", "--subjects", "UTS03"], "say where to, as in --to DIR"),
+        (["lebel2023", "--subjects", "UTS03"], "name the folder, as in --to DIR"),
     ],
 )
 def test_fetch_needs_to_know(

@@ -20,7 +20,7 @@ from sklearn.linear_model import Ridge
 
 from bert_encoding.analyses import encoding_model, model_file
 from bert_encoding.analyses.encoding_model import fit_encoding_model, load_model, predict_story
-from bert_encoding.analyses.model_file import EncodingModel, Fitted, ModelSettings, write_model
+from bert_encoding.analyses.model_file import EncodingModel, FittedSubject, ModelSettings, write_model
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets import open_dataset
@@ -269,7 +269,7 @@ def file(tmp_path: Path) -> Path:
     """A small model, made without BERT."""
     rng = np.random.default_rng(0)
     blocks = [(rng.standard_normal((N_FEATURES, n)).astype(np.float32), np.full(n, 10.0)) for n in (3, 2)]
-    part = Fitted(9, np.array([0, 2, 3, 7, 8]), np.full(N_KEPT, np.nan, np.float32), blocks)
+    part = FittedSubject(9, np.array([0, 2, 3, 7, 8]), np.full(N_KEPT, np.nan, np.float32), blocks)
     constants = ZScore(rng.standard_normal(N_FEATURES), np.ones(N_FEATURES))
     write_model(tmp_path / "model.npz", SETTINGS, constants, {"a": part})
     return tmp_path / "model.npz"
@@ -323,7 +323,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "header": ({"mean.npy": claiming("__import__('os')")}, "damaged"),
     "member missing": ({"a/cc.npy": None}, "a/cc.npy is missing"),
     "settings missing": ({"settings.npy": None}, "settings.npy is missing"),
-    "member too many": ({"extra.npy": npy(WEIGHTS)}, "extra.npy is too many"),
+    "member too many": ({"extra.npy": npy(WEIGHTS)}, "extra.npy is not expected"),
     "scale 0": ({"scale.npy": npy(np.zeros(N_FEATURES))}, "scale is not above 0"),
     "voxels": ({"a/voxels.npy": npy(np.array([0, 2, 2, 7, 8]))}, "not ascending indices below 9"),
     "voxels beyond": ({"a/voxels.npy": npy(np.array([0, 2, 3, 7, 9]))}, "not ascending indices below 9"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from make_data import make_lab
 
-from bert_encoding.commands.export import export, parse_words
+from bert_encoding.commands.export import export
 from bert_encoding.core.command_line import parse_layer, run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
@@ -383,15 +383,15 @@ OUT = ("--to", "OUT.npz")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*MODEL, *TEXT), "say where to, as in --to OUT.parquet"),
-        ((*MODEL, *TEXT, "--to", "out.csv"), "--to out.csv: give a name that ends in .parquet or .npz"),
+        ((*MODEL, *TEXT), "name the output file, as in --to OUT.parquet"),
+        ((*MODEL, *TEXT, "--to", "out.csv"), "--to out.csv: give a name that ends in .parquet, .npz"),
         ((*MODEL, *OUT), "give one of --data PATH and --text FILE"),
         ((*MODEL, *TEXT, "--data", "DATA", *OUT), "give one of --data PATH and --text FILE"),
         ((*MODEL, "--data", "DATA", "--words", "the", *OUT), "--words: needs --text FILE"),
         ((*MODEL, "--data", "TEXT", *OUT), "is text without times; use --text"),
         ((*MODEL, "--data", "nowhere", *OUT), "nowhere: no such data"),
         ((*MODEL, "--text", "nowhere.txt", *OUT), "nowhere.txt: no such file"),
-        ((*TEXT, *OUT), "say which model, as in --model bert-base-uncased"),
+        ((*TEXT, *OUT), "name the model, as in --model bert-base-uncased"),
         (("--model", "./nowhere", *TEXT, *OUT), "--model ./nowhere: "),
         ((*MODEL, *TEXT, "--adapter", "nowhere", *OUT), "nowhere: no adapter_config.json"),
         ((*MODEL, *TEXT, "--layer", "3", *OUT), "--layer 3: "),
@@ -433,9 +433,8 @@ def test_help_says_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str
     assert "BERT's vectors are contextual: the same word has another vector in every sentence" in printed
 
 
-def test_layers_and_words_as_they_are_written() -> None:
-    given = (None, "last", "0", "4,5, 6", "4-6", "-1")
-    assert [parse_layer(text) for text in given] == [None, None, 0, (4, 5, 6), (4, 5, 6), -1]
-    assert parse_words("talk, walk,New  York") == ["talk", "walk", "New York"]
+def test_layers_are_parsed() -> None:
+    texts = (None, "last", "0", "4,5, 6", "4-6", "-1")
+    assert [parse_layer(text) for text in texts] == [None, None, 0, (4, 5, 6), (4, 5, 6), -1]
     with pytest.raises(InputError, match="give 'last'"):
         parse_layer("4,")

@@ -126,8 +126,8 @@ def test_a_locked_test_story_is_predicted_and_not_scored(
     assert "; CC " in out and "locked" not in out
     for options, message in (
         ((*given, "beta", "--to", "c.npy", "--test"), "--test: beta is no test story of m.npz"),
-        (("m.npz", "--story", "x.csv", "--test"), "--test: means nothing without --data"),
-        (("folder", "text", "--test"), "--test: means nothing to a classifier"),
+        (("m.npz", "--story", "x.csv", "--test"), "--test: needs --data"),
+        (("folder", "text", "--test"), "--test: not available for a classifier"),
     ):
         assert command("predict", *options) == 2
         captured = capsys.readouterr()
@@ -233,7 +233,7 @@ def test_the_best_kept_trial_is_chosen(tmp_path: Path) -> None:
 def test_of_several_outer_folds_the_first_adapter_is_taken(tmp_path: Path) -> None:
     put(tmp_path, "0001", 0.1)
     folder = tmp_path / "trials" / "0001" / "adapter"
-    with pytest.raises(InputError, match="its adapter was not kept"):
+    with pytest.raises(InputError, match="its adapter was not saved"):
         choose_trial(tmp_path, "0001", n_splits=2)
     (folder / "split0").mkdir()
     (folder / "split0" / "adapter_config.json").write_text("{}")
@@ -243,11 +243,11 @@ def test_of_several_outer_folds_the_first_adapter_is_taken(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("trial", "message"),
     [
-        ("0003", r"trial 0003: its adapter was not kept"),
-        ("0004", r"trial 0004: its method is full; only lora and frozen trials keep an encoder"),
+        ("0003", r"trial 0003: its adapter was not saved"),
+        ("0004", r"trial 0004: its method is full; only the encoders of lora and frozen trials"),
         ("0005", r"trial 0005: is STOPPED, not COMPLETE"),
         ("../0003", r"no trial \.\./0003; it has 0003, 0004, 0005"),
-        (None, r"no searched trial whose encoder was kept .*give --trial, such as --trial baseline-frozen"),
+        (None, r"no searched trial has a saved encoder .*give --trial, such as --trial baseline-frozen"),
     ],
 )
 def test_a_trial_that_cannot_be_fitted_is_one_line(trial: str | None, message: str, tmp_path: Path) -> None:
@@ -275,10 +275,10 @@ BAD_STUDIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no study": (lambda study: (study / "study.json").unlink(), "s: no study here"),
     "damaged": (lambda study: (study / "study.json").write_text("{"), "study.json: damaged"),
     "splits": (change(splits=[{"fit": 3}]), "study.json: damaged"),
-    "text": (change(task="classification"), "a study on text alone"),
+    "text": (change(task="classification"), "a text-only study"),
     "other data": (change(data={"fingerprint": "0"}), "not the data of this study"),
     "other weights": (change(model={"weights": "0"}), "have changed since the study"),
-    "other voxels": (change(voxels={"key": "0"}), "the voxels that can be scored are not those"),
+    "other voxels": (change(voxels={"key": "0"}), "the voxels have changed"),
     "no data": (change(options={"data": "/nowhere"}), "/nowhere: no such data"),
     "damaged cc": (lambda study: (study / "trials" / "0001" / "cc.npz").write_text("x"), "cc.npz: damaged"),
 }
@@ -300,7 +300,7 @@ def test_data_that_moved_are_found_and_other_data_refused(
     change(options={"data": "/nowhere"})(study)
     other = make_lab(tmp_path / "other", subjects=SUBJECTS, n_words=100, seed=1)
     fewer = make_lab(tmp_path / "fewer", stories=("alpha", "beta"), subjects=SUBJECTS, n_words=100)
-    for folder, message in ((other, "not the data of this study"), (fewer, "no story delta, which this study has")):
+    for folder, message in ((other, "not the data of this study"), (fewer, "no story delta, which this study uses")):
         assert command("fit", study, "--data", folder) == 2
         assert message in capsys.readouterr().err
     moved = shutil.copytree(made / "lab", tmp_path / "moved")
@@ -313,12 +313,12 @@ def test_data_that_moved_are_found_and_other_data_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["m.npz"], "say which story, as in --story FILE.TextGrid"),
-        (["m.npz", "words", "--story", "x.csv"], "give --story FILE, and no other texts"),
-        (["m.npz", "--story", "x", "--data", "demo", "--trs", "9"], "--trs: the stories of --data have a length"),
+        (["m.npz"], "name the story, as in --story FILE.TextGrid"),
+        (["m.npz", "words", "--story", "x.csv"], "give --story FILE and no other texts"),
+        (["m.npz", "--story", "x", "--data", "demo", "--trs", "9"], "--trs: the stories of --data have a known length"),
         (["m.npz", "--story", "x.csv"], "m.npz: no such file; `python -m bert_encoding fit"),
-        (["folder", "text", "--story", "x.csv"], "--story: means nothing to a classifier"),
-        (["folder", "text", "--trs", "3"], "--trs: means nothing to a classifier"),
+        (["folder", "text", "--story", "x.csv"], "--story: not available for a classifier"),
+        (["folder", "text", "--trs", "3"], "--trs: not available for a classifier"),
     ],
 )
 def test_bad_arguments_of_predict_are_one_line(

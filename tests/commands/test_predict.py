@@ -195,7 +195,7 @@ def test_the_command_reads_files_and_writes_tables(
         out = tmp_path / f"out{ending}"
         assert command(folder, "--file", file, "--to", out) == 0
         pd.testing.assert_frame_equal(read(out), predict_texts(folder, TEXTS), check_exact=True)
-        assert capsys.readouterr().out == f"2 predictions lie in {out}\n"
+        assert capsys.readouterr().out == f"2 predictions are in {out}\n"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_command_reads_files_and_writes_tables(
     [
         ([], "give texts in quotes, or --file FILE"),
         (["good", " "], "text 2 of 2 is empty; leave it out"),
-        (["good", "--to", "out.txt"], "--to out.txt: give a name that ends in .csv or .parquet"),
+        (["good", "--to", "out.txt"], "--to out.txt: give a name that ends in .csv, .parquet"),
         (["good", "--to", "no/such/out.csv"], "--to no/such/out.csv: no such folder no/such; make it first"),
         (["--file", "absent.csv"], "absent.csv: no such file or folder"),
     ],

@@ -1,8 +1,8 @@
-"""A flat cortex: a mapper file says which pixels a voxel falls on.
+"""A flat cortex: a mapper file gives the pixels of each voxel.
 
 **Mapper files** are HDF5 as published with voxelwise-modelling data of the Gallant lab (``voxelwise_tutorials``):
-``voxel_to_flatmap`` (n_pixels, n_voxels), a sparse matrix kept as ``_data``, ``_indices``, ``_indptr`` and ``_shape``
-of its CSR form; ``flatmap_mask`` (width, height), True in the n_pixels that it fills; ``flatmap_curvature``, alike, for
+``voxel_to_flatmap`` (n_pixels, n_voxels), a sparse matrix stored as ``_data``, ``_indices``, ``_indptr`` and ``_shape``
+of its CSR form; ``flatmap_mask`` (width, height), True in its n_pixels; ``flatmap_curvature``, of the same shape, for
 the background. The first axis runs from left to right, the second from bottom to top.
 """
 
@@ -19,12 +19,12 @@ from bert_encoding.datasets.responses import Responses
 
 
 class Mapper(NamedTuple):
-    """How voxels fall on the flat cortex.
+    """The pixels of each voxel on the flat cortex.
 
     Attributes
     ----------
     weights : (n_pixels, n_voxels) sparse
-    inside : (width, height) True in the pixels that have a row of weights, in C order
+    inside : (width, height) True in the pixels that have a row of weights; rows are in C order
     curvature : (width, height), or None
     """
 
@@ -39,7 +39,7 @@ def read_mapper(file: Path) -> Mapper:
     Raises
     ------
     InputError
-        if it cannot be read, lacks something, or its parts do not belong together.
+        if it cannot be read, is incomplete, or its parts do not fit each other.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
@@ -52,15 +52,19 @@ def read_mapper(file: Path) -> Mapper:
         weights = scipy.sparse.csr_matrix(tuple(parts), shape=(n_pixels, n_voxels), dtype=np.float64)
         weights.check_format(full_check=True)
     except Exception as error:  # whatever the parts hold
-        raise InputError(f"{file}: voxel_to_flatmap is no sparse matrix ({first_line(error)}); get it anew") from None
+        raise InputError(
+            f"{file}: voxel_to_flatmap is not a sparse matrix ({first_line(error)}); download it again"
+        ) from None
     if not np.isfinite(weights.data).all():
-        raise InputError(f"{file}: voxel_to_flatmap holds weights that are not finite; get it anew")
+        raise InputError(f"{file}: voxel_to_flatmap holds weights that are not finite; download it again")
     if inside.ndim != 2 or np.count_nonzero(inside) != n_pixels:
         raise InputError(
             f"{file}: flatmap_mask, {inside.shape}, has {np.count_nonzero(inside)} pixels, voxel_to_flatmap {n_pixels}"
         )
     if curvature is not None and curvature.shape != inside.shape:
-        raise InputError(f"{file}: flatmap_curvature is {curvature.shape}, flatmap_mask {inside.shape}; get it anew")
+        raise InputError(
+            f"{file}: flatmap_curvature is {curvature.shape}, flatmap_mask {inside.shape}; download it again"
+        )
     return Mapper(weights, inside, curvature)
 
 
@@ -69,7 +73,7 @@ def _has(file: Path, key: str) -> bool:
         with h5py.File(file, "r") as content:
             return key in content
     except Exception as error:  # a damaged file raises almost anything
-        raise InputError(f"{file}: not a readable HDF5 file ({first_line(error)}); get it anew") from None
+        raise InputError(f"{file}: not a readable HDF5 file ({first_line(error)}); download it again") from None
 
 
 def _read_hdf5(file: Path, key: str) -> np.ndarray:
@@ -77,19 +81,19 @@ def _read_hdf5(file: Path, key: str) -> np.ndarray:
         n_elements = int(np.prod(source.shape, dtype=object))
         if source.dtype.kind not in "biuf" or n_elements > MAX_ELEMENTS:
             raise InputError(
-                f"{file}: {key!r} is {source.dtype} of shape {source.shape}; expected numbers, not so many"
+                f"{file}: {key!r} is {source.dtype} of shape {source.shape}; expected numbers, at most {MAX_ELEMENTS}"
             )
         try:
             return np.asarray(source[()])
         except Exception as error:  # a damaged file raises almost anything
-            raise InputError(f"{file}: {key!r} cannot be read ({first_line(error)}); get it anew") from None
+            raise InputError(f"{file}: {key!r} cannot be read ({first_line(error)}); download it again") from None
 
 
-def flatten(values: np.ndarray, mapper: Mapper, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the flat image, NaN where nothing is known, and its grey background, (height, width).
+def flatten(values: np.ndarray, mapper: Mapper, mapper_name: str = "mapper") -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat image, NaN where there is no value, and its grey background, (height, width).
 
-    A pixel is the weighted sum of its voxels. Those without a value are left out and the others weigh so much more;
-    where they are left with less than half of the weight, nothing is known.
+    A pixel is the weighted sum of its voxels. Voxels without a value are left out and the other weights scaled up; with
+    less than half of the weight left, the pixel has no value.
 
     Parameters
     ----------
@@ -98,19 +102,19 @@ def flatten(values: np.ndarray, mapper: Mapper, what: str) -> tuple[np.ndarray, 
     Raises
     ------
     InputError
-        if the mapper was made for more or fewer voxels.
+        if the mapper has another number of voxels.
     """
     n_voxels = mapper.weights.shape[1]
     if n_voxels != values.size:
         raise InputError(
-            f"{what}: maps {n_voxels} voxels, the values are of {values.size}; give the mapper of this subject"
+            f"{mapper_name}: maps {n_voxels} voxels, but there are {values.size} values; give this subject's mapper"
         )
     known = np.isfinite(values)
-    whole = mapper.weights @ np.ones(n_voxels)
+    total = mapper.weights @ np.ones(n_voxels)
     weight = mapper.weights @ known.astype(np.float64)
-    enough = (whole > 0) & (weight >= whole / 2)
-    pixels = np.full(whole.shape, np.nan)
-    pixels[enough] = (mapper.weights @ np.where(known, values, 0.0))[enough] * (whole[enough] / weight[enough])
+    enough = (total > 0) & (weight >= total / 2)
+    pixels = np.full(total.shape, np.nan)
+    pixels[enough] = (mapper.weights @ np.where(known, values, 0.0))[enough] * (total[enough] / weight[enough])
     image, background = np.full((2, *mapper.inside.shape), np.nan)
     image[mapper.inside] = pixels
     background[mapper.inside] = _relief(mapper)
@@ -118,7 +122,7 @@ def flatten(values: np.ndarray, mapper: Mapper, what: str) -> tuple[np.ndarray, 
 
 
 def _relief(mapper: Mapper) -> np.ndarray | float:
-    """Return the curvature of the pixels as light and dark grey around ``GREY``."""
+    """Return the curvature of the pixels as shades of grey around ``GREY``."""
     if mapper.curvature is None:
         return GREY
     curvature: np.ndarray = mapper.curvature[mapper.inside].astype(np.float64)

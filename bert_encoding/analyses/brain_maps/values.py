@@ -1,4 +1,4 @@
-"""What a map shows: one number a voxel, of a trial's CC or of an array file."""
+"""The values of a map: one number per voxel, a trial's CC or an array from a file."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,24 +6,24 @@ from typing import NamedTuple
 import numpy as np
 
 from bert_encoding.analyses.model_file import is_plain_name
-from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.errors import InputError, first_line, first_names
 from bert_encoding.datasets.responses import check_regular
 from bert_encoding.datasets.rois import read_arrays
 from bert_encoding.trial.record import trial_folder
 
-MAX_ELEMENTS = 2**28  # in one array of a mask or mapper: more is no brain, but a damaged header
+MAX_ELEMENTS = 2**28  # of an array in a mask or mapper; more comes from a damaged header
 GREY = 0.7  # the background of every map
 
 
 class Values(NamedTuple):
-    """One number a voxel, and what it is.
+    """One number per voxel, and its labels.
 
     Attributes
     ----------
     values : (n_voxels,) NaN where a voxel has none
-    title, unit : what stands over the picture and under its colour bar
-    name : for a file
-    is_cc, is_difference : a CC is drawn from 0, a difference around 0
+    title, unit : printed above the picture and below its colour bar
+    name : for the file
+    is_cc, is_difference : the colour scale of a CC starts at 0, that of a difference is centred at 0
     """
 
     values: np.ndarray
@@ -35,26 +35,26 @@ class Values(NamedTuple):
 
 
 def read_trial(study: Path, trial: str, subject: str | None, *, test: bool = False, minus: str | None = None) -> Values:
-    """Return a trial's CC of one subject, or how much it is above that of another trial.
+    """Return a trial's CC of one subject, or with ``minus`` its difference from another trial's.
 
     Raises
     ------
     InputError
-        if the study, the trial, the subject or the score is not there, or two trials have other voxels.
+        if the study, the trial, the subject or the score is missing, or the trials have different voxels.
     """
     for option, name in (("--trial", trial), ("--minus", minus)):
         if name is not None and not is_plain_name(name):
-            raise InputError(f"{option} {name!r:.80}: is no trial's name; {_trials(study)}")
-    cc, whose = _cc(study, trial, subject, test)
-    part = "test stories" if test else "validation stories"
-    name, ending = trial, "-test" if test else ""
+            raise InputError(f"{option} {name!r:.80}: not the name of a trial; {_trials(study)}")
+    cc, name = _cc(study, trial, subject, test)
+    split, ending = ("test stories", "-test") if test else ("validation stories", "")
     if minus is None:
-        return Values(cc, f"trial {trial}, {whose}, {part}", "CC", f"{name}-{whose}{ending}")
-    other, _ = _cc(study, minus, whose, test)
-    if other.shape != cc.shape:
-        raise InputError(f"--minus {minus}: it has {other.size} voxels of {whose}, trial {trial} has {cc.size}")
-    title, name = f"trial {trial} minus {minus}, {whose}, {part}", f"{trial}-minus-{minus}-{whose}{ending}"
-    return Values(check_values(cc - other, title), title, "difference of CC", name, is_difference=True)
+        return Values(cc, f"trial {trial}, {name}, {split}", "CC", f"{trial}-{name}{ending}")
+    minus_cc, _ = _cc(study, minus, name, test)
+    if minus_cc.shape != cc.shape:
+        raise InputError(f"--minus {minus}: it has {minus_cc.size} voxels of {name}, trial {trial} has {cc.size}")
+    title = f"trial {trial} minus {minus}, {name}, {split}"
+    difference = check_values(cc - minus_cc, title)
+    return Values(difference, title, "difference of CC", f"{trial}-minus-{minus}-{name}{ending}", is_difference=True)
 
 
 def _cc(study: Path, trial: str, subject: str | None, test: bool) -> tuple[np.ndarray, str]:
@@ -67,19 +67,16 @@ def _cc(study: Path, trial: str, subject: str | None, test: bool) -> tuple[np.nd
     if not scored:
         raise InputError(f"{file}: trial {trial} was not scored on the {'test' if test else 'validation'} stories")
     if subject is None and len(scored) > 1:
-        raise InputError(f"{file}: say whose, as in --subject {min(scored)}; it holds {', '.join(sorted(scored))}")
-    whose = next(iter(scored)) if subject is None else subject
-    if whose not in scored or not is_plain_name(whose):
-        raise InputError(f"{file}: no subject {whose}; it holds {', '.join(sorted(scored))}")
-    return check_values(arrays[scored[whose]], str(file)), whose
+        raise InputError(f"{file}: holds {', '.join(sorted(scored))}; choose one, as in --subject {min(scored)}")
+    name = next(iter(scored)) if subject is None else subject
+    if name not in scored or not is_plain_name(name):
+        raise InputError(f"{file}: no subject {name}; it holds {', '.join(sorted(scored))}")
+    return check_values(arrays[scored[name]], str(file)), name
 
 
 def _trials(study: Path) -> str:
-    found = sorted(file.parent.name for file in (study / "trials").glob("*/cc.npz"))
-    few = found if len(found) < 9 else [*found[:4], "...", *found[-4:]]
-    return (
-        f"trials with CC are {', '.join(few)}" if found else f"{study} holds no trial with CC; is it a study's folder?"
-    )
+    names = sorted(file.parent.name for file in (study / "trials").glob("*/cc.npz"))
+    return f"trials with CC are {first_names(names)}" if names else f"{study} has no trial with CC; is it a study?"
 
 
 def read_array(given: str) -> tuple[np.ndarray, str]:
@@ -88,12 +85,10 @@ def read_array(given: str) -> tuple[np.ndarray, str]:
     Raises
     ------
     InputError
-        if it is not there or damaged, or the file holds several and none is named.
+        if it is missing or damaged, or the file holds several arrays and no name is given.
     """
-    path, member = (
-        (given, "") if Path(given).exists() else (given.rpartition(":")[0] or given, given.rpartition(":")[2])
-    )
-    file = Path(path)
+    path, _, member = given.rpartition(":")
+    file, member = (Path(given), "") if Path(given).exists() or not path else (Path(path), member)
     if not file.is_file():
         raise InputError(f"{given}: no such file")
     check_regular(file)
@@ -102,22 +97,22 @@ def read_array(given: str) -> tuple[np.ndarray, str]:
         if not member and len(arrays) == 1:
             member = next(iter(arrays))
         if member not in arrays:
-            wrong = f"holds no {member!r}" if member else "holds several arrays"
-            raise InputError(f"{file}: {wrong}; name one, as in {file}:NAME: {', '.join(sorted(arrays)) or 'none'}")
+            problem = f"holds no {member!r}" if member else "holds several arrays"
+            raise InputError(f"{file}: {problem}; name one, as in {file}:NAME: {', '.join(sorted(arrays)) or 'none'}")
         return arrays[member], member
     try:
         with file.open("rb") as raw:
             return np.lib.format.read_array(raw, allow_pickle=False), file.stem
-    except Exception as error:  # a damaged header is read as Python, and raises almost anything
+    except Exception as error:  # the header is parsed as Python: a damaged one raises almost anything
         raise InputError(f"{file}: not a readable .npy array ({first_line(error)})") from None
 
 
 def check_values(values: np.ndarray, what: str) -> np.ndarray:
-    """Return (n_voxels,) numbers as float64."""
+    """Return (n_voxels,) values as float64, with at least one number and no infinity."""
     if values.ndim != 1 or values.dtype.kind not in "biuf":
-        raise InputError(f"{what}: expected one number a voxel, found {values.dtype} of shape {values.shape}")
+        raise InputError(f"{what}: expected one number per voxel, got {values.dtype} of shape {values.shape}")
     if n_infinite := int(np.isinf(values).sum()):
-        raise InputError(f"{what}: {n_infinite} values are infinite; make them numbers, or NaN where there are none")
+        raise InputError(f"{what}: {n_infinite} values are infinite; replace them by numbers or NaN")
     if not np.isfinite(values).any():
         raise InputError(f"{what}: no voxel has a value; there is nothing to draw")
     return values.astype(np.float64)

@@ -1,11 +1,11 @@
-"""Voxels in their volume: a mask says where they lie; as a NIfTI file, or as slices side by side.
+"""Voxels in their volume, given by a mask: as a NIfTI file, or as slices next to each other.
 
-**How voxels are numbered.** Public and lab responses hold the voxels of a cortical mask in the order in which pycortex
-meets them. pycortex reads a NIfTI mask transposed, as (z, y, x), and counts its nonzero voxels in C order, so that x
-runs fastest (pycortex, ``Database.get_mask``; ``mask_thick.nii.gz`` of ds003020 is 54 x 84 x 84 for pycortex and
-84 x 84 x 54 for nibabel). nilearn counts the array as nibabel gives it, (x, y, z), so that z runs fastest. Both orders
-have as many voxels, and the wrong one scrambles the brain without any error: it is a setting (``--order``), and
-``doubt_order`` looks whether the other one would make the smoother map.
+**Voxel order.** Public and lab responses hold the voxels of a cortical mask in the order of pycortex. It reads a NIfTI
+mask transposed, as (z, y, x), and counts its nonzero voxels in C order, so that x runs fastest (pycortex,
+``Database.get_mask``; ``mask_thick.nii.gz`` of ds003020 is 54 x 84 x 84 for pycortex and 84 x 84 x 54 for nibabel).
+nilearn counts the array as nibabel reads it, (x, y, z), so that z runs fastest. Both orders have the same number of
+voxels, and the wrong one scrambles the brain without any error. So it is a setting (``--order``), and ``doubt_order``
+tests whether the other order would give a smoother map.
 """
 
 import importlib
@@ -20,16 +20,16 @@ from bert_encoding.datasets.responses import check_regular
 
 VOLUMES = (".nii.gz", ".nii")
 ZYX, XYZ = "zyx", "xyz"  # slowest axis first
-MIN_PAIRS = 100  # of neighbours, to say anything about the order
+MIN_PAIRS = 100  # of neighbours, to judge the order
 
 
 class Mask(NamedTuple):
-    """Where the voxels lie.
+    """Positions of the voxels.
 
     Attributes
     ----------
-    inside : True where there is a voxel; its C order is that of the voxels
-    order : its axes, "zyx" or "xyz"
+    inside : True where there is a voxel; its C order is the order of the voxels
+    order : its axes, "zyx" or "xyz", the slowest first
     affine : (4, 4) from (x, y, z) indices to millimetres; None if unknown
     space : the NIfTI code of that space, 0 if unknown
     """
@@ -46,7 +46,7 @@ def read_mask(given: str, order: str) -> Mask:
     Raises
     ------
     InputError
-        if it cannot be read, or is no 3-D array of numbers with a voxel inside.
+        if it cannot be read, or is not a 3-D array of finite numbers that are not all 0.
     """
     if given.lower().endswith(VOLUMES):
         values, affine, space = _read_nifti(Path(given))
@@ -56,7 +56,7 @@ def read_mask(given: str, order: str) -> Mask:
     if values.ndim != 3 or values.dtype.kind not in "biuf":
         raise InputError(f"{given}: a mask has three axes, this is {values.dtype} of shape {values.shape}")
     if not np.isfinite(values).all():
-        raise InputError(f"{given}: is no mask, some of its voxels are not finite")
+        raise InputError(f"{given}: not a mask: some of its voxels are not finite")
     if not (values != 0).any():
         raise InputError(f"{given}: the mask has no voxel inside")
     return Mask(values != 0, order, affine, space)
@@ -77,7 +77,7 @@ def _read_nifti(file: Path) -> tuple[np.ndarray, np.ndarray, int]:
     except Exception as error:  # a damaged header raises almost anything
         raise InputError(f"{file}: not a readable NIfTI file ({first_line(error)})") from None
     if values is None:
-        raise InputError(f"{file}: its header says {shape} voxels, more than any mask; get it anew")
+        raise InputError(f"{file}: its header says {shape} voxels, more than any mask has; download it again")
     return values.reshape(shape[:3]) if shape[3:] == (1,) else values, image.affine, space
 
 
@@ -88,8 +88,8 @@ def _nibabel() -> Any:
         raise InputError("NIfTI files need nibabel: pip install 'bert-encoding-study[maps]'") from None
 
 
-def fill_volume(values: np.ndarray, mask: Mask, what: str) -> np.ndarray:
-    """Return the voxels at their places, (n_x, n_y, n_z) float32 as nibabel has it; NaN outside the mask.
+def fill_volume(values: np.ndarray, mask: Mask, mask_name: str = "mask") -> np.ndarray:
+    """Return the voxels at their positions, (n_x, n_y, n_z) float32 as nibabel has it; NaN outside the mask.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def fill_volume(values: np.ndarray, mask: Mask, what: str) -> np.ndarray:
     n_inside = int(np.count_nonzero(mask.inside))
     if n_inside != values.size:
         raise InputError(
-            f"{what}: the mask has {n_inside} voxels, the values are of {values.size}; give the mask of this subject"
+            f"{mask_name}: the mask has {n_inside} voxels, but there are {values.size} values; give this subject's mask"
         )
     volume = np.full(mask.inside.shape, np.nan, np.float32)
     volume[mask.inside] = values
@@ -121,34 +121,34 @@ def nifti_bytes(volume: np.ndarray, mask: Mask, title: str) -> bytes:
 
 
 def doubt_order(values: np.ndarray, mask: Mask) -> str:
-    """Say so if the voxels seem to be numbered in the other order: a brain is smooth, and scrambled it is not."""
-    other = Mask(np.ascontiguousarray(mask.inside.T), XYZ if mask.order == ZYX else ZYX)
-    (here, n_pairs), (there, _) = (neighbour_cc(fill_volume(values, m, "")) for m in (mask, other))
-    if n_pairs < MIN_PAIRS or not there - here > max(0.1, 4 / np.sqrt(n_pairs)):
+    """Return a warning if the voxels seem to be in the other order (maps of a brain are smooth), or nothing."""
+    swapped = Mask(np.ascontiguousarray(mask.inside.T), XYZ if mask.order == ZYX else ZYX)
+    (cc, n_pairs), (swapped_cc, _) = (neighbour_cc(fill_volume(values, m)) for m in (mask, swapped))
+    if n_pairs < MIN_PAIRS or not swapped_cc - cc > max(0.1, 4 / np.sqrt(n_pairs)):
         return ""
     return (
-        f"neighbouring voxels correlate by {here:.2f}, but by {there:.2f} if they are numbered {other.order} "
-        f"instead of {mask.order}; try --order {other.order} (of an array mask: its transpose too)"
+        f"neighbouring voxels correlate by {cc:.2f}, but by {swapped_cc:.2f} in the order {swapped.order} instead of "
+        f"{mask.order}; try --order {swapped.order} (and transpose a mask that is an array)"
     )
 
 
 def neighbour_cc(volume: np.ndarray) -> tuple[float, int]:
-    """Return the correlation of all voxels with the next one along each axis, and how many such pairs there are."""
+    """Return the correlation of each voxel with the next one along each axis, and the number of such pairs."""
     axes = range(volume.ndim)
-    one = np.concatenate([np.moveaxis(volume, axis, 0)[:-1].ravel() for axis in axes])
-    next_one = np.concatenate([np.moveaxis(volume, axis, 0)[1:].ravel() for axis in axes])
-    both = np.isfinite(one) & np.isfinite(next_one)
-    pairs = np.stack([one[both], next_one[both]]).astype(np.float64)
+    voxels = np.concatenate([np.moveaxis(volume, axis, 0)[:-1].ravel() for axis in axes])
+    neighbours = np.concatenate([np.moveaxis(volume, axis, 0)[1:].ravel() for axis in axes])
+    both = np.isfinite(voxels) & np.isfinite(neighbours)
+    pairs = np.stack([voxels[both], neighbours[both]]).astype(np.float64)  # (2, n_pairs)
     if pairs.shape[1] < MIN_PAIRS or (np.ptp(pairs, axis=1) == 0).any():
         return 0.0, 0
-    one, next_one = pairs - pairs.mean(axis=1, keepdims=True)
-    return float(one @ next_one / np.sqrt((one @ one) * (next_one @ next_one))), pairs.shape[1]
+    x, y = pairs - pairs.mean(axis=1, keepdims=True)
+    return float(x @ y / np.sqrt((x @ x) * (y @ y))), pairs.shape[1]
 
 
 def slices(volume: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """Return the axial slices side by side from the lowest to the highest, and their grey background, (height, width).
+    """Return the axial slices from the lowest to the highest, and their grey background, (height, width).
 
-    Where the affine is known the front is up and the left is left; else the axes are taken as if they were x, y, z.
+    With a known affine the front is up and the left is left; otherwise the axes are assumed to be x, y, z.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def slices(volume: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _side_by_side(volume: np.ndarray) -> np.ndarray:
-    """Return (height, width) from (n_x, n_y, n_z), a column of NaN and a row of NaN after each slice."""
+    """Return (height, width) from (n_x, n_y, n_z), with a column and a row of NaN after each slice."""
     n_z = volume.shape[2]
     n_columns = int(np.ceil(np.sqrt(1.5 * n_z)))
     n_rows = int(np.ceil(n_z / n_columns))
