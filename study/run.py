@@ -356,7 +356,7 @@ def _finish(options: Options, console: Console) -> int:
 def _where(options: Options) -> str:
     """Return the options that lead a resumed study to the same place and machines."""
     out = "" if options.out == str(Path("results").resolve()) else f" --out {shlex.quote(options.out)}"
-    address = f" --address {options.machines.address or LOCAL}" if options.machines.found == "--address" else ""
+    address = f" --address {options.machines.address or LOCAL}" if options.machines.chosen_by == "--address" else ""
     return f"--name {shlex.quote(options.name)}{out}{address}"
 
 

@@ -1,4 +1,4 @@
-"""Ray for a study: one of our own on this machine, closed to everybody else, or a cluster that is joined."""
+"""Ray for a study: a private Ray on this machine, or a cluster that is joined."""
 
 import functools
 import os
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bert_encoding.core.errors import InputError, first_line
-from study.cluster.machines import Machines, machine_cpus, machine_gpus
+from study.cluster.machines import Machines, cannot_join, machine_cpus, machine_gpus
 
-MOMENT_S = 0.3  # in which Ray's agents, which end by themselves, may write another line
+AGENTS_END_S = 0.3  # until Ray's agents, which end by themselves, have written their last line
 FOLDER = "bert-encoding-"
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 MAX_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of the path of a Unix socket
@@ -27,7 +27,7 @@ QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 def connect(machines: Machines) -> Iterator[Path]:
     """Have Ray run tasks at ``machines``; yield a private folder on this machine, which is removed at the end.
 
-    A Ray of our own ends with the block. A cluster is only left: whoever started it ends it.
+    A Ray of our own ends with the block; a cluster is only left.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def connect(machines: Machines) -> Iterator[Path]:
 
 
 def _end(*folders: Path) -> None:
-    """Leave Ray, or end our own, and remove its folders, which an agent of Ray's may make again; Ctrl-C comes after."""
+    """Leave Ray, or end our own, and remove the folders, twice: an agent of Ray's may write to them once more."""
     try:
         if "ray" in sys.modules:
             import ray
@@ -57,8 +57,8 @@ def _end(*folders: Path) -> None:
     finally:
         try:
             _remove(folders)
-        finally:
-            time.sleep(MOMENT_S)
+        finally:  # also after Ctrl-C
+            time.sleep(AGENTS_END_S)
             _remove(folders)
 
 
@@ -68,46 +68,42 @@ def _remove(folders: tuple[Path, ...]) -> None:
 
 
 def _join(address: str) -> None:
-    """Make this process a driver of a cluster; the token is where ``find_machines`` saw it."""
+    """Make this process a driver of a cluster, whose token ``find_machines`` has checked."""
     os.environ |= QUIET
     import ray
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"the cluster at {address} cannot be joined from this machine: {reason}; a study runs on a node of the "
-            "cluster, with the same versions of Python and Ray"
-        ) from None
+        raise cannot_join(address, first_line(error)) from None
 
 
 @contextmanager
 def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
-    """Start Ray on this machine, yield its private folder, and end it, whatever happens.
+    """Start Ray on this machine, yield its private folder, and end it.
 
-    Ray's processes listen on all interfaces even when told 127.0.0.1, so every connection needs a token that only this
-    user can read; the dashboard stays off.
+    Ray's processes listen on all interfaces even if configured for 127.0.0.1, so every connection needs a token that
+    only this user can read; the dashboard stays off.
 
     Raises
     ------
     InputError
-        if Ray does not start; what it wrote is kept.
+        if Ray does not start; its logs are kept.
     """
-    folder = short = Path(tempfile.mkdtemp(prefix=FOLDER))  # mode 0700
+    folder = alias = Path(tempfile.mkdtemp(prefix=FOLDER))  # mode 0700
     try:
-        short = _short(folder)
-        _start(folder, short, n_cpus, n_gpus)
+        alias = _with_short_path(folder)
+        _start(folder, alias, n_cpus, n_gpus)
         with _ending_on_sigterm():
             yield folder
     finally:
-        _end(folder, short)
+        _end(folder, alias)
 
 
-def _short(folder: Path) -> Path:
-    """Return the folder, or where its path is too long for Ray's sockets, another private one with a link to it.
+def _with_short_path(folder: Path) -> Path:
+    """Return the folder or, if its path is too long for Ray's sockets, another private one with a link into it.
 
-    Only the paths are short there: what Ray writes stays below TMPDIR.
+    Ray's files stay below TMPDIR; only their paths get shorter.
 
     Raises
     ------
@@ -118,12 +114,12 @@ def _short(folder: Path) -> Path:
         return folder
     for place in SHORT_PLACES:
         try:
-            short = Path(tempfile.mkdtemp(prefix=FOLDER, dir=place))  # mode 0700
+            alias = Path(tempfile.mkdtemp(prefix=FOLDER, dir=place))  # mode 0700
         except OSError:
             continue
         (folder / "r").mkdir()
-        (short / "r").symlink_to(folder / "r")
-        return short
+        (alias / "r").symlink_to(folder / "r")
+        return alias
     longest = len(os.fsencode(folder.parent)) - _excess(folder)
     raise InputError(
         f"TMPDIR {folder.parent}: too long for Ray's sockets, and {', '.join(SHORT_PLACES)} cannot be written; "
@@ -137,7 +133,7 @@ def _excess(folder: Path) -> int:
     return len(os.fsencode(folder / "r" / session / "sockets" / "plasma_store")) - MAX_SOCKET_BYTES
 
 
-def _start(folder: Path, short: Path, n_cpus: int, n_gpus: int | None) -> None:
+def _start(folder: Path, alias: Path, n_cpus: int, n_gpus: int | None) -> None:
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text(_token())
@@ -158,28 +154,27 @@ def _start(folder: Path, short: Path, n_cpus: int, n_gpus: int | None) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            # Ray opens its own folder to everybody, again and again; the one around it not
-            _temp_dir=str(short / "r"),
+            _temp_dir=str(alias / "r"),  # Ray opens its own folder to all users, so ours is around it
             _node_ip_address="127.0.0.1",
         )
-    except Exception as error:  # Ray raises what it likes, also the bare class
-        raise InputError(f"Ray does not start on this machine: {first_line(error)}{_kept_logs(folder)}") from None
+    except Exception as error:  # of any class
+        raise InputError(f"Ray does not start on this machine: {first_line(error)}{_save_logs(folder)}") from None
 
 
-def _kept_logs(folder: Path) -> str:
-    """Copy what Ray wrote to where it stays, and say so; nothing if it wrote nothing."""
+def _save_logs(folder: Path) -> str:
+    """Copy Ray's logs to a folder that stays; return its name for an error message, nothing without logs."""
     logs = [file for file in folder.glob("r/session_*/logs/**/*") if file.is_file() and not file.is_symlink()]
     if not logs:
         return ""
-    kept = Path(tempfile.mkdtemp(prefix=f"{FOLDER}logs-"))
+    saved = Path(tempfile.mkdtemp(prefix=f"{FOLDER}logs-"))
     for file in logs:
-        shutil.copy(file, kept / file.name)
-    return f"; its logs are in {kept}"
+        shutil.copy(file, saved / file.name)
+    return f"; its logs are in {saved}"
 
 
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """End like Ctrl-C when asked to terminate, as kill and batch systems ask: Ray's own handler leaves at once."""
+    """Treat SIGTERM, which kill and batch systems send, like Ctrl-C: Ray's own handler exits at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,5 +187,5 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 @functools.cache
 def _token() -> str:
-    """Ray keeps the first token that a process shows, so a second session in one process needs the same."""
+    """Return the token of this process: Ray keeps the first one, so a second session needs the same."""
     return secrets.token_hex(32)

@@ -1,27 +1,39 @@
-"""Where trials could run: the cluster that is named, one that runs on this node, or this machine; and what it has."""
+"""Where trials run: a named cluster, a cluster on this node, or this machine; and the CPUs and GPUs there."""
 
+import json
 import os
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from bert_encoding.core.errors import InputError
+from study.wording import counted
 
 LOCAL, AUTO = "local", "auto"
 ADDRESS_VARIABLE, MODE_VARIABLE = "RAY_ADDRESS", "RAY_AUTH_MODE"
 TOKEN_VARIABLE, TOKEN_PATH_VARIABLE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # names, no secrets
-TIMEOUT_S = 10.0
-ALIVE = 0  # of ray's GcsNodeInfo.state
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 60.0
+FEW_RETRIES = {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # of a refused token; Ray's 20 take 20 s
+LIST_NODES = """
+import json, sys
+import ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+    answer = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+except Exception as error:
+    answer = str(error).strip() or type(error).__name__
+print(json.dumps(answer))
+"""
 
 
 class Node(NamedTuple):
-    """What one machine offers."""
+    """CPUs and GPUs of one machine."""
 
     n_cpus: int
     n_gpus: int
@@ -32,15 +44,15 @@ class Machines(NamedTuple):
 
     Attributes
     ----------
-    address : ``host:port`` of a cluster's head; None for a Ray of our own on this machine
-    found : how it was chosen
-    nodes : the machines there are now
-    can_add : the machines that an autoscaler could add; None where that is not known
+    address : ``host:port`` of the cluster's head; None for a Ray of our own on this machine
+    chosen_by : why these machines were chosen
+    nodes : the machines that run now
+    can_add : the machines that an autoscaler could add; None if unknown
     notes : what the user should know
     """
 
     address: str | None
-    found: str
+    chosen_by: str
     nodes: tuple[Node, ...]
     can_add: tuple[Node, ...] | None = ()
     notes: tuple[str, ...] = ()
@@ -50,28 +62,32 @@ class Machines(NamedTuple):
         return self.address is None
 
     @property
+    def possible(self) -> tuple[Node, ...]:
+        """The machines that run now or could be added."""
+        return (*self.nodes, *(self.can_add or ()))
+
+    @property
     def largest(self) -> Node:
-        """The machine with the most GPUs, then CPUs, of those there are or could be."""
-        return max((*self.nodes, *(self.can_add or ())), key=_size)
+        """The possible machine with the most GPUs, then CPUs."""
+        return max(self.possible, key=_size)
 
     def at_once(self, cpus_per_trial: float, gpus_per_trial: float) -> int:
-        """Return how many trials fit at once, machines that could be added included."""
-        everything = (*self.nodes, *(self.can_add or ()))
-        return sum(_n_fitting(node, cpus_per_trial, gpus_per_trial) for node in everything)
+        """Return how many trials fit at once on the possible machines."""
+        return sum(_n_fitting(node, cpus_per_trial, gpus_per_trial) for node in self.possible)
 
 
-def this_machine(found: str = f"no cluster named (--address, {ADDRESS_VARIABLE}) or found here") -> Machines:
+def this_machine(chosen_by: str = f"no cluster named (--address, {ADDRESS_VARIABLE}) or found here") -> Machines:
     """Return this machine alone."""
-    return Machines(None, found, (Node(machine_cpus(), machine_gpus()),))
+    return Machines(None, chosen_by, (Node(machine_cpus(), machine_gpus()),))
 
 
 def machine_cpus() -> int:
-    """Return the processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_gpus() -> int:
-    """Return the GPUs of this machine."""
+    """Return the number of GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
@@ -87,64 +103,77 @@ def find_machines(address: str | None = None) -> Machines:
     Raises
     ------
     InputError
-        if the cluster does not answer, or refuses us.
+        if the cluster does not answer, cannot be joined from this machine, or refuses our token.
     """
-    named, by = (address, "--address") if address else (os.environ.get(ADDRESS_VARIABLE) or None, ADDRESS_VARIABLE)
-    if named == LOCAL:
-        return this_machine(by)
-    if named not in (None, AUTO):
-        assert named is not None
-        return _survey(_checked(named, by), by)
-    here = _cluster_on_this_node()
-    if here is not None:
+    requested = address or os.environ.get(ADDRESS_VARIABLE)
+    source = "--address" if address else ADDRESS_VARIABLE
+    if requested == LOCAL:
+        return this_machine(source)
+    if requested and requested != AUTO:
+        _check_address(requested, source)
+        return _survey(requested, source)
+    on_this_node = _cluster_on_this_node()
+    if on_this_node is not None:
         try:
-            return _survey(here, "it runs on this node")
-        except InputError as error:  # nobody named it
+            return _survey(on_this_node, "it runs on this node")
+        except InputError as error:  # the user did not name it
             raise InputError(f"{error}; or run on this machine alone with --address {LOCAL}") from None
-    if named == AUTO:
-        raise InputError(f"{by} {AUTO}: no Ray cluster of yours runs on this node; start one, or give its HOST:PORT")
+    if requested == AUTO:
+        raise InputError(f"{source} {AUTO}: no Ray cluster of yours runs on this node; start one, or give HOST:PORT")
     return this_machine()
 
 
 def describe_machines(machines: Machines) -> str:
-    """Return a line that says where trials run, and why there."""
+    """Return one line: where trials run, and why there."""
+    n_cpus = sum(node.n_cpus for node in machines.nodes)
+    n_gpus = sum(node.n_gpus for node in machines.nodes)
     if machines.is_local:
-        return f"runs on: this machine ({_sizes(machines.nodes)}); {machines.found}"
-    more = ", perhaps more on demand" if machines.can_add is None else ""
+        return f"runs on: this machine ({n_cpus} CPUs, {n_gpus} GPUs); {machines.chosen_by}"
+    more = ", perhaps more on demand (known on the head node only)" if machines.can_add is None else ""
     if machines.can_add:
         more = f", {len(machines.can_add)} more on demand"
-    nodes = f"{len(machines.nodes)} node" + "s" * (len(machines.nodes) != 1)
-    return f"runs on: the cluster at {machines.address} ({machines.found}): {nodes}, {_sizes(machines.nodes)}{more}"
+    nodes = f"{counted(len(machines.nodes), 'node')}, {n_cpus} CPUs, {n_gpus} GPUs"
+    return f"runs on: the cluster at {machines.address} ({machines.chosen_by}): {nodes}{more}"
 
 
 def check_fits(cpus_per_trial: float, gpus_per_trial: float, machines: Machines) -> list[str]:
-    """Refuse a trial that could never start there; return a note where that is not known.
+    """Refuse a trial that could never start on these machines; return a note if that is unknown.
 
     Raises
     ------
     InputError
-        if a trial asks for nothing, or for more than any machine has or could have.
+        if a trial requests nothing, or more than any possible machine has.
     """
-    largest = machines.largest
-    what = "this machine has" if machines.is_local else "the largest machine of the cluster has"
+    owner = "this machine has" if machines.is_local else "the largest machine of the cluster has"
+    most_cpus, most_gpus = max(node.n_cpus for node in machines.possible), machines.largest.n_gpus
+    too_many_cpus, too_many_gpus = (
+        f"--{name}-per-trial {value:g}: {owner} {most}"
+        for name, value, most in (("cpus", cpus_per_trial, most_cpus), ("gpus", gpus_per_trial, most_gpus))
+    )
     if not cpus_per_trial > 0:
-        raise InputError(f"--cpus-per-trial {cpus_per_trial:g}: {what} {largest.n_cpus}")
+        raise InputError(too_many_cpus)
     if not gpus_per_trial >= 0:
-        raise InputError(f"--gpus-per-trial {gpus_per_trial:g}: {what} {largest.n_gpus}")
+        raise InputError(too_many_gpus)
     if gpus_per_trial > 1 and gpus_per_trial % 1:
         raise InputError(f"--gpus-per-trial {gpus_per_trial:g}: above 1 it must be a whole number")
     if machines.at_once(cpus_per_trial, gpus_per_trial):
         return []
-    for name, value, most in (
-        ("cpus", cpus_per_trial, max(node.n_cpus for node in (*machines.nodes, *(machines.can_add or ())))),
-        ("gpus", gpus_per_trial, largest.n_gpus),
-    ):
-        if value > most and machines.can_add is not None:
-            raise InputError(f"--{name}-per-trial {value:g}: {what} {most}")
-    asked = f"{cpus_per_trial:g} CPUs and {gpus_per_trial:g} GPUs"
-    if machines.can_add is not None:
-        raise InputError(f"--cpus-per-trial, --gpus-per-trial: no machine has {asked} together")
-    return [f"no machine of the cluster has {asked} now; trials wait until an autoscaler adds one, if it can"]
+    requested = f"{cpus_per_trial:g} CPUs and {gpus_per_trial:g} GPUs"
+    if machines.can_add is None:
+        return [f"no machine of the cluster has {requested} now; trials wait until an autoscaler adds one, if it can"]
+    if cpus_per_trial > most_cpus:
+        raise InputError(too_many_cpus)
+    if gpus_per_trial > most_gpus:
+        raise InputError(too_many_gpus)
+    raise InputError(f"--cpus-per-trial, --gpus-per-trial: no machine has {requested} together")
+
+
+def cannot_join(address: str, reason: str) -> InputError:
+    """Return the error for a cluster that Ray cannot join from this machine."""
+    return InputError(
+        f"the cluster at {address} cannot be joined from this machine: {reason}; a study runs on a node of the "
+        "cluster, with the same versions of Python and Ray"
+    )
 
 
 def _n_fitting(node: Node, cpus: float, gpus: float) -> int:
@@ -154,63 +183,50 @@ def _n_fitting(node: Node, cpus: float, gpus: float) -> int:
     return min(by_cpus, node.n_gpus * int(1 / gpus) if gpus < 1 else int(node.n_gpus // gpus))
 
 
-def _sizes(nodes: tuple[Node, ...]) -> str:
-    n_cpus, n_gpus = sum(node.n_cpus for node in nodes), sum(node.n_gpus for node in nodes)
-    return f"{n_cpus} CPUs, {n_gpus} GPUs"
-
-
-def _checked(address: str, by: str) -> str:
-    """Return an address that can be a cluster's head."""
+def _check_address(address: str, source: str) -> None:
     if "://" in address:
         raise InputError(
-            f"{by} {address}: a Ray Client cannot run a study; run it on a node of the cluster (ray exec, ray submit) "
-            "and give HOST:PORT, or nothing"
+            f"{source} {address}: a Ray Client cannot run a study; run it on a node of the cluster (ray exec, ray "
+            "submit) and give HOST:PORT, or nothing"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"{by} {address}: must be HOST:PORT, as in 10.0.0.5:6379, or 'auto' or 'local'")
-    return address
+        raise InputError(f"{source} {address}: must be HOST:PORT, as in 10.0.0.5:6379, or 'auto' or 'local'")
 
 
 def _cluster_on_this_node() -> str | None:
-    """Return the address of the cluster that ``ray start`` last made or joined here as this very user.
+    """Return the address of the cluster that ``ray start`` last made or joined here as this user.
 
-    Ray keeps it in a folder that is open to everybody, so the file must be ours, and a raylet of ours must belong to
-    that cluster: whoever else could bring us to his own would run code as us.
+    Ray writes it into a folder that every user may write to, so the file must be ours, and a Ray process of ours must
+    belong to that cluster: joining another user's cluster would run that user's code as us.
     """
-    mine = {flags["gcs-address"] for flags in _own_ray_processes() if "gcs-address" in flags}
-    if not mine:
-        return None
-    file = _address_file()
+    own_addresses = {flags["gcs-address"] for flags in _own_ray_processes()}
+    temporary = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None
+    file = Path(os.environ.get("RAY_TMPDIR") or temporary or "/tmp", "ray", "ray_current_cluster")
     try:
-        about = file.lstat()
+        status = file.lstat()
         address = file.read_text().strip()
     except OSError:
         return None
-    is_ours = stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
-    return address if is_ours and address in mine else None
-
-
-def _address_file() -> Path:
-    """Return where Ray keeps that address. Ray could tell, but decides once, when it is imported, whether it shows a
-    token; a Ray of our own would then be started without."""
-    temporary = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None
-    return Path(os.environ.get("RAY_TMPDIR") or temporary or "/tmp", "ray", "ray_current_cluster")
+    is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+    return address if is_ours and address in own_addresses else None
 
 
 def _own_ray_processes() -> Iterator[dict[str, str]]:
-    """Yield the flags (``--name=value``) of the processes of this user that have any which name a Ray cluster."""
+    """Yield the flags (``--name=value``) of this user's processes that belong to a Ray cluster."""
     for process in psutil.process_iter(["cmdline", "uids"]):
-        words = process.info["cmdline"] or []
         if process.info["uids"] is None or process.info["uids"].real != os.getuid():
             continue
+        words = process.info["cmdline"] or []
         flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
         if "gcs-address" in flags:
             yield flags
 
 
-def _survey(address: str, found: str) -> Machines:
-    """Ask a cluster what it has, without joining it.
+def _survey(address: str, chosen_by: str) -> Machines:
+    """Join a cluster for a moment and ask for its nodes.
+
+    A process of its own does it: where Ray cannot join, it tries for minutes and writes to standard error.
 
     Raises
     ------
@@ -219,49 +235,36 @@ def _survey(address: str, found: str) -> Machines:
     """
     notes = _authenticate(address)
     _check_reachable(address)
-    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]  # compiled
-    from ray.exceptions import AuthenticationError, RayError
-
-    Config.initialize("")  # reads the environment again, should Ray be imported already
+    command = [sys.executable, "-P", "-c", LIST_NODES, address]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": os.environ | FEW_RETRIES}
     try:
-        with _without_raw_lines():
-            client = GcsClient(address=address)
-        alive = [info for info in client.get_all_node_info(timeout=TIMEOUT_S).values() if info.state == ALIVE]
-        can_add = _can_add(client, address, len(alive))
-    except AuthenticationError:
+        ended = subprocess.run(command, timeout=ANSWER_TIMEOUT_S, **options)
+    except subprocess.TimeoutExpired:
         raise InputError(
-            f"the cluster at {address} refuses our token: {_token_source()} must hold the cluster's own, as on its "
-            "head node"
+            f"no Ray cluster answers at {address} within {ANSWER_TIMEOUT_S:g} s; is its head running?"
         ) from None
-    except RayError as error:
-        raise InputError(f"the cluster at {address}: {str(error).splitlines()[0]}") from None
-    return Machines(address, found, tuple(_node(info.resources_total) for info in alive), can_add, notes)
-
-
-@contextmanager
-def _without_raw_lines() -> Iterator[None]:
-    """Keep what Ray's C++ writes to standard error from standing beside our own line."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    answer = json.loads(ended.stdout) if ended.stdout else f"Ray ended with code {ended.returncode}"
+    if isinstance(answer, str):
+        if "InvalidAuthToken" in ended.stderr:
+            raise InputError(
+                f"the cluster at {address} refuses our token: {_token_source()} must hold the cluster's own, as on its "
+                "head node"
+            )
+        raise cannot_join(address, answer.splitlines()[0])
+    nodes = tuple(_node(resources) for resources in answer)
+    return Machines(address, chosen_by, nodes, _can_add(address, len(nodes)), notes)
 
 
 def _authenticate(address: str) -> tuple[str, ...]:
-    """Have Ray show a token, unless the user said that there is none; return what is unsafe.
+    """Have Ray show a token, unless the user turned that off; return what is unsafe.
 
     Raises
     ------
     InputError
-        if no token can be found: Ray itself would abort the process.
+        if there is no token: Ray itself would abort the process.
     """
     if os.environ.setdefault(MODE_VARIABLE, "token").lower() != "token":
-        return (f"{MODE_VARIABLE} is {os.environ[MODE_VARIABLE]}: whoever reaches {address} can run code there",)
+        return (f"{MODE_VARIABLE} is {os.environ[MODE_VARIABLE]}: anyone who reaches {address} can run code there",)
     if os.environ.get(TOKEN_VARIABLE):
         return ()
     file = _token_file()
@@ -286,60 +289,47 @@ def _check_reachable(address: str) -> None:
     """Refuse at once where nothing listens: Ray would try for most of a minute."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise InputError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; is its head running?"
         ) from None
 
 
-def _node(resources: Any) -> Node:
+def _node(resources: dict[str, float]) -> Node:
     return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-def _can_add(client: Any, address: str, n_nodes: int) -> tuple[Node, ...] | None:
-    """Return the machines that an autoscaler could still add, None if that cannot be told from this node.
+def _can_add(address: str, n_nodes: int) -> tuple[Node, ...] | None:
+    """Return the machines that an autoscaler could still add; None if this is not the head node, which alone knows.
 
-    Autoscaler v2 reports its node types to the cluster; v1 keeps them in the file that the monitor beside the head
-    reads, so only a driver on the head node, which is where ``ray exec`` runs it, can know.
+    The autoscaler reads its cluster file on the head node, which is where ``ray exec`` runs a study.
     """
-    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE  # type: ignore[attr-defined]  # compiled
-    from ray.core.generated.autoscaler_pb2 import ClusterConfig
-
-    key, namespace = GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), GCS_AUTOSCALER_STATE_NAMESPACE.encode()
-    kept = client.internal_kv_get(key, namespace, timeout=TIMEOUT_S)
-    if kept:
-        groups = [(group.resources, group.max_count) for group in ClusterConfig.FromString(kept).node_group_configs]
-        return _expand(groups, sum(count for _, count in groups) + 1 - n_nodes)
     for flags in _own_ray_processes():
         if "monitor-ip" in flags and flags["gcs-address"] == address:
-            return _can_add_by_file(flags["autoscaling-config"], n_nodes) if "autoscaling-config" in flags else ()
+            return _read_cluster_file(flags["autoscaling-config"], n_nodes) if "autoscaling-config" in flags else ()
     return None
 
 
-def _can_add_by_file(file: str, n_nodes: int) -> tuple[Node, ...] | None:
+def _read_cluster_file(file: str, n_nodes: int) -> tuple[Node, ...] | None:
+    """Return the largest machines that a cluster file allows beyond ``n_nodes``; None if their sizes are not in it."""
     import yaml  # type: ignore[import-untyped]
 
     try:
         config = yaml.safe_load(Path(file).expanduser().read_text())
         types, head = config["available_node_types"], config["head_node_type"]
-        most = int(config.get("max_workers", 0))
+        n_workers = int(config.get("max_workers", 0))
         groups = [
-            (known["resources"], int(known.get("max_workers", most)))
-            for name, known in types.items()
-            if name != head or known.get("max_workers")
+            (node_type["resources"], int(node_type.get("max_workers", n_workers)))
+            for name, node_type in types.items()
+            if name != head or node_type.get("max_workers")
         ]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
     if any(not resources for resources, _ in groups):
-        return None  # sizes that only the cloud knows
-    return _expand(groups, most + 1 - n_nodes)
-
-
-def _expand(groups: list[tuple[Any, int]], n_more: int) -> tuple[Node, ...]:
-    """Return the largest ``n_more`` machines of the groups, each (resources of one, how many)."""
+        return None  # the cloud alone knows the sizes
     nodes = [_node(resources) for resources, count in groups for _ in range(count)]
-    return tuple(sorted(nodes, key=_size, reverse=True)[: max(0, n_more)])
+    return tuple(sorted(nodes, key=_size, reverse=True)[: max(0, n_workers + 1 - n_nodes)])
 
 
 def _size(node: Node) -> tuple[int, int]:
