@@ -24,7 +24,6 @@ from threadpoolctl import threadpool_limits
 
 from bert_encoding.core import devices
 from bert_encoding.language_model.encoder import Encoder, load_encoder
-from bert_encoding.regression import response_panels
 
 __all__ = ["bucket", "cluster", "gcs_bucket", "gcs_endpoint", "open_folder", "private_tmp", "s3_endpoint"]  # fixtures
 
@@ -102,11 +101,3 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _quiet_logs() -> None:
     logging.getLogger("bert_encoding").setLevel(logging.WARNING)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    """Tests change responses and leave the fingerprint, which no study does: none may read what another has kept."""
-    response_panels._KEPT.clear()
-    yield
-    response_panels._KEPT.clear()

@@ -28,8 +28,8 @@ from bert_encoding.features.downsampling import story_features
 from bert_encoding.features.word_tables import export_stories
 from bert_encoding.language_model.encoder import checkpoint_fingerprint, load_encoder
 from bert_encoding.language_model.lora import load_adapter
-from bert_encoding.regression.response_panels import stack_responses, voxel_panels, z_score
-from bert_encoding.regression.ridge import CrossValidatedRidge, RidgeFit, pressing_share, wider_grid
+from bert_encoding.regression.response_panels import panels
+from bert_encoding.regression.ridge import CrossValidatedRidge, RidgeFit, share_beyond_grid
 from bert_encoding.trial.pipeline import Chain
 from bert_encoding.trial.scoring import design_on_trs, prepare_ridge
 
@@ -154,23 +154,19 @@ def _fit_panels(
     All voxels have a say in that before any weight is yielded: several panels, whose weights are not held, are fitted
     twice.
     """
-    panels = voxel_panels(dataset, subject, ridge.n_rows + ridge.n_features)  # rows of responses and of weights
-
-    def fit(columns: slice, ridge: CrossValidatedRidge) -> RidgeFit:
-        return ridge.fit(z_score(stack_responses(dataset, subject, stories, columns)))
-
-    only = fit(panels[0], ridge) if len(panels) == 1 else None
-    cv_cc = [fit(columns, ridge).cv_cc for columns in panels] if only is None else [only.cv_cc]
-    share = pressing_share(np.concatenate(cv_cc, axis=1))
-    grid = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
-    if grid is not None:
-        log(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {min(grid):g} to {max(grid):g}")
-        ridge, only = ridge.with_alphas(grid), None
-    if only is not None:
-        yield only
+    n_rows = ridge.n_rows + ridge.n_features  # of responses and of weights
+    parts = list(panels(dataset, subject, stories, (), n_rows))
+    fit = ridge.fit(parts[0].targets(ridge)) if len(parts) == 1 else None
+    cv_cc = [fit.cv_cc] if fit is not None else [ridge.fit(part.targets(ridge)).cv_cc for part in parts]
+    extended = ridge.extended(share_beyond_grid(np.concatenate(cv_cc, axis=1)))
+    if extended is not None:
+        grid = f"{min(extended.ridge_alphas):g} to {max(extended.ridge_alphas):g}"
+        log(f"{subject}: many voxels chose an edge of the ridge_alphas, so the grid is {grid}")
+    elif fit is not None:
+        yield fit
         return
-    for columns in panels:
-        yield fit(columns, ridge)
+    for part in parts:
+        yield (extended or ridge).fit(part.targets(ridge))
 
 
 def _clock(stories: Sequence[Story]) -> tuple[float, float]:

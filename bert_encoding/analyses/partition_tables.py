@@ -1,6 +1,6 @@
 """What variance partitioning found, as tables for a reader and as arrays for a map."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from bert_encoding.analyses.variance_partitioning import (
 )
 from bert_encoding.core.command_line import console_of_command
 from bert_encoding.core.devices import pick_device
-from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.regression.response_panels import stack_responses, voxel_panels
+from bert_encoding.regression.response_panels import panels
 from bert_encoding.regression.ridge import MAX_EDGE_SHARE
-from bert_encoding.statistics.correlation import VOXELS_PER_BLOCK
 from bert_encoding.statistics.noise_ceiling import (
     CC_MAX_FLOOR,
     NoiseCeiling,
@@ -61,26 +59,18 @@ def partition_dataset(
         made[space] = design_on_trs(on_trs, dataset, split.fit, split.test, config, task.split_seed)
         notes += chain.notes
     designs = {space: made[space] for space in configs}
-    height = len(made[space].fit) + len(made[space].scored)  # of what is held of a voxel: responses and weights
+    height = len(made[space].fit) + len(made[space].scored)  # values in memory per voxel: responses and weights
     height += sum(design.fit.shape[1] for design in designs.values())
-    panels = {subject: _panels(dataset, subject, split, height) for subject in dataset.subjects}
+
+    panels_of = {subject: _panels(dataset, subject, split, height) for subject in dataset.subjects}
     grid = config.ridge_alphas
-    found = nested_scores(designs, panels, Fitting(grid, banded, task.split_seed, pick_device()), folder=folder)
+    found = nested_scores(designs, panels_of, Fitting(grid, banded, task.split_seed, pick_device()), folder=folder)
     return found, [*notes, *notes_on_grids(found, grid)]
 
 
 def _panels(dataset: Dataset, subject: str, split: Split, height: int) -> Panels:
-    def panels() -> Iterator[Panel]:
-        for columns in voxel_panels(dataset, subject, height):
-            Y = [stack_responses(dataset, subject, names, columns) for names in (split.fit, split.test)]
-            for start in range(0, Y[0].shape[1], VOXELS_PER_BLOCK):  # a panel is too large to copy
-                block = slice(start, start + VOXELS_PER_BLOCK)
-                constants = ZScore.learn(Y[0][:, block])
-                for rows in Y:
-                    rows[:, block] = constants.apply(rows[:, block])
-            yield Panel(*Y)
-
-    return panels
+    parts = list(panels(dataset, subject, split.fit, split.test, height))
+    return lambda: (Panel(*part.z_scored()) for part in parts)
 
 
 def noise_ceilings(dataset: Dataset, stories: Sequence[str]) -> dict[tuple[str, str], NoiseCeiling]:

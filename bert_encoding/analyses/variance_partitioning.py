@@ -27,7 +27,7 @@ import torch
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.regression.banded_ridge import BandedRidge
-from bert_encoding.regression.ridge import CrossValidatedRidge, pressing_share, wider_grid
+from bert_encoding.regression.ridge import CrossValidatedRidge, extend_alphas, share_beyond_grid
 from bert_encoding.statistics.correlation import VOXELS_PER_BLOCK, correlate
 from bert_encoding.statistics.permutation import N_PERMUTATIONS, block_permutation_p, count_orders
 from bert_encoding.trial.scoring import Design
@@ -110,7 +110,7 @@ class NestedScores(NamedTuple):
     p : (n_voxels,) of the CC; NaN where the scored stories are too short for a permutation test
     ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
     grid : penalties that could be chosen, the same in all subsets of a subject
-    pressing_low : share of voxels that want a penalty below the grid (``ridge.pressing_share``)
+    pressing_low : share of voxels that want a penalty below the grid (``ridge.share_beyond_grid``)
     p_unique : (n_voxels,) of one space, what it tells beyond all others together; None of several spaces
     """
 
@@ -208,8 +208,8 @@ def nested_scores(
     """Fit ridge on every non-empty subset of the feature spaces and score its predictions.
 
     All subsets of a subject are fitted on one grid of penalties, for a difference of grids would be counted as unique
-    or shared. Where more than a fifth of its voxels want a penalty beyond an edge of the grid (``ridge.wider_grid``) in
-    any subset, all are fitted once more, on all penalties that any subset asks for.
+    or shared. Where more than a fifth of its voxels want a penalty beyond an edge of the grid in any subset
+    (``ridge.extend_alphas``), all are fitted once more, on all penalties that any subset asks for.
 
     Parameters
     ----------
@@ -324,8 +324,8 @@ def _fit_panels(
         kept.save(RESPONSES, at, panel.scored)
         found.append((np.atleast_2d(alphas), cv_cc))
     ridge_alphas, cv_cc = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
-    share = pressing_share(cv_cc)
-    wanted = wider_grid(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
+    share = share_beyond_grid(cv_cc)
+    wanted = extend_alphas(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
     return Fit(ridge_alphas, ridge.ridge_alphas, wanted, share["low"])
 
 

@@ -140,6 +140,16 @@ class CrossValidatedRidge:
             other._prepare()
         return other
 
+    def extended(self, beyond: Mapping[str, float]) -> "CrossValidatedRidge | None":
+        """Return ridge with the grid that ``extend_alphas`` returns, None if the grid is wide enough.
+
+        Parameters
+        ----------
+        beyond : ``share_beyond_grid`` of all voxels
+        """
+        ridge_alphas = extend_alphas(self.ridge_alphas, beyond, self.largest_eigenvalue)
+        return None if ridge_alphas is None else self.with_alphas(ridge_alphas)
+
     def fit(self, Y: np.ndarray | Targets) -> RidgeFit:
         """Choose each voxel's alpha by the mean held-out CC over folds, then fit on all rows.
 
@@ -305,7 +315,7 @@ def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_A
     return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
 
 
-def pressing_share(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
+def share_beyond_grid(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
     """Return the share of voxels that would choose an alpha beyond the grid's low and high edge, to some avail.
 
     Parameters
@@ -321,7 +331,7 @@ def pressing_share(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, 
     return {"low": float(low.mean()), "high": float(high.mean())}
 
 
-def wider_grid(
+def extend_alphas(
     grid: tuple[float, ...], share: Mapping[str, float], largest_eigenvalue: float
 ) -> tuple[float, ...] | None:
     """Return the grid extended by two decades at each edge that presses more than a fifth of the voxels, else None.
@@ -331,7 +341,7 @@ def wider_grid(
 
     Parameters
     ----------
-    share : ``pressing_share`` of all voxels
+    share : ``share_beyond_grid`` of all voxels
     """
     ordered = sorted(grid)
     if len(ordered) < 2:

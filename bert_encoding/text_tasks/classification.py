@@ -12,6 +12,7 @@ import torch
 from bert_encoding.core.devices import pick_device, resolve_precision
 from bert_encoding.core.names import RANDOM, TUNED
 from bert_encoding.core.seeds import generator
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.language_model.lora import check_applied
 from bert_encoding.language_model.training import Progress, train
 from bert_encoding.text_tasks.classifier import (
@@ -26,7 +27,7 @@ from bert_encoding.text_tasks.classifier import (
 from bert_encoding.text_tasks.saved_classifier import Reading, save_classifier
 from bert_encoding.text_tasks.task import TextTask, class_names, pick, read_texts, resolve_max_length
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import resident_encoder
+from bert_encoding.trial.pipeline import cached_encoder
 
 N_EXAMPLES = 10
 EXAMPLE_CHARACTERS = 120
@@ -36,15 +37,15 @@ TRAIN_SAMPLE = 200  # texts trained on, at most, whose loss is read after every 
 class ClassifyRun:
     """A classifier trained on labelled texts."""
 
-    def __init__(self, config: TrialConfig, task: TextTask) -> None:
+    def __init__(self, config: TrialConfig, task: TextTask, cache: WorkerCache) -> None:
         self.config, self.task, self.device = config, task, pick_device()
-        self.encoder = resident_encoder(config.model)
+        self.encoder = cached_encoder(config.model, cache)
         self.max_length = resolve_max_length(task, config, self.encoder)
         self.precision = resolve_precision(config.precision, self.device)
         self.labels = class_names(task.corpus)
         self.prepared = prepare_classifier(config, self.encoder, self.labels)
         self.model: Any = self.prepared.model
-        self.texts = read_texts(task.corpus, self.encoder)
+        self.texts = read_texts(task.corpus, self.encoder, cache)
         tokenizer = self.encoder.tokenizer
         self.windows = [text_window(tokens, self.max_length, tokenizer) for tokens in self.texts.tokens]
         number = {label: at for at, label in enumerate(self.labels)}

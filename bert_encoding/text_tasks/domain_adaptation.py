@@ -9,6 +9,7 @@ from typing import Any
 from bert_encoding.core.devices import pick_device
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import LORA, TUNED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import prepare_model
 from bert_encoding.language_model.general_text import control_windows
@@ -18,7 +19,7 @@ from bert_encoding.language_model.masking import MaskedBatch
 from bert_encoding.language_model.windows import Tokens, Window, training_windows
 from bert_encoding.text_tasks.task import TextTask, pick, read_texts, resolve_max_length
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import resident_encoder
+from bert_encoding.trial.pipeline import cached_encoder
 from bert_encoding.trial.training_data import general_probe
 
 PROBE_TOKENS = 512  # of a window of general text
@@ -27,14 +28,14 @@ PROBE_TOKENS = 512  # of a window of general text
 class AdaptRun:
     """A masked LM trained on texts: a short text is one window, a long one several."""
 
-    def __init__(self, config: TrialConfig, task: TextTask) -> None:
-        self.config, self.task, self.device = config, task, pick_device()
-        self.encoder: Encoder = resident_encoder(config.model)
+    def __init__(self, config: TrialConfig, task: TextTask, cache: WorkerCache) -> None:
+        self.config, self.task, self.cache, self.device = config, task, cache, pick_device()
+        self.encoder: Encoder = cached_encoder(config.model, cache)
         if not self.encoder.has_head:
             raise InputError(f"--model {self.encoder.name}: has no trained masked-LM head to adapt; choose another")
         self.length = resolve_max_length(task, config, self.encoder)
         self.model: Any = prepare_model(config.tuning, self.encoder)
-        self.texts = read_texts(task.corpus, self.encoder)
+        self.texts = read_texts(task.corpus, self.encoder, cache)
         self.seconds_train = 0.0
         self.train = text_windows(pick(self.texts.tokens, task.train), self.length, self._stride, self.encoder)
         self.notes = [f"{len(self.train)} windows of at most {self.length} tokens to train on"]
@@ -47,7 +48,7 @@ class AdaptRun:
         """Train and yield losses; a model that does not train is read once, as epoch 0."""
         model, config, task = masked_lm(self.model).to(self.device), self.config, self.task
         probes = self._probes()
-        self.general = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed)
+        self.general = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed, self.cache)
         self.before = [self._loss(batches) for batches in (*probes, self.general)]
         if config.method not in TUNED:
             yield _row(EpochLosses(0, 0, 0, self.before[0], self.before[1]))

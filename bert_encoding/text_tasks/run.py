@@ -1,14 +1,13 @@
 """One trial on text alone: train, judge on held-out texts, keep the best epoch; one report an epoch."""
 
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BERT_METHODS, CLASSIFICATION, COMPLETE, STOPPED, TUNED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import count_parameters, measure_change, restore_state, tuned_state
 from bert_encoding.text_tasks.classification import ClassifyRun
@@ -16,7 +15,7 @@ from bert_encoding.text_tasks.domain_adaptation import AdaptRun
 from bert_encoding.text_tasks.task import Texts, TextTask, split_notes
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
-from bert_encoding.trial.run import Report, peak_memory_gb
+from bert_encoding.trial.run import Report, finished_record
 
 
 class TextRun(Protocol):
@@ -46,9 +45,14 @@ class TextRun(Protocol):
 
 
 def run_text_trial(
-    config: TrialConfig, task: TextTask, report: Report = lambda scores: True, *, adapter_folder: Path | None = None
+    config: TrialConfig,
+    task: TextTask,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+    cache: WorkerCache | None = None,
 ) -> TrialRecord:
-    """Run one configuration and return its record, which nobody has written yet.
+    """Run one configuration and return its record, which the caller may write.
 
     The epoch that is best on held-out texts is restored, scored and saved: of the highest accuracy, among equals of
     the lowest loss; of a masked LM of the lowest loss. Choosing it on the texts that judge it flatters it a little.
@@ -57,6 +61,7 @@ def run_text_trial(
     ----------
     report : called after every epoch with its scores; False stops the trial there
     adapter_folder : where to save the model: an adapter, or all weights
+    cache : shared with other trials of this process
 
     Raises
     ------
@@ -67,21 +72,20 @@ def run_text_trial(
     """
     started = time.perf_counter()
     _check_settings(config, task.kind)
-    run: TextRun = ClassifyRun(config, task) if task.kind == CLASSIFICATION else AdaptRun(config, task)
+    make = ClassifyRun if task.kind == CLASSIFICATION else AdaptRun
+    run: TextRun = make(config, task, cache or WorkerCache())
     epochs, best, status = _train(run, config, report, started)
     further, examples = run.finish()
     if adapter_folder is not None:
         run.save(adapter_folder)
-    return TrialRecord(
+    return finished_record(
+        config,
+        {"train": run.seconds_train},
+        started,
         status=status,
-        method=config.method,
-        config=asdict(config),
         scores=_final_scores(best, epochs[-1]) | _traits(run, config) | further,
         epochs=epochs,
         examples=examples,
-        seconds={"train": run.seconds_train, "total": time.perf_counter() - started},
-        peak_memory_gb=peak_memory_gb(),
-        node=socket.gethostname(),
         notes=[*task.corpus.notes, *split_notes(task, run.texts.examples), *run.notes],
     )
 

@@ -11,6 +11,7 @@ from transformers import BertTokenizerFast
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import ADAPT, CLASSIFICATION
 from bert_encoding.core.seeds import generator
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.corpus import Corpus, Example
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.windows import Tokens
@@ -147,17 +148,14 @@ class Texts(NamedTuple):
     tokens: tuple[Tokens, ...]
 
 
-_TEXTS: dict[tuple[str, str], Texts] = {}
+def read_texts(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> Texts:
+    """Read and tokenise all texts; those that were read last are cached."""
 
-
-def read_texts(corpus: Corpus, encoder: Encoder) -> Texts:
-    """Read and tokenise all texts once a process; they stay in memory until others are asked for."""
-    key = (corpus.fingerprint, encoder.name)
-    if key not in _TEXTS:
-        _TEXTS.clear()
+    def read() -> Texts:
         examples = tuple(corpus)
-        _TEXTS[key] = Texts(examples, tuple(tokenize_texts([e.text for e in examples], encoder.tokenizer)))
-    return _TEXTS[key]
+        return Texts(examples, tuple(tokenize_texts([e.text for e in examples], encoder.tokenizer)))
+
+    return cache.get("texts", (corpus.fingerprint, encoder.name), read, max_values=1)
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterator[Tokens]:

@@ -1,6 +1,5 @@
 """The stages of a trial that do not train: words -> vectors -> features -> ridge -> scores, with one setting."""
 
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 from bert_encoding.core.devices import pick_device
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BAG_OF_WORDS, BERT_METHODS, FROZEN, STATIC, TUNED, WORD_RATE
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.bert_embeddings import embed_layers, embed_stories
@@ -48,13 +48,13 @@ class Task(NamedTuple):
 class Chain:
     """The stages of one trial with its settings, and the seconds that each took."""
 
-    def __init__(self, config: TrialConfig, task: Task) -> None:
-        self.config, self.task = config, task
+    def __init__(self, config: TrialConfig, task: Task, cache: WorkerCache | None = None) -> None:
+        self.config, self.task, self.cache = config, task, cache or WorkerCache()
         self.device = pick_device()
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
         self.notes: list[str] = []
         self._latest: dict[tuple[str, ...], tuple[dict[str, np.ndarray], CrossValidatedRidge]] = {}
-        self.encoder = resident_encoder(config.model) if config.method in BERT_METHODS else None
+        self.encoder = cached_encoder(config.model, self.cache) if config.method in BERT_METHODS else None
         if self.encoder is not None:
             _check_fits(config, self.encoder)
 
@@ -65,7 +65,12 @@ class Chain:
 
     def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
         assert self.encoder is not None
-        return {name: _tokens(self.encoder, self.task.dataset, name) for name in names}
+        return {name: self._tokens(self.encoder, name) for name in names}
+
+    def _tokens(self, encoder: Encoder, name: str) -> Tokens:
+        key = (encoder.name, self.task.dataset.fingerprint, name)
+        story = self.task.dataset.stories[name]
+        return self.cache.get("tokens", key, lambda: tokenize(story.spoken, encoder.tokenizer))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -84,7 +89,7 @@ class Chain:
         stories = self.task.dataset.stories
         if self.config.keep_layers and self.config.method == FROZEN:
             with self.timed("embed"):
-                return {name: self._kept_layers(bert, name) for name in names}
+                return {name: self._one_layer(bert, name) for name in names}
         vectors = self.vectors(bert, names, fit)
         with self.timed("embed"):
             return {name: downsample_story(vectors[name], stories[name]) for name in names}
@@ -105,18 +110,21 @@ class Chain:
             "device": self.device,
         }
 
-    def _kept_layers(self, bert: Any, name: str) -> np.ndarray:
-        """Return one story on the scanner's clock in the layer asked for; all layers are computed at once and kept."""
+    def _one_layer(self, bert: Any, name: str) -> np.ndarray:
+        """Return one story on the scanner's clock in the requested layer; all layers are computed and cached."""
         assert self.encoder is not None
-        reading = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
-        key = (self.encoder.name, self.task.dataset.fingerprint, reading, name)
-        if key not in _LAYERS:
-            every = range(self.encoder.n_layers + 1)
-            found = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=every, **self._windows)
-            story = self.task.dataset.stories[name]
-            _LAYERS[key] = np.stack([downsample_story(found[at][name], story) for at in every]).astype(np.float32)
+        settings = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
+        key = (self.encoder.name, self.task.dataset.fingerprint, settings, name)
+        layers = self.cache.get("layers", key, lambda: self._all_layers(bert, name))
         chosen = (self.layer,) if isinstance(self.layer, int) else self.layer
-        return _LAYERS[key][list(chosen)].mean(axis=0, dtype=np.float64)
+        return layers[list(chosen)].mean(axis=0, dtype=np.float64)
+
+    def _all_layers(self, bert: Any, name: str) -> np.ndarray:
+        """Return one story on the scanner's clock, (n_layers + 1, n_trs, n_hidden) float32."""
+        assert self.encoder is not None
+        indices, story = range(self.encoder.n_layers + 1), self.task.dataset.stories[name]
+        vectors = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=indices, **self._windows)
+        return np.stack([downsample_story(vectors[index][name], story) for index in indices]).astype(np.float32)
 
     def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
         dataset = self.task.dataset
@@ -127,10 +135,18 @@ class Chain:
             vocabulary = choose_vocabulary([dataset.stories[name].spoken for name in fit], self.config.vocabulary)
             return {name: bag_of_words(words, vocabulary) for name, words in spoken.items()}
         assert self.config.method == STATIC
-        table = _static_table(Path(self.config.static_vectors), dataset)
+        table = self._static_table(Path(self.config.static_vectors))
         share = coverage([word for words in spoken.values() for word in words], table)
         self.notes = [f"{table.path.name} has a vector for {share:.1%} of the spoken words; the others are zero"]
         return {name: static_vectors(words, table) for name, words in spoken.items()}
+
+    def _static_table(self, path: Path) -> StaticVectors:
+        dataset = self.task.dataset
+        return self.cache.get(
+            "static vectors",
+            (path, dataset.fingerprint),
+            lambda: read_static_vectors(path, distinct_words(story.spoken for story in dataset.stories.values())),
+        )
 
     def score(
         self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...], *, with_tests: bool = False
@@ -142,7 +158,9 @@ class Chain:
             if len(self.task.splits) == 1:  # several splits would all be in memory together
                 self._latest[fit] = (on_trs, ridge)
             return {
-                subject: score_subject(ridge, design, dataset, subject, fit, scored, with_tests=with_tests)
+                subject: score_subject(
+                    ridge, design, dataset, subject, fit, scored, with_tests=with_tests, cache=self.cache
+                )
                 for subject in dataset.subjects
             }
 
@@ -162,7 +180,8 @@ class Chain:
                 ridge = self._ridge(on_trs, fit, fit)[1]
             wanted = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
             return {
-                subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit) for subject, grid in wanted.items()
+                subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit, self.cache)
+                for subject, grid in wanted.items()
             }
 
     def forget_ridge(self) -> None:
@@ -182,24 +201,9 @@ class Chain:
         return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test, with_tests=True)
 
 
-@functools.lru_cache(maxsize=2)
-def resident_encoder(name: str) -> Encoder:
-    """Load a model once a process; trials take copies of its pristine weights."""
-    return load_encoder(name)
-
-
-_TOKENS: dict[tuple[str, str, str], Tokens] = {}
-
-
-def _tokens(encoder: Encoder, dataset: Dataset, story: str) -> Tokens:
-    """Tokenise a story once a process."""
-    key = (encoder.name, dataset.fingerprint, story)
-    if key not in _TOKENS:
-        _TOKENS[key] = tokenize(dataset.stories[story].spoken, encoder.tokenizer)
-    return _TOKENS[key]
-
-
-_LAYERS: dict[tuple[str, str, tuple[int, int, str], str], np.ndarray] = {}  # -> (n_layers + 1, n_trs, n_hidden)
+def cached_encoder(name: str, cache: WorkerCache) -> Encoder:
+    """Load a model once per process; trials take copies of its pristine weights."""
+    return cache.get("encoder", name, lambda: load_encoder(name), max_values=2)
 
 
 def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
@@ -211,15 +215,3 @@ def _check_fits(config: TrialConfig, encoder: Encoder) -> None:
             raise InputError(f"{name} {getattr(config, name)}: {encoder.name} reads at most {encoder.max_tokens}")
     if config.method in TUNED and not encoder.has_head:
         raise InputError(f"--model {encoder.name}: has no trained masked-LM head to fine-tune; it can only be frozen")
-
-
-_STATIC: dict[tuple[Path, str], StaticVectors] = {}
-
-
-def _static_table(path: Path, dataset: Dataset) -> StaticVectors:
-    """Read the vectors of a data set's words once a process."""
-    key = (path, dataset.fingerprint)
-    if key not in _STATIC:
-        words = distinct_words(story.spoken for story in dataset.stories.values())
-        _STATIC[key] = read_static_vectors(path, words)
-    return _STATIC[key]

@@ -1,13 +1,13 @@
-"""One trial, the whole chain once: fine-tune, embed, downsample, ridge, score; one report an epoch.
+"""One trial, from words to scores: fine-tune, embed, downsample, ridge, score; one report per epoch.
 
-``run_trial`` runs alike in a notebook, a test and a Ray worker, and knows nothing of who listens.
+``run_trial`` runs alike in a notebook, a test and a Ray worker.
 """
 
 import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bert_encoding.core.names import COMPLETE, LORA, RANDOM, STOPPED, TUNED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.splits import Split
 from bert_encoding.language_model.finetuning_methods import (
     count_parameters,
@@ -39,14 +40,16 @@ from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.scoring import SubjectScores, edge_notes, merge_subjects
 from bert_encoding.trial.summaries import (
+    Scores,
     ceiling_notes,
     columns_of_test,
     mean_cc,
+    noise_ceilings,
     story_rows,
     subject_rows,
     voxel_details,
 )
-from bert_encoding.trial.training_data import Material, general_probe
+from bert_encoding.trial.training_data import TrainingData, general_probe
 
 Report = Callable[[dict[str, float]], bool]
 
@@ -67,17 +70,19 @@ def run_trial(
     adapter_folder: Path | None = None,
     score_test: bool = False,
     with_tests: bool | None = None,
+    cache: WorkerCache | None = None,
 ) -> TrialRecord:
-    """Run one configuration and return its record, which nobody has written yet.
+    """Run one configuration and return its record, which the caller may write.
 
     Parameters
     ----------
-    report : called after every epoch with its scores, of one that is not scored with its losses alone; False stops the
+    report : called after every epoch with its scores, or with its losses alone if it is not scored; False stops the
         trial there
-    adapter_folder : where to save the adapter of the last epoch (one folder a split, if there are several); of ``full``
-        and ``partial`` nothing is saved, as a search would fill the disk
-    with_tests : also compute a p value a voxel and resamples of time; None: if nothing is tuned
-    score_test : also refit ridge on fit + validation and score the test stories; only where nothing was tuned
+    adapter_folder : where to save the adapter of the last epoch (one folder per split, if there are several); for
+        ``full`` and ``partial`` nothing is saved, as a search would fill the disk
+    with_tests : also compute one p value per voxel and resamples of time; None: if nothing is tuned
+    score_test : also refit ridge on fit + validation and score the test stories; only if nothing is tuned
+    cache : shared with other trials of this process
 
     Raises
     ------
@@ -89,7 +94,7 @@ def run_trial(
     started = time.perf_counter()
     if score_test and config.method in TUNED:
         raise ValueError("a tuned model's test score belongs to the confirm phase")
-    chain = Chain(config, task)
+    chain = Chain(config, task, cache)
     wants_tests = config.method not in TUNED if with_tests is None else with_tests
     folds = [_Fold(chain, split, wants_tests) for split in task.splits]
     epochs: list[dict[str, float]] = []
@@ -104,53 +109,37 @@ def run_trial(
     final = _mean_scores(results)
     if "cc_mean" not in epochs[-1]:  # stopped after an epoch that was not to be scored
         epochs[-1] |= final
-    tables = [(result.scores, at, "validation") for at, result in enumerate(results)]
     scores = _final_scores(epochs, final) | _mean_of([fold.traits() for fold in folds])
     scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
-    test_scores: dict[str, SubjectScores] = {}
     scores["voxels_are_chosen"] = task.voxels_are_chosen
+    scored = {"validation": [result.scores for result in results]}
     if score_test:
-        test_scores = chain.score_test(folds[0].bert, task.splits[0])
-        tables.append((test_scores, 0, "test"))
-        scores |= columns_of_test(test_scores, task.dataset)
+        scored["test"] = [chain.score_test(folds[0].bert, task.splits[0])]
     if adapter_folder is not None:
-        for at, fold in enumerate(folds):
-            fold.save_adapter(adapter_folder if len(folds) == 1 else adapter_folder / f"split{at}")
-    return TrialRecord(
-        status=status,
-        method=config.method,
-        config=asdict(config),
-        scores=scores,
-        epochs=epochs,
-        stories=[row for scored in tables for row in story_rows(*scored)],
-        subjects=[row for scored in tables for row in subject_rows(*scored)],
-        seconds=chain.seconds | {"total": time.perf_counter() - started},
-        peak_memory_gb=peak_memory_gb(),
-        node=socket.gethostname(),
-        notes=[
-            *chain.notes,
-            *(note for fold in folds for note in fold.notes),
-            *edge_notes({"": [result.scores for result in results], "test: ": [test_scores]}, config.ridge_alphas),
-            *ceiling_notes(test_scores, task.dataset),
-        ],
-        cc=mean_cc(task.dataset, [result.scores for result in results]),
-        cc_test=mean_cc(task.dataset, [test_scores]) if score_test else {},
-        details=voxel_details(task.dataset, {"validation": results[0].scores, "test": test_scores}),
-    )
+        for index, fold in enumerate(folds):
+            fold.save_adapter(adapter_folder if len(folds) == 1 else adapter_folder / f"split{index}")
+    return _encoding_record(chain, folds, scored, started, status=status, scores=scores, epochs=epochs)
 
 
 def run_test(
-    config: TrialConfig, task: Task, report: Report = lambda scores: True, *, adapter_folder: Path | None = None
+    config: TrialConfig,
+    task: Task,
+    report: Report = lambda scores: True,
+    *,
+    adapter_folder: Path | None = None,
+    cache: WorkerCache | None = None,
 ) -> TrialRecord:
-    """Tune on fit + validation, refit ridge there, and score the test stories once: for what was chosen without them.
+    """Tune on fit + validation, refit ridge there, and score the test stories once, for a configuration chosen without
+    them.
 
-    Nothing but the last epoch is scored, no masked-LM loss is read on test stories, and ``cc_mean`` stays empty. With
-    several splits, fit + validation is the same in all of them.
+    Only the last epoch is scored, no masked-LM loss is read on test stories, and ``cc_mean`` stays empty. With several
+    splits, fit + validation is the same in all of them.
 
     Parameters
     ----------
-    report : called after every epoch of training with its masked-LM loss in training; its answer does not matter
+    report : called after every epoch of training with its masked-LM loss in training; its answer is ignored
     adapter_folder : where to save the adapter, or all weights of ``full`` and ``partial``
+    cache : shared with other trials of this process
 
     Raises
     ------
@@ -160,41 +149,73 @@ def run_test(
     if config.patience is not None:
         raise ValueError("patience needs held-out stories; give the number of epochs instead")
     started = time.perf_counter()
-    chain, one = Chain(config, task), task.splits[0]
-    split = Split(tuple(sorted(one.fit + one.validation)), (), one.test)
+    chain, searched = Chain(config, task, cache), task.splits[0]
+    split = Split(tuple(sorted(searched.fit + searched.validation)), (), searched.test)
     fold = _Fold(chain, split, wants_tests=False)
     epochs: list[dict[str, float]] = []
     for losses in fold.tune():
         epochs.append({name: float(getattr(losses, name)) for name in _OF_TRAINING})
         report(epochs[-1])
-    found = chain.score_test(fold.bert, split)
+    tested = chain.score_test(fold.bert, split)
     if adapter_folder is not None:
         fold.save_adapter(adapter_folder, or_whole=True)
     last = {name: value for name, value in (epochs[-1] if epochs else {}).items() if name != "epoch"}
-    of_test = {"epochs_done": float(len(epochs)), "alpha_edge_share": merge_subjects(found)["alpha_edge_share"]}
-    return TrialRecord(
-        status=COMPLETE,
-        method=config.method,
-        config=asdict(config),
-        scores=fold.traits() | last | of_test | columns_of_test(found, task.dataset),
-        epochs=epochs,
-        stories=story_rows(found, 0, "test"),
-        subjects=subject_rows(found, 0, "test"),
-        seconds=chain.seconds | {"total": time.perf_counter() - started},
-        peak_memory_gb=peak_memory_gb(),
-        node=socket.gethostname(),
-        notes=[
-            *chain.notes,
-            *fold.notes,
-            *edge_notes({"": [found]}, config.ridge_alphas),
-            *ceiling_notes(found, task.dataset),
-        ],
-        cc_test=mean_cc(task.dataset, [found]),
-        details=voxel_details(task.dataset, {"test": found}),
-    )
+    of_test = {"epochs_done": float(len(epochs)), "alpha_edge_share": merge_subjects(tested)["alpha_edge_share"]}
+    scores = fold.traits() | last | of_test
+    return _encoding_record(chain, [fold], {"test": [tested]}, started, status=COMPLETE, scores=scores, epochs=epochs)
 
 
 _OF_TRAINING = ("epoch", "mlm_loss_train", "optimizer_steps", "tokens_seen")
+
+
+def _encoding_record(
+    chain: Chain, folds: "Sequence[_Fold]", scored: dict[str, list[Scores]], started: float, **results: Any
+) -> TrialRecord:
+    """Return the record of a trial that was scored.
+
+    Parameters
+    ----------
+    scored : ``validation`` and ``test``, or one of them -> the scores of each split
+    """
+    dataset = chain.task.dataset
+    ceilings = noise_ceilings([scores for splits in scored.values() for scores in splits], dataset, chain.cache)
+    tables = [(scores, index, role) for role, splits in scored.items() for index, scores in enumerate(splits)]
+    test = scored.get("test", [{}])[0]
+    if test:
+        results["scores"] |= columns_of_test(test, ceilings)
+    beginnings = {"": "validation", "test: ": "test"} if "validation" in scored else {"": "test"}
+    edges = edge_notes({text: scored.get(role, []) for text, role in beginnings.items()}, chain.config.ridge_alphas)
+    return finished_record(
+        chain.config,
+        chain.seconds,
+        started,
+        stories=[row for table in tables for row in story_rows(*table)],
+        subjects=[row for table in tables for row in subject_rows(*table)],
+        notes=[*chain.notes, *(note for fold in folds for note in fold.notes), *edges, *ceiling_notes(test, ceilings)],
+        cc=mean_cc(dataset, scored["validation"]) if "validation" in scored else {},
+        cc_test=mean_cc(dataset, scored["test"]) if test else {},
+        details=voxel_details(dataset, {role: splits[0] for role, splits in scored.items()}, ceilings),
+        **results,
+    )
+
+
+def finished_record(config: TrialConfig, seconds: dict[str, float], started: float, **results: Any) -> TrialRecord:
+    """Return the record of a trial that this process has run.
+
+    Parameters
+    ----------
+    seconds : of each stage
+    started : by ``time.perf_counter``
+    results : further fields of the record
+    """
+    return TrialRecord(
+        method=config.method,
+        config=asdict(config),
+        seconds=seconds | {"total": time.perf_counter() - started},
+        peak_memory_gb=peak_memory_gb(),
+        node=socket.gethostname(),
+        **results,
+    )
 
 
 def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoch, ...]]:
@@ -214,7 +235,7 @@ class _Fold:
     def __init__(self, chain: Chain, split: Split, wants_tests: bool) -> None:
         self.chain, self.split, self.wants_tests = chain, split, wants_tests
         self.model: Any = None
-        self.trained: Any = None  # with the further heads of an objective
+        self.trained: Any = None  # with the heads that the objective adds
         self.notes: list[str] = []
         self.best: tuple[FoldEpoch, dict[str, torch.Tensor]] | None = None
         self._loss_before: float | None = None
@@ -278,7 +299,7 @@ class _Fold:
         return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
 
     def traits(self) -> dict[str, float | None]:
-        """Return what is told of the tuned model beside its scores."""
+        """Return what the record states of the tuned model besides its scores."""
         chain = self.chain
         layer = chain.layer if chain.encoder is not None else None
         known: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
@@ -296,7 +317,7 @@ class _Fold:
         }
 
     def save_adapter(self, folder: Path, or_whole: bool = False) -> None:
-        """Write the adapter; of the other ways of tuning all weights, if told to; nothing if nothing trained."""
+        """Write the adapter, or with ``or_whole`` all weights of the other methods; nothing if nothing trained."""
         if self.chain.config.method == LORA:
             save_adapter(self.model, folder, self.chain.config.model)
         elif self._is_tuned and or_whole:
@@ -310,9 +331,9 @@ class _Fold:
 
     def _finetune(self) -> Iterator[EpochLosses]:
         chain = self.chain
-        material = Material(chain, self.split)
-        self.trained, objective = material.objective(self.model)
-        self.notes += material.notes
+        data = TrainingData(chain, self.split)
+        self.trained, objective = data.objective(self.model)
+        self.notes += data.notes
         steps = finetune(
             self.trained,
             objective,
@@ -321,12 +342,12 @@ class _Fold:
             chain.config.seed,
             chain.device,
             patience=chain.config.patience,
-            steps_an_epoch=material.steps_an_epoch(),
+            steps_an_epoch=data.steps_per_epoch(),
         )
         losses: EpochLosses | None = None
         while True:
             if losses is None or losses.epoch < chain.config.epochs:
-                chain.forget_ridge()  # its memory is wanted for training
+                chain.forget_ridge()  # training needs its memory
             with chain.timed("train"):
                 losses = next(steps, None)
             if losses is None:
@@ -342,22 +363,22 @@ class _Fold:
         return EpochLosses(0, 0, 0, train, heldout)
 
     def _probes(self) -> Probes:
-        """Losses are read on the same masked tokens in every trial, whatever it trains with."""
+        """Return the masked tokens on which losses are read, the same in every trial."""
         chain, config, encoder = self.chain, self.chain.config, self.chain.encoder
         assert encoder is not None
         length = config.embed_window_tokens
         train, heldout = (
             training_windows(list(chain.tokens(names).values()), length, length - 2, encoder.tokenizer)
-            for names in (self.split.fit, self.split.validation or self.split.fit)  # a refit holds nothing out
+            for names in (self.split.fit, self.split.validation or self.split.fit)  # a refit holds out nothing
         )
         return make_probes(train, heldout, encoder.tokenizer, config.probe_tokens, chain.task.split_seed)
 
     def _general_loss(self) -> float:
-        """Return the masked-LM loss on text that is no story: what tuning makes the model forget."""
+        """Return the masked-LM loss on general text, which rises if tuning makes the model forget."""
         chain = self.chain
         assert chain.encoder is not None
         config, task = chain.config, chain.task
-        batches = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed)
+        batches = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed, chain.cache)
         model = masked_lm(self.model).to(chain.device)
         return probe_loss(model, batches, chain.config.precision, chain.device)
 
@@ -390,12 +411,12 @@ def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
 
 
 def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> dict[str, Any]:
-    """The trial's scores are those of the epoch that counts; its best epoch is noted beside them."""
+    """Return the scores of the epoch that counts, and which epoch was best."""
     best = max((row for row in epochs if "cc_mean" in row), key=lambda row: row["cc_mean"])
-    kept = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
+    scores = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
     spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
     return (
-        kept
+        scores
         | spent
         | {
             "epochs_done": epochs[-1]["epoch"],

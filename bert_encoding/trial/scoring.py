@@ -9,18 +9,18 @@ import pandas as pd
 import torch
 
 from bert_encoding.core.names import ROI_PREFIX
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.downsampling import downsample_story, lagged_rows
-from bert_encoding.regression.response_panels import fit_targets, scored_responses, voxel_panels
+from bert_encoding.regression.response_panels import ResponsePanel, panels
 from bert_encoding.regression.ridge import (
     DECADES_FURTHER,
     MAX_EDGE_SHARE,
     CrossValidatedRidge,
     alpha_edge_share,
-    pressing_share,
-    wider_grid,
+    share_beyond_grid,
 )
 from bert_encoding.statistics.block_bootstrap import Replicates, join_replicates, time_replicates
 from bert_encoding.statistics.correlation import correlate, summarise
@@ -78,7 +78,7 @@ class SubjectScores(NamedTuple):
     ridge_alphas : (n_valid,)
     n_constant : voxels whose prediction is constant; they score 0
     grid : the alphas to choose from
-    pressing : ``ridge.pressing_share``
+    beyond_grid : ``ridge.share_beyond_grid``
     rois : region of interest -> its voxels, counted among the valid ones
     tests : where they were asked for
     """
@@ -90,7 +90,7 @@ class SubjectScores(NamedTuple):
     grid: tuple[float, ...]
     rois: Mapping[str, np.ndarray] = MappingProxyType({})
     tests: PredictionTests | None = None
-    pressing: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})
+    beyond_grid: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})
 
     @property
     def edge_share(self) -> dict[str, float]:
@@ -181,6 +181,7 @@ def score_subject(
     scored: Sequence[str],
     *,
     with_tests: bool = False,
+    cache: WorkerCache | None = None,
 ) -> SubjectScores:
     """Fit ridge on the fit stories and correlate its predictions with the responses to the scored stories.
 
@@ -189,82 +190,66 @@ def score_subject(
 
     Parameters
     ----------
-    with_tests : also compute a p value a voxel, and resamples of time
+    with_tests : also compute one p value per voxel, and resamples of time
+    cache : of responses that other trials share
     """
-    found = _score_panels(ridge, design, dataset, subject, fit, scored, with_tests)
-    grid = wider_grid(ridge.ridge_alphas, found.pressing, ridge.largest_eigenvalue)
-    if grid is None:
-        return found
-    return _score_panels(ridge.with_alphas(grid), design, dataset, subject, fit, scored, with_tests)
+
+    def score(ridge: CrossValidatedRidge) -> SubjectScores:
+        n_rows = 2 * max(len(design.fit), len(design.scored))
+        parts = [
+            _score_panel(ridge, design, panel, with_tests)
+            for panel in panels(dataset, subject, fit, scored, n_rows, cache)
+        ]
+        return _join_panels(parts, dataset.valid_rois(subject))
+
+    scores = score(ridge)
+    extended = ridge.extended(scores.beyond_grid)
+    return scores if extended is None else score(extended)
 
 
-def _score_panels(
-    ridge: CrossValidatedRidge,
-    design: Design,
-    dataset: Dataset,
-    subject: str,
-    fit: Sequence[str],
-    scored: Sequence[str],
-    with_tests: bool,
-) -> SubjectScores:
-    panels = [
-        _score_panel(ridge, design, dataset, subject, fit, scored, columns, with_tests)
-        for columns in voxel_panels(dataset, subject, 2 * max(len(design.fit), len(design.scored)))
-    ]
-    tests = [panel.tests for panel in panels if panel.tests is not None]
-    return SubjectScores(
-        cc=np.concatenate([panel.cc for panel in panels]),
-        story_cc={name: np.concatenate([panel.story_cc[name] for panel in panels]) for name in scored},
-        ridge_alphas=np.concatenate([panel.ridge_alphas for panel in panels]),
-        n_constant=sum(panel.n_constant for panel in panels),
-        grid=ridge.ridge_alphas,
-        pressing=_mean_pressing(panels),
-        rois=dataset.valid_rois(subject),
-        tests=join_tests(tests) if tests else None,
-    )
-
-
-def _mean_pressing(panels: Sequence[SubjectScores]) -> dict[str, float]:
-    """Return the share over all voxels of the panels."""
-    sizes = [panel.cc.size for panel in panels]
-    return {
-        edge: float(np.average([panel.pressing[edge] for panel in panels], weights=sizes)) for edge in ("low", "high")
-    }
-
-
-def _score_panel(
-    ridge: CrossValidatedRidge,
-    design: Design,
-    dataset: Dataset,
-    subject: str,
-    fit: Sequence[str],
-    scored: Sequence[str],
-    columns: slice,
-    with_tests: bool,
-) -> SubjectScores:
-    targets = fit_targets(dataset, subject, fit, columns, ridge.rows, ridge.device)
-    predicted, ridge_alphas, cv_cc = ridge.fit_predict(targets, design.scored)
-    Y = scored_responses(dataset, subject, scored, columns)
-    rows = {name: design.scored_story == at for at, name in enumerate(scored)}
+def _score_panel(ridge: CrossValidatedRidge, design: Design, panel: ResponsePanel, with_tests: bool) -> SubjectScores:
+    predicted, ridge_alphas, cv_cc = ridge.fit_predict(panel.targets(ridge), design.scored)
+    Y = panel.scored_responses()
+    rows = {name: design.scored_story == index for index, name in enumerate(panel.scored)}
     return SubjectScores(
         cc=correlate(Y, predicted),
-        story_cc={name: correlate(Y[here], predicted[here]) for name, here in rows.items()},
+        story_cc={name: correlate(Y[in_story], predicted[in_story]) for name, in_story in rows.items()},
         ridge_alphas=ridge_alphas,
         n_constant=int((predicted.std(axis=0) <= 1e-10).sum()),
         grid=ridge.ridge_alphas,
-        pressing=pressing_share(cv_cc, min(ridge.ridge_alphas) > ridge.largest_eigenvalue),
+        beyond_grid=share_beyond_grid(cv_cc, min(ridge.ridge_alphas) > ridge.largest_eigenvalue),
         tests=examine_predictions(Y, predicted, design.scored_story) if with_tests else None,
     )
 
 
-def seen_cc(ridge: CrossValidatedRidge, dataset: Dataset, subject: str, fit: Sequence[str]) -> np.ndarray:
+def _join_panels(parts: Sequence[SubjectScores], rois: Mapping[str, np.ndarray]) -> SubjectScores:
+    sizes = [part.cc.size for part in parts]
+    tests = [part.tests for part in parts if part.tests is not None]
+    return SubjectScores(
+        cc=np.concatenate([part.cc for part in parts]),
+        story_cc={name: np.concatenate([part.story_cc[name] for part in parts]) for name in parts[0].story_cc},
+        ridge_alphas=np.concatenate([part.ridge_alphas for part in parts]),
+        n_constant=sum(part.n_constant for part in parts),
+        grid=parts[0].grid,
+        rois=rois,
+        tests=join_tests(tests) if tests else None,
+        beyond_grid={
+            edge: float(np.average([part.beyond_grid[edge] for part in parts], weights=sizes))
+            for edge in ("low", "high")
+        },
+    )
+
+
+def seen_cc(
+    ridge: CrossValidatedRidge, dataset: Dataset, subject: str, fit: Sequence[str], cache: WorkerCache | None = None
+) -> np.ndarray:
     """Return the cross-validated CC inside the fit stories, (n_valid,): an adapter has read their words, ridge has not
     seen the rows that it predicts."""
-    panels = []
-    for columns in voxel_panels(dataset, subject, 2 * ridge.n_rows):
-        targets = fit_targets(dataset, subject, fit, columns, ridge.rows, ridge.device)
-        panels.append(correlate(targets.Y.cpu().numpy(), ridge.predict_left_out(targets)))
-    return np.concatenate(panels)
+    parts = []
+    for panel in panels(dataset, subject, fit, (), 2 * ridge.n_rows, cache):
+        targets = panel.targets(ridge)
+        parts.append(correlate(targets.Y.cpu().numpy(), ridge.predict_left_out(targets)))
+    return np.concatenate(parts)
 
 
 def merge_subjects(scores: Mapping[str, SubjectScores]) -> dict[str, float]:
@@ -307,10 +292,10 @@ def _edge_notes(subject: str, result: SubjectScores, asked: tuple[float, ...]) -
             f"{subject}: many voxels wanted a ridge_alpha beyond {min(asked):g} to {max(asked):g}, so all were fitted "
             f"with {grid}"
         )
-    if result.pressing["low"] > MAX_EDGE_SHARE:
+    if result.beyond_grid["low"] > MAX_EDGE_SHARE:
         notes.append(
-            f"{subject}: {result.pressing['low']:.0%} of voxels want a ridge_alpha below {grid}; set ridge_alphas in "
-            f"the search space to a grid from {min(result.grid) / 10**DECADES_FURTHER:g}"
+            f"{subject}: {result.beyond_grid['low']:.0%} of voxels want a ridge_alpha below {grid}; set ridge_alphas "
+            f"in the search space to a grid from {min(result.grid) / 10**DECADES_FURTHER:g}"
         )
     if result.edge_share["high"] > MAX_EDGE_SHARE:
         notes.append(

@@ -1,10 +1,11 @@
-"""What a trial's record holds of its scores: rows of tables, columns, and arrays over the whole brain."""
+"""A trial's scores as its record holds them: rows of tables, columns, and arrays over the whole brain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.regression.response_panels import cc_max
 from bert_encoding.statistics.block_bootstrap import mean_replicates, replicates_interval
@@ -12,10 +13,18 @@ from bert_encoding.statistics.noise_ceiling import CC_MAX_FLOOR, summarise_norma
 from bert_encoding.trial.scoring import SubjectScores, merge_subjects
 
 Scores = Mapping[str, SubjectScores]  # by subject
+Ceilings = Mapping[tuple[str, str], np.ndarray]  # (subject, story) -> (n_valid,)
+
+
+def noise_ceilings(scored: Iterable[Scores], dataset: Dataset, cache: WorkerCache) -> Ceilings:
+    """Return the noise ceilings of the scored stories that have repeats."""
+    pairs = {(subject, story): None for scores in scored for subject in scores for story in scores[subject].story_cc}
+    ceilings = {pair: cc_max(dataset, *pair, cache) for pair in pairs}
+    return {pair: ceiling for pair, ceiling in ceilings.items() if ceiling is not None}
 
 
 def story_rows(scores: Scores, split: int, role: str) -> list[dict[str, Any]]:
-    """Return a row a subject and scored story."""
+    """Return one row per subject and scored story."""
     return [
         {"split": split, "role": role, "subject": subject, "story": story} | result.story_summary(story)
         for subject, result in scores.items()
@@ -24,7 +33,7 @@ def story_rows(scores: Scores, split: int, role: str) -> list[dict[str, Any]]:
 
 
 def subject_rows(scores: Scores, split: int, role: str) -> list[dict[str, Any]]:
-    """Return a row a subject."""
+    """Return one row per subject."""
     return [{"split": split, "role": role, "subject": subject} | result.summary() for subject, result in scores.items()]
 
 
@@ -36,7 +45,7 @@ def mean_cc(dataset: Dataset, splits: Sequence[Scores]) -> dict[str, np.ndarray]
     }
 
 
-def voxel_details(dataset: Dataset, scores_of_role: Mapping[str, Scores]) -> dict[str, np.ndarray]:
+def voxel_details(dataset: Dataset, scores_of_role: Mapping[str, Scores], ceilings: Ceilings) -> dict[str, np.ndarray]:
     """Return further arrays over the whole brain, and the resamples of time.
 
     Names are ``<role>/story/<story>/<subject>`` for the CC inside a story; where predictions were tested
@@ -48,8 +57,8 @@ def voxel_details(dataset: Dataset, scores_of_role: Mapping[str, Scores]) -> dic
         for subject, result in scores.items():
             for story, cc in result.story_cc.items():
                 details[f"{role}/story/{story}/{subject}"] = whole_brain(dataset, subject, cc)
-                ceiling = cc_max(dataset, subject, story)
-                if ceiling is not None:
+                if (subject, story) in ceilings:
+                    ceiling = ceilings[subject, story]
                     details[f"{role}/cc_max/{story}/{subject}"] = whole_brain(dataset, subject, ceiling)
             if result.tests is not None:
                 details[f"{role}/p/{subject}"] = whole_brain(dataset, subject, result.tests.p)
@@ -57,7 +66,7 @@ def voxel_details(dataset: Dataset, scores_of_role: Mapping[str, Scores]) -> dic
     return details
 
 
-def columns_of_test(scores: Scores, dataset: Dataset) -> dict[str, Any]:
+def columns_of_test(scores: Scores, ceilings: Ceilings) -> dict[str, Any]:
     """Return ``cc_test``, its interval over time inside these stories, and ``cc_norm``.
 
     ``cc_norm`` is the mean of CC / CC_max over the voxels whose ceiling is high enough, over the stories that have
@@ -66,7 +75,8 @@ def columns_of_test(scores: Scores, dataset: Dataset) -> dict[str, Any]:
     interval = replicates_interval(
         mean_replicates([r.tests.replicates for r in scores.values() if r.tests is not None])
     )
-    normalised = [found["cc_norm"] for found in _normalised(scores, dataset).values() if found["cc_norm"] is not None]
+    cc_norm = [values["cc_norm"] for values in _normalised(scores, ceilings).values()]
+    normalised = [value for value in cc_norm if value is not None]
     return {
         "cc_test": merge_subjects(scores)["cc_mean"],
         "cc_test_low": _number(interval.low),
@@ -75,12 +85,12 @@ def columns_of_test(scores: Scores, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def ceiling_notes(scores: Scores, dataset: Dataset) -> list[str]:
-    """Say how many voxels ``cc_norm`` speaks of."""
+def ceiling_notes(scores: Scores, ceilings: Ceilings) -> list[str]:
+    """Say how many voxels ``cc_norm`` is the mean of."""
     return [
-        f"{subject}, {story}: cc_norm is of {found['n_cc_norm']} voxels; {found['n_below_floor']} have a noise ceiling "
-        f"below {CC_MAX_FLOOR}"
-        for (subject, story), found in _normalised(scores, dataset).items()
+        f"{subject}, {story}: cc_norm is of {values['n_cc_norm']} voxels; {values['n_below_floor']} have a noise "
+        f"ceiling below {CC_MAX_FLOOR}"
+        for (subject, story), values in _normalised(scores, ceilings).items()
     ]
 
 
@@ -97,11 +107,11 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def _normalised(scores: Scores, dataset: Dataset) -> dict[tuple[str, str], dict[str, float | None]]:
+def _normalised(scores: Scores, ceilings: Ceilings) -> dict[tuple[str, str], dict[str, float | None]]:
     """Return the summary of normalised CC, (subject, story) -> values, for stories with repeats."""
     return {
-        (subject, story): summarise_normalised(cc, ceiling)
+        (subject, story): summarise_normalised(cc, ceilings[subject, story])
         for subject, result in scores.items()
         for story, cc in result.story_cc.items()
-        if (ceiling := cc_max(dataset, subject, story)) is not None
+        if (subject, story) in ceilings
     }

@@ -1,9 +1,9 @@
-"""What a trial trains on: whose words, cut how, with which objective."""
+"""What a trial trains on: whose words, how they are cut into windows, and the objective."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.splits import Split
 from bert_encoding.language_model.general_text import control_text, describe_control, probe_windows
 from bert_encoding.language_model.lora import masked_lm
@@ -11,14 +11,14 @@ from bert_encoding.language_model.masked_lm import MaskedLM, make_probes
 from bert_encoding.language_model.masking import MaskedBatch
 from bert_encoding.language_model.next_sentence import NextSentence, head_notes, to_pretraining
 from bert_encoding.language_model.windows import Window, training_windows
-from bert_encoding.trial.pipeline import Chain, resident_encoder
+from bert_encoding.trial.pipeline import Chain, cached_encoder
 
 CONTROL = "control"
 PROBE_WINDOW = 512  # tokens
 
 
-class Material:
-    """The training material of one split."""
+class TrainingData:
+    """The windows that one split trains on."""
 
     def __init__(self, chain: Chain, split: Split) -> None:
         self.chain, self.split = chain, split
@@ -47,8 +47,8 @@ class Material:
         self.notes += head_notes(encoder)
         return to_pretraining(model, encoder, config.seed), pairs
 
-    def steps_an_epoch(self) -> int | None:
-        """Return the steps that windows without overlap would take, if strides shall be equalised."""
+    def steps_per_epoch(self) -> int | None:
+        """Return the steps of one epoch of non-overlapping windows with ``match_steps``, else None."""
         config = self.chain.config
         if not config.match_steps:
             return None
@@ -76,13 +76,12 @@ class Material:
         return text.windows
 
 
-def general_probe(model: str, file: Path | None, n_tokens: int, seed: int) -> list[MaskedBatch]:
-    """Return fixed masked batches of text that is no story, the same in every trial; made once a process."""
-    return list(_general_probe(model, file, n_tokens, seed))
+def general_probe(model: str, file: Path | None, n_tokens: int, seed: int, cache: WorkerCache) -> list[MaskedBatch]:
+    """Return masked batches of general text, the same in every trial."""
 
+    def make() -> list[MaskedBatch]:
+        encoder = cached_encoder(model, cache)
+        windows = probe_windows(encoder.tokenizer, min(PROBE_WINDOW, encoder.max_tokens), file)
+        return make_probes(windows, windows, encoder.tokenizer, n_tokens, seed).heldout
 
-@functools.lru_cache(maxsize=4)
-def _general_probe(model: str, file: Path | None, n_tokens: int, seed: int) -> tuple[MaskedBatch, ...]:
-    encoder = resident_encoder(model)
-    windows = probe_windows(encoder.tokenizer, min(PROBE_WINDOW, encoder.max_tokens), file)
-    return tuple(make_probes(windows, windows, encoder.tokenizer, n_tokens, seed).heldout)
+    return cache.get("general probe", (model, file, n_tokens, seed), make, max_values=4)

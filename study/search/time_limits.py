@@ -7,12 +7,11 @@ import ray
 from ray import tune
 
 from bert_encoding.core.errors import InputError, first_line
-from bert_encoding.core.names import FAILED
 from bert_encoding.core.storage import Place
-from bert_encoding.trial.record import TrialRecord, write_record
+from bert_encoding.trial.record import write_record
 from study.search.job_list import JobList
 from study.search.searcher import StudySearcher
-from study.search.worker import Job, find_record
+from study.search.worker import Job, failed_record, find_record
 
 RETRIES = 2  # of a trial whose worker died
 MAX_UNRECORDED = 3  # trials in a row that could not write their records, before a study ends
@@ -115,18 +114,3 @@ def forget(trial: Any) -> None:
 def died(retries: int) -> str:
     """Return the reason that is recorded of a trial whose worker died whenever it was tried."""
     return f"its worker died {retries + 1} times"
-
-
-def failed_record(job: Job, reason: str, by_user: bool = False) -> TrialRecord:
-    """Return the record of a trial that could not write one; ``by_user``: its reason is one line for the user."""
-    return TrialRecord(
-        status=FAILED,
-        method=job.config["method"],
-        config=job.config,
-        trial_id=job.trial_id,
-        phase=job.phase,
-        error=reason,
-        key=job.key,
-        params=job.params,
-        scores={"is_user_error": True} if by_user else {},
-    )

@@ -1,6 +1,7 @@
 """What a worker does with one job: run the trial, write its record, report to Ray Tune."""
 
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -8,13 +9,22 @@ import traceback
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key
 from bert_encoding.core.names import BASELINE, FAILED, SEARCH, Metric
 from bert_encoding.core.storage import Place, naming_full_disk, open_place
+from bert_encoding.core.worker_cache import WorkerCache
+from bert_encoding.text_tasks.run import run_text_trial
+from bert_encoding.text_tasks.task import TextTask
 from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord, has_record, read_cc, read_record, saving_adapter, write_record
+from bert_encoding.trial.run import Report, run_test, run_trial
+from bert_encoding.trial.voxel_selection import choose_voxels
 from study.cluster.lock import is_held_by, session_id
+from study.cluster.worker_data import check_weights, with_settled_precision
 from study.search.early_stopping import StopSign
 
 logger = logging.getLogger(__name__)
@@ -59,7 +69,7 @@ def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str
 def objective(
     job: dict[str, Any],
     *,
-    task: Any,
+    task: Task | TextTask,
     study: str,
     metric: Metric,
     n_threads: int,
@@ -85,10 +95,11 @@ def objective(
     _limit_resources(n_threads, gpu_share)
     given, unrecorded = Job(**job), False
     try:
-        record = run_job(given, task, open_place(study), report)
+        record = run_job(given, task, open_place(study), report, _process_cache())
     except Exception as error:  # raised, it would cost two more tries, and its reason
         logger.warning("trial %s has left no record: %s", given.trial_id, error)
-        record, unrecorded = _of_job(_failure(given, error), given), not isinstance(error, NotOurs)
+        record = failed_record(given, error, node=os.uname().nodename)
+        unrecorded = not isinstance(error, NotOurs)
     _return_memory()
     tune.report(_ending(record, given, metric) | {"unrecorded": unrecorded})
 
@@ -114,17 +125,21 @@ def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
     return [(int(epoch["epoch"]), epoch[metric.column]) for epoch in record.epochs if metric.column in epoch]
 
 
-def choose(config: TrialConfig, task: Any, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
+def choose(config: TrialConfig, task: Task, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
     """Choose voxels in a Ray worker; see ``choose_voxels``. In float32, so that any machine chooses the same."""
-    from bert_encoding.trial.voxel_selection import choose_voxels
-
     _limit_resources(n_threads, gpu_share)
     chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
     _return_memory()
     return chosen
 
 
-def run_job(job: Job, task: Any, study: Place, report: Any = lambda scores: None) -> TrialRecord:
+def run_job(
+    job: Job,
+    task: Task | TextTask,
+    study: Place,
+    report: Report = lambda scores: True,
+    cache: WorkerCache | None = None,
+) -> TrialRecord:
     """Run one job and write its record, or answer it from the record of an equal one.
 
     A job whose worker died after it had written the record is tried again by Ray; it is answered from that record.
@@ -139,6 +154,7 @@ def run_job(job: Job, task: Any, study: Place, report: Any = lambda scores: None
     Parameters
     ----------
     report : called with the scores of every epoch; False stops the trial there
+    cache : shared with other jobs of this process
 
     Raises
     ------
@@ -151,9 +167,9 @@ def run_job(job: Job, task: Any, study: Place, report: Any = lambda scores: None
     if (finished := find_record(study, job)) is not None:
         return finished
     try:
-        record = _run(job, task, study, report) if job.repeat_of is None else _repeat(job, study)
+        record = _run(job, task, study, report, cache) if job.repeat_of is None else _repeat(job, study)
     except Exception as error:
-        record = _failure(job, error)
+        record = failed_record(job, error, node=os.uname().nodename)
     if job.session and not is_held_by(study, job.session):
         raise NotOurs(f"{study}: trial {job.trial_id} is dropped: its run of the study is over or was taken over")
     write_record(study, _of_job(record, job))
@@ -174,30 +190,29 @@ def find_record(study: Place, job: Job) -> TrialRecord | None:
     return record if record.key == job.key else None
 
 
-def _run(job: Job, task: Any, study: Place, report: Any) -> TrialRecord:
-    from bert_encoding.text_tasks.run import run_text_trial
-    from bert_encoding.text_tasks.task import TextTask
-    from bert_encoding.trial.run import run_test, run_trial
-    from study.cluster.worker_data import check_weights, with_settled_precision
+@functools.cache
+def _process_cache() -> WorkerCache:
+    """Return the cache of this process: Ray runs one trial after another in it, and passes on nothing else."""
+    return WorkerCache()
 
-    def keep_going(scores: dict[str, float]) -> bool:
-        return report(scores) is not False
 
+def _run(job: Job, task: Task | TextTask, study: Place, report: Report, cache: WorkerCache | None) -> TrialRecord:
     config = with_settled_precision(TrialConfig.from_dict(job.config), str(study))
     check_weights(str(study), config.model)
     with naming_full_disk(study), saving_adapter(study, job.trial_id) as folder:
-        if job.is_final:
-            return run_test(config, task, keep_going, adapter_folder=folder)
-        kept = folder if job.phase == SEARCH else None
+        adapter_folder = folder if job.phase == SEARCH else None
         if isinstance(task, TextTask):
-            return run_text_trial(config, task, keep_going, adapter_folder=kept)
+            return run_text_trial(config, task, report, adapter_folder=adapter_folder, cache=cache)
+        if job.is_final:
+            return run_test(config, task, report, adapter_folder=folder, cache=cache)
         return run_trial(
             config,
             task,
-            keep_going,
-            adapter_folder=kept,
+            report,
+            adapter_folder=adapter_folder,
             score_test=job.score_test,
             with_tests=None if job.phase == BASELINE else False,
+            cache=cache,
         )
 
 
@@ -210,17 +225,29 @@ def _repeat(job: Job, study: Place) -> TrialRecord:
     return record
 
 
-def _failure(job: Job, error: Exception) -> TrialRecord:
-    """Record what went wrong: one line for a user's mistake, else the traceback."""
-    by_user = isinstance(error, InputError)
-    text = str(error) if by_user else "".join(traceback.format_exception(error)).strip()
+def failed_record(job: Job, error: Exception | str, is_user_error: bool = False, node: str = "") -> TrialRecord:
+    """Return the record of a trial that failed: the traceback of an exception, one line of a user's mistake.
+
+    Parameters
+    ----------
+    is_user_error : of an error that is text
+    node : where it failed; empty if the driver records a trial that could not write a record
+    """
+    if isinstance(error, InputError):
+        error, is_user_error = str(error), True
+    elif isinstance(error, Exception):
+        error = "".join(traceback.format_exception(error)).strip()
     return TrialRecord(
         status=FAILED,
         method=job.config["method"],
         config=job.config,
-        error=text,
-        scores={"is_user_error": True} if by_user else {},
-        node=os.uname().nodename,
+        trial_id=job.trial_id,
+        phase=job.phase,
+        error=error,
+        key=job.key,
+        params=job.params,
+        scores={"is_user_error": True} if is_user_error else {},
+        node=node,
     )
 
 
@@ -234,8 +261,6 @@ def _return_memory() -> None:
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:
     """Keep to the trial's share: Ray counts GPU fractions but does not enforce them, and may set one CPU thread."""
-    import torch
-
     torch.set_num_threads(n_threads)
     if torch.cuda.is_available() and 0 < gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share)

@@ -9,7 +9,7 @@ import psutil
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.regression.response_panels import PANEL_BYTES, kept_bytes
+from bert_encoding.regression.response_panels import PANEL_BYTES, cached_bytes
 from bert_encoding.regression.ridge import BLOCK_BYTES, block_bytes_per_voxel
 from bert_encoding.trial.config import TrialConfig
 from study.setup.options import Options
@@ -39,7 +39,7 @@ def worker_bytes(
     resident = PROCESS_BYTES + model * (1 + len(splits)) + 4 * n_words * shape["n_hidden"] * len(splits)
     return resident + max(
         _ridge_bytes(n_fit, n_rows, n_features, n_voxels, config.n_folds)
-        + kept_bytes(_kept_rows(dataset, splits, config.n_folds), n_voxels),
+        + cached_bytes(_cached_rows(dataset, splits, config.n_folds), n_voxels),
         _training_bytes(shape, config) if trains else 0.0,
     )
 
@@ -58,8 +58,8 @@ def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_fold
     return features + 8 * (1 + n_bases) * size**2 + block + 2.5 * panel
 
 
-def _kept_rows(dataset: Dataset, splits: tuple[Split, ...], n_folds: int) -> int:
-    """Return the rows of responses that trials keep, of all subjects, with norms: every split's, and the test's."""
+def _cached_rows(dataset: Dataset, splits: tuple[Split, ...], n_folds: int) -> int:
+    """Return the rows of cached responses of all subjects, with norms: of every split and of the test stories."""
     of_splits = sum(sum(_rows(dataset, split.fit + split.validation)) + n_folds for split in splits)
     everything = sum(_rows(dataset, tuple(dataset.stories))) + n_folds + len(dataset.stories)
     return len(dataset.subjects) * (of_splits + everything)

@@ -165,7 +165,7 @@ def test_blocks_and_panels_change_nothing(
     assert widths == [5, 5, 2]
     np.testing.assert_allclose(predicted(model, task, names)["b"], whole["b"], rtol=0, atol=1e-5)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 20_000)
-    assert len(response_panels.voxel_panels(task.dataset, "b", 500)) > 1
+    assert len(list(response_panels.panels(task.dataset, "b", (), (), 500))) > 1
     fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz")
     panelled = predicted(load_model(tmp_path / "model.npz"), task, names)
     np.testing.assert_allclose(panelled["a"], whole["a"], rtol=0, atol=1e-4)

@@ -22,6 +22,7 @@ from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, in
 import bert_encoding.language_model.masked_lm
 import bert_encoding.trial.run
 from bert_encoding.core.devices import pick_device, resolve_precision
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.downsampling import downsample_story
@@ -30,9 +31,11 @@ from bert_encoding.language_model.lora import check_applied, masked_lm
 from bert_encoding.language_model.masked_lm import Probes, make_probes, probe_loss
 from bert_encoding.language_model.training import train
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task, resident_encoder
+from bert_encoding.trial.pipeline import Chain, Task, cached_encoder
 from bert_encoding.trial.run import run_trial
-from bert_encoding.trial.training_data import Material
+from bert_encoding.trial.training_data import TrainingData
+
+CACHE = WorkerCache()
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     opened, split = open_data(arguments.data, arguments.train_stories)
-    resident_encoder(arguments.model)
+    cached_encoder(arguments.model, CACHE)
     seconds["load"] = time.time() - began - seconds["start"]
     dataset = inspected(opened)
     seconds["check"] = time.time() - began - seconds["start"] - seconds["load"]
@@ -84,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def settings_of(config: TrialConfig) -> dict[str, Any]:
     """Return precisions and dropouts as they are in effect here."""
-    dropout = dropout_of(resident_encoder(config.model).model.config)
+    dropout = dropout_of(cached_encoder(config.model, CACHE).model.config)
     set_here = {"attention": config.attention_dropout, "hidden": config.hidden_dropout}
     precisions = {"train": config.precision, "embed": config.embed_precision}
     return {
@@ -97,7 +100,7 @@ def run_whole(config: TrialConfig, task: Task) -> dict[str, Any]:
     """Run a trial as a study does; return seconds and counts a stage, and scores."""
     with watched(task.dataset) as watch:
         began = time.perf_counter()
-        record = run_trial(config, task)
+        record = run_trial(config, task, cache=CACHE)
         whole = time.perf_counter() - began
     known = sum(watch.seconds.values())
     last = record.epochs[-1]
@@ -188,11 +191,11 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     trial reads two after every epoch, and one of general text before and after.
     """
     split, clock = task.splits[0], Clock()
-    chain = Chain(config, task)
+    chain = Chain(config, task, CACHE)
     assert chain.encoder is not None
     model = prepare_model(config.tuning, chain.encoder)
-    material = Material(chain, split)
-    trained, objective = material.objective(model)
+    data = TrainingData(chain, split)
+    trained, objective = data.objective(model)
     clock.lap("other")
     training = replace(config, epochs=1).training
     (progress,) = train(trained, objective, training, config.seed, chain.device, steps_an_epoch=n_steps)
@@ -221,7 +224,7 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
         "counts": {
             "steps": progress.optimizer_steps,
             "tokens": progress.tokens_seen,
-            "tokens_whole": config.epochs * sum(len(window.ids) for window in material.windows(config.stride)),
+            "tokens_whole": config.epochs * sum(len(window.ids) for window in data.windows(config.stride)),
             "words": n_words(task.dataset, embedded),
             "words_whole": n_words(task.dataset, names),
         },

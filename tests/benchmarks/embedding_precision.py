@@ -24,7 +24,7 @@ from bert_encoding.language_model.masked_lm import MaskedLM
 from bert_encoding.language_model.training import train
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
-from bert_encoding.trial.training_data import Material
+from bert_encoding.trial.training_data import TrainingData
 
 PRECISIONS = ("float32", "bfloat16")
 Features = dict[str, np.ndarray]  # story -> (n_trs, n_hidden)
@@ -65,7 +65,7 @@ def tuned(chain: Chain) -> object:
     """Return the model after an epoch on the fit stories of the first split."""
     assert chain.encoder is not None
     model = prepare_model(chain.config.tuning, chain.encoder)
-    trained, objective = Material(chain, chain.task.splits[0]).objective(model)
+    trained, objective = TrainingData(chain, chain.task.splits[0]).objective(model)
     assert isinstance(objective, MaskedLM)
     for _ in train(trained, objective, chain.config.training, chain.config.seed, chain.device):
         pass

@@ -78,7 +78,7 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
         method="frozen", model=str(tiny_bert), embed_window_tokens=64, embed_stride=24, precision="float32",
         embed_precision="float32",
     )  # fmt: skip
-    monkeypatch.setattr("bert_encoding.trial.scoring.wider_grid", lambda *_: None)  # the script has one grid
+    monkeypatch.setattr("bert_encoding.regression.ridge.extend_alphas", lambda *_: None)  # the script has one grid
     expected = run_trial(config, task, with_tests=False)
     split, dataset, bert = task.splits[0], task.dataset, tiny_encoder.copy_model().bert
     stories = course_script.tokenize_all(dataset, split, tiny_encoder)

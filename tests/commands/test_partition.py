@@ -36,7 +36,7 @@ from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split
 from bert_encoding.regression import response_panels
 from bert_encoding.regression.banded_ridge import BandedRidge
-from bert_encoding.regression.ridge import CrossValidatedRidge, pressing_share, wider_grid
+from bert_encoding.regression.ridge import CrossValidatedRidge, extend_alphas, share_beyond_grid
 from bert_encoding.statistics.correlation import correlate
 from bert_encoding.statistics.noise_ceiling import CC_MAX_FLOOR, ceiling_of
 from bert_encoding.trial.config import TrialConfig
@@ -253,8 +253,8 @@ def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded:
     alone = {}
     for space, design in designs.items():
         ridge = CrossValidatedRidge(design.fit, design.folds, narrow)
-        share = pressing_share(ridge.fit(Y[:n_fit]).cv_cc)
-        alone[space] = wider_grid(narrow, share, ridge.largest_eigenvalue)
+        share = share_beyond_grid(ridge.fit(Y[:n_fit]).cv_cc)
+        alone[space] = extend_alphas(narrow, share, ridge.largest_eigenvalue)
     assert alone["a"] is not None and min(alone["a"]) < min(narrow) and max(alone["a"]) == max(narrow)
     assert alone["b"] is not None and max(alone["b"]) > max(narrow) and min(alone["b"]) == min(narrow)
     union = tuple(sorted({*alone["a"], *alone["b"]}))

@@ -1,5 +1,6 @@
 """Whom each demo lets listen: what the listeners share, what they follow, and that every command knows them."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,10 @@ from bert_encoding.demo import stories as demo
 from bert_encoding.demo.simulated_listeners import Followed
 from bert_encoding.demo.stories import N_DIRECTIONS, N_LANGUAGE, N_VOXELS, SUBJECT, demo_stories, simulate_listener
 from bert_encoding.features.downsampling import downsample_story
-from bert_encoding.language_model.encoder import MINILM
+from bert_encoding.language_model.encoder import MINILM, load_encoder
 from bert_encoding.language_model.lora import load_adapter
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task, resident_encoder
+from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.run import run_trial
 from study.results.locked_stories import check_looks
 from study.setup.options import model_of
@@ -134,7 +135,7 @@ def test_what_differs_is_followed_where_it_differs_alone() -> None:
 @pytest.fixture(scope="module")
 def word_vectors() -> dict[str, dict[int, listeners.Vectors]]:
     """What the frozen and the adapted encoder make of the stories, layer -> story -> (n_words, n_hidden)."""
-    encoder = resident_encoder(MINILM)
+    encoder = load_encoder(MINILM)
     berts = {"frozen": encoder.model.bert, "adapted": load_adapter(encoder, listeners._ADAPTED)}
     layers = (encoder.n_layers, listeners.LOWER_LAYER)
     return {which: listeners._embed(demo_stories(), encoder, bert, *layers) for which, bert in berts.items()}
@@ -149,7 +150,7 @@ def heard(word_vectors: dict[str, dict[int, listeners.Vectors]]) -> Iterator[dic
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listeners, "_embed", look_up)
-        patch.setattr(listeners, "load_encoder", resident_encoder)
+        patch.setattr(listeners, "load_encoder", functools.cache(load_encoder))
         yield {name: simulate_listener(demo_stories(name))[0] for name in DEMOS}
 
 

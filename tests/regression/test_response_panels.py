@@ -1,4 +1,4 @@
-"""Responses that trials share: the bits of fresh ones, of this data set alone, and no more than there is room for."""
+"""Responses in panels of voxels: the same bits with and without a cache, which answers for one data set alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,20 +11,15 @@ import torch
 from make_data import make_lab
 from sklearn.preprocessing import StandardScaler
 
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.regression import response_panels
-from bert_encoding.regression.response_panels import (
-    cc_max,
-    fit_targets,
-    scored_responses,
-    stack_responses,
-    voxel_panels,
-    z_score,
-)
+from bert_encoding.regression.response_panels import ResponsePanel, cc_max, panels, stack_responses, z_score
+from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.noise_ceiling import noise_ceiling
 from bert_encoding.trial.config import TrialConfig
@@ -52,15 +47,28 @@ def dataset(folder: Path) -> Dataset:
     return inspect(open_dataset(folder))
 
 
-def rows_of(dataset: Dataset, stories: tuple[str, ...] = FIT) -> list[np.ndarray]:
-    """One fold a story."""
-    sizes = [len(dataset.stories[name].tr_times_s) - 15 for name in stories]
-    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+@pytest.fixture
+def cache() -> WorkerCache:
+    return WorkerCache()
 
 
-def targets(dataset: Dataset, **changes: Any) -> Targets:
-    asked = {"subject": "a", "stories": FIT, "columns": ALL, "rows": rows_of(dataset), "device": CPU} | changes
-    return fit_targets(dataset, **asked)
+def folds_of(dataset: Dataset, stories: tuple[str, ...] = FIT) -> np.ndarray:
+    """One fold per story, in the order of the stories."""
+    return np.repeat(range(len(stories)), [len(dataset.stories[name].tr_times_s) - 15 for name in stories])
+
+
+def read_targets(dataset: Dataset, cache: WorkerCache, **changes: Any) -> Targets:
+    options = {"subject": "a", "fit": FIT, "columns": ALL, "folds": folds_of(dataset), "device": CPU} | changes
+    folds = options["folds"]
+    ridge = CrossValidatedRidge(np.eye(len(folds), 2, dtype=np.float32), folds, device=options["device"])
+    panel = ResponsePanel(dataset, options["subject"], options["fit"], (), options["columns"], cache)
+    return panel.targets(ridge)
+
+
+def read_scored(
+    dataset: Dataset, cache: WorkerCache, subject: str = "a", scored: tuple[str, ...] = SCORED
+) -> np.ndarray:
+    return ResponsePanel(dataset, subject, (), scored, ALL, cache).scored_responses()
 
 
 def changed(dataset: Dataset, fingerprint: str) -> Dataset:
@@ -73,15 +81,6 @@ def changed(dataset: Dataset, fingerprint: str) -> Dataset:
         for name, story in dataset.stories.items()
     }
     return replace(dataset, stories=stories, fingerprint=fingerprint)
-
-
-def arrays(value: Targets | np.ndarray) -> list[np.ndarray]:
-    return [value.Y.numpy(), value.norms.numpy()] if isinstance(value, Targets) else [value]
-
-
-def n_kept_bytes() -> int:
-    """What is really held, counted anew."""
-    return sum(array.nbytes for value, _ in response_panels._KEPT.values() for array in arrays(value))
 
 
 @pytest.fixture
@@ -101,48 +100,59 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
-def test_targets_are_z_scored_over_all_rows(dataset: Dataset, folder: Path) -> None:
+def test_targets_are_z_scored_over_all_rows(dataset: Dataset, folder: Path, cache: WorkerCache) -> None:
     raw = np.delete(np.vstack([np.load(folder / "a" / f"{name}.npy") for name in FIT]), BAD, axis=1)
     expected = StandardScaler().fit_transform(raw.astype(np.float32).astype(np.float64))
-    found = targets(dataset)
-    assert found.Y.dtype == torch.float32
-    np.testing.assert_allclose(found.Y.numpy(), expected, rtol=0, atol=1e-6)
-    norms = [np.linalg.norm(expected[rows] - expected[rows].mean(axis=0), axis=0) for rows in rows_of(dataset)]
-    np.testing.assert_allclose(found.norms.numpy(), norms, rtol=1e-5)
+    targets = read_targets(dataset, cache)
+    assert targets.Y.dtype == torch.float32
+    np.testing.assert_allclose(targets.Y.numpy(), expected, rtol=0, atol=1e-6)
+    folds = [expected[folds_of(dataset) == fold] for fold in range(len(FIT))]
+    norms = [np.linalg.norm(rows - rows.mean(axis=0), axis=0) for rows in folds]
+    np.testing.assert_allclose(targets.norms.numpy(), norms, rtol=1e-5)
 
 
-def test_z_score_works_in_place_and_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    Y = (np.random.default_rng(0).standard_normal((30, 11)) * np.arange(1, 12) + 5).astype(np.float32)
-    expected = StandardScaler().fit_transform(Y.astype(np.float64))
+def test_z_score_uses_the_mean_and_deviation_of_the_first_array_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    Y, other = ((rng.standard_normal((n, 11)) * np.arange(1, 12) + 5).astype(np.float32) for n in (30, 20))
+    scaler = StandardScaler().fit(Y.astype(np.float64))
+    expected = scaler.transform(Y), scaler.transform(other)
     monkeypatch.setattr(response_panels, "VOXELS_PER_BLOCK", 4)
-    assert z_score(Y) is Y
-    np.testing.assert_allclose(Y, expected, rtol=0, atol=1e-6)
+    scaled = z_score(Y, other)
+    assert scaled[0] is Y and scaled[1] is other
+    for array, values in zip(scaled, expected, strict=True):
+        np.testing.assert_allclose(array, values, rtol=0, atol=1e-6)
 
 
-def test_scored_responses_are_raw(dataset: Dataset, folder: Path) -> None:
+def test_scored_responses_are_in_the_units_of_the_file(dataset: Dataset, folder: Path, cache: WorkerCache) -> None:
     raw = np.delete(np.vstack([np.load(folder / "a" / f"{name}.npy") for name in SCORED]), BAD, axis=1)
-    np.testing.assert_array_equal(scored_responses(dataset, "a", SCORED, slice(2, 9)), raw[:, 2:9].astype(np.float32))
+    panel = ResponsePanel(dataset, "a", FIT, SCORED, slice(2, 9), cache)
+    np.testing.assert_array_equal(panel.scored_responses(), raw[:, 2:9].astype(np.float32))
 
 
 def test_panels_hold_every_valid_voxel_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 100 * 5 + 4 * 99)  # five voxels of 100 rows and a rest
-    assert voxel_panels(dataset, "a", 100) == [slice(0, 5), slice(5, 10), slice(10, 11)]
-    assert voxel_panels(dataset, "b", 10_000)[:2] == [slice(0, 1), slice(1, 2)], "never less than one"
+    columns = [panel.columns for panel in panels(dataset, "a", FIT, SCORED, 100)]
+    assert columns == [slice(0, 5), slice(5, 10), slice(10, 11)]
+    narrow = [panel.columns for panel in panels(dataset, "b", FIT, SCORED, 10_000)]
+    assert narrow[:2] == [slice(0, 1), slice(1, 2)], "never less than one"
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def test_kept_responses_are_read_once_and_the_same_bits_as_fresh_ones(dataset: Dataset, reads: list[str]) -> None:
-    first, scored = targets(dataset), scored_responses(dataset, "a", SCORED, ALL)
+def test_cached_responses_are_read_once_and_the_same_bits_as_fresh_ones(
+    dataset: Dataset, cache: WorkerCache, reads: list[str]
+) -> None:
+    first, scored = read_targets(dataset, cache), read_scored(dataset, cache)
     assert reads == [*FIT, *SCORED]
-    assert targets(dataset) is first
-    assert scored_responses(dataset, "a", SCORED, ALL) is scored
+    assert read_targets(dataset, cache) is first
+    assert read_scored(dataset, cache) is scored
     assert reads == [*FIT, *SCORED], "nothing was read again"
-    fresh = Targets.prepare(z_score(stack_responses(dataset, "a", FIT)), rows_of(dataset))
+    fresh = read_targets(dataset, WorkerCache())
     np.testing.assert_array_equal(first.Y, fresh.Y)
     np.testing.assert_array_equal(first.norms, fresh.norms)
     np.testing.assert_array_equal(scored, stack_responses(dataset, "a", SCORED))
+    assert cache.n_bytes == first.Y.nbytes + first.norms.nbytes + scored.nbytes
 
 
 def other_mask(dataset: Dataset) -> Dataset:
@@ -151,17 +161,12 @@ def other_mask(dataset: Dataset) -> Dataset:
     return replace(dataset, voxel_masks={**dataset.voxel_masks, "a": mask})
 
 
-def two_folds(dataset: Dataset) -> list[np.ndarray]:
-    first, second, third = rows_of(dataset)
-    return [np.concatenate([first, second]), third]
-
-
 OTHERS: dict[str, Callable[[Dataset], tuple[Dataset, dict[str, Any]]]] = {
     "data set": lambda d: (changed(d, "other"), {}),
     "voxel mask": lambda d: (other_mask(d), {}),
-    "fold layout": lambda d: (d, {"rows": two_folds(d)}),
-    "fold order": lambda d: (d, {"rows": rows_of(d)[::-1]}),
-    "story order": lambda d: (d, {"stories": FIT[::-1], "rows": rows_of(d, FIT[::-1])}),
+    "fold layout": lambda d: (d, {"folds": np.maximum(folds_of(d), 1)}),
+    "fold order": lambda d: (d, {"folds": -folds_of(d)}),
+    "story order": lambda d: (d, {"fit": FIT[::-1], "folds": folds_of(d, FIT[::-1])}),
     "subject": lambda d: (d, {"subject": "b"}),
     "columns": lambda d: (d, {"columns": slice(1, 12)}),
     "device": lambda d: (d, {"device": torch.device("cpu", 0)}),
@@ -169,102 +174,81 @@ OTHERS: dict[str, Callable[[Dataset], tuple[Dataset, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("what", list(OTHERS))
-def test_what_was_kept_for_one_question_answers_no_other(dataset: Dataset, what: str) -> None:
-    first = targets(dataset)
+def test_cached_targets_answer_only_an_equal_request(dataset: Dataset, cache: WorkerCache, what: str) -> None:
+    first = read_targets(dataset, cache)
     other, changes = OTHERS[what](dataset)
-    found = targets(other, **changes)
-    assert found is not first
-    response_panels._KEPT.clear()
-    fresh = targets(other, **changes)
-    np.testing.assert_array_equal(found.Y, fresh.Y)
-    np.testing.assert_array_equal(found.norms, fresh.norms)
+    targets, fresh = (read_targets(other, used, **changes) for used in (cache, WorkerCache()))
+    assert targets is not first
+    np.testing.assert_array_equal(targets.Y, fresh.Y)
+    np.testing.assert_array_equal(targets.norms, fresh.norms)
 
 
 @pytest.mark.parametrize("what", ["data set", "voxel mask", "subject"])
-def test_scored_responses_of_one_question_answer_no_other(dataset: Dataset, what: str) -> None:
-    first = scored_responses(dataset, "a", SCORED, ALL)
+def test_cached_scored_responses_answer_only_an_equal_request(dataset: Dataset, cache: WorkerCache, what: str) -> None:
+    first = read_scored(dataset, cache)
     other, changes = OTHERS[what](dataset)
-    found = scored_responses(other, changes.get("subject", "a"), SCORED, ALL)
-    np.testing.assert_array_equal(found, stack_responses(other, changes.get("subject", "a"), SCORED))
-    assert found.shape != first.shape or (found != first).any()
-    assert (scored_responses(dataset, "a", SCORED[::-1], ALL)[0] == stack_responses(dataset, "a", ("zeta",))[0]).all()
+    Y = read_scored(other, cache, **changes)
+    np.testing.assert_array_equal(Y, stack_responses(other, changes.get("subject", "a"), SCORED))
+    assert Y.shape != first.shape or (first != Y).any()
+    assert (read_scored(dataset, cache, scored=SCORED[::-1])[0] == stack_responses(dataset, "a", ("zeta",))[0]).all()
 
 
-def test_targets_and_scored_responses_of_the_same_stories_are_kept_apart(dataset: Dataset) -> None:
-    other = changed(dataset, "other")  # not z-scored as they come
-    raw, found = scored_responses(other, "a", FIT, ALL), targets(other)
-    assert np.abs(raw - found.Y.numpy()).max() > 1e-3
-    np.testing.assert_array_equal(scored_responses(other, "a", FIT, ALL), stack_responses(other, "a", FIT))
+def test_targets_and_scored_responses_of_the_same_stories_are_cached_separately(
+    dataset: Dataset, cache: WorkerCache
+) -> None:
+    other = changed(dataset, "other")  # not z-scored
+    raw, targets = read_scored(other, cache, scored=FIT), read_targets(other, cache)
+    assert np.abs(raw - targets.Y.numpy()).max() > 1e-3
+    np.testing.assert_array_equal(read_scored(other, cache, scored=FIT), stack_responses(other, "a", FIT))
 
 
-def test_nothing_is_kept_without_a_fingerprint(dataset: Dataset) -> None:
-    kept = targets(dataset)
+def test_nothing_is_cached_without_a_fingerprint(dataset: Dataset, cache: WorkerCache) -> None:
+    cached = read_targets(dataset, cache)
     nameless = changed(dataset, "")
-    first, second = targets(nameless), targets(nameless)
-    assert response_panels._KEPT == {}, "nor is what belongs to another data set"
+    first, second = read_targets(nameless, cache), read_targets(nameless, cache)
+    assert cache.n_bytes == 0, "nor is what belongs to another data set"
     assert first is not second
     np.testing.assert_array_equal(first.Y, second.Y)
-    assert (first.Y != kept.Y).any()
+    assert (first.Y != cached.Y).any()
 
 
-def test_a_data_set_that_comes_back_is_read_again(dataset: Dataset, reads: list[str]) -> None:
-    before = targets(dataset).Y.clone()
-    targets(changed(dataset, "other"))
-    np.testing.assert_array_equal(targets(dataset).Y, before)
+def test_responses_are_read_again_after_another_data_set(
+    dataset: Dataset, cache: WorkerCache, reads: list[str]
+) -> None:
+    before = read_targets(dataset, cache).Y.clone()
+    read_targets(changed(dataset, "other"), cache)
+    np.testing.assert_array_equal(read_targets(dataset, cache).Y, before)
     assert reads == 3 * list(FIT)
 
 
-def test_what_is_kept_stays_within_its_budget_and_is_not_pushed_out(
-    dataset: Dataset, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Trials ask for the same in turn: what does not fit is read each time, what does fit only once."""
-    panels = [slice(0, 4), slice(4, 8), slice(8, 11)]
-    size = targets(dataset, columns=panels[0]).n_bytes
-    response_panels._KEPT.clear()
-    monkeypatch.setattr(response_panels, "KEPT_BYTES", int(2.5 * size))
-    rounds = [[targets(dataset, columns=columns) for columns in panels] for _ in range(3)]
+def test_the_cache_stays_within_its_limit_and_evicts_nothing(dataset: Dataset, reads: list[str]) -> None:
+    """Trials request the same in turn: what does not fit is read each time, what does fit only once."""
+    columns = [slice(0, 4), slice(4, 8), slice(8, 11)]
+    size = read_targets(dataset, WorkerCache(), columns=columns[0]).n_bytes
+    cache = WorkerCache(max_bytes=int(2.5 * size))
+    rounds = [[read_targets(dataset, cache, columns=part) for part in columns] for _ in range(3)]
     assert [first is last for first, last in zip(rounds[0], rounds[-1], strict=True)] == [True, True, False]
     assert reads[3:] == 3 * list(FIT) + 2 * list(FIT), "three panels, then twice the last"
-    assert n_kept_bytes() == 2 * size <= response_panels.KEPT_BYTES
+    assert cache.n_bytes == 2 * size
     np.testing.assert_array_equal(rounds[0][2].Y, rounds[2][2].Y)
 
 
-def test_what_is_larger_than_the_budget_is_not_kept(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(response_panels, "KEPT_BYTES", targets(dataset).n_bytes - 1)
-    response_panels._KEPT.clear()
-    targets(dataset)
-    assert n_kept_bytes() == 0
-
-
-def test_the_sizes_that_are_counted_are_those_held(dataset: Dataset) -> None:
-    targets(dataset), scored_responses(dataset, "a", SCORED, ALL)
-    assert sum(size for _, size in response_panels._KEPT.values()) == n_kept_bytes() > 0
-
-
-def test_scoring_leaves_what_is_kept_as_it_was_and_gives_the_same_bits_again(dataset: Dataset) -> None:
+def test_scoring_leaves_cached_responses_unchanged_and_gives_the_same_bits_again(dataset: Dataset) -> None:
     config = TrialConfig(method="word_rate", n_folds=3, ridge_alphas=(1.0, 10.0, 100.0))
     vectors = {name: word_rate(story.spoken) for name, story in dataset.stories.items()}
     design = make_design(vectors, dataset, FIT, SCORED, config, 0)
 
-    def score() -> tuple[np.ndarray, np.ndarray]:
+    def score(cache: WorkerCache) -> tuple[np.ndarray, np.ndarray]:
         ridge = prepare_ridge(design, config, CPU)
-        tested = score_subject(ridge, design, dataset, "a", FIT, SCORED, with_tests=True)
-        return tested.cc, seen_cc(ridge, dataset, "a", FIT)
+        tested = score_subject(ridge, design, dataset, "a", FIT, SCORED, with_tests=True, cache=cache)
+        return tested.cc, seen_cc(ridge, dataset, "a", FIT, cache)
 
-    first = score()
-    kept = dict(response_panels._KEPT)
-    assert len(kept) == 2, "the responses to fit, shared with the seen score, and those to score"
-    copies = {key: [array.copy() for array in arrays(value)] for key, (value, _) in kept.items()}
-    again = score()
-    for key, (value, _) in kept.items():
-        assert response_panels._KEPT[key][0] is value
-        for array, copy in zip(arrays(value), copies[key], strict=True):
-            np.testing.assert_array_equal(array, copy)
-    response_panels._KEPT.clear()
-    fresh = score()
-    for one, other, third in zip(first, again, fresh, strict=True):
-        np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(one, third)
+    cache = WorkerCache()
+    first, again, fresh = score(cache), score(cache), score(WorkerCache())
+    np.testing.assert_array_equal(read_scored(dataset, cache), stack_responses(dataset, "a", SCORED))
+    for cc, cc_again, cc_fresh in zip(first, again, fresh, strict=True):
+        np.testing.assert_array_equal(cc, cc_again)
+        np.testing.assert_array_equal(cc, cc_fresh)
 
 
 # --- noise ceilings ---------------------------------------------------------------------------------------------------
@@ -279,27 +263,27 @@ def with_repeats(dataset: Dataset, seed: int, story: str = "zeta") -> Dataset:
     return replace(dataset, stories={**dataset.stories, story: heard})
 
 
-def test_the_ceiling_is_that_of_the_valid_voxels(dataset: Dataset) -> None:
+def test_the_ceiling_is_that_of_the_valid_voxels(dataset: Dataset, cache: WorkerCache) -> None:
     heard = with_repeats(dataset, 0)
     repeats = heard.stories["zeta"].repeats["a"].array
     assert repeats is not None
-    found = cc_max(heard, "a", "zeta")
-    assert found is not None
-    np.testing.assert_allclose(found, noise_ceiling(np.delete(repeats, BAD, axis=2)).cc_max, rtol=1e-6)
-    assert 0.7 < found.mean() < 1  # sqrt(1 / (1 + 1 / 4)) is 0.89
-    assert cc_max(heard, "a", "zeta") is found
+    ceiling = cc_max(heard, "a", "zeta", cache)
+    assert ceiling is not None
+    np.testing.assert_allclose(ceiling, noise_ceiling(np.delete(repeats, BAD, axis=2)).cc_max, rtol=1e-6)
+    assert 0.7 < ceiling.mean() < 1  # sqrt(1 / (1 + 1 / 4)) is 0.89
+    assert cc_max(heard, "a", "zeta", cache) is ceiling
 
 
-def test_without_repeats_there_is_no_ceiling(dataset: Dataset) -> None:
+def test_without_repeats_there_is_no_ceiling(dataset: Dataset, cache: WorkerCache) -> None:
     heard = with_repeats(dataset, 0)
-    assert cc_max(heard, "a", "gamma") is None
-    assert cc_max(heard, "b", "zeta") is None
+    assert cc_max(heard, "a", "gamma", cache) is None
+    assert cc_max(heard, "b", "zeta", cache) is None
 
 
-def test_other_repeats_are_another_data_set(dataset: Dataset) -> None:
+def test_other_repeats_are_another_data_set(dataset: Dataset, cache: WorkerCache) -> None:
     """Or a ceiling that was kept, and a study that is resumed, would speak of repeats that are gone."""
     one, other = (inspect(with_repeats(dataset, seed)) for seed in (1, 2))
     assert one.fingerprint != other.fingerprint
-    first, second = cc_max(one, "a", "zeta"), cc_max(other, "a", "zeta")
+    first, second = cc_max(one, "a", "zeta", cache), cc_max(other, "a", "zeta", cache)
     assert first is not None and second is not None
     assert (first != second).any()

@@ -10,8 +10,8 @@ from bert_encoding.regression.ridge import (
     RIDGE_ALPHAS,
     WORST_CONDITION,
     CrossValidatedRidge,
-    pressing_share,
-    wider_grid,
+    extend_alphas,
+    share_beyond_grid,
 )
 from bert_encoding.regression.solvers import FORMS, Targets, largest_eigenvalue, rows_of_folds
 from bert_encoding.statistics.correlation import correlate
@@ -174,7 +174,7 @@ def test_another_grid_gives_what_a_new_ridge_would_and_changes_nothing_here() ->
 def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edge(
     grid: tuple[float, ...], share: dict[str, float], eigenvalue: float, expected: tuple[float, ...] | None
 ) -> None:
-    found = wider_grid(grid, share, eigenvalue)
+    found = extend_alphas(grid, share, eigenvalue)
     if expected is None:
         assert found is None
     else:
@@ -183,9 +183,9 @@ def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edg
 
 def test_a_voxel_presses_an_edge_if_it_scores_there_by_more_than_rounding() -> None:
     cv_cc = np.array([[0.3, 0.3, 0.1, 0.1, 0.0], [0.2, 0.2995, 0.2, 0.2, 0.2], [0.1, 0.1, 0.1, 0.25, 0.2005]])
-    assert pressing_share(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
-    assert pressing_share(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}
-    assert pressing_share(cv_cc[:1]) == {"low": 0.0, "high": 0.0}
+    assert share_beyond_grid(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
+    assert share_beyond_grid(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}
+    assert share_beyond_grid(cv_cc[:1]) == {"low": 0.0, "high": 0.0}
 
 
 def test_alphas_far_above_the_largest_eigenvalue_change_predictions_in_scale_alone() -> None:

@@ -18,6 +18,7 @@ from transformers import BertForSequenceClassification
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import ADAPT, CLASSIFICATION, COMPLETE, STOPPED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.corpus import Corpus, Example, open_corpus
 from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import load_adapter, load_whole
@@ -44,8 +45,8 @@ from bert_encoding.text_tasks.task import (
     split_notes,
     tokenize_texts,
 )
-from bert_encoding.trial import pipeline as chain
 from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import cached_encoder
 from bert_encoding.trial.record import TrialRecord
 from study.setup.spaces import load_space, quiet_study, rehearse, to_trial_config
 
@@ -59,8 +60,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def encoder(bert: str) -> Encoder:
-    return chain.resident_encoder(bert)
+def cache() -> WorkerCache:
+    return WorkerCache()
+
+
+@pytest.fixture(scope="module")
+def encoder(bert: str, cache: WorkerCache) -> Encoder:
+    return cached_encoder(bert, cache)
 
 
 @pytest.fixture(scope="module")
@@ -387,10 +393,12 @@ def test_the_best_epoch_is_restored_bit_for_bit(method: str, noise: TextTask, be
 
 
 @pytest.mark.parametrize("method", ["frozen", "random", "lora", "partial", "full"])
-def test_the_resident_encoder_stays_as_it_was(method: str, noise: TextTask, bert: str, encoder: Encoder) -> None:
+def test_the_resident_encoder_stays_as_it_was(
+    method: str, noise: TextTask, bert: str, encoder: Encoder, cache: WorkerCache
+) -> None:
     before = weights_fingerprint(encoder.model)
     config = settings(bert, method=method, epochs=1)
-    first, second = (run_text_trial(config, noise) for _ in range(2))
+    first, second = (run_text_trial(config, noise, cache=cache) for _ in range(2))
     assert weights_fingerprint(encoder.model) == before
     assert encoder.model.bert.pooler is None
     assert same_scores(first, second), "the same seed gives the same bits in one process"
@@ -399,7 +407,7 @@ def test_the_resident_encoder_stays_as_it_was(method: str, noise: TextTask, bert
 
 
 def test_a_failure_leaves_the_resident_encoder_as_it_was(
-    noise: TextTask, bert: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    noise: TextTask, bert: str, encoder: Encoder, cache: WorkerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, losses, calls = weights_fingerprint(encoder.model), Classification.losses, []
 
@@ -410,7 +418,7 @@ def test_a_failure_leaves_the_resident_encoder_as_it_was(
 
     monkeypatch.setattr(Classification, "losses", not_finite_at_the_third)
     with pytest.raises(FloatingPointError, match="step 3 of epoch 1"):
-        run_text_trial(settings(bert, method="full"), noise)
+        run_text_trial(settings(bert, method="full"), noise, cache=cache)
     assert weights_fingerprint(encoder.model) == before
 
 
@@ -562,7 +570,7 @@ def test_strides_are_equalised_and_general_text_is_replayed(tmp_path: Path, bert
 def test_a_model_without_a_head_cannot_adapt(
     domain: TextTask, bert: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapt, "resident_encoder", lambda name: replace(encoder, has_head=False))
+    monkeypatch.setattr(adapt, "cached_encoder", lambda name, cache: replace(encoder, has_head=False))
     with pytest.raises(InputError, match="has no trained masked-LM head to adapt"):
         run_text_trial(settings(bert), domain)
     with pytest.raises(InputError, match="mlm_text 'control': means nothing in a task 'adapt'"):

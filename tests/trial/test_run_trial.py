@@ -22,6 +22,7 @@ from transformers import BertForMaskedLM, BertModel
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import COMPLETE, STOPPED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.language_model import masked_lm as finetune_module
@@ -31,7 +32,7 @@ from bert_encoding.language_model.windows import Window
 from bert_encoding.trial import pipeline as chain_module
 from bert_encoding.trial import run as module
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Task, resident_encoder
+from bert_encoding.trial.pipeline import Task, cached_encoder
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.run import run_trial
 
@@ -360,9 +361,10 @@ def test_trial_after_others_equals_one_in_a_fresh_process(
 @pytest.mark.parametrize("changes", [{"method": "frozen"}, {"target_modules": "all", "lr": 0.1, "hidden_dropout": 0.5}])
 def test_resident_encoder_stays_pristine(changes: dict[str, Any], task: Task, tiny_encoder: Encoder) -> None:
     settings = config(tiny_encoder, **changes)
-    run_trial(settings, task)
-    resident = resident_encoder(settings.model)
-    assert resident is resident_encoder(settings.model)
+    cache = WorkerCache()
+    run_trial(settings, task, cache=cache)
+    resident = cached_encoder(settings.model, cache)
+    assert resident is cached_encoder(settings.model, cache)
     assert weights_fingerprint(resident.model) == weights_fingerprint(load_encoder(settings.model).model)
     assert not any(part.training for part in resident.model.modules())
     dropouts = [part.p for part in resident.model.modules() if isinstance(part, torch.nn.Dropout)]
@@ -372,8 +374,8 @@ def test_resident_encoder_stays_pristine(changes: dict[str, Any], task: Task, ti
 def test_other_text_under_the_same_story_names_is_read_anew(
     task: Task, spelt_task: Task, tiny_encoder: Encoder
 ) -> None:
-    settings = config(tiny_encoder, method="frozen")
-    first, other = run_trial(settings, task), run_trial(settings, spelt_task)
+    settings, cache = config(tiny_encoder, method="frozen"), WorkerCache()
+    first, other = (run_trial(settings, heard, cache=cache) for heard in (task, spelt_task))
     assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
     assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
 
@@ -651,7 +653,7 @@ def test_training_that_diverges_raises(task: Task, tiny_encoder: Encoder, monkey
     broken = load_encoder(tiny_encoder.name)
     with torch.no_grad():
         broken.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
-    monkeypatch.setattr(chain_module, "resident_encoder", lambda name: broken)
+    monkeypatch.setattr(chain_module, "cached_encoder", lambda name, cache: broken)
     with pytest.raises(FloatingPointError, match="step 1"):
         run_trial(config(tiny_encoder), task)
 

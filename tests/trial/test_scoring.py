@@ -24,7 +24,7 @@ from bert_encoding.datasets.splits import MIN_FIT_STORIES
 from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.regression import response_panels
-from bert_encoding.regression.response_panels import stack_responses, voxel_panels
+from bert_encoding.regression.response_panels import panels, stack_responses
 from bert_encoding.regression.ridge import CrossValidatedRidge, Prediction, fit_ridge
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.block_bootstrap import time_replicates
@@ -347,9 +347,9 @@ def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
 def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
     grid = (1.0, 10.0, 100.0)
     alphas = {"low": [1.0] * 3 + [10.0] * 7, "high": [10.0] * 5 + [100.0] * 5, "fifth": [1.0, 100.0, 10.0, 10.0, 10.0]}
-    pressing = {"low": {"low": 0.3, "high": 0.0}, "high": {"low": 0.2, "high": 0.5}, "fifth": {"low": 0.2, "high": 0.2}}
+    beyond = {"low": {"low": 0.3, "high": 0.0}, "high": {"low": 0.2, "high": 0.5}, "fifth": {"low": 0.2, "high": 0.2}}
     scores = {
-        name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid, pressing=pressing[name])
+        name: SubjectScores(np.zeros(1), {}, np.array(values), 0, grid, beyond_grid=beyond[name])
         for name, values in alphas.items()
     }
     low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from "
@@ -381,9 +381,9 @@ def test_how_voxels_are_divided_into_panels_does_not_matter(
     whole, seen = run_score(design, dataset, "subject2", CONFIG), run_seen(design, dataset, FIT, CONFIG)
     n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
-    panels = voxel_panels(dataset, "subject2", len(design.fit) + len(design.scored))
-    assert [panel.start for panel in panels] == list(range(0, n_valid, n_columns))
-    assert panels[-1].stop == n_valid
+    columns = [p.columns for p in panels(dataset, "subject2", FIT, SCORED, len(design.fit) + len(design.scored))]
+    assert [part.start for part in columns] == list(range(0, n_valid, n_columns))
+    assert columns[-1].stop == n_valid
     parts = run_score(design, dataset, "subject2", CONFIG)
     np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
     np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
@@ -470,7 +470,7 @@ def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * 2 * max(len(design.fit), len(design.scored)))
     grids = fitted_grids(monkeypatch)
     parts = run_score(design, dataset, "subject2", config)
-    n_panels = len(voxel_panels(dataset, "subject2", 2 * max(len(design.fit), len(design.scored))))
+    n_panels = len(list(panels(dataset, "subject2", FIT, SCORED, 2 * max(len(design.fit), len(design.scored)))))
     assert n_panels == 8
     assert grids == n_panels * [config.ridge_alphas] + n_panels * [whole.grid]
     assert len(whole.grid) > len(config.ridge_alphas)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from make_data import make_lab
 
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
@@ -21,9 +22,11 @@ from bert_encoding.trial.record import TrialRecord, read_cc, read_details, read_
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.scoring import PredictionTests, SubjectScores
 from bert_encoding.trial.summaries import (
+    Ceilings,
     ceiling_notes,
     columns_of_test,
     mean_cc,
+    noise_ceilings,
     story_rows,
     subject_rows,
     voxel_details,
@@ -62,6 +65,12 @@ def scores_of(
     if p is not None and total is not None:
         tests = PredictionTests(p, Replicates(total * cc.size, np.ones(cc.size, bool), 9, "draws"))
     return SubjectScores(cc, story_cc, np.full(cc.size, 10.0), 0, (1.0, 10.0, 100.0), tests=tests)
+
+
+@pytest.fixture(scope="module")
+def ceilings(dataset: Dataset) -> Ceilings:
+    scores = {s: scores_of(np.zeros(dataset.n_valid(s)), dict.fromkeys((TEST, "zeta"), np.zeros(1))) for s in SUBJECTS}
+    return noise_ceilings([scores], dataset, WorkerCache())
 
 
 @pytest.fixture
@@ -138,9 +147,9 @@ def test_mean_cc_is_over_splits(dataset: Dataset, by_hand: dict[str, SubjectScor
     assert np.isnan(found["a"][BAD])
 
 
-def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
+def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     untested = {s: r._replace(tests=None) for s, r in by_hand.items()}
-    found = voxel_details(dataset, {"validation": untested, "test": by_hand})
+    found = voxel_details(dataset, {"validation": untested, "test": by_hand}, ceilings)
     names = {f"{role}/story/{story}/{s}" for role in ("validation", "test") for story in (TEST, "zeta") for s in "ab"}
     names |= {f"{role}/cc_max/{TEST}/{s}" for role in ("validation", "test") for s in "ab"}
     assert set(found) == names | {f"test/{what}/{s}" for what in ("p", "replicates") for s in "ab"}
@@ -156,9 +165,9 @@ def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, Subjec
         np.testing.assert_allclose(found[f"test/replicates/{subject}"], result.tests.replicates.mean, rtol=1e-12)
 
 
-def test_columns_of_the_test_stories(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
+def test_columns_of_the_test_stories(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     """``cc_norm`` is of the one story with repeats; the interval is of the mean over subjects, resample by resample."""
-    found = columns_of_test(by_hand, dataset)
+    found = columns_of_test(by_hand, ceilings)
     norms = [plain_cc_norm(by_hand[s].story_cc[TEST].astype(float), plain_ceiling(dataset, s)) for s in SUBJECTS]
     assert found["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
     resampled = np.mean([r.tests.replicates.mean for r in by_hand.values() if r.tests is not None], axis=0)[1:]
@@ -176,30 +185,33 @@ def test_what_cannot_be_said_is_none(dataset: Dataset, by_hand: dict[str, Subjec
         short[subject] = scores_of(
             result.cc, {"zeta": result.story_cc["zeta"]}, np.full(result.cc.size, np.nan), np.array([0.3])
         )
-    found = columns_of_test(short, dataset)
+    found = columns_of_test(short, {})
     assert {name: found[name] for name in ("cc_test_low", "cc_test_high", "cc_norm")} == {
         "cc_test_low": None,
         "cc_test_high": None,
         "cc_norm": None,
     }
-    assert ceiling_notes(short, dataset) == []
+    assert ceiling_notes(short, {}) == []
     assert all("share_significant" not in row for row in subject_rows(short, 0, "test"))
     scans = np.random.default_rng(0).standard_normal((5, 300, N_VOXELS))
     silent = Responses(array=(scans - scans.mean(axis=0)).astype(np.float32))  # they have nothing in common
     story = replace(dataset.stories[TEST], repeats=dict.fromkeys(SUBJECTS, silent))
     noise = replace(dataset, stories={**dataset.stories, TEST: story}, fingerprint="noise")
-    assert columns_of_test(by_hand, noise)["cc_norm"] is None
-    assert ceiling_notes(by_hand, noise)[1] == f"b, {TEST}: cc_norm is of 0 voxels; 12 have a noise ceiling below 0.4"
+    silence = noise_ceilings([by_hand], noise, WorkerCache())
+    assert columns_of_test(by_hand, silence)["cc_norm"] is None
+    assert ceiling_notes(by_hand, silence)[1] == f"b, {TEST}: cc_norm is of 0 voxels; 12 have a noise ceiling below 0.4"
 
 
-def test_notes_count_the_voxels_of_cc_norm(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
+def test_notes_count_the_voxels_of_cc_norm(
+    dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings
+) -> None:
     expected = []
     for subject in SUBJECTS:
         high = plain_ceiling(dataset, subject) >= 0.4
         expected.append(
             f"{subject}, {TEST}: cc_norm is of {high.sum()} voxels; {(~high).sum()} have a noise ceiling below 0.4"
         )
-    assert ceiling_notes(by_hand, dataset) == expected
+    assert ceiling_notes(by_hand, ceilings) == expected
 
 
 # --- a whole trial ----------------------------------------------------------------------------------------------------

@@ -12,17 +12,17 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import STOPPED
+from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.splits import split_stories
 from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import load_adapter
-from bert_encoding.trial import pipeline as chain_module
 from bert_encoding.trial import run as trial_module
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task, resident_encoder
+from bert_encoding.trial.pipeline import Chain, Task, cached_encoder
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.tables import trials_frame
-from bert_encoding.trial.training_data import Material
+from bert_encoding.trial.training_data import TrainingData
 
 SUBJECT = "subject2"
 
@@ -60,29 +60,31 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_every_way_changes_the_vectors_and_leaves_the_resident_weights_alone(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
 ) -> None:
-    resident = resident_encoder(tiny_encoder.name)
+    cache = WorkerCache()
+    resident = cached_encoder(tiny_encoder.name, cache)
     before = weights_fingerprint(resident.model)
-    record = run_trial(config(tiny_encoder, **changes), task)
+    record = run_trial(config(tiny_encoder, **changes), task, cache=cache)
     assert weights_fingerprint(resident.model) == before
-    frozen = run_trial(config(tiny_encoder, method="frozen"), task)
+    frozen = run_trial(config(tiny_encoder, method="frozen"), task, cache=cache)
     assert np.abs(record.cc[SUBJECT] - frozen.cc[SUBJECT]).max() > 1e-6
     assert record.scores["delta_norm"] > 0
     assert 1 <= record.scores["stable_rank"] <= 32
     assert record.scores["n_trainable"] > 0
     assert record.scores["probe_loss_after"] != record.scores["probe_loss_before"]
-    again = run_trial(config(tiny_encoder, **changes), task)
+    again = run_trial(config(tiny_encoder, **changes), task, cache=cache)
     np.testing.assert_array_equal(again.cc[SUBJECT], record.cc[SUBJECT])
 
 
 def test_a_failing_trial_leaves_the_resident_weights_alone(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resident = resident_encoder(tiny_encoder.name)
+    cache = WorkerCache()
+    resident = cached_encoder(tiny_encoder.name, cache)
     before = weights_fingerprint(resident.model)
     monkeypatch.setattr(trial_module, "check_applied", lambda *args: 1 / 0)
     for changes in ({"method": "full"}, {"lora_init": "pissa"}):
         with pytest.raises(ZeroDivisionError):
-            run_trial(config(tiny_encoder, **changes), task)
+            run_trial(config(tiny_encoder, **changes), task, cache=cache)
     assert weights_fingerprint(resident.model) == before
 
 
@@ -156,8 +158,7 @@ def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: 
 def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain_module, "_LAYERS", {})
-    passes = []
+    passes, cache = [], WorkerCache()
     forward = BertEmbeddings.forward
 
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,25 +171,27 @@ def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
     for layer, expected in zip((0, 1, 2, (0, 2)), alone, strict=True):
         passes.clear()
         settings = config(tiny_encoder, method="frozen", layer=layer, keep_layers=True)
-        chain, split = Chain(settings, task), task.splits[0]
+        chain, split = Chain(settings, task, cache), task.splits[0]
         bert = tiny_encoder.copy_model().bert
         found = chain.on_trs(bert, split.fit, split.fit)
         n_passes.append(len(passes))
         plain = Chain(config(tiny_encoder, method="frozen", layer=layer), task).on_trs(bert, split.fit, split.fit)
         for name in split.fit:
             np.testing.assert_allclose(found[name], plain[name], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(run_trial(settings, task).cc[SUBJECT], expected.cc[SUBJECT], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            run_trial(settings, task, cache=cache).cc[SUBJECT], expected.cc[SUBJECT], rtol=0, atol=1e-4
+        )
     assert n_passes[0] > 0
     assert n_passes[1:] == [0, 0, 0]
 
 
 def test_control_text_is_as_long_as_the_stories_and_none_of_them(task: Task, tiny_encoder: Encoder) -> None:
     chain = Chain(config(tiny_encoder, mlm_text="control", stride=62), task)
-    material = Material(chain, task.splits[0])
-    windows = material.windows(62)
+    data = TrainingData(chain, task.splits[0])
+    windows = data.windows(62)
     stories = sum(len(tokens.ids) for tokens in chain.tokens(task.splits[0].fit).values())
     assert sum(len(window.ids) - 2 for window in windows) == stories
-    assert any("not of stories" in note for note in material.notes)
+    assert any("not of stories" in note for note in data.notes)
 
 
 def test_matched_steps_are_those_of_windows_without_overlap(task: Task, tiny_encoder: Encoder) -> None:

@@ -52,7 +52,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a worker tells Ray Tune of trials that only pretend."""
     told: list[dict[str, Any]] = []
 
-    def pretend(job: Job, task: Any, study: Place, report: Any) -> TrialRecord:
+    def pretend(job: Job, task: Any, study: Place, report: Any, cache: Any) -> TrialRecord:
         scores = {"epoch": 1.0, "cc_mean": 0.2}
         report(scores)
         return TrialRecord("COMPLETE", "lora", asdict(CONFIG), scores={"cc_mean": 0.2}, epochs=[scores])
@@ -213,10 +213,7 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     assert limits == expected
     limits.clear()
     asked: list[str] = []
-    monkeypatch.setattr(
-        "bert_encoding.trial.voxel_selection.choose_voxels",
-        lambda config, task, n: asked.append(config.embed_precision) or {},
-    )
+    monkeypatch.setattr(module, "choose_voxels", lambda config, task, n: asked.append(config.embed_precision) or {})
     module.choose(CONFIG, None, 3, torch.get_num_threads(), share)  # a task of its own, on the same card
     assert (limits, asked) == (expected, ["float32"])
 

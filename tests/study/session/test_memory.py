@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from make_data import make_lab
 
+from bert_encoding.core import worker_cache
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.language_model.encoder import model_shape
-from bert_encoding.regression import response_panels
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.run import run_trial
@@ -49,30 +49,30 @@ def test_more_stories_and_more_voxels_need_more_up_to_a_panel() -> None:
     assert need(100, 90_000) == need(100, 200_000), "responses are read by the panel"
 
 
-def kept_share(monkeypatch: pytest.MonkeyPatch, *given: Any) -> float:
-    """Return how much of a forecast is for responses that are kept."""
+def cached_share(monkeypatch: pytest.MonkeyPatch, *given: Any) -> float:
+    """Return how much of a forecast is for cached responses."""
     whole = worker_bytes(*given)
     with monkeypatch.context() as patched:
-        patched.setattr(response_panels, "KEPT_BYTES", 0)
+        patched.setattr(worker_cache, "CACHED_BYTES", 0)
         return whole - worker_bytes(*given)
 
 
-def test_responses_that_are_kept_count_up_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = kept_share(monkeypatch, *stories(10, 340), 100, BASE_SHAPE, TrialConfig(), False)
+def test_cached_responses_count_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = cached_share(monkeypatch, *stories(10, 340), 100, BASE_SHAPE, TrialConfig(), False)
     assert 9 * 340 * 100 * 4 <= few <= 3 * 9 * 340 * 100 * 4
-    whole = kept_share(monkeypatch, *stories(100, 340), 95_000, BASE_SHAPE, TrialConfig(), False)
-    assert whole == response_panels.KEPT_BYTES
+    whole = cached_share(monkeypatch, *stories(100, 340), 95_000, BASE_SHAPE, TrialConfig(), False)
+    assert whole == worker_cache.CACHED_BYTES
 
 
-def test_no_trial_keeps_more_than_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two subjects, splits that rotate, and a baseline that scores the test stories too: all of it is kept."""
+def test_no_trial_caches_more_than_the_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two subjects, splits that rotate, and a baseline that scores the test stories too: all of it is cached."""
     dataset = inspect(open_dataset(make_lab(tmp_path / "lab", subjects=("a", "b"), n_voxels=500)))
     task = Task(dataset, split_stories(*choose_stories(dataset, dataset.subjects, None, None, 0), 0, 3), 0)
     config = TrialConfig(method="word_rate")
-    run_trial(config, task, score_test=True)
-    kept = sum(n_bytes for _, n_bytes in response_panels._KEPT.values())
-    forecast = kept_share(monkeypatch, dataset, task.splits, 500, BASE_SHAPE, config, False)
-    assert kept <= forecast, f"kept {kept / 1e6:.1f} MB, forecast {forecast / 1e6:.1f} MB"
+    cache = worker_cache.WorkerCache()
+    run_trial(config, task, score_test=True, cache=cache)
+    forecast = cached_share(monkeypatch, dataset, task.splits, 500, BASE_SHAPE, config, False)
+    assert 0 < cache.n_bytes <= forecast
 
 
 def test_training_counts_where_it_is_the_peak() -> None:
