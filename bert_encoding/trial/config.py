@@ -1,6 +1,6 @@
-"""What one trial does: every setting, checked."""
+"""The settings of one trial, and their checks."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -14,10 +14,53 @@ from bert_encoding.regression.ridge import RIDGE_ALPHAS
 
 METHODS = (WORD_RATE, BAG_OF_WORDS, STATIC, *BERT_METHODS)
 MLM_TEXTS = ("fit", "all", "control")
-OBJECTIVES = ("mlm", "mlm_nsp")
-LORA_SCALINGS = ("standard", "rslora")
-LORA_INITS = ("zero", "gaussian", "pissa", "olora")
-LORA_BIASES = ("none", "lora_only")
+
+
+def _choice(default: str, allowed: tuple[str, ...]) -> Any:
+    def check(name: str, value: object) -> None:
+        if value not in allowed:
+            raise InputError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+
+    return field(default=default, metadata={"check": check})
+
+
+def _flag(default: bool) -> Any:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise InputError(f"{name} {value!r}: must be True or False")
+
+    return field(default=default, metadata={"check": check})
+
+
+def _whole(default: int | None, lowest: int, highest: int) -> Any:
+    """Return a whole number; None is allowed if it is the default."""
+
+    def check(name: str, value: object) -> None:
+        if value is None and default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{name} {value!r}: must be a whole number")
+        _check_number(name, value, lowest, highest)
+
+    return field(default=default, metadata={"check": check})
+
+
+def _number(default: float | None, lowest: float, highest: float, *, zero: bool = True, optional: bool = False) -> Any:
+    """Return a number; None is allowed if it is the default or ``optional``."""
+
+    def check(name: str, value: object) -> None:
+        if value is None and (optional or default is None):
+            return
+        _check_number(name, value, lowest, highest)
+        if value == 0 and not zero:
+            raise InputError(f"{name} 0: must be above 0")
+
+    return field(default=default, metadata={"check": check})
+
+
+def _check_number(name: str, value: object, lowest: float, highest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise InputError(f"{name} {value!r}: must be a number from {lowest:g} to {highest:g}")
 
 
 @dataclass(frozen=True)
@@ -27,129 +70,118 @@ class TrialConfig:
     Attributes
     ----------
     method : ``lora``, ``full`` (all weights), ``partial`` (all but the embeddings and the first blocks), ``frozen``
-        (the base model as it is), ``random`` (its architecture with weights drawn anew, frozen); without BERT
+        (the base model as it is), ``random`` (the same architecture, randomly initialised, frozen); without BERT
         ``word_rate``, ``bag_of_words`` or ``static``
     model : ``minilm``, ``minilm-plain``, a folder or a hub name
-    keep_layers : of ``frozen``: embed with all layers in one pass and keep them for the next trials
-    layer : whose hidden states are the word vectors; None is the last, several (4, 5, 6) are averaged
-    seed : of everything random in the trial
-    rank, lora_alpha, target_modules, lora_dropout : the adapter; the update is scaled by lora_alpha / rank
+    keep_layers : ``frozen`` embeds with all layers in one pass and caches them for the next trials
+    layer : layer whose hidden states are the word vectors; None is the last, several (4, 5, 6) are averaged
+    seed : random seed of the trial
+    rank, lora_alpha, target_modules, lora_dropout : adapter; its update is scaled by lora_alpha / rank
     lora_scaling : ``standard``, or ``rslora``: lora_alpha / sqrt(rank)
     lora_init : ``zero`` (B starts at 0), ``gaussian``, ``pissa`` or ``olora`` (both rewrite the base weights)
     lora_bias : ``none``, or ``lora_only`` to train the biases of adapted modules too
     lora_layers : blocks that get an adapter, from 0; None is all
     dora : weight-decomposed LoRA
     train_embeddings : ``full`` trains the word, position and segment embeddings too
-    frozen_blocks : ``partial`` keeps the embeddings and so many first blocks
+    frozen_blocks : number of first blocks that ``partial`` freezes, besides the embeddings
     objective : ``mlm``, or ``mlm_nsp``: with next-sentence prediction
     whole_words : mask all pieces of a chosen word
     lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
-    schedule, warmup_epochs : ``constant``, ``linear`` or ``cosine`` after a warm-up of so many epochs
-    patience : stop after so many epochs without a lower held-out loss (in a classification: a higher accuracy) and
-        restore the best epoch; None never does
-    l2_sp : penalty l2_sp / 2 * ||W - W_pretrained||^2 on what is trained
+    schedule, warmup_epochs : ``constant``, ``linear`` or ``cosine`` after this many epochs of warm-up
+    patience : stop after this many epochs without a lower held-out loss (in a classification: a higher accuracy) and
+        restore the best epoch; None never stops early
+    l2_sp : penalty l2_sp / 2 * ||W - W_pretrained||^2 on the trained weights
     replay : share of the windows of a step that are general text, against forgetting
-    match_steps : train as many steps an epoch as non-overlapping windows would give, whatever the stride
+    match_steps : train as many steps per epoch as non-overlapping windows would give, whatever the stride
     window_tokens, stride : length of a training window with [CLS] and [SEP], and tokens from one start to the next
     embed_window_tokens, embed_stride : the same for embedding windows; leave them equal in all trials and baselines
     mask_probability : share of tokens to predict
     mlm_text : ``fit`` stories alone, ``all`` stories (the words of validation and test included), or ``control``: as
         many tokens of unrelated text
-    hidden_dropout, attention_dropout : of the base model while training; None leaves the checkpoint's own.
-        Attention dropout is off, for the fused attention kernel (docs/statistics.md)
-    precision : of the fine-tuning's matrix products: ``auto`` is bfloat16 where the processor multiplies it natively
-    embed_precision : of the products that make word vectors, the same choices; settled once for a study;
-        ``float32`` for effects below 5e-4 (docs/statistics.md)
-    score_every : score CC after every so many epochs and after the last one; losses are read after each
+    hidden_dropout, attention_dropout : dropout of the base model in training; None is the checkpoint's. Attention
+        dropout is off by default, for the fused attention kernel (docs/statistics.md)
+    precision : of matrix products in fine-tuning: ``auto`` is bfloat16 on processors with native bfloat16
+    embed_precision : of matrix products in embedding, fixed once per study; ``float32`` for effects below 5e-4
+        (docs/statistics.md)
+    score_every : epochs from one CC to the next; the last epoch is always scored, and losses are read after each
     delays : FIR delays in TRs
-    ridge_alphas, n_folds : penalties, and story folds inside fit that choose among them
-    probe_tokens : masked tokens at most on which losses are read
-    vocabulary : size of the bag of words, the most frequent of the fit stories
+    ridge_alphas, n_folds : ridge penalties, and the story folds inside fit that choose among them
+    probe_tokens : largest number of masked tokens on which losses are read
+    vocabulary : size of the bag of words: the most frequent words of the fit stories
     static_vectors : file of GloVe or word2vec vectors, for ``static``
     """
 
-    method: str = LORA
+    method: str = _choice(LORA, METHODS)
     model: str = "bert-base-uncased"
     layer: int | tuple[int, ...] | None = None
-    keep_layers: bool = False
-    seed: int = 0
-    rank: int = 8
-    lora_alpha: float = 16.0
+    keep_layers: bool = _flag(False)
+    seed: int = _whole(0, 0, 2**62)
+    rank: int = _whole(8, 1, 4096)
+    lora_alpha: float = _number(16.0, 0, 1e6, zero=False)
     target_modules: str = "q,v"
-    lora_dropout: float = 0.1
-    lora_scaling: str = "standard"
-    lora_init: str = "zero"
-    lora_bias: str = "none"
+    lora_dropout: float = _number(0.1, 0, 0.99)
+    lora_scaling: str = _choice("standard", ("standard", "rslora"))
+    lora_init: str = _choice("zero", ("zero", "gaussian", "pissa", "olora"))
+    lora_bias: str = _choice("none", ("none", "lora_only"))
     lora_layers: tuple[int, ...] | None = None
-    dora: bool = False
-    train_embeddings: bool = True
-    frozen_blocks: int = 6
-    objective: str = "mlm"
-    whole_words: bool = False
-    lr: float = 2e-4
-    epochs: int = 3
-    batch_size: int = 8
-    accumulation: int = 1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    schedule: str = "constant"
-    warmup_epochs: float = 0.3
-    patience: int | None = None
-    l2_sp: float = 0.0
-    replay: float = 0.0
-    match_steps: bool = False
-    stride: int = 256
-    window_tokens: int = 512
-    embed_stride: int = 256
-    embed_window_tokens: int = 512
-    mask_probability: float = 0.15
-    mlm_text: str = "fit"
-    hidden_dropout: float | None = None
-    attention_dropout: float | None = 0.0
-    precision: str = "auto"
-    embed_precision: str = "auto"
-    score_every: int = 1
+    dora: bool = _flag(False)
+    train_embeddings: bool = _flag(True)
+    frozen_blocks: int = _whole(6, 0, 1000)
+    objective: str = _choice("mlm", ("mlm", "mlm_nsp"))
+    whole_words: bool = _flag(False)
+    lr: float = _number(2e-4, 0, 1, zero=False)
+    epochs: int = _whole(3, 1, 1000)
+    batch_size: int = _whole(8, 1, 4096)
+    accumulation: int = _whole(1, 1, 4096)
+    weight_decay: float = _number(0.01, 0, 10)
+    max_grad_norm: float = _number(1.0, 0, 1e9, zero=False)
+    schedule: str = _choice("constant", SCHEDULES)
+    warmup_epochs: float = _number(0.3, 0, 1000)
+    patience: int | None = _whole(None, 1, 1000)
+    l2_sp: float = _number(0.0, 0, 1e6)
+    replay: float = _number(0.0, 0, 0.9)
+    match_steps: bool = _flag(False)
+    stride: int = _whole(256, 1, 1_000_000)
+    window_tokens: int = _whole(512, 8, 1_000_000)
+    embed_stride: int = _whole(256, 1, 1_000_000)
+    embed_window_tokens: int = _whole(512, 8, 1_000_000)
+    mask_probability: float = _number(0.15, 0, 0.9, zero=False)
+    mlm_text: str = _choice("fit", MLM_TEXTS)
+    hidden_dropout: float | None = _number(None, 0, 0.99)
+    attention_dropout: float | None = _number(0.0, 0, 0.99, optional=True)
+    precision: str = _choice("auto", PRECISIONS)
+    embed_precision: str = _choice("auto", PRECISIONS)
+    score_every: int = _whole(1, 1, 1000)
     delays: tuple[int, ...] = (1, 2, 3, 4)
     ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS
-    n_folds: int = 5
-    probe_tokens: int = 2000
-    vocabulary: int = 1000
+    n_folds: int = _whole(5, 3, 1000)  # predicting one fold leaves two on which ridge_alphas are chosen
+    probe_tokens: int = _whole(2000, 1, 1_000_000_000)
+    vocabulary: int = _whole(1000, 1, 100_000)
     static_vectors: str = ""
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for setting in fields(self):
+            if "check" in setting.metadata:
+                setting.metadata["check"](setting.name, getattr(self, setting.name))
         if not self.model or not isinstance(self.model, str):
             raise InputError(f"model {self.model!r}: must be a name or a folder")
-        for name in (*_WHOLE, *(["patience"] if self.patience is not None else [])):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise InputError(f"{name} {getattr(self, name)!r}: must be a whole number")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} {getattr(self, name)!r}: must be True or False")
-        for name in ("layer", "lora_layers"):
-            _check_layers(name, getattr(self, name))
-        for name, lowest, highest in _RANGES:
-            _check_range(name, getattr(self, name), lowest, highest)
-        for name in ("lr", "lora_alpha", "max_grad_norm", "mask_probability"):
-            if getattr(self, name) == 0:
-                raise InputError(f"{name} 0: must be above 0")
+        _check_layers("layer", self.layer)
+        _check_layers("lora_layers", self.lora_layers)
         self._check_objective()
         if (self.method == STATIC) != bool(self.static_vectors) or not isinstance(self.static_vectors, str):
             raise InputError(f"static_vectors {self.static_vectors!r}: a file for method {STATIC}, and for no other")
         target_regex(self.target_modules)
-        _check_range("stride", self.stride, 1, self.window_tokens - 2)
-        _check_range("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
+        _check_number("stride", self.stride, 1, self.window_tokens - 2)
+        _check_number("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
         if not self.delays or any(type(d) is not int or d < 0 for d in self.delays) or not _differ(self.delays):
             raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
-        if not self.ridge_alphas or not all(0 < alpha < float("inf") for alpha in self.ridge_alphas):
+        if not self.ridge_alphas or not all(0 < ridge_alpha < float("inf") for ridge_alpha in self.ridge_alphas):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
-        if any(one >= other for one, other in pairwise(self.ridge_alphas)):
+        if any(lower >= higher for lower, higher in pairwise(self.ridge_alphas)):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must ascend, each once")
 
     def _check_objective(self) -> None:
-        """Refuse settings that would do nothing, or not what their names say."""
+        """Refuse settings that would have no effect, or not the one that their names state."""
         if self.objective == "mlm_nsp":
             for name, value in (("mlm_text", "fit"), ("replay", 0), ("match_steps", False)):
                 if getattr(self, name) != value:
@@ -157,21 +189,19 @@ class TrialConfig:
                         f"{name} {getattr(self, name)!r}: not with objective 'mlm_nsp'; leave it {value!r}"
                     )
         if self.patience is not None and self.score_every > 1:
-            raise InputError(
-                f"score_every {self.score_every}: with patience any epoch may be the one that counts; leave it 1"
-            )
+            raise InputError(f"score_every {self.score_every}: with patience every epoch must be scored; leave it 1")
         if self.patience is not None and self.mlm_text == "all":
             raise InputError("patience: with mlm_text 'all' no story is held out to stop by; leave it None")
 
     @property
     def training(self) -> Training:
         """The settings of the training loop."""
-        return Training(**{field.name: getattr(self, field.name) for field in fields(Training)})
+        return Training(**{setting.name: getattr(self, setting.name) for setting in fields(Training)})
 
     @property
     def tuning(self) -> TuningConfig:
         """The settings of the method: which weights train, and how."""
-        return TuningConfig(**{field.name: getattr(self, field.name) for field in fields(TuningConfig)})
+        return TuningConfig(**{setting.name: getattr(self, setting.name) for setting in fields(TuningConfig)})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrialConfig":
@@ -182,7 +212,7 @@ class TrialConfig:
         InputError
             if a name is no setting or a value is not allowed.
         """
-        known = {field.name for field in fields(cls)}
+        known = {setting.name for setting in fields(cls)}
         for name in values:
             if name not in known:
                 raise InputError(f"{name!r} is no setting of a trial; settings are {', '.join(sorted(known))}")
@@ -190,68 +220,12 @@ class TrialConfig:
         return cls(**tuples)
 
 
-# What trials did before these could be set: for records and studies that do not name them.
+# Values for records and studies that are older than these settings.
 OLDER_SETTINGS: dict[str, Any] = {"embed_precision": "float32", "score_every": 1}
-
-CHOICES = {
-    "method": METHODS,
-    "schedule": SCHEDULES,
-    "mlm_text": MLM_TEXTS,
-    "precision": PRECISIONS,
-    "embed_precision": PRECISIONS,
-    "objective": OBJECTIVES,
-    "lora_scaling": LORA_SCALINGS,
-    "lora_init": LORA_INITS,
-    "lora_bias": LORA_BIASES,
-}
-_FLAGS = ("keep_layers", "dora", "train_embeddings", "whole_words", "match_steps")
-_OPTIONAL = ("layer", "hidden_dropout", "attention_dropout", "patience")
-_WHOLE = (
-    "rank",
-    "epochs",
-    "score_every",
-    "batch_size",
-    "accumulation",
-    "stride",
-    "embed_stride",
-    "window_tokens",
-    "embed_window_tokens",
-    "n_folds",
-    "seed",
-    "probe_tokens",
-    "vocabulary",
-    "frozen_blocks",
-)
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("rank", 1, 4096),
-    ("lora_alpha", 0, 1e6),
-    ("lora_dropout", 0, 0.99),
-    ("lr", 0, 1),
-    ("epochs", 1, 1000),
-    ("score_every", 1, 1000),
-    ("batch_size", 1, 4096),
-    ("accumulation", 1, 4096),
-    ("weight_decay", 0, 10),
-    ("max_grad_norm", 0, 1e9),
-    ("warmup_epochs", 0, 1000),
-    ("window_tokens", 8, 1_000_000),
-    ("embed_window_tokens", 8, 1_000_000),
-    ("mask_probability", 0, 0.9),
-    ("hidden_dropout", 0, 0.99),
-    ("attention_dropout", 0, 0.99),
-    ("n_folds", 3, 1000),  # predicting one fold leaves two on which alphas are chosen
-    ("probe_tokens", 1, 1_000_000_000),
-    ("vocabulary", 1, 100_000),
-    ("frozen_blocks", 0, 1000),
-    ("patience", 1, 1000),
-    ("l2_sp", 0, 1e6),
-    ("replay", 0, 0.9),
-    ("seed", 0, 2**62),
-)
 
 
 def _check_layers(name: str, value: object) -> None:
-    """Layers are None, a number, or several different ones."""
+    """Refuse what is not None, a number, or several different numbers."""
     several = value if isinstance(value, tuple) else () if value is None else (value,)
     if value == () or any(type(layer) is not int or not 0 <= layer <= 1000 for layer in several):
         raise InputError(f"{name} {value!r}: must be a whole number from 0 to 1000, or several")
@@ -263,10 +237,3 @@ def _check_layers(name: str, value: object) -> None:
 
 def _differ(values: tuple[int, ...]) -> bool:
     return len(set(values)) == len(values)
-
-
-def _check_range(name: str, value: object, lowest: float, highest: float) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise InputError(f"{name} {value!r}: must be a number from {lowest:g} to {highest:g}")

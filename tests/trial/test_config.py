@@ -9,6 +9,7 @@ import pytest
 from make_trials import OTHER_SETTINGS
 
 from bert_encoding.core.errors import InputError
+from bert_encoding.core.files import content_key
 from bert_encoding.trial.config import TrialConfig
 
 NAN, INF = math.nan, math.inf
@@ -103,6 +104,23 @@ OTHER |= {"vocabulary": 77}
 def test_round_trip_through_a_dict_and_through_json(config: TrialConfig) -> None:
     assert TrialConfig.from_dict(asdict(config)) == config
     assert TrialConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+# literals: a study that is resumed, or merged with others, recognises its records by these keys
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({}, "ba2662f5ebb7aa3e"),
+        ({"method": "word_rate", "model": "minilm"}, "703efb3149b21c62"),
+        ({"layer": [4, 5, 6], "lora_layers": [0, 1], "ridge_alphas": [1.0, 10.0], "delays": [1, 2]},
+         "9d1dbc8ca20fcaaf"),
+        ({"method": "static", "static_vectors": "v.bin"}, "54eac12cb07c322d"),
+        ({"method": "partial", "frozen_blocks": 3, "lr": 1e-4, "hidden_dropout": 0.2, "attention_dropout": None},
+         "d5a5da3d311b8498"),
+    ],
+)  # fmt: skip
+def test_content_keys_are_those_of_earlier_versions(settings: dict[str, Any], key: str) -> None:
+    assert content_key(asdict(TrialConfig.from_dict(settings))) == key
 
 
 def test_round_trip_leaves_no_setting_at_its_default() -> None:
