@@ -31,7 +31,7 @@ from bert_encoding.language_model.lora import load_adapter
 from bert_encoding.regression.response_panels import panels
 from bert_encoding.regression.ridge import CrossValidatedRidge, RidgeFit, share_beyond_grid
 from bert_encoding.trial.pipeline import Chain
-from bert_encoding.trial.scoring import design_on_trs, prepare_ridge
+from bert_encoding.trial.scoring import make_design, prepare_ridge
 
 __all__ = ["EncodingModel", "fit_encoding_model", "load_model", "predict_story"]
 
@@ -83,8 +83,8 @@ def fit_encoding_model(
     names = tuple(sorted(stories))
     settings = _settings(chain, names, adapter, origin)
     bert = encoder.copy_model().bert if adapter is None else load_adapter(encoder, adapter)
-    on_trs = chain.on_trs(bert, names, names)
-    design = design_on_trs(on_trs, dataset, names, names[:1], config, chain.task.split_seed)
+    downsampled = chain.downsampled(bert, names, names)
+    design = make_design(downsampled, dataset, names, names[:1], config, chain.task.split_seed)
     _check_disk(file, sum(4 * design.fit.shape[1] * dataset.n_valid(subject) for subject in dataset.subjects))
     ridge = prepare_ridge(design, config, chain.device)
     subjects = {s: _fitted(ridge, dataset, s, names, origin.cc.get(s), log) for s in dataset.subjects}

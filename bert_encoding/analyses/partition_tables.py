@@ -34,7 +34,7 @@ from bert_encoding.statistics.noise_ceiling import (
 from bert_encoding.statistics.permutation import benjamini_hochberg
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
-from bert_encoding.trial.scoring import design_on_trs
+from bert_encoding.trial.scoring import make_design
 
 BERT = "bert"
 
@@ -55,8 +55,8 @@ def partition_dataset(
     for space, config in sorted(configs.items(), key=lambda item: item[0] == BERT):  # a damaged file is found at once
         chain = Chain(config, task)
         bert = None if chain.encoder is None else chain.encoder.copy_model().bert
-        on_trs = chain.on_trs(bert, split.fit + split.test, split.fit)
-        made[space] = design_on_trs(on_trs, dataset, split.fit, split.test, config, task.split_seed)
+        downsampled = chain.downsampled(bert, split.fit + split.test, split.fit)
+        made[space] = make_design(downsampled, dataset, split.fit, split.test, config, task.split_seed)
         notes += chain.notes
     designs = {space: made[space] for space in configs}
     height = len(made[space].fit) + len(made[space].scored)  # values in memory per voxel: responses and weights

@@ -67,32 +67,6 @@ class Prediction(NamedTuple):
     cv_cc: np.ndarray
 
 
-def fit_ridge(
-    X: np.ndarray,
-    Y: np.ndarray,
-    folds: np.ndarray,
-    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
-    form: str = "auto",
-    device: torch.device | None = None,
-    precision: str = "auto",
-) -> RidgeFit:
-    """Fit ridge on arrays at once; see ``CrossValidatedRidge``, which also takes voxels in parts."""
-    return CrossValidatedRidge(X, folds, ridge_alphas, form, device, precision).fit(Y)
-
-
-def cross_validated_predictions(
-    X: np.ndarray,
-    Y: np.ndarray,
-    folds: np.ndarray,
-    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
-    form: str = "auto",
-    device: torch.device | None = None,
-    precision: str = "auto",
-) -> np.ndarray:
-    """Predict each fold from the others; see ``CrossValidatedRidge.predict_left_out``."""
-    return CrossValidatedRidge(X, folds, ridge_alphas, form, device, precision).predict_left_out(Y)
-
-
 class CrossValidatedRidge:
     """Ridge on given features, for any number of voxels: what depends on the features alone is computed once.
 

@@ -22,7 +22,7 @@ from bert_encoding.language_model.encoder import Encoder, load_encoder
 from bert_encoding.language_model.windows import Tokens, tokenize
 from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.scoring import Design, SubjectScores, design_on_trs, prepare_ridge, score_subject, seen_cc
+from bert_encoding.trial.scoring import Design, SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
 
 
 class Task(NamedTuple):
@@ -78,7 +78,7 @@ class Chain:
         yield
         self.seconds[stage] += time.perf_counter() - began
 
-    def on_trs(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def downsampled(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return word vectors on the scanner's clock, story -> (n_trs, n_hidden).
 
         Parameters
@@ -95,7 +95,7 @@ class Chain:
             return {name: downsample_story(vectors[name], stories[name]) for name in names}
 
     def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return word vectors, story -> (n_words, n_hidden); parameters as ``on_trs``."""
+        """Return word vectors, story -> (n_words, n_hidden); parameters as ``downsampled``."""
         with self.timed("embed"):
             if self.encoder is None:
                 return self._plain_vectors(names, fit)
@@ -149,14 +149,19 @@ class Chain:
         )
 
     def score(
-        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...], *, with_tests: bool = False
+        self,
+        downsampled: dict[str, np.ndarray],
+        fit: tuple[str, ...],
+        scored: tuple[str, ...],
+        *,
+        with_tests: bool = False,
     ) -> dict[str, SubjectScores]:
         """Fit ridge on some stories and score others."""
         with self.timed("ridge"):
             dataset = self.task.dataset
-            design, ridge = self._ridge(on_trs, fit, scored)
+            design, ridge = self._ridge(downsampled, fit, scored)
             if len(self.task.splits) == 1:  # several splits would all be in memory together
-                self._latest[fit] = (on_trs, ridge)
+                self._latest[fit] = (downsampled, ridge)
             return {
                 subject: score_subject(
                     ridge, design, dataset, subject, fit, scored, with_tests=with_tests, cache=self.cache
@@ -165,7 +170,10 @@ class Chain:
             }
 
     def score_seen(
-        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], grids: Mapping[str, tuple[float, ...]] | None = None
+        self,
+        downsampled: dict[str, np.ndarray],
+        fit: tuple[str, ...],
+        grids: Mapping[str, tuple[float, ...]] | None = None,
     ) -> dict[str, np.ndarray]:
         """Return the cross-validated CC inside the fit stories, subject -> (n_valid,).
 
@@ -176,8 +184,8 @@ class Chain:
         with self.timed("ridge"):
             dataset = self.task.dataset
             scored_with, ridge = self._latest.pop(fit, (None, None))
-            if ridge is None or scored_with is not on_trs:
-                ridge = self._ridge(on_trs, fit, fit)[1]
+            if ridge is None or scored_with is not downsampled:
+                ridge = self._ridge(downsampled, fit, fit)[1]
             wanted = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
             return {
                 subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit, self.cache)
@@ -189,16 +197,16 @@ class Chain:
         self._latest.clear()
 
     def _ridge(
-        self, on_trs: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
+        self, downsampled: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
     ) -> tuple[Design, CrossValidatedRidge]:
         self._latest.pop(fit, None)
-        design = design_on_trs(on_trs, self.task.dataset, fit, scored, self.config, self.task.split_seed)
+        design = make_design(downsampled, self.task.dataset, fit, scored, self.config, self.task.split_seed)
         return design, prepare_ridge(design, self.config, self.device)
 
     def score_test(self, bert: Any, split: Split) -> dict[str, SubjectScores]:
         """Refit ridge on fit + validation and score the test stories."""
         fit = tuple(sorted(split.fit + split.validation))
-        return self.score(self.on_trs(bert, fit + split.test, fit), fit, split.test, with_tests=True)
+        return self.score(self.downsampled(bert, fit + split.test, fit), fit, split.test, with_tests=True)
 
 
 def cached_encoder(name: str, cache: WorkerCache) -> Encoder:

@@ -55,11 +55,11 @@ Report = Callable[[dict[str, float]], bool]
 
 
 class FoldEpoch(NamedTuple):
-    """One split after one epoch; ``on_trs`` is story -> (n_trs, n_hidden). ``scores`` is empty if it was not scored."""
+    """One split after one epoch; ``scores`` is empty if it was not scored."""
 
     losses: EpochLosses | None
     scores: dict[str, SubjectScores]
-    on_trs: dict[str, np.ndarray]
+    downsampled: dict[str, np.ndarray]  # story -> (n_trs, n_hidden)
 
 
 def run_trial(
@@ -112,7 +112,7 @@ def run_trial(
     scores = _final_scores(epochs, final) | _mean_of([fold.traits() for fold in folds])
     scores["cc_seen"] = float(np.mean([fold.score_seen(result) for fold, result in zip(folds, results, strict=True)]))
     scores["voxels_are_chosen"] = task.voxels_are_chosen
-    scored = {"validation": [result.scores for result in results]}
+    scored: dict[str, list[Scores]] = {"validation": [result.scores for result in results]}
     if score_test:
         scored["test"] = [chain.score_test(folds[0].bert, task.splits[0])]
     if adapter_folder is not None:
@@ -295,7 +295,7 @@ class _Fold:
 
     def score_seen(self, result: FoldEpoch) -> float:
         grids = {subject: scores.grid for subject, scores in result.scores.items()}
-        seen = self.chain.score_seen(result.on_trs, self.split.fit, grids).values()
+        seen = self.chain.score_seen(result.downsampled, self.split.fit, grids).values()
         return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
 
     def traits(self) -> dict[str, float | None]:
@@ -325,9 +325,9 @@ class _Fold:
 
     def _score(self, losses: EpochLosses | None) -> FoldEpoch:
         fit, validation = self.split.fit, self.split.validation
-        on_trs = self.chain.on_trs(self.bert, fit + validation, fit)
-        scores = self.chain.score(on_trs, fit, validation, with_tests=self.wants_tests)
-        return FoldEpoch(losses, scores, on_trs)
+        downsampled = self.chain.downsampled(self.bert, fit + validation, fit)
+        scores = self.chain.score(downsampled, fit, validation, with_tests=self.wants_tests)
+        return FoldEpoch(losses, scores, downsampled)
 
     def _finetune(self) -> Iterator[EpochLosses]:
         chain = self.chain

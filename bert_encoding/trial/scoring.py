@@ -13,7 +13,7 @@ from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.features.downsampling import downsample_story, lagged_rows
+from bert_encoding.features.downsampling import lagged_rows
 from bert_encoding.regression.response_panels import ResponsePanel, panels
 from bert_encoding.regression.ridge import (
     DECADES_FURTHER,
@@ -124,19 +124,6 @@ class Design(NamedTuple):
 
 
 def make_design(
-    vectors: Mapping[str, np.ndarray],
-    dataset: Dataset,
-    fit: Sequence[str],
-    scored: Sequence[str],
-    config: TrialConfig,
-    fold_seed: int,
-) -> Design:
-    """Turn word vectors, story -> (n_words, n_hidden), into features; see ``design_on_trs``."""
-    downsampled = {name: downsample_story(vectors[name], dataset.stories[name]) for name in (*fit, *scored)}
-    return design_on_trs(downsampled, dataset, fit, scored, config, fold_seed)
-
-
-def design_on_trs(
     downsampled: Mapping[str, np.ndarray],
     dataset: Dataset,
     fit: Sequence[str],

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_data import make_lab, story_words
+from make_trials import fit_ridge
 from project import REAL_DATA
 
 from bert_encoding.analyses import alignment
@@ -28,7 +29,6 @@ from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import TRIMS, Dataset, Story, Trim
 from bert_encoding.features.downsampling import lanczos_downsample
-from bert_encoding.regression.ridge import fit_ridge
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 

@@ -138,8 +138,10 @@ def test_predictions_are_those_of_scikit_learn_on_the_trials_features(
 ) -> None:
     (chain, _, adapter), split, model = trials[method], task.splits[0], saved(method)
     bert = tiny_encoder.copy_model().bert if adapter is None else load_adapter(tiny_encoder, adapter)
-    on_trs = chain.on_trs(bert, split.fit + split.validation, split.fit)
-    X = {n: np.vstack([np.vstack([np.zeros((d, 32)), v[:-d]]).T for d in (1, 2, 3, 4)]).T for n, v in on_trs.items()}
+    downsampled = chain.downsampled(bert, split.fit + split.validation, split.fit)
+    X = {
+        n: np.vstack([np.vstack([np.zeros((d, 32)), v[:-d]]).T for d in (1, 2, 3, 4)]).T for n, v in downsampled.items()
+    }
     X_fit, X_new = (np.vstack([X[n][10:-5] for n in names]) for names in (sorted(split.fit), split.validation))
     mean, std = X_fit.mean(axis=0), X_fit.std(axis=0)
     found = predicted(model, task, split.validation)

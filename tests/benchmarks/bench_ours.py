@@ -156,11 +156,11 @@ class Watch:
 def watched(dataset: Dataset) -> Iterator[Watch]:
     """Time the stages of whatever trial runs meanwhile."""
     watch = Watch()
-    on_trs = watch.timing("embed", Chain.on_trs)
+    downsampled = watch.timing("embed", Chain.downsampled)
 
     def counting(chain: Chain, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> Any:
         watch.words += sum(len(dataset.stories[name].words) for name in names)
-        return on_trs(chain, bert, names, fit)
+        return downsampled(chain, bert, names, fit)
 
     def noting(*args: Any) -> Probes:
         probes = make_probes(*args)
@@ -170,7 +170,7 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
     changes = (
         (bert_encoding.trial.run, "make_probes", noting),
         (bert_encoding.language_model.masked_lm, "train", watch.timing_steps("train", train)),
-        (Chain, "on_trs", counting),
+        (Chain, "downsampled", counting),
         (Chain, "score", watch.timing("ridge", Chain.score)),
         (Chain, "score_seen", watch.timing("cc_seen", Chain.score_seen)),
     )
@@ -202,14 +202,14 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     clock.lap("train")
     names = split.fit + split.validation
     embedded = names[:n_stories]
-    chain.on_trs(masked_lm(model).bert, embedded, split.fit)
+    chain.downsampled(masked_lm(model).bert, embedded, split.fit)
     clock.lap("embed")
-    on_trs = random_features(task.dataset, names, chain.encoder.n_hidden)
+    downsampled = random_features(task.dataset, names, chain.encoder.n_hidden)
     probes = draw_probes(chain.encoder, task.dataset, split, config)
     clock.lap("drawn")
-    chain.score(on_trs, split.fit, split.validation)
+    chain.score(downsampled, split.fit, split.validation)
     clock.lap("ridge")
-    chain.score_seen(on_trs, split.fit)
+    chain.score_seen(downsampled, split.fit)
     clock.lap("cc_seen")
     probe_loss(trained, probes.heldout, config.precision, chain.device)
     clock.lap("probe")

@@ -19,6 +19,7 @@ from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories
 from bert_encoding.features.bert_embeddings import embed_stories
+from bert_encoding.features.downsampling import downsample_story
 from bert_encoding.language_model.encoder import load_encoder
 from bert_encoding.language_model.windows import tokenize
 from bert_encoding.regression.response_panels import stack_responses
@@ -48,7 +49,8 @@ def main(data: Path, model: str = "minilm-plain", train_stories: int | None = No
         precision="float32",
         device=pick_device(),
     )
-    design = make_design(vectors, dataset, fit, scored, config, seed)
+    downsampled = {name: downsample_story(vectors[name], dataset.stories[name]) for name in (*fit, *scored)}
+    design = make_design(downsampled, dataset, fit, scored, config, seed)
     began = time.perf_counter()
     ours = score_subject(prepare_ridge(design, config, pick_device()), design, dataset, subject, fit, scored)
     print(f"ours      mean test CC {ours.cc.mean():.5f}  {time.perf_counter() - began:.0f} s")

@@ -87,15 +87,15 @@ def score(folder: Path, *, trs: int, voxels: int, seed: int, hdf5: bool = False,
     chain = Chain(TrialConfig(method=FROZEN, model=MODEL), Task(dataset, (split,), seed))
     assert chain.encoder is not None
     began = time.perf_counter()
-    on_trs = chain.on_trs(chain.encoder.copy_model().bert, split.fit + split.validation, split.fit)
+    downsampled = chain.downsampled(chain.encoder.copy_model().bert, split.fit + split.validation, split.fit)
     print(f"embedded  {report(began)}")
     began = time.perf_counter()
-    cc = chain.score(on_trs, split.fit, split.validation)[SUBJECT].cc
+    cc = chain.score(downsampled, split.fit, split.validation)[SUBJECT].cc
     print(f"scored    {report(began)}")
     judge("validation", cc, planted_ceiling(voxels, seed))
     if seen:
         began = time.perf_counter()
-        cc = chain.score_seen(on_trs, split.fit)[SUBJECT]
+        cc = chain.score_seen(downsampled, split.fit)[SUBJECT]
         print(f"seen      {report(began)}")
         judge("inside fit", cc, planted_ceiling(voxels, seed))
     if peak_gb() > MAX_GB:

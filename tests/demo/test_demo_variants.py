@@ -194,8 +194,8 @@ def test_the_adapted_encoder_is_nearer_to_the_listener_of_demo_helps(
     split, stories = task.splits[0], task.dataset.stories
     chain, ccs = Chain(TrialConfig(method="frozen", model=MINILM), task), {}
     for which, layers in word_vectors.items():
-        on_trs = {n: downsample_story(layers[6][n], stories[n]) for n in split.fit + split.validation}
-        ccs[which] = by_listener(chain.score(on_trs, split.fit, split.validation)[SUBJECT].cc)
+        downsampled = {n: downsample_story(layers[6][n], stories[n]) for n in split.fit + split.validation}
+        ccs[which] = by_listener(chain.score(downsampled, split.fit, split.validation)[SUBJECT].cc)
     gain = {name: ccs["adapted"][name] - ccs["frozen"][name] for name in DEMOS}
     assert gain[DEMO_HELPS][LANGUAGE].mean() > 0.015
     assert gain[DEMO][LANGUAGE].mean() < -0.005

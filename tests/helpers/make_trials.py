@@ -1,7 +1,9 @@
 """What tests of training and of whole trials share."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from make_data import story_words
@@ -9,10 +11,14 @@ from make_data import story_words
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset
+from bert_encoding.features.downsampling import downsample_story
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.training import Training
 from bert_encoding.language_model.windows import Window, cut_windows, tokenize
+from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, RidgeFit
+from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.scoring import Design, make_design
 
 # PEFT asks transformers for an attribute by an older name; nothing here can mend that.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -59,3 +65,28 @@ def without_dropout(model: torch.nn.Module) -> Any:
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
     return model
+
+
+def design_of_words(
+    vectors: Mapping[str, np.ndarray],
+    dataset: Dataset,
+    fit: Sequence[str],
+    scored: Sequence[str],
+    config: TrialConfig,
+    fold_seed: int,
+) -> Design:
+    """Turn word vectors, story -> (n_words, n_hidden), into features."""
+    downsampled = {name: downsample_story(vectors[name], dataset.stories[name]) for name in (*fit, *scored)}
+    return make_design(downsampled, dataset, fit, scored, config, fold_seed)
+
+
+def fit_ridge(
+    X: np.ndarray,
+    Y: np.ndarray,
+    folds: np.ndarray,
+    ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS,
+    form: str = "auto",
+    precision: str = "auto",
+) -> RidgeFit:
+    """Fit ridge on arrays."""
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, precision=precision).fit(Y)

@@ -5,11 +5,11 @@ import pytest
 from himalaya.kernel_ridge import solve_multiple_kernel_ridge_random_search
 from himalaya.ridge import solve_group_ridge_random_search
 from himalaya.scoring import correlation_score
+from make_trials import fit_ridge
 from sklearn.model_selection import PredefinedSplit
 
 from bert_encoding.regression import banded_ridge as banded
 from bert_encoding.regression.banded_ridge import DECADES, BandedFit, BandedRidge, band_weights
-from bert_encoding.regression.ridge import fit_ridge
 from bert_encoding.statistics.correlation import correlate
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")

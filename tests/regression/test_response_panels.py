@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import make_lab
+from make_trials import design_of_words
 from sklearn.preprocessing import StandardScaler
 
 from bert_encoding.core.worker_cache import WorkerCache
@@ -23,7 +24,7 @@ from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.noise_ceiling import noise_ceiling
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.scoring import make_design, prepare_ridge, score_subject, seen_cc
+from bert_encoding.trial.scoring import prepare_ridge, score_subject, seen_cc
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -236,7 +237,7 @@ def test_the_cache_stays_within_its_limit_and_evicts_nothing(dataset: Dataset, r
 def test_scoring_leaves_cached_responses_unchanged_and_gives_the_same_bits_again(dataset: Dataset) -> None:
     config = TrialConfig(method="word_rate", n_folds=3, ridge_alphas=(1.0, 10.0, 100.0))
     vectors = {name: word_rate(story.spoken) for name, story in dataset.stories.items()}
-    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    design = design_of_words(vectors, dataset, FIT, SCORED, config, 0)
 
     def score(cache: WorkerCache) -> tuple[np.ndarray, np.ndarray]:
         ridge = prepare_ridge(design, config, CPU)

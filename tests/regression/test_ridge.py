@@ -3,6 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import make_trials
 import numpy as np
 import pytest
 from himalaya.ridge import solve_ridge_cv_svd
@@ -13,7 +14,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit
 
 from bert_encoding.regression import ridge
-from bert_encoding.regression.ridge import RIDGE_ALPHAS, RidgeFit, alpha_edge_share
+from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, RidgeFit, alpha_edge_share
 from bert_encoding.regression.solvers import FORMS
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -23,8 +24,13 @@ FOLD_SIZES = (30, 17, 22, 25)  # stories differ in length
 SHAPES = {"tall": 12, "wide": 150}  # n_features beside 94 rows
 
 
-fit_ridge = partial(ridge.fit_ridge, precision="float64")
-cross_validated_predictions = partial(ridge.cross_validated_predictions, precision="float64")
+fit_ridge = partial(make_trials.fit_ridge, precision="float64")
+
+
+def cross_validated_predictions(
+    X: np.ndarray, Y: np.ndarray, folds: np.ndarray, ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS, form: str = "auto"
+) -> np.ndarray:
+    return CrossValidatedRidge(X, folds, ridge_alphas, form, precision="float64").predict_left_out(Y)
 
 
 class Problem(NamedTuple):

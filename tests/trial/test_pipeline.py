@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import make_lab
-from make_trials import make_task
+from make_trials import design_of_words, make_task
 
 from bert_encoding.datasets import open_dataset
 from bert_encoding.regression.ridge import CrossValidatedRidge
@@ -17,7 +17,7 @@ from bert_encoding.trial import pipeline as chain_module
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.run import run_trial
-from bert_encoding.trial.scoring import make_design, prepare_ridge, score_subject
+from bert_encoding.trial.scoring import prepare_ridge, score_subject
 
 SUBJECT = "subject2"
 
@@ -41,7 +41,7 @@ def test_a_bag_of_words_trial_equals_a_plain_recomputation(task: Task) -> None:
     config, split = TrialConfig(method="bag_of_words", vocabulary=9), task.splits[0]
     vocabulary = frequent(task, split.fit, 9)
     vectors = {name: one_hot(task, name, vocabulary) for name in split.fit + split.validation}
-    design = make_design(vectors, task.dataset, split.fit, split.validation, config, task.split_seed)
+    design = design_of_words(vectors, task.dataset, split.fit, split.validation, config, task.split_seed)
     ridge = prepare_ridge(design, config, torch.device("cpu"))
     expected = score_subject(ridge, design, task.dataset, SUBJECT, split.fit, split.validation).cc
     record = run_trial(config, task, score_test=True)
@@ -51,7 +51,7 @@ def test_a_bag_of_words_trial_equals_a_plain_recomputation(task: Task) -> None:
 
     both = tuple(sorted(split.fit + split.validation))  # the final score may learn from both
     vectors = {name: one_hot(task, name, frequent(task, both, 9)) for name in both + split.test}
-    design = make_design(vectors, task.dataset, both, split.test, config, task.split_seed)
+    design = design_of_words(vectors, task.dataset, both, split.test, config, task.split_seed)
     ridge = prepare_ridge(design, config, torch.device("cpu"))
     expected = score_subject(ridge, design, task.dataset, SUBJECT, both, split.test).cc
     np.testing.assert_allclose(record.cc_test[SUBJECT], expected, rtol=0, atol=1e-6)
@@ -118,31 +118,31 @@ def test_the_seen_score_has_the_same_bits_with_the_ridge_of_the_score_and_withou
 ) -> None:
     split = task.splits[0]
     sharing, alone = bag_chain(task), bag_chain(task)
-    on_trs = sharing.on_trs(None, split.fit + split.validation, split.fit)
-    scored = sharing.score(on_trs, split.fit, split.validation)
+    downsampled = sharing.downsampled(None, split.fit + split.validation, split.fit)
+    scored = sharing.score(downsampled, split.fit, split.validation)
     grids = {subject: result.grid for subject, result in scored.items()}
-    shared = sharing.score_seen(on_trs, split.fit, grids)
+    shared = sharing.score_seen(downsampled, split.fit, grids)
     assert len(prepared) == 1, "the ridge of the score is used again"
-    assert sharing.score_seen(on_trs, split.fit, grids).keys() == shared.keys()
+    assert sharing.score_seen(downsampled, split.fit, grids).keys() == shared.keys()
     assert len(prepared) == 2, "and then let go"
-    np.testing.assert_array_equal(shared[SUBJECT], alone.score_seen(on_trs, split.fit, grids)[SUBJECT])
+    np.testing.assert_array_equal(shared[SUBJECT], alone.score_seen(downsampled, split.fit, grids)[SUBJECT])
     again = bag_chain(task)
-    again.score(on_trs, split.fit, split.validation)
+    again.score(downsampled, split.fit, split.validation)
     again.forget_ridge()
-    np.testing.assert_array_equal(shared[SUBJECT], again.score_seen(on_trs, split.fit, grids)[SUBJECT])
+    np.testing.assert_array_equal(shared[SUBJECT], again.score_seen(downsampled, split.fit, grids)[SUBJECT])
     assert len(prepared) == 5
 
 
 def test_the_seen_score_chooses_from_the_grid_that_the_score_was_widened_to(task: Task) -> None:
     split, narrow = task.splits[0], (1e4, 1e5, 1e6)
     chain = bag_chain(task, ridge_alphas=narrow)
-    on_trs = chain.on_trs(None, split.fit + split.validation, split.fit)
-    grid = chain.score(on_trs, split.fit, split.validation)[SUBJECT].grid
+    downsampled = chain.downsampled(None, split.fit + split.validation, split.fit)
+    grid = chain.score(downsampled, split.fit, split.validation)[SUBJECT].grid
     assert len(grid) > len(narrow)
-    seen = chain.score_seen(on_trs, split.fit, {SUBJECT: grid})[SUBJECT]
-    wide = bag_chain(task, ridge_alphas=grid).score_seen(on_trs, split.fit)[SUBJECT]
+    seen = chain.score_seen(downsampled, split.fit, {SUBJECT: grid})[SUBJECT]
+    wide = bag_chain(task, ridge_alphas=grid).score_seen(downsampled, split.fit)[SUBJECT]
     np.testing.assert_array_equal(seen, wide)
-    assert (seen != bag_chain(task, ridge_alphas=narrow).score_seen(on_trs, split.fit)[SUBJECT]).any()
+    assert (seen != bag_chain(task, ridge_alphas=narrow).score_seen(downsampled, split.fit)[SUBJECT]).any()
     record = run_trial(chain.config, task)
     assert record.scores["cc_seen"] == pytest.approx(wide.astype(np.float64).mean(), abs=1e-9)
     assert any("so all were fitted with 100 to 1e+06" in note for note in record.notes)
@@ -154,12 +154,12 @@ def test_the_ridge_of_other_vectors_or_other_stories_is_not_used(
     """As where the best epoch is restored, but the last was scored."""
     split = task.splits[0]
     chain = bag_chain(task)
-    on_trs = chain.on_trs(None, split.fit + split.validation, split.fit)
-    other = {name: rows[:, ::-1] ** 2 for name, rows in on_trs.items()}
+    downsampled = chain.downsampled(None, split.fit + split.validation, split.fit)
+    other = {name: rows[:, ::-1] ** 2 for name, rows in downsampled.items()}
     chain.score(other, split.fit, split.validation)
-    found = chain.score_seen(on_trs, split.fit)[SUBJECT]
-    np.testing.assert_array_equal(found, bag_chain(task).score_seen(on_trs, split.fit)[SUBJECT])
-    chain.score(on_trs, split.fit, split.validation)
-    fewer = chain.score_seen(on_trs, split.fit[1:])[SUBJECT]
-    np.testing.assert_array_equal(fewer, bag_chain(task).score_seen(on_trs, split.fit[1:])[SUBJECT])
+    found = chain.score_seen(downsampled, split.fit)[SUBJECT]
+    np.testing.assert_array_equal(found, bag_chain(task).score_seen(downsampled, split.fit)[SUBJECT])
+    chain.score(downsampled, split.fit, split.validation)
+    fewer = chain.score_seen(downsampled, split.fit[1:])[SUBJECT]
+    np.testing.assert_array_equal(fewer, bag_chain(task).score_seen(downsampled, split.fit[1:])[SUBJECT])
     assert len(prepared) == 6

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from make_trials import design_of_words
 from project import REAL_DATA
 
 from bert_encoding.core.names import WORD_RATE
@@ -13,7 +14,7 @@ from bert_encoding.datasets.splits import choose_stories
 from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.scoring import make_design, prepare_ridge, score_subject
+from bert_encoding.trial.scoring import prepare_ridge, score_subject
 
 pytestmark = pytest.mark.data
 
@@ -49,6 +50,6 @@ def _word_rate_cc(dataset: Dataset) -> float:
     train, test = choose_stories(dataset, dataset.subjects, None, None, seed=0)
     vectors = {name: word_rate(dataset.stories[name].spoken) for name in train + test}
     config = TrialConfig(method=WORD_RATE)
-    design = make_design(vectors, dataset, train, test, config, fold_seed=0)
+    design = design_of_words(vectors, dataset, train, test, config, fold_seed=0)
     scores = score_subject(prepare_ridge(design, config, torch.device("cpu")), design, dataset, "uts02", train, test)
     return float(scores.cc.mean())

@@ -10,6 +10,7 @@ import torch
 from himalaya.ridge import solve_ridge_cv_svd
 from himalaya.scoring import correlation_score
 from make_data import make_lab
+from make_trials import design_of_words, fit_ridge
 from ridge_utils.interpdata import lanczosinterp2D
 from ridge_utils.util import make_delayed
 from scipy.stats import pearsonr
@@ -25,7 +26,7 @@ from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.regression import response_panels
 from bert_encoding.regression.response_panels import panels, stack_responses
-from bert_encoding.regression.ridge import CrossValidatedRidge, Prediction, fit_ridge
+from bert_encoding.regression.ridge import CrossValidatedRidge, Prediction
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.block_bootstrap import time_replicates
 from bert_encoding.statistics.permutation import block_permutation_p
@@ -35,7 +36,6 @@ from bert_encoding.trial.scoring import (
     PredictionTests,
     SubjectScores,
     edge_notes,
-    make_design,
     merge_subjects,
     prepare_ridge,
     score_subject,
@@ -100,7 +100,7 @@ def rich_vectors(dataset: Dataset, n_hidden: int = 7, seed: int = 0) -> dict[str
 def score(
     vectors: Vectors, dataset: Dataset, scored: tuple[str, ...] = SCORED, config: TrialConfig = CONFIG
 ) -> SubjectScores:
-    design = make_design(vectors, dataset, FIT, scored, config, 0)
+    design = design_of_words(vectors, dataset, FIT, scored, config, 0)
     return score_subject(prepare_ridge(design, config, CPU), design, dataset, "subject2", FIT, scored)
 
 
@@ -142,14 +142,14 @@ def test_the_design_is_the_published_features_scaled_by_the_fit_rows(dataset: Da
     vectors = rich_vectors(dataset)
     X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
     scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
-    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(vectors, dataset, FIT, SCORED, CONFIG, 0)
     np.testing.assert_allclose(design.fit, scaler.transform(np.vstack([X[n] for n in FIT])), rtol=0, atol=1e-5)
     np.testing.assert_allclose(design.scored, scaler.transform(np.vstack([X[n] for n in SCORED])), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(design.scored_story, np.repeat([0, 1], [len(X[name]) for name in SCORED]))
 
 
 def test_every_fit_story_lies_in_one_fold(dataset: Dataset) -> None:
-    design = make_design(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
     story = np.repeat(FIT, [len(dataset.stories[name].tr_times_s) - 15 for name in FIT])
     assert len(story) == len(design.folds) == len(design.fit)
     assert set(design.folds) == set(range(CONFIG.n_folds))
@@ -159,7 +159,7 @@ def test_every_fit_story_lies_in_one_fold(dataset: Dataset) -> None:
 @pytest.mark.parametrize("subject", list(BAD_VOXELS))
 def test_score_subject_equals_a_recomputation_with_other_libraries(dataset: Dataset, small: Path, subject: str) -> None:
     vectors = rich_vectors(dataset)
-    design = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(vectors, dataset, FIT, SCORED, CONFIG, 0)
     X = {name: published_features(vectors[name], dataset, name) for name in FIT + SCORED}
     scaler = StandardScaler().fit(np.vstack([X[name] for name in FIT]))
     Y = StandardScaler().fit_transform(responses_from_disk(small, subject, FIT))
@@ -180,7 +180,7 @@ def test_score_subject_equals_a_recomputation_with_other_libraries(dataset: Data
 
 def test_seen_cc_equals_a_nested_recomputation_with_other_libraries(dataset: Dataset, small: Path) -> None:
     vectors = rich_vectors(dataset)
-    design = make_design(vectors, dataset, FIT, FIT, CONFIG, 0)
+    design = design_of_words(vectors, dataset, FIT, FIT, CONFIG, 0)
     raw = responses_from_disk(small, "subject2", FIT)
     X = StandardScaler().fit_transform(np.vstack([published_features(vectors[n], dataset, n) for n in FIT]))
     Y = StandardScaler().fit_transform(raw)
@@ -218,8 +218,8 @@ def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> N
     """Wreck one scored story: the fit, and all that concerns the other one, keep their bits."""
     vectors = rich_vectors(dataset)
     wrecked, wild_vectors = wreck(dataset, vectors, "wheretheressmoke")
-    before = make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
-    after = make_design(wild_vectors, wrecked, FIT, SCORED, CONFIG, 0)
+    before = design_of_words(vectors, dataset, FIT, SCORED, CONFIG, 0)
+    after = design_of_words(wild_vectors, wrecked, FIT, SCORED, CONFIG, 0)
     np.testing.assert_array_equal(after.fit, before.fit)
     np.testing.assert_array_equal(after.folds, before.folds)
     zeta = before.scored_story == 0
@@ -245,7 +245,7 @@ def test_no_row_that_ridge_was_fitted_on_is_scored(dataset: Dataset) -> None:
     """A model wide enough to know noise by heart gets 1 on the rows it saw and 0 on the ones that count."""
     config = replace(CONFIG, ridge_alphas=(1e-4,))
     vectors = rich_vectors(dataset, n_hidden=80)
-    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    design = design_of_words(vectors, dataset, FIT, SCORED, config, 0)
     assert design.fit.shape[1] > design.fit.shape[0]
     noise = slice(19, None)  # without voxel 3, the first noise voxel is the 20th that is valid
     Y = stack_responses(dataset, "subject2", FIT)
@@ -256,7 +256,7 @@ def test_no_row_that_ridge_was_fitted_on_is_scored(dataset: Dataset) -> None:
 
 
 def test_planted_voxels_score_high_and_noise_voxels_0(long: Dataset) -> None:
-    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(rates(long), long, FIT, SCORED, CONFIG, 0)
     cc = run_score(design, long, "subject2", CONFIG).cc
     assert cc[:20].min() > 0.5
     standard_error = 1 / np.sqrt(len(design.scored))
@@ -321,7 +321,7 @@ def test_a_vector_that_is_not_finite_stops_the_trial_and_names_the_story(dataset
     vectors = rich_vectors(dataset)
     vectors[name][70, 2] = np.nan
     with pytest.raises(RuntimeError, match=f"story {name}: its features are not finite"):
-        make_design(vectors, dataset, FIT, SCORED, CONFIG, 0)
+        design_of_words(vectors, dataset, FIT, SCORED, CONFIG, 0)
 
 
 def test_merge_subjects_is_the_mean_of_each_subjects_mean() -> None:
@@ -361,14 +361,14 @@ def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
 
 def test_the_fewest_stories_that_a_split_leaves_to_fit_can_be_scored_as_seen(dataset: Dataset) -> None:
     fit = FIT[:MIN_FIT_STORIES]
-    design = make_design(rates(dataset), dataset, fit, fit, CONFIG, 0)
+    design = design_of_words(rates(dataset), dataset, fit, fit, CONFIG, 0)
     assert 0.1 < run_seen(design, dataset, fit, CONFIG).mean() < 1
 
 
 def test_the_fewest_folds_that_are_a_setting_can_be_scored_as_seen(dataset: Dataset) -> None:
     """What is allowed must not stop a trial at its end."""
     config = replace(CONFIG, n_folds=3)
-    design = make_design(rates(dataset), dataset, FIT, FIT, config, 0)
+    design = design_of_words(rates(dataset), dataset, FIT, FIT, config, 0)
     assert 0.1 < run_seen(design, dataset, FIT, config).mean() < 1
 
 
@@ -377,7 +377,7 @@ def test_how_voxels_are_divided_into_panels_does_not_matter(
     dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BLAS may sum narrow matrices in another order: scores agree to float32 rounding."""
-    design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(rich_vectors(dataset), dataset, FIT, SCORED, CONFIG, 0)
     whole, seen = run_score(design, dataset, "subject2", CONFIG), run_seen(design, dataset, FIT, CONFIG)
     n_valid = N_VOXELS - len(BAD_VOXELS["subject2"])
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
@@ -466,7 +466,7 @@ def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest
     """One panel alone would have it wider: the share counts over the whole brain."""
     vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
     whole = score(vectors, dataset, config=config)
-    design = make_design(vectors, dataset, FIT, SCORED, config, 0)
+    design = design_of_words(vectors, dataset, FIT, SCORED, config, 0)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * 2 * max(len(design.fit), len(design.scored)))
     grids = fitted_grids(monkeypatch)
     parts = run_score(design, dataset, "subject2", config)
@@ -494,7 +494,7 @@ def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
     dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, ridge_alphas=NARROW)
-    design = make_design(rich_vectors(dataset), dataset, FIT, SCORED, config, 0)
+    design = design_of_words(rich_vectors(dataset), dataset, FIT, SCORED, config, 0)
     scores, ridge = run_score(design, dataset, "subject2", config), prepare_ridge(design, config, CPU)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (ridge.n_rows + ridge.n_features))
     said: list[str] = []
@@ -514,7 +514,7 @@ def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
 def test_tests_of_predictions_are_those_of_an_exact_fit(long: Dataset) -> None:
     """One voxel's p may move by an order or two of a thousand where ours is rounded to float32."""
     vectors = rich_vectors(long)
-    design = make_design(vectors, long, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(vectors, long, FIT, SCORED, CONFIG, 0)
     ridge = prepare_ridge(design, CONFIG, CPU)
     got = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True)
     Y = StandardScaler().fit_transform(stack_responses(long, "subject2", FIT).astype(np.float64))
@@ -530,7 +530,7 @@ def test_tests_of_predictions_are_those_of_an_exact_fit(long: Dataset) -> None:
 
 
 def test_panels_share_permutations_and_resamples(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    design = make_design(rates(long), long, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(rates(long), long, FIT, SCORED, CONFIG, 0)
 
     def tests() -> PredictionTests:
         ridge = prepare_ridge(design, CONFIG, CPU)
@@ -570,7 +570,7 @@ def test_regions_of_interest_are_means_over_their_valid_voxels(dataset: Dataset)
     """Voxels 3 and 25 are left out of the scores; indices of a region count all voxels."""
     rois = {"auditory": np.array([1, 2, 3]), "other": np.array([25, 39, 24]), "gone": np.array([3, 25])}
     with_rois = replace(dataset, rois={"subject2": rois})
-    design = make_design(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
+    design = design_of_words(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
     scores = run_score(design, with_rois, "subject2", CONFIG)
     whole = np.full(N_VOXELS, np.nan)
     whole[[v for v in range(N_VOXELS) if v not in BAD_VOXELS["subject2"]]] = scores.cc

@@ -96,8 +96,8 @@ def test_with_patience_the_epoch_of_the_lowest_held_out_loss_counts(
         settings, folder = config(tiny_encoder, epochs=6, lr=0.05, patience=2, seed=seed), tmp_path / str(seed)
         record = run_trial(settings, task, adapter_folder=folder)
         chain = Chain(settings, task)
-        on_trs = chain.on_trs(load_adapter(tiny_encoder, folder), split.fit + split.validation, split.fit)
-        saved = chain.score(on_trs, split.fit, split.validation)[SUBJECT].cc
+        downsampled = chain.downsampled(load_adapter(tiny_encoder, folder), split.fit + split.validation, split.fit)
+        saved = chain.score(downsampled, split.fit, split.validation)[SUBJECT].cc
         np.testing.assert_allclose(saved, record.cc[SUBJECT], rtol=0, atol=1e-5, err_msg="another epoch was saved")
         losses = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
         best = int(np.argmin(losses))
@@ -173,9 +173,9 @@ def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
         settings = config(tiny_encoder, method="frozen", layer=layer, keep_layers=True)
         chain, split = Chain(settings, task, cache), task.splits[0]
         bert = tiny_encoder.copy_model().bert
-        found = chain.on_trs(bert, split.fit, split.fit)
+        found = chain.downsampled(bert, split.fit, split.fit)
         n_passes.append(len(passes))
-        plain = Chain(config(tiny_encoder, method="frozen", layer=layer), task).on_trs(bert, split.fit, split.fit)
+        plain = Chain(config(tiny_encoder, method="frozen", layer=layer), task).downsampled(bert, split.fit, split.fit)
         for name in split.fit:
             np.testing.assert_allclose(found[name], plain[name], rtol=0, atol=1e-5)
         np.testing.assert_allclose(

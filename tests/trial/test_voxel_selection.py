@@ -47,7 +47,7 @@ def frozen(encoder: Encoder) -> TrialConfig:
 def test_the_chosen_voxels_are_the_best_seen_inside_the_fit_stories(dataset: Dataset, tiny_encoder: Encoder) -> None:
     task, config = make_task(dataset), frozen(tiny_encoder)
     chain, fit = Chain(config, task), task.splits[0].fit
-    seen = chain.score_seen(chain.on_trs(tiny_encoder.copy_model().bert, fit, fit), fit)
+    seen = chain.score_seen(chain.downsampled(tiny_encoder.copy_model().bert, fit, fit), fit)
     chosen = choose_voxels(config, task, 3)
     assert dataset.voxel_masks is not None
     for subject in ("a", "b"):
