@@ -1,10 +1,10 @@
-"""Banded ridge: a penalty for each band of features, chosen for each voxel.
+"""Banded ridge: one penalty per band of features and voxel.
 
-One penalty for all features shrinks a few strong ones (word rate: a column a delay) as much as thousands of weak ones
-(BERT). Banded ridge minimises ``||sum_b X_b w_b - y||^2 + sum_b ridge_alpha_b ||w_b||^2`` (Nunez-Elizalde, Huth and
-Gallant 2019, NeuroImage 197, equation 7). With ``ridge_alpha_b = ridge_alpha / gamma_b`` it is plain ridge on the bands
-times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so the search goes over relative band weights
-``gamma`` and, for each, over ``ridge_alpha``. There is no intercept: z-score before.
+One penalty for all features shrinks a few strong ones (word rate: one column per delay) as much as thousands of weak
+ones (BERT). Banded ridge minimises ``||sum_b X_b w_b - y||^2 + sum_b ridge_alpha_b ||w_b||^2`` (Nunez-Elizalde, Huth
+and Gallant 2019, NeuroImage 197, equation 7). With ``ridge_alpha_b = ridge_alpha / gamma_b`` it is plain ridge on the bands
+times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so the search covers relative band weights
+``gamma`` and, for each, ``ridge_alpha``. There is no intercept: z-score before.
 """
 
 import copy
@@ -19,8 +19,8 @@ from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, Pr
 from bert_encoding.regression.solvers import Targets, largest_eigenvalue, rows_of_folds
 
 N_CANDIDATES = 5
-DECADES = 4.0  # penalties of two bands differ by at most so many
-KEPT_BYTES = 2**31  # what decompositions of all candidates may take, to serve several calls
+DECADES = 4.0  # largest difference between the penalties of two bands
+CACHED_BYTES = 2**31  # limit for the decompositions of all candidates to be kept between calls
 
 Attempt = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -30,10 +30,10 @@ class BandedFit(NamedTuple):
 
     Attributes
     ----------
-    weights : (n_features, n_voxels) float32, of the bands side by side
+    weights : (n_features, n_voxels) float32, bands side by side
     ridge_alphas : (n_bands, n_voxels) the chosen penalties
-    cv_cc : (n_candidates, n_voxels) mean over folds of the held-out CC, of each candidate's best ridge_alpha (do not
-        report its maximum)
+    cv_cc : (n_candidates, n_voxels) mean over folds of the held-out CC with each candidate's best ridge_alpha (its
+        maximum is biased upwards)
     """
 
     weights: np.ndarray
@@ -50,11 +50,11 @@ class BandedRidge:
 
     Parameters
     ----------
-    X_bands : a band each, (n_trs, n_features_of_band), z-scored
-    folds : (n_trs,) fold of each row; a story must lie in one fold
-    ridge_alphas : penalty of the band of the largest weight; the others' is as large or larger
+    X_bands : one array per band, (n_trs, n_features_of_band), z-scored
+    folds : (n_trs,) fold of each row; a story must be in one fold
+    ridge_alphas : penalties of the band with the largest weight; those of the other bands are as large or larger
     n_candidates : band weights to try; see ``band_weights``
-    seed : settles the weights of three bands or more
+    seed : of the weights of three bands or more
     device : where ridge is computed
 
     Raises
@@ -81,10 +81,10 @@ class BandedRidge:
         self._ridges: dict[int, CrossValidatedRidge] = {}
 
     def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "BandedRidge":
-        """Return banded ridge on the same features with another grid; what is computed already is shared."""
-        other = copy.copy(self)
-        other.ridge_alphas = ridge_alphas
-        return other
+        """Return banded ridge on the same features with another grid; decompositions are shared."""
+        ridge = copy.copy(self)
+        ridge.ridge_alphas = ridge_alphas
+        return ridge
 
     def fit(self, Y: np.ndarray) -> BandedFit:
         """Choose each voxel's penalties by the mean held-out CC over folds, then fit on all rows.
@@ -100,15 +100,15 @@ class BandedRidge:
         """
         targets = self._targets(Y)
 
-        def attempt(at: int) -> Attempt:
-            fitted = self.candidate(at).fit(targets)
-            return self.scale(at)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
+        def attempt(index: int) -> Attempt:
+            fitted = self.candidate(index).fit(targets)
+            return self.scale(index)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
 
         (weights, ridge_alphas, _), scores = _best_candidates(self, attempt)
         return BandedFit(weights, ridge_alphas, scores)
 
     def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
-        """Fit, and predict other rows; the weights, which may be large, are not kept.
+        """Fit, and predict other rows without keeping the weights, which may be large.
 
         Parameters
         ----------
@@ -117,37 +117,40 @@ class BandedRidge:
 
         Returns
         -------
-        as of plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of
-        the chosen candidate.
+        as plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of the
+        chosen candidate
         """
         targets = self._targets(Y)
-        best, _ = _best_candidates(self, lambda at: self.candidate(at).fit_predict(targets, X * self.scale(at)))
+        best, _ = _best_candidates(
+            self, lambda index: self.candidate(index).fit_predict(targets, X * self.scale(index))
+        )
         return Prediction(*best)
 
-    def candidate(self, at: int) -> CrossValidatedRidge:
-        """Return plain ridge on the bands scaled by one candidate's weights; kept if all candidates fit in memory."""
-        if at in self._ridges:
-            ridge = self._ridges.pop(at).with_alphas(self.ridge_alphas)
+    def candidate(self, index: int) -> CrossValidatedRidge:
+        """Return plain ridge on the bands scaled by one candidate's weights; cached if all candidates fit in memory."""
+        if index in self._ridges:
+            ridge = self._ridges.pop(index).with_alphas(self.ridge_alphas)
         else:
-            X = np.hstack(self.X_bands) * self.scale(at)
+            X = np.hstack(self.X_bands) * self.scale(index)
             ridge = CrossValidatedRidge(X, self.folds, self.ridge_alphas, device=self.device)
-        if _bytes_of(ridge) * len(self.band_weights) <= KEPT_BYTES:
-            self._ridges[at] = ridge
+        if _bytes_of(ridge) * len(self.band_weights) <= CACHED_BYTES:
+            self._ridges[index] = ridge
         return ridge
 
     def _targets(self, Y: np.ndarray) -> Targets:
         return Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
 
-    def scale(self, at: int) -> np.ndarray:
-        """Return what features are multiplied by in a candidate, (n_features,) float32."""
-        return np.repeat(np.sqrt(self.band_weights[at]), [X.shape[1] for X in self.X_bands]).astype(np.float32)
+    def scale(self, index: int) -> np.ndarray:
+        """Return the factors of the features in one candidate, (n_features,) float32."""
+        return np.repeat(np.sqrt(self.band_weights[index]), [X.shape[1] for X in self.X_bands]).astype(np.float32)
 
 
 def band_weights(n_bands: int, n_candidates: int, seed: int = 0) -> np.ndarray:
     """Return the relative weights to try, (n_candidates, n_bands); the largest of a candidate is 1.
 
-    The first is equal weights, which is plain ridge. Of two bands the others are a regular grid that favours one and
-    the other in turn, by up to ``DECADES``; of more they are drawn log-uniformly over as much. One band has one.
+    The first candidate has equal weights, which is plain ridge. For two bands the others are a regular grid that
+    favours either band in turn, by up to ``DECADES``; for more bands they are drawn log-uniformly over this range. For
+    one band there is one candidate.
 
     Raises
     ------
@@ -169,42 +172,43 @@ def band_weights(n_bands: int, n_candidates: int, seed: int = 0) -> np.ndarray:
 
 
 def _best_candidates(model: BandedRidge, attempt: Callable[[int], Attempt]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Search with plain ridge on scaled bands, a candidate at a time.
+    """Search with plain ridge on scaled bands, one candidate at a time.
 
     Parameters
     ----------
-    attempt : number of a candidate -> weights or predictions, chosen penalties and CC of its ridge
+    attempt : index of a candidate -> weights or predictions, chosen penalties and CC of its ridge
 
     Returns
     -------
-    the same of each voxel's best candidate, penalties by band, and (n_candidates, n_voxels) each one's highest CC
+    the same for each voxel's best candidate, with penalties of each band; and each candidate's highest CC,
+    (n_candidates, n_voxels)
     """
     best: list[np.ndarray] = []
     scores: list[np.ndarray] = []
-    for at, gamma in enumerate(model.band_weights):
-        values, ridge_alphas, cv_cc = attempt(at)
-        found = [values, ridge_alphas / gamma[:, None], cv_cc]
+    for index, gamma in enumerate(model.band_weights):
+        values, ridge_alphas, cv_cc = attempt(index)
+        candidate = [values, ridge_alphas / gamma[:, None], cv_cc]
         score = cv_cc.max(axis=0)
         better = score > np.max(scores, axis=0) if scores else np.ones(score.size, bool)
-        best = best or found
-        for kept, new in zip(best, found, strict=True):
-            kept[:, better] = new[:, better]
+        best = best or candidate
+        for old, new in zip(best, candidate, strict=True):
+            old[:, better] = new[:, better]
         scores.append(score)
     return best, np.stack(scores)
 
 
 def _bytes_of(ridge: CrossValidatedRidge) -> int:
-    """Return the most that ridge keeps: products and decompositions of every fold, and the features."""
+    """Return the memory of ridge at most: products and decompositions of every fold, and the features."""
     n, size = min(ridge.n_rows, ridge.n_features), ridge.dtype.itemsize
     bases = size * (n**2 * (len(ridge.rows) + 1) + ridge.n_rows * n)
     return bases + ridge.eigh_dtype.itemsize * n**2 + (4 + size) * ridge.n_rows * ridge.n_features
 
 
 def _check_features(X_bands: Sequence[np.ndarray], folds: np.ndarray) -> None:
-    for at, X in enumerate(X_bands):
+    for index, X in enumerate(X_bands):
         if len(X) != len(folds):
-            raise ValueError(f"rows disagree: band {at} {len(X)}, folds {len(folds)}")
+            raise ValueError(f"rows disagree: band {index} {len(X)}, folds {len(folds)}")
         if not np.isfinite(X).all():
-            raise ValueError(f"band {at} has non-finite values")
+            raise ValueError(f"band {index} has non-finite values")
     if np.unique(folds).size < 2:
         raise ValueError("1 fold: at least 2 are needed to choose penalties on rows that are not scored")

@@ -1,13 +1,12 @@
-"""Cross-validated ridge regression: an alpha a voxel, folds made of whole stories.
+"""Cross-validated ridge regression: one penalty per voxel, folds made of whole stories.
 
 Weights minimise ``||X b - y||^2 + ridge_alpha ||b||^2`` for each voxel, ridge_alpha in himalaya's and scikit-learn's
 units (the Huth-lab code squares its alpha). There is no intercept: z-score ``X`` and ``Y`` before.
 
-Arithmetic is float32. To choose alphas, correlations need no predictions in their numerators, and only the norms of
-predictions in their denominators; these norms alone may be taken in bfloat16, where the machine multiplies it fast.
-Weights of small alphas are refined once by their residual. The error of float32 eigenvectors, which the choice of
-alphas inherits, grows with the largest eigenvalue / the smallest alpha: above one limit they are computed in float64,
-above another everything is.
+Arithmetic is float32. The correlations that choose a penalty need only the norms of predictions, not the predictions;
+these norms alone are computed in bfloat16 on processors that support it. Weights of small penalties are refined once by
+their residual. The error of float32 eigenvectors grows with the largest eigenvalue / the smallest ridge_alpha: above
+one limit the eigenvectors are computed in float64, above another everything is.
 """
 
 import copy
@@ -22,15 +21,13 @@ from bert_encoding.core.devices import resolve_precision
 from bert_encoding.regression.solvers import FORMS, Basis, Form, Targets, largest_eigenvalue, rows_of_folds, shrink
 
 RIDGE_ALPHAS = tuple(float(alpha) for alpha in np.logspace(2, 8, 13))
-BLOCK_BYTES = 2**28  # of working memory for a block of voxels
-ROUGH_CONDITION = 3e3  # largest eigenvalue / alpha from which on float32 weights are refined
-EIGH_CONDITION = 5e3  # largest eigenvalue / smallest alpha up to which features are decomposed in float32
-WORST_CONDITION = 1e5  # largest eigenvalue / smallest alpha that float32 is trusted with
-MANY_ROWS = 2**19  # numbers in the held-out rows from which on bfloat16 is worth its rounding
+BLOCK_BYTES = 2**28  # working memory of a block of voxels
+ROUGH_CONDITION = 3e3  # largest eigenvalue / ridge_alpha above which float32 weights are refined
+EIGH_CONDITION = 5e3  # largest eigenvalue / smallest ridge_alpha up to which features are decomposed in float32
+WORST_CONDITION = 1e5  # largest eigenvalue / smallest ridge_alpha up to which float32 is accurate enough
+MANY_ROWS = 2**19  # values in the held-out rows above which bfloat16 saves time
 MAX_EDGE_SHARE = 0.2
-MIN_EDGE_GAIN = (
-    1e-3  # of CC at an edge of the grid over the alpha beside it; below it further alphas would give nothing
-)
+MIN_EDGE_GAIN = 1e-3  # CC at an edge of the grid minus CC at its neighbour; below it a wider grid gains nothing
 DECADES_FURTHER = 2
 
 
@@ -41,7 +38,7 @@ class RidgeFit(NamedTuple):
     ----------
     weights : (n_features, n_voxels) float32
     ridge_alphas : (n_voxels,) the chosen penalties
-    cv_cc : (n_alphas, n_voxels) mean over folds of the held-out CC that chose them (do not report its maximum)
+    cv_cc : (n_alphas, n_voxels) mean over folds of the held-out CC that chose them (its maximum is biased upwards)
     """
 
     weights: np.ndarray
@@ -54,7 +51,7 @@ class RidgeFit(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a fitted model says of other rows.
+    """The predictions of a fitted model for other rows.
 
     Attributes
     ----------
@@ -68,12 +65,12 @@ class Prediction(NamedTuple):
 
 
 class CrossValidatedRidge:
-    """Ridge on given features, for any number of voxels: what depends on the features alone is computed once.
+    """Ridge on given features; what depends on the features alone is computed once for all voxels.
 
     Parameters
     ----------
     X : (n_trs, n_features), z-scored
-    folds : (n_trs,) fold of each row; a story must lie in one fold
+    folds : (n_trs,) fold of each row; a story must be in one fold
     form : ``primal`` (n_features x n_features), ``kernel`` (n_trs x n_trs), or ``auto``: the smaller
     precision : ``auto``, or ``float64`` for all arithmetic
 
@@ -107,12 +104,12 @@ class CrossValidatedRidge:
         self._prepare()
 
     def with_alphas(self, ridge_alphas: tuple[float, ...]) -> "CrossValidatedRidge":
-        """Return ridge on the same features with another grid; what is computed already is shared."""
-        other = copy.copy(self)
-        other.ridge_alphas = ridge_alphas
-        if other._dtypes() != (self.dtype, self.eigh_dtype):
-            other._prepare()
-        return other
+        """Return ridge on the same features with another grid; decompositions are shared."""
+        ridge = copy.copy(self)
+        ridge.ridge_alphas = ridge_alphas
+        if ridge._dtypes() != (self.dtype, self.eigh_dtype):
+            ridge._prepare()
+        return ridge
 
     def extended(self, beyond: Mapping[str, float]) -> "CrossValidatedRidge | None":
         """Return ridge with the grid that ``extend_alphas`` returns, None if the grid is wide enough.
@@ -125,11 +122,11 @@ class CrossValidatedRidge:
         return None if ridge_alphas is None else self.with_alphas(ridge_alphas)
 
     def fit(self, Y: np.ndarray | Targets) -> RidgeFit:
-        """Choose each voxel's alpha by the mean held-out CC over folds, then fit on all rows.
+        """Choose each voxel's ridge_alpha by the mean held-out CC over folds, then fit on all rows.
 
         Parameters
         ----------
-        Y : (n_trs, n_voxels), z-scored; or prepared, where several fits share them
+        Y : (n_trs, n_voxels), z-scored; or prepared, if several fits share them
 
         Raises
         ------
@@ -143,7 +140,7 @@ class CrossValidatedRidge:
         return RidgeFit(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
 
     def fit_predict(self, Y: np.ndarray | Targets, X: np.ndarray) -> Prediction:
-        """Fit, and predict other rows; the weights, which may be large, are not kept.
+        """Fit, and predict other rows without keeping the weights, which may be large.
 
         Parameters
         ----------
@@ -158,10 +155,10 @@ class CrossValidatedRidge:
         return Prediction(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
 
     def predict_left_out(self, Y: np.ndarray | Targets) -> np.ndarray:
-        """Predict each fold from the others, (n_trs, n_voxels) float32; alphas are chosen inside those others alone.
+        """Predict each fold from the other folds, (n_trs, n_voxels) float32; ridge_alphas are chosen inside these.
 
-        Choosing alphas on the fold that is then scored raises the CC of pure noise. A fit without folds j and k serves
-        twice: it scores j when k is predicted, and k when j is.
+        Choosing them on the fold that is then scored would raise the CC of pure noise. A fit without folds j and k is
+        used twice: it scores j when k is predicted, and k when j is.
 
         Raises
         ------
@@ -204,22 +201,22 @@ class CrossValidatedRidge:
         return weights, alphas.cpu().numpy(), cc.cpu().numpy()
 
     def _refine(self, weights: torch.Tensor, Y: torch.Tensor, alphas: torch.Tensor) -> None:
-        """Correct, in place and by their residual, the weights of voxels whose alpha float32 feels."""
+        """Correct in place, by their residual, the weights of voxels whose ridge_alpha is small for float32."""
         rough = self.largest_eigenvalue > ROUGH_CONDITION * alphas
         if self.dtype == torch.float64 or not rough.any():
             return
-        found, X, alphas = weights[:, rough], self._X, alphas[rough]
-        residual = X.T @ (Y[:, rough].to(X) - X @ found) - alphas.to(X) * found
-        weights[:, rough] = found + self._form.invert(self._basis(()), residual, alphas)
+        first, X, alphas = weights[:, rough], self._X, alphas[rough]
+        residual = X.T @ (Y[:, rough].to(X) - X @ first) - alphas.to(X) * first
+        weights[:, rough] = first + self._form.invert(self._basis(()), residual, alphas)
 
     def _left_out_block(self, block: Targets) -> torch.Tensor:
-        """Return predictions of one block of voxels, every row by a model that did not see its fold."""
+        """Return predictions of one block of voxels, each row by a model fitted without its fold."""
         products = self._form.products(block.Y)
         inner: list[list[torch.Tensor]] = [[] for _ in self._every]
-        for one, other in combinations(self._every, 2):
-            cc = self._cc_without(block, products, (one, other))
-            inner[other].append(cc[0])
-            inner[one].append(cc[1])
+        for first, second in combinations(self._every, 2):
+            cc = self._cc_without(block, products, (first, second))
+            inner[second].append(cc[0])
+            inner[first].append(cc[1])
         predicted = torch.empty(block.Y.shape, dtype=torch.float32, device=self.device)
         for fold in self._every:
             alphas, basis = _best_alphas(torch.stack(inner[fold]).mean(dim=0), self.ridge_alphas), self._basis((fold,))
@@ -228,7 +225,7 @@ class CrossValidatedRidge:
         return predicted
 
     def _basis(self, out: tuple[int, ...]) -> Basis:
-        """Decompose all folds but ``out``, once."""
+        """Decompose all folds except ``out``, once."""
         if out not in self._bases:
             self._bases[out] = self._form.basis(tuple(fold for fold in self._every if fold not in out))
         return self._bases[out]
@@ -240,7 +237,7 @@ class CrossValidatedRidge:
         return [self._cc_in_fold(basis, projected, block, fold) for fold in out]
 
     def _cc_in_fold(self, basis: Basis, projected: torch.Tensor, block: Targets, fold: int) -> torch.Tensor:
-        """Return the CC of a fold for every alpha; 0 where a voxel is constant in it, so that the other folds choose.
+        """Return the CC of a fold for every ridge_alpha; 0 for a voxel that is constant there, so other folds choose.
 
         With ``p_a = H D_a P`` for the centred rows ``H`` of the fold, ``y'p_a`` is ``D_a`` times ``(H'y) * P`` summed
         over the basis, and only ``||p_a||`` needs the product.
@@ -255,7 +252,7 @@ class CrossValidatedRidge:
         return torch.where(is_flat | (block.norms[fold] == 0), 0.0, cc)
 
     def _centred(self, basis: Basis, fold: int) -> torch.Tensor:
-        """Return the rows of a fold in the basis, centred; kept where the fold alone is left out."""
+        """Return the rows of a fold in the basis, centred; cached if only that fold is left out."""
         if fold in self._held_out and self._bases.get((fold,)) is basis:
             return self._held_out[fold]
         rows = self._form.held_out(basis, fold)
@@ -265,37 +262,37 @@ class CrossValidatedRidge:
         return rows
 
     def _norms(self, rows: torch.Tensor, shrinkage: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the norm of each voxel's prediction for every alpha, (n_alphas, n_voxels)."""
+        """Return the norm of each voxel's prediction for every ridge_alpha, (n_alphas, n_voxels)."""
         fast = self._fast_dtype(rows)
         projected = projected.to(fast)
         norms = [_column_norms((rows * shrunk).to(fast) @ projected) for shrunk in shrinkage]
         return torch.stack(norms).to(rows)
 
     def _fast_dtype(self, rows: torch.Tensor) -> torch.dtype:
-        """Return what norms are computed in: over few rows bfloat16 would be felt, and spare nothing."""
+        """Return the type of the norms: with few rows, bfloat16 would lose accuracy and save no time."""
         if self._precision == "float64" or rows.numel() < MANY_ROWS:
             return rows.dtype
         return torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
 
 
 def block_bytes_per_voxel(n_rows: int, n_features: int, n_folds: int, itemsize: int) -> int:
-    """Return the working memory of one voxel: its products by fold, their sum, projections, and a fold's prediction."""
+    """Return the working memory per voxel: products of each fold, their sum, projections, and a fold's prediction."""
     n = min(n_rows, n_features)
     return itemsize * (n * (n_folds + 4) + 3 * n_rows // n_folds) + 4 * n_rows
 
 
 def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_ALPHAS) -> dict[str, float]:
-    """Return the share of voxels whose alpha is the grid's smallest and largest."""
+    """Return the share of voxels whose ridge_alpha is the grid's smallest and largest."""
     return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
 
 
 def share_beyond_grid(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
-    """Return the share of voxels that would choose an alpha beyond the grid's low and high edge, to some avail.
+    """Return the share of voxels that would gain from a ridge_alpha beyond the low and the high edge of the grid.
 
     Parameters
     ----------
-    cv_cc : (n_alphas, n_voxels), alphas ascending
-    over_smoothed : every alpha is above the largest eigenvalue, where neighbours differ in scale alone
+    cv_cc : (n_alphas, n_voxels), ridge_alphas ascending
+    over_smoothed : every ridge_alpha exceeds the largest eigenvalue, so predictions differ in scale alone
     """
     if len(cv_cc) < 2:
         return {"low": 0.0, "high": 0.0}
@@ -308,10 +305,10 @@ def share_beyond_grid(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[st
 def extend_alphas(
     grid: tuple[float, ...], share: Mapping[str, float], largest_eigenvalue: float
 ) -> tuple[float, ...] | None:
-    """Return the grid extended by two decades at each edge that presses more than a fifth of the voxels, else None.
+    """Return the grid extended by two decades beyond each edge that limits more than a fifth of the voxels, else None.
 
-    It goes up only while alphas are not yet ten times the largest eigenvalue: beyond, predictions change in scale
-    alone, and the choice among such alphas is one of rounding. A grid of one alpha is a wish, and stays.
+    Values are added above only up to ten times the largest eigenvalue: beyond, predictions change in scale alone, and
+    rounding would decide. A grid of one value is never extended.
 
     Parameters
     ----------
@@ -321,8 +318,8 @@ def extend_alphas(
     if len(ordered) < 2:
         return None
     step = np.log10(ordered[-1] / ordered[0]) / (len(ordered) - 1)
-    n_further = max(1, round(DECADES_FURTHER / step))
-    further = 10 ** np.linspace(DECADES_FURTHER / n_further, DECADES_FURTHER, n_further)
+    n_added = max(1, round(DECADES_FURTHER / step))
+    further = 10 ** np.linspace(DECADES_FURTHER / n_added, DECADES_FURTHER, n_added)
     lower = tuple((ordered[0] / further).tolist()) if share["low"] > MAX_EDGE_SHARE else ()
     may_rise = share["high"] > MAX_EDGE_SHARE and ordered[-1] < 10 * largest_eigenvalue
     upper = tuple((ordered[-1] * further).tolist()) if may_rise else ()
@@ -330,7 +327,7 @@ def extend_alphas(
 
 
 def _best_alphas(cc: torch.Tensor, ridge_alphas: tuple[float, ...]) -> torch.Tensor:
-    """Return the alpha of the highest CC, (n_voxels,)."""
+    """Return the ridge_alpha of the highest CC, (n_voxels,)."""
     return torch.tensor(ridge_alphas, dtype=torch.float64, device=cc.device)[cc.argmax(dim=0)]
 
 
@@ -341,4 +338,6 @@ def _column_norms(predicted: torch.Tensor) -> torch.Tensor:
 
 def _check_n_folds(n_folds: int, n_least: int) -> None:
     if n_folds < n_least:
-        raise ValueError(f"{n_folds} folds: at least {n_least} are needed to choose alphas on rows that are not scored")
+        raise ValueError(
+            f"{n_folds} folds: at least {n_least} are needed to choose ridge_alphas on rows that are not scored"
+        )

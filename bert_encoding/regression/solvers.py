@@ -1,6 +1,6 @@
-"""The two forms of the ridge equations, each made of products over rows that are computed once.
+"""The two forms of the ridge equations; products over the rows of each fold are computed once.
 
-Leaving folds out then costs a subtraction and an eigendecomposition, and one decomposition serves every alpha.
+Leaving folds out then costs one subtraction and one eigendecomposition, which serves every ridge_alpha.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 
 class Basis(NamedTuple):
-    """The eigenvectors in which ridge on some folds is solved for every alpha at once."""
+    """The eigenvectors in which ridge on some folds is solved for every ridge_alpha at once."""
 
     folds: tuple[int, ...]
     eigenvalues: torch.Tensor  # (n,)
@@ -23,7 +23,7 @@ class Form(Protocol):
 
     Parameters
     ----------
-    X : (n_trs, n_features); its type is that of the products with responses
+    X : (n_trs, n_features), in the type of the products with responses
     rows : row numbers of each fold
     dtype : type of the products of features with features, and of their decompositions
     """
@@ -37,13 +37,13 @@ class Form(Protocol):
         """Return the rows of another fold in the basis, (n_fold_rows, n)."""
 
     def products(self, Y: torch.Tensor) -> list[torch.Tensor]:
-        """Return what ``project`` needs of some voxels, (n_trs, n_voxels), by fold."""
+        """Return the input of ``project`` for some voxels, (n_trs, n_voxels): one product per fold."""
 
     def project(self, basis: Basis, products: list[torch.Tensor]) -> torch.Tensor:
         """Return the responses of the training rows in the basis, (n, n_voxels)."""
 
     def weights(self, basis: Basis, shrunk: torch.Tensor) -> torch.Tensor:
-        """Return to features, (n_features, n_voxels)."""
+        """Return weights of the features, (n_features, n_voxels)."""
 
     def invert(self, basis: Basis, right: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
         """Return ``(X'X + alpha)^-1 right`` over the rows of ``basis``, (n_features, n_voxels)."""
@@ -122,7 +122,7 @@ def shrink(basis: Basis, projected: torch.Tensor, alphas: torch.Tensor) -> torch
 
 
 def largest_eigenvalue(X: torch.Tensor, n_steps: int = 30) -> float:
-    """Return the largest eigenvalue of ``X'X`` by power iteration, from below to a few percent."""
+    """Return the largest eigenvalue of ``X'X`` by power iteration, accurate to a few percent from below."""
     vector = torch.ones(X.shape[1], dtype=X.dtype, device=X.device) + torch.linspace(0, 1, X.shape[1]).to(X)
     eigenvalue = 0.0
     for _ in range(n_steps):
@@ -147,7 +147,7 @@ class Targets(NamedTuple):
     Attributes
     ----------
     Y : (n_trs, n_voxels) float32 or float64, on the device where ridge computes
-    norms : (n_folds, n_voxels) of the centred rows of each fold; 0 where a voxel is constant there
+    norms : (n_folds, n_voxels) norms of the centred rows of each fold; 0 for a voxel that is constant there
     """
 
     Y: torch.Tensor
@@ -193,5 +193,5 @@ def rows_of_folds(folds: np.ndarray) -> list[np.ndarray]:
 def _centred_norms(Y: torch.Tensor) -> torch.Tensor:
     centred = Y - Y.mean(dim=0)
     norms = centred.square_().sum(dim=0).sqrt()
-    norms[Y.amax(dim=0) == Y.amin(dim=0)] = 0  # the rounded mean of equal values leaves a trace
+    norms[Y.amax(dim=0) == Y.amin(dim=0)] = 0  # the mean of equal values is rounded
     return norms

@@ -126,7 +126,7 @@ def test_decompositions_that_are_kept_serve_other_voxels_and_grids(monkeypatch: 
         served = kept.with_alphas(grid).fit(other)
         assert len(kept._ridges) == 5
         with monkeypatch.context() as patch:
-            patch.setattr(banded, "KEPT_BYTES", 0)
+            patch.setattr(banded, "CACHED_BYTES", 0)
             anew = BandedRidge(bands, FOLDS, grid)
             for found, expected in zip(served, anew.fit(other), strict=True):
                 np.testing.assert_array_equal(found, expected)
