@@ -2,8 +2,8 @@
 
 One penalty for all features shrinks a few strong ones (word rate: one column per delay) as much as thousands of weak
 ones (BERT). Banded ridge minimises ``||sum_b X_b w_b - y||^2 + sum_b ridge_alpha_b ||w_b||^2`` (Nunez-Elizalde, Huth
-and Gallant 2019, NeuroImage 197, equation 7). With ``ridge_alpha_b = ridge_alpha / gamma_b`` it is plain ridge on the bands
-times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so the search covers relative band weights
+and Gallant 2019, NeuroImage 197, equation 7). With ``ridge_alpha_b = ridge_alpha / gamma_b`` it is plain ridge on the
+bands times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so the search covers relative band weights
 ``gamma`` and, for each, ``ridge_alpha``. There is no intercept: z-score before.
 """
 
