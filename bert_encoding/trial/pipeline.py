@@ -1,4 +1,4 @@
-"""The stages of a trial that do not train: words -> vectors -> features -> ridge -> scores, with one setting."""
+"""The stages of a trial after training: words -> vectors -> features -> ridge -> scores."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -26,15 +26,15 @@ from bert_encoding.trial.scoring import Design, SubjectScores, make_design, prep
 
 
 class Task(NamedTuple):
-    """What all trials of a study share.
+    """The data that all trials of a study share.
 
     Attributes
     ----------
-    dataset : inspected
+    dataset : after ``inspect``
     splits : one, or several that rotate; scores are means over them
-    split_seed : settles ridge folds and probe masks, the same in every trial
-    probe_text, control_text : files of text that is not stories, instead of the bundled ones
-    voxels_are_chosen : by the frozen encoder's own ``cc_seen``, which is then the best of many for it
+    split_seed : of ridge folds and probe masks, the same in every trial
+    probe_text, control_text : files of general text, instead of the bundled ones
+    voxels_are_chosen : by the frozen encoder's ``cc_seen``, which is then optimistically biased
     """
 
     dataset: Dataset
@@ -79,12 +79,12 @@ class Chain:
         self.seconds[stage] += time.perf_counter() - began
 
     def downsampled(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return word vectors on the scanner's clock, story -> (n_trs, n_hidden).
+        """Return downsampled word vectors, story -> (n_trs, n_hidden).
 
         Parameters
         ----------
-        bert : what to embed with; None without an encoder
-        fit : the stories that may settle anything, such as a vocabulary
+        bert : encoder; None for methods without one
+        fit : the stories from which a vocabulary is learned
         """
         stories = self.task.dataset.stories
         if self.config.keep_layers and self.config.method == FROZEN:
@@ -111,7 +111,7 @@ class Chain:
         }
 
     def _one_layer(self, bert: Any, name: str) -> np.ndarray:
-        """Return one story on the scanner's clock in the requested layer; all layers are computed and cached."""
+        """Return one downsampled story, (n_trs, n_hidden), in the requested layer; all layers are cached."""
         assert self.encoder is not None
         settings = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
         key = (self.encoder.name, self.task.dataset.fingerprint, settings, name)
@@ -120,7 +120,7 @@ class Chain:
         return layers[list(chosen)].mean(axis=0, dtype=np.float64)
 
     def _all_layers(self, bert: Any, name: str) -> np.ndarray:
-        """Return one story on the scanner's clock, (n_layers + 1, n_trs, n_hidden) float32."""
+        """Return one downsampled story, (n_layers + 1, n_trs, n_hidden) float32."""
         assert self.encoder is not None
         indices, story = range(self.encoder.n_layers + 1), self.task.dataset.stories[name]
         vectors = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=indices, **self._windows)
@@ -160,7 +160,7 @@ class Chain:
         with self.timed("ridge"):
             dataset = self.task.dataset
             design, ridge = self._ridge(downsampled, fit, scored)
-            if len(self.task.splits) == 1:  # several splits would all be in memory together
+            if len(self.task.splits) == 1:  # several splits would all be in memory at once
                 self._latest[fit] = (downsampled, ridge)
             return {
                 subject: score_subject(
@@ -179,21 +179,21 @@ class Chain:
 
         Parameters
         ----------
-        grids : subject -> the alphas to choose from, where ``score`` found that others are wanted
+        grids : subject -> the ridge_alphas to choose from, if ``score`` has widened them
         """
         with self.timed("ridge"):
             dataset = self.task.dataset
             scored_with, ridge = self._latest.pop(fit, (None, None))
             if ridge is None or scored_with is not downsampled:
                 ridge = self._ridge(downsampled, fit, fit)[1]
-            wanted = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
+            used = {subject: (grids or {}).get(subject, self.config.ridge_alphas) for subject in dataset.subjects}
             return {
                 subject: seen_cc(ridge.with_alphas(grid), dataset, subject, fit, self.cache)
-                for subject, grid in wanted.items()
+                for subject, grid in used.items()
             }
 
     def forget_ridge(self) -> None:
-        """Free the decompositions of the last scores, which ``score_seen`` could have used."""
+        """Free the decompositions of the last ``score``, which ``score_seen`` would reuse."""
         self._latest.clear()
 
     def _ridge(

@@ -1,4 +1,4 @@
-"""The one place that names, writes and reads result files."""
+"""The files of a trial: their names, writing and reading."""
 
 import io
 from contextlib import AbstractContextManager
@@ -32,25 +32,25 @@ from bert_encoding.core.storage import (
     remove_tree,
 )
 
-_ARRAYS = ("cc", "cc_test", "details")  # of a record, kept in files of their own
+_ARRAYS = ("cc", "cc_test", "details")  # fields that are stored in separate files
 
 
 @dataclass
 class TrialRecord:
-    """Everything about one trial that ended, well or badly.
+    """Everything about one trial that ended or failed.
 
     Attributes
     ----------
     status : COMPLETE, STOPPED (early) or FAILED
     key : hash of configuration, data, splits and code; equal keys mean equal results
-    repeat_of : the trial whose record answered this one
-    config : all settings; ``params`` is what the search space suggested
-    examples : of a text task, some held-out texts with what was predicted before and after
-    notes : what a reader of the scores should know
+    repeat_of : the trial with the same key whose results this record repeats
+    config : all settings; ``params`` are those that the search space suggested
+    examples : of a text task, some held-out texts with their predictions before and after training
+    notes : remarks for readers of the scores
     scores : of the last epoch, and of the trial as a whole
     epochs, stories, subjects : rows of the tables of the same names
-    cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; kept in cc.npz
-    details : further arrays, see ``summaries.voxel_details``; kept in details.npz of baselines and of the best trials
+    cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; stored in cc.npz
+    details : further arrays, see ``summaries.voxel_details``; stored in details.npz for baselines and the best trials
     """
 
     status: str
@@ -80,31 +80,31 @@ _FIELDS = {f.name for f in fields(TrialRecord)}
 
 
 def trial_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
-    """Return where a trial's files lie."""
+    """Return the folder of a trial's files."""
     return cast(AnyPlace, study / "trials" / trial_id)
 
 
 def adapter_folder(study: AnyPlace, trial_id: str) -> AnyPlace:
-    """Return where a trial's adapter lies, in PEFT format."""
+    """Return the folder of a trial's adapter, in PEFT format."""
     return cast(AnyPlace, trial_folder(study, trial_id) / "adapter")
 
 
 def saving_adapter(study: Place, trial_id: str) -> AbstractContextManager[Path]:
-    """Yield a folder of this machine to save a trial's adapter in; it is uploaded if the study lies elsewhere."""
+    """Yield a local folder to save a trial's adapter in; it is uploaded if the study is in object storage."""
     return local_folder(adapter_folder(study, trial_id))
 
 
 def write_record(study: Place, record: TrialRecord) -> None:
-    """Write a record and its CC; the record comes last and is renamed into place, or uploaded as one object."""
+    """Write a record and its CC; the record is written last and renamed into place, or uploaded as one object."""
     folder = trial_folder(study, record.trial_id)
     content = {k: v for k, v in asdict(replace(record, cc={}, cc_test={}, details={})).items() if k not in _ARRAYS}
     with naming_full_disk(folder):
         make_folder(folder)
-        arrays = record.cc | {f"test/{subject}": cc for subject, cc in record.cc_test.items()}
-        for name, content_of in (("cc.npz", arrays), (DETAILS_FILE, record.details)):
-            if content_of:
+        cc = record.cc | {f"test/{subject}": values for subject, values in record.cc_test.items()}
+        for name, arrays in (("cc.npz", cc), (DETAILS_FILE, record.details)):
+            if arrays:
                 with atomic_path(folder / name) as temporary, temporary.open("wb") as file:
-                    np.savez(file, **content_of)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
         write_json(folder / RECORD_FILE, content)
 
 
@@ -131,13 +131,13 @@ def _read_record(file: Place) -> TrialRecord:
 
 
 def read_cc(study: Place, trial_id: str) -> dict[str, np.ndarray]:
-    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` where it was scored; nothing of a trial
-    on text."""
+    """Return the CC of a trial: subject -> (n_voxels,), and ``test/<subject>`` if it was scored; empty for a trial on
+    text."""
     return _read_arrays(trial_folder(study, trial_id) / "cc.npz")
 
 
 def read_details(study: Place, trial_id: str) -> dict[str, np.ndarray]:
-    """Return a trial's further arrays, see ``summaries.voxel_details``; nothing where none are kept."""
+    """Return a trial's further arrays, see ``summaries.voxel_details``; empty if none are stored."""
     return _read_arrays(trial_folder(study, trial_id) / DETAILS_FILE)
 
 
@@ -153,15 +153,15 @@ def _read_arrays(file: Place) -> dict[str, np.ndarray]:
 def keep_best(study: Place, n: int, metric: Metric = METRICS[ENCODING]) -> None:
     """Delete the adapters and the details of all but the ``n`` best complete searched trials that have them.
 
-    Records stay, and so does what baselines have.
+    Records, and the files of baselines, stay.
     """
     searched = [record for record in read_records(study) if record.phase == SEARCH]
     for name in ("adapter", DETAILS_FILE):
         places = {place.parent.name: place for place in entries(study / "trials", name)}
-        having = [record for record in searched if record.trial_id in places]
-        complete = [record for record in having if record.status == COMPLETE]
+        with_file = [record for record in searched if record.trial_id in places]
+        complete = [record for record in with_file if record.status == COMPLETE]
         best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
-        map_places(_remove, [places[record.trial_id] for record in having if record not in best], beside=study)
+        map_places(_remove, [places[record.trial_id] for record in with_file if record not in best], beside=study)
 
 
 def _remove(place: Place) -> None:

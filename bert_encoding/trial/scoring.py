@@ -1,4 +1,4 @@
-"""Word vectors to scores: features, ridge on the fit stories, CC on stories that ridge never saw."""
+"""From word vectors to scores: features, ridge on the fit stories, CC on stories that ridge was not fitted on."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -35,9 +35,9 @@ class PredictionTests(NamedTuple):
 
     Attributes
     ----------
-    p : (n_voxels,) of block permutations; NaN throughout where the stories are too short for them
-    replicates : the mean CC over voxels, of the rows as they are and of resamples of their time; the draws depend on
-        the rows alone, so that those of two models scored on the same stories are pairs
+    p : (n_voxels,) of block permutations; all NaN if the stories are too short for them
+    replicates : the mean CC over voxels, of all rows and of resamples of their time; the draws depend on the rows
+        alone, so that those of two models scored on the same stories are pairs
     """
 
     p: np.ndarray
@@ -50,7 +50,7 @@ class PredictionTests(NamedTuple):
 
     @property
     def share_significant(self) -> float | None:
-        """The share of voxels with q below ``FALSE_DISCOVERY_RATE``; None where there is no p."""
+        """The share of voxels with q below ``FALSE_DISCOVERY_RATE``; None without p."""
         return float(np.mean(self.q < FALSE_DISCOVERY_RATE)) if np.isfinite(self.p).any() else None
 
 
@@ -74,13 +74,13 @@ class SubjectScores(NamedTuple):
     Attributes
     ----------
     cc : (n_valid,) over the concatenated rows of the scored stories
-    story_cc : story -> (n_valid,) CC inside that story, NaN where a voxel is constant there
+    story_cc : story -> (n_valid,) CC inside that story, NaN for a voxel that is constant there
     ridge_alphas : (n_valid,)
     n_constant : voxels whose prediction is constant; they score 0
-    grid : the alphas to choose from
+    grid : the ridge_alphas to choose from
     beyond_grid : ``ridge.share_beyond_grid``
     rois : region of interest -> its voxels, counted among the valid ones
-    tests : where they were asked for
+    tests : if requested
     """
 
     cc: np.ndarray
@@ -94,14 +94,14 @@ class SubjectScores(NamedTuple):
 
     @property
     def edge_share(self) -> dict[str, float]:
-        """The share of voxels that chose the smallest and the largest alpha."""
+        """The share of voxels that chose the smallest and the largest ridge_alpha."""
         return alpha_edge_share(self.ridge_alphas, self.grid)
 
     def summary(self) -> dict[str, float]:
         """Return the summaries over voxels, and the mean CC of each region of interest that has a valid voxel."""
         significant = None if self.tests is None else self.tests.share_significant
-        found = {} if significant is None else {"share_significant": significant}
-        return summarise(self.cc) | found | self._roi_means(self.cc)
+        tested = {} if significant is None else {"share_significant": significant}
+        return summarise(self.cc) | tested | self._roi_means(self.cc)
 
     def story_summary(self, story: str) -> dict[str, float]:
         """Return the mean CC inside one story, of all voxels and of each region of interest."""
@@ -114,7 +114,7 @@ class SubjectScores(NamedTuple):
 
 
 class Design(NamedTuple):
-    """Features of the fit stories, and of the scored ones, z-scored by constants of the fit rows alone."""
+    """Features of fit and scored stories, z-scored by mean and deviation of the fit rows."""
 
     fit: np.ndarray  # (n_fit_rows, n_features)
     scored: np.ndarray  # (n_scored_rows, n_features)
@@ -131,7 +131,7 @@ def make_design(
     config: TrialConfig,
     fold_seed: int,
 ) -> Design:
-    """Turn word vectors on the scanner's clock, story -> (n_trs, n_hidden), into features.
+    """Turn downsampled word vectors, story -> (n_trs, n_hidden), into features.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def make_design(
         fit=constants.apply(np.vstack([X[name] for name in fit])),
         scored=constants.apply(np.vstack([X[name] for name in scored])),
         folds=np.concatenate([np.full(len(X[name]), fold_of[name]) for name in fit]),
-        scored_story=np.concatenate([np.full(len(X[name]), at) for at, name in enumerate(scored)]),
+        scored_story=np.concatenate([np.full(len(X[name]), index) for index, name in enumerate(scored)]),
         constants=constants,
     )
 
@@ -172,8 +172,8 @@ def score_subject(
 ) -> SubjectScores:
     """Fit ridge on the fit stories and correlate its predictions with the responses to the scored stories.
 
-    Responses are read, fitted and scored a panel of voxels at a time, so that they need not fit in memory. Where more
-    than a fifth of the voxels want an alpha beyond an edge of the grid, all are fitted once more with a wider one.
+    Responses are read, fitted and scored one panel of voxels at a time. If more than a fifth of the voxels would gain
+    from a ridge_alpha beyond an edge of the grid, all are fitted once more with a wider grid.
 
     Parameters
     ----------
@@ -230,8 +230,8 @@ def _join_panels(parts: Sequence[SubjectScores], rois: Mapping[str, np.ndarray])
 def seen_cc(
     ridge: CrossValidatedRidge, dataset: Dataset, subject: str, fit: Sequence[str], cache: WorkerCache | None = None
 ) -> np.ndarray:
-    """Return the cross-validated CC inside the fit stories, (n_valid,): an adapter has read their words, ridge has not
-    seen the rows that it predicts."""
+    """Return the cross-validated CC inside the fit stories, (n_valid,): an adapter has read their words, but ridge was
+    not fitted on the rows that it predicts."""
     parts = []
     for panel in panels(dataset, subject, fit, (), 2 * ridge.n_rows, cache):
         targets = panel.targets(ridge)
@@ -255,12 +255,12 @@ def merge_subjects(scores: Mapping[str, SubjectScores]) -> dict[str, float]:
 def edge_notes(
     scores_of_role: Mapping[str, Sequence[Mapping[str, SubjectScores]]], grid: tuple[float, ...]
 ) -> list[str]:
-    """Say where the grid of alphas was widened, and where it is still too narrow; each once.
+    """Say where the grid of ridge_alphas was widened, and where it is still too narrow; each once.
 
     Parameters
     ----------
-    scores_of_role : how a note begins -> the scores of one or more splits, by subject
-    grid : the alphas that were asked for
+    scores_of_role : beginning of a note -> the scores of one or more splits, by subject
+    grid : the ridge_alphas of the configuration
     """
     notes = [
         role + note
@@ -272,12 +272,12 @@ def edge_notes(
     return list(dict.fromkeys(notes))
 
 
-def _edge_notes(subject: str, result: SubjectScores, asked: tuple[float, ...]) -> list[str]:
+def _edge_notes(subject: str, result: SubjectScores, configured: tuple[float, ...]) -> list[str]:
     notes, grid = [], f"{min(result.grid):g} to {max(result.grid):g}"
-    if result.grid != asked:
+    if result.grid != configured:
         notes.append(
-            f"{subject}: many voxels wanted a ridge_alpha beyond {min(asked):g} to {max(asked):g}, so all were fitted "
-            f"with {grid}"
+            f"{subject}: many voxels wanted a ridge_alpha beyond {min(configured):g} to {max(configured):g}, so all "
+            f"were fitted with {grid}"
         )
     if result.beyond_grid["low"] > MAX_EDGE_SHARE:
         notes.append(
@@ -286,7 +286,7 @@ def _edge_notes(subject: str, result: SubjectScores, asked: tuple[float, ...]) -
         )
     if result.edge_share["high"] > MAX_EDGE_SHARE:
         notes.append(
-            f"{subject}: {result.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of {grid}: nothing "
-            "predicts them"
+            f"{subject}: {result.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of {grid}: no "
+            "feature predicts these voxels (expected outside language areas)"
         )
     return notes

@@ -46,11 +46,11 @@ def mean_cc(dataset: Dataset, splits: Sequence[Scores]) -> dict[str, np.ndarray]
 
 
 def voxel_details(dataset: Dataset, scores_of_role: Mapping[str, Scores], ceilings: Ceilings) -> dict[str, np.ndarray]:
-    """Return further arrays over the whole brain, and the resamples of time.
+    """Return further arrays over the whole brain, and resamples of time.
 
-    Names are ``<role>/story/<story>/<subject>`` for the CC inside a story; where predictions were tested
+    Names are ``<role>/story/<story>/<subject>`` for the CC inside a story; if predictions were tested
     ``<role>/p/<subject>`` and ``<role>/replicates/<subject>``, (1 + n_resamples,) mean CCs; and
-    ``<role>/cc_max/<story>/<subject>`` where a story has repeats.
+    ``<role>/cc_max/<story>/<subject>`` if a story has repeats.
     """
     details: dict[str, np.ndarray] = {}
     for role, scores in scores_of_role.items():
@@ -70,7 +70,7 @@ def columns_of_test(scores: Scores, ceilings: Ceilings) -> dict[str, Any]:
     """Return ``cc_test``, its interval over time inside these stories, and ``cc_norm``.
 
     ``cc_norm`` is the mean of CC / CC_max over the voxels whose ceiling is high enough, over the stories that have
-    repeats, and over subjects; None where there are none.
+    repeats, and over subjects; None without repeats.
     """
     interval = replicates_interval(
         mean_replicates([r.tests.replicates for r in scores.values() if r.tests is not None])

@@ -9,7 +9,7 @@ from bert_encoding.core.names import BASELINE, COMPLETE, CONFIRM, FROZEN, LORA, 
 from bert_encoding.core.storage import Place, atomic_path, naming_full_disk
 from bert_encoding.trial.record import TrialRecord, read_records
 
-# The documented columns of trials.parquet, in order; what does not apply is null.
+# The documented columns of trials.parquet, in order; null if a column does not apply.
 _TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
 _WHOLE = (
     "seed",
@@ -34,36 +34,36 @@ FURTHER_COLUMNS = (
     "loss_heldout perplexity"
 ).split()
 _LORA_ONLY = ("rank", "lora_alpha", "target_modules")
-_STORIES_ONLY = ("stride", "mlm_text")  # of a trial that trains on stories or a corpus as they run on
+_STORIES_ONLY = ("stride", "mlm_text")  # not in a classification, which trains on labelled texts
 
 
 def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row a trial: the documented columns, then one for every further suggested parameter."""
+    """Return one row per trial: the documented columns, then one for every further suggested parameter."""
     frame = pd.DataFrame([_trial_row(record) for record in records])
     frame = frame.reindex(columns=COLUMNS + [name for name in frame.columns if name not in COLUMNS])
     frame["adaptation_gap"] = _adaptation_gap(frame)
     if any(record.scores.get("voxels_are_chosen") for record in records):
-        frame["adaptation_gap"] = np.nan  # the frozen cc_seen chose the voxels, and flatters itself there
+        frame["adaptation_gap"] = np.nan  # the frozen cc_seen chose the voxels, so it is optimistically biased
     further = [name for name in FURTHER_COLUMNS if name in frame]
     types = {name: "string" if name in _TEXT else "Int64" if name in _WHOLE else "Float64" for name in COLUMNS}
     types |= dict.fromkeys(further, "Float64")
-    for name in _WHOLE:  # means over folds need not be whole
+    for name in _WHOLE:  # means over folds may be fractions
         frame[name] = frame[name].astype("Float64").round()
     return frame.astype(types)
 
 
 def epochs_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row a trial and epoch."""
+    """Return one row per trial and epoch."""
     return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **epoch} for r in records for epoch in r.epochs])
 
 
 def stories_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row a trial, subject and scored story."""
+    """Return one row per trial, subject and scored story."""
     return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **story} for r in records for story in r.stories])
 
 
 def subjects_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row a trial, role and subject."""
+    """Return one row per trial, role and subject."""
     return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **row} for r in records for row in r.subjects])
 
 
@@ -93,11 +93,11 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
         name: getattr(record, name) for name in ("trial_id", "phase", "status", "error", "repeat_of")
     }
     row |= {"method": record.method, "seed": record.config.get("seed"), "node": record.node}
-    if record.method in TUNED or "accuracy" in record.scores:  # of a classification the head trains in every method
+    if record.method in TUNED or "accuracy" in record.scores:  # in a classification the head trains with every method
         row["lr"] = record.config.get("lr")
     if record.method in TUNED and "accuracy" not in record.scores:
         row |= {name: record.config.get(name) for name in _STORIES_ONLY}
-        if record.config.get("mlm_text") == "all":  # then no story is held out from fine-tuning
+        if record.config.get("mlm_text") == "all":  # fine-tuning has read every story
             row["mlm_loss_heldout"] = None
     if record.method == LORA:
         row |= {name: record.config.get(name) for name in _LORA_ONLY}
@@ -119,7 +119,7 @@ def _is_column(score: str) -> bool:
 
 
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:
-    """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without the frozen row."""
+    """``(cc_seen - frozen cc_seen) - (cc_mean - frozen cc_mean)``, null without a frozen baseline."""
     frozen = frame[(frame["phase"] == BASELINE) & (frame["method"] == FROZEN) & (frame["status"] == COMPLETE)]
     tuned = frame["method"].isin(TUNED) & (frame["mlm_text"] != "all") & (frame["phase"] != CONFIRM)
     if frozen.empty:

@@ -25,8 +25,7 @@ class TrainingData:
         self.notes: list[str] = []
 
     def objective(self, model: Any) -> tuple[Any, Any]:
-        """Return the model to train, the prepared one with a further head if the objective needs it, and the
-        objective."""
+        """Return the model to train, with the head that the objective adds, and the objective."""
         config, encoder = self.chain.config, self.chain.encoder
         assert encoder is not None
         if config.objective == "mlm":

@@ -1,7 +1,7 @@
 """A fixed subset of the voxels, for a search that need not predict the whole brain.
 
-It is chosen once, before any trial, and is the same for all: the voxels that the frozen encoder predicts best by
-cross-validation inside the fit stories. Validation and test responses have no say in it.
+It is chosen once, before any trial: the voxels that the frozen encoder predicts best by cross-validation inside the fit
+stories. Validation and test responses are not used.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from bert_encoding.trial.pipeline import Chain, Task
 def choose_voxels(config: TrialConfig, task: Task, n: int) -> dict[str, np.ndarray]:
     """Return the ``n`` voxels of each subject that the frozen encoder predicts best, subject -> ascending indices.
 
-    Ties go to the lower index. Only the first split's fit stories are read.
+    Ties go to the lower index. Only the fit stories of the first split are used.
     """
     chain = Chain(replace(config, method=FROZEN), task)
     assert chain.encoder is not None
@@ -39,7 +39,7 @@ def _best(dataset: Dataset, subject: str, cc: np.ndarray, n: int) -> np.ndarray:
 
 
 def keep_voxels(dataset: Dataset, voxels: Mapping[str, np.ndarray]) -> Dataset:
-    """Return the data set with all but some voxels masked out; those that cannot be scored stay out."""
+    """Return the data set with all other voxels masked out; voxels that cannot be scored stay masked."""
     assert dataset.voxel_masks is not None
     masks = {subject: np.zeros_like(mask) for subject, mask in dataset.voxel_masks.items()}
     for subject, mask in masks.items():
@@ -61,12 +61,12 @@ def write_voxels(file: Path, voxels: Mapping[str, np.ndarray]) -> None:
 
 
 def read_voxels(file: Path, dataset: Dataset) -> dict[str, np.ndarray]:
-    """Read the voxels to keep: ``.npy`` with indices or a mask for one subject, ``.npz`` with one array a subject.
+    """Read the voxels to keep: ``.npy`` with indices or a mask for one subject, ``.npz`` with one array per subject.
 
     Raises
     ------
     InputError
-        if the file is damaged, lacks a subject, names voxels that there are not, or keeps none that can be scored.
+        if the file is damaged, lacks a subject, or names voxels that do not exist or none that can be scored.
     """
     assert dataset.voxel_masks is not None
     arrays = read_arrays(file) if file.suffix == ".npz" else _read_npy(file, dataset.subjects)
@@ -84,11 +84,11 @@ def read_voxels(file: Path, dataset: Dataset) -> dict[str, np.ndarray]:
 def _read_npy(file: Path, subjects: tuple[str, ...]) -> dict[str, np.ndarray]:
     if len(subjects) > 1:
         raise InputError(
-            f"{file}: one list of voxels for {len(subjects)} subjects; give an .npz file with one array a subject: "
+            f"{file}: one list of voxels for {len(subjects)} subjects; give an .npz file with one array per subject: "
             f"{', '.join(subjects)}"
         )
     try:
         with file.open("rb") as raw:
             return {subjects[0]: np.lib.format.read_array(raw, allow_pickle=False)}
-    except Exception as error:  # a damaged header is read as Python, and raises almost anything
+    except Exception as error:  # a damaged header is parsed as Python and may raise any exception
         raise InputError(f"{file}: not a readable .npy array ({first_line(error)})") from None

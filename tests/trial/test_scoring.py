@@ -50,6 +50,7 @@ DELAYS = (1, 2, 3, 4)
 GRID = tuple(float(alpha) for alpha in np.logspace(-1, 5, 9))
 CONFIG = TrialConfig(method="word_rate", ridge_alphas=GRID, delays=DELAYS, n_folds=4)
 N_VOXELS = 40  # the first half follow word rate, the others are noise
+UNPREDICTED = "no feature predicts these voxels (expected outside language areas)"
 BAD_VOXELS = {"subject2": [3, 25], "subject3": [30]}
 
 Vectors = Mapping[str, np.ndarray]
@@ -354,7 +355,7 @@ def test_edge_notes_name_the_subject_and_its_share_above_a_fifth() -> None:
     }
     low = "low: 30% of voxels want a ridge_alpha below 1 to 100; set ridge_alphas in the search space to a grid from "
     low += "0.01"
-    high = "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: nothing predicts them"
+    high = "high: 50% of voxels chose the largest ridge_alpha of 1 to 100: " + UNPREDICTED
     assert edge_notes({"": [scores, scores]}, grid) == [low, high]
     assert edge_notes({"": [scores], "test: ": [scores]}, grid) == [low, high, f"test: {low}", f"test: {high}"]
 
@@ -444,7 +445,7 @@ def test_a_grid_that_is_too_narrow_is_widened_and_scores_are_those_of_the_wide_o
     assert widened == (
         "subject2: many voxels wanted a ridge_alpha beyond 0.1 to 100, so all were fitted with 0.1 to 10000"
     )
-    assert nothing.endswith("chose the largest ridge_alpha of 0.1 to 10000: nothing predicts them")
+    assert nothing.endswith("chose the largest ridge_alpha of 0.1 to 10000: " + UNPREDICTED)
 
 
 def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
@@ -459,7 +460,7 @@ def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
     widened, low, high = edge_notes({"": [{"subject2": got}]}, asked)
     assert widened.endswith("beyond 10000 to 1e+06, so all were fitted with 100 to 1e+06")
     assert "want a ridge_alpha below 100 to 1e+06" in low and low.endswith("to a grid from 1")
-    assert high.endswith("nothing predicts them")
+    assert high.endswith(UNPREDICTED)
 
 
 def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,8 +485,8 @@ def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.
     assert grids == [GRID] and got.grid is GRID
     assert max(got.edge_share["low"], 0.2) == 0.2
     assert edge_notes({"": [{"subject2": got}]}, GRID) == [
-        f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: nothing "
-        "predicts them"
+        f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: "
+        + UNPREDICTED
     ]
 
 
