@@ -1,4 +1,4 @@
-"""A classifier trained on labelled texts and judged on others."""
+"""A classifier trained on labelled texts and evaluated on held-out texts."""
 
 import time
 from collections import Counter
@@ -24,14 +24,14 @@ from bert_encoding.text_tasks.classifier import (
     score_classes,
     text_window,
 )
-from bert_encoding.text_tasks.saved_classifier import Reading, save_classifier
+from bert_encoding.text_tasks.saved_classifier import ReadingSettings, save_classifier
 from bert_encoding.text_tasks.task import TextTask, class_names, pick, read_texts, resolve_max_length
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import cached_encoder
 
 N_EXAMPLES = 10
 EXAMPLE_CHARACTERS = 120
-TRAIN_SAMPLE = 200  # texts trained on, at most, whose loss is read after every epoch
+TRAIN_SAMPLE = 200  # training texts, at most, whose loss is read after every epoch
 
 
 class ClassifyRun:
@@ -48,26 +48,27 @@ class ClassifyRun:
         self.texts = read_texts(task.corpus, self.encoder, cache)
         tokenizer = self.encoder.tokenizer
         self.windows = [text_window(tokens, self.max_length, tokenizer) for tokens in self.texts.tokens]
-        number = {label: at for at, label in enumerate(self.labels)}
-        self.classes = np.array([number[example.label or ""] for example in self.texts.examples])  # (n_texts,)
+        index = {label: number for number, label in enumerate(self.labels)}
+        self.classes = np.array([index[example.label or ""] for example in self.texts.examples])  # (n_texts,)
         self.seconds_train = 0.0
         self.notes = list(self._notes())
-        self._kept: dict[bytes, torch.Tensor] = {}
+        self._vectors_of: dict[bytes, torch.Tensor] = {}
 
     def _notes(self) -> Iterator[str]:
         name, (most, n) = self.encoder.name, Counter(self.classes[self.task.heldout].tolist()).most_common(1)[0]
-        yield f"always saying {self.labels[most]!r} has a held-out accuracy of {n / len(self.task.heldout):.3f}"
+        yield f"always predicting {self.labels[most]!r} has a held-out accuracy of {n / len(self.task.heldout):.3f}"
         n_cut = sum(len(tokens.ids) > self.max_length - 2 for tokens in self.texts.tokens)
         if n_cut:
-            yield f"{n_cut} of {len(self.windows)} texts are longer than {self.max_length} tokens: their end is read"
+            n_texts = len(self.windows)
+            yield f"{n_cut} of {n_texts} texts are longer than {self.max_length} tokens; only their end is read"
         yield (
-            f"the pooler is that of {name}"
+            f"the pooler of {name} is used"
             if pooler_weights(self.encoder) and self.config.method != RANDOM
-            else "the pooler is new and trains"
+            else "the pooler is randomly initialised and trained"
         )
 
     def epochs(self) -> Iterator[dict[str, float]]:
-        """Train and yield scores; with patience, until so many epochs were no better than one before."""
+        """Train and yield scores; with patience, until this many epochs were no better than an earlier one."""
         self.before = self._logits(self.task.heldout)
         sample = generator(self.task.split_seed, "training loss").permutation(self.task.train)[:TRAIN_SAMPLE]
         ranks: list[tuple[float, ...]] = []
@@ -87,59 +88,59 @@ class ClassifyRun:
                 return
 
     def _read(self, progress: Progress, sample: np.ndarray) -> dict[str, float]:
-        """Return the scores on held-out texts, and the loss on some that were trained on."""
+        """Return the scores on held-out texts, and the loss on a sample of the training texts."""
         heldout = score_classes(self._logits(self.task.heldout), self.classes[self.task.heldout])
         train_loss = score_classes(self._logits(sample), self.classes[sample])["loss"]
-        told = {name: float(value) for name, value in progress._asdict().items()}
-        return told | {"loss_train": train_loss, "loss_heldout": heldout.pop("loss")} | heldout
+        counts = {name: float(value) for name, value in progress._asdict().items()}
+        return counts | {"loss_train": train_loss, "loss_heldout": heldout.pop("loss")} | heldout
 
     def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
-        """Return accuracy, and the loss for ties: confident mistakes raise it while more texts are told right."""
+        """Return accuracy, then loss for ties: confident mistakes may raise the loss while accuracy rises."""
         return epoch["accuracy"], -epoch["loss_heldout"]
 
     def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the scores of the untrained head, and ten held-out texts with what was said of them."""
+        """Return the scores of the untrained head, and ten held-out texts with their predictions."""
         if self.config.method in TUNED:
             check_applied(self.encoder, self.model.bert, "fine-tuning")
         true = self.classes[self.task.heldout]
         scores = {f"{name}_before": value for name, value in score_classes(self.before, true).items()}
-        said = self.before.argmax(axis=1), self._logits(self.task.heldout).argmax(axis=1)
+        before, after = self.before.argmax(axis=1), self._logits(self.task.heldout).argmax(axis=1)
         shown = np.sort(generator(self.task.split_seed, "examples").permutation(len(true))[:N_EXAMPLES])
         texts = pick(self.texts.examples, self.task.heldout[shown])
         return scores, [
             {
                 "text": shorten(example.text),
                 "label": example.label,
-                "predicted_before": self.labels[said[0][at]],
-                "predicted_after": self.labels[said[1][at]],
+                "predicted_before": self.labels[before[index]],
+                "predicted_after": self.labels[after[index]],
             }
-            for example, at in zip(texts, shown, strict=True)
+            for example, index in zip(texts, shown, strict=True)
         ]
 
     def save(self, folder: Path) -> None:
         """Write the classifier for ``load_classifier``."""
-        reading = Reading(self.labels, self.max_length, self.precision, self.task.corpus.clean)
+        reading = ReadingSettings(self.labels, self.max_length, self.precision, self.task.corpus.clean)
         save_classifier(folder, self.prepared, reading, self.encoder)
 
     def _objective(self) -> Classification:
-        places = self.task.train
-        vectors = None if self.config.method in TUNED else self._vectors(places)
+        train = self.task.train
+        vectors = None if self.config.method in TUNED else self._vectors(train)
         return Classification(
-            pick(self.windows, places), self.classes[places], self.encoder.tokenizer.pad_token_id, vectors
+            pick(self.windows, train), self.classes[train], self.encoder.tokenizer.pad_token_id, vectors
         )
 
-    def _logits(self, places: np.ndarray) -> np.ndarray:
-        return read_logits(self.model, self._vectors(places), self.device)
+    def _logits(self, indices: np.ndarray) -> np.ndarray:
+        return read_logits(self.model, self._vectors(indices), self.device)
 
-    def _vectors(self, places: np.ndarray) -> torch.Tensor:
-        """Read [CLS] of some texts; a BERT that does not train reads each set once."""
-        key = places.tobytes()
-        if key in self._kept:
-            return self._kept[key]
+    def _vectors(self, indices: np.ndarray) -> torch.Tensor:
+        """Return [CLS] vectors, (n_texts, n_hidden); cached if BERT does not train."""
+        key = indices.tobytes()
+        if key in self._vectors_of:
+            return self._vectors_of[key]
         pad_id = self.encoder.tokenizer.pad_token_id
-        vectors = read_vectors(self.model, pick(self.windows, places), pad_id, self.precision, self.device)
+        vectors = read_vectors(self.model, pick(self.windows, indices), pad_id, self.precision, self.device)
         if self.config.method not in TUNED:
-            self._kept[key] = vectors
+            self._vectors_of[key] = vectors
         return vectors
 
 

@@ -1,7 +1,7 @@
-"""A BERT that tells classes of texts apart: [CLS] -> pooler -> classes; made ready, trained, read, scored.
+"""BERT as a classifier of texts: [CLS] -> pooler -> classes.
 
-The pooler is the checkpoint's where the encoder knows it, else new, and a new one always trains. ``frozen`` trains
-that head alone, on what [CLS] became in the base model.
+The pooler is the checkpoint's if it has one, else a new one, which always trains. ``frozen`` trains the head alone, on
+the [CLS] vectors of the base model.
 """
 
 import copy
@@ -24,7 +24,7 @@ from bert_encoding.language_model.lora import masked_lm
 from bert_encoding.language_model.windows import Tokens, Window, pad
 from bert_encoding.trial.config import TrialConfig
 
-READ_BATCH = 32  # texts at once; what else is in a batch may move a probability by a rounding error
+READ_BATCH = 32  # texts; the other texts of a batch may change a probability by a rounding error
 
 
 class Prepared(NamedTuple):
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
 
     Attributes
     ----------
-    model : what trains requires gradients
+    model : the parameters that train require gradients
     adapted : PEFT's wrapper around the same encoder, for saving; None without an adapter
     """
 
@@ -43,13 +43,13 @@ class Prepared(NamedTuple):
 def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[str]) -> Prepared:
     """Return a copy of the pristine encoder with a new head, ready for the method.
 
-    The encoder trains as it does for a masked LM (see ``prepare_model``); the classes always do, the pooler if it is
-    new or the method trains whole weights.
+    The encoder trains as for a masked LM (see ``prepare_model``); the classes always train, the pooler if it is new or
+    the method trains whole weights.
 
     Raises
     ------
     InputError
-        if the model has not the blocks that a setting names.
+        if the model lacks the blocks that a setting names.
     """
     prepared = prepare_model(replace(config.tuning, layer=None), encoder)
     model = assemble(masked_lm(prepared).bert, labels, config.seed)
@@ -63,10 +63,10 @@ def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[s
 
 
 def assemble(bert: Any, labels: Sequence[str], seed: int) -> BertForSequenceClassification:
-    """Put a new pooler and new classes onto an encoder, which is taken over, not copied."""
+    """Add a new pooler and new classes to an encoder, which is not copied."""
     config = copy.deepcopy(bert.config)
-    config.id2label = dict(enumerate(labels))  # this also sets how many there are
-    config.label2id = {label: at for at, label in enumerate(labels)}
+    config.id2label = dict(enumerate(labels))  # this also sets their number
+    config.label2id = {label: index for index, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     with quiet(), torch.device("meta"):  # its own weights are never used
         model: BertForSequenceClassification = BertForSequenceClassification(config)
@@ -79,13 +79,13 @@ def assemble(bert: Any, labels: Sequence[str], seed: int) -> BertForSequenceClas
 
 
 def pooler_weights(encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Return the weights of the checkpoint's pooler; empty if the encoder knows none."""
+    """Return the weights of the checkpoint's pooler; empty without one."""
     known, prefix = encoder.next_sentence or {}, "bert.pooler.dense."
     return {name.removeprefix(prefix): weights for name, weights in known.items() if name.startswith(prefix)}
 
 
 def _new_linear(n_in: int, n_out: int, spread: float, seed: int) -> torch.nn.Linear:
-    """Return a layer drawn as BERT's are: normal weights, zero bias (Devlin et al. 2019, its published code)."""
+    """Return a layer initialised as in BERT: normal weights, zero bias (Devlin et al. 2019, published code)."""
     linear = torch.nn.Linear(n_in, n_out)
     torch.nn.init.normal_(linear.weight, 0.0, spread, generator=torch.Generator().manual_seed(seed))
     torch.nn.init.zeros_(linear.bias)
@@ -93,8 +93,8 @@ def _new_linear(n_in: int, n_out: int, spread: float, seed: int) -> torch.nn.Lin
 
 
 def text_window(tokens: Tokens, max_length: int, tokenizer: BertTokenizerFast) -> Window:
-    """Return [CLS] text [SEP] of ``max_length`` tokens at most; of a longer text the end stays, where reviews say
-    their verdict."""
+    """Return [CLS] text [SEP] of at most ``max_length`` tokens: the end of a longer text, where reviews state their
+    verdict."""
     n = max_length - 2
     ids = np.concatenate([[tokenizer.cls_token_id], tokens.ids[-n:], [tokenizer.sep_token_id]])
     return Window(ids, tokens.word_ids[-n:])
@@ -107,7 +107,7 @@ class TextBatch(NamedTuple):
     ----------
     windows : each text from [CLS] to [SEP]
     labels : (n_texts,) classes
-    vectors : (n_texts, n_hidden) what [CLS] became, if BERT itself does not train; None to run it
+    vectors : (n_texts, n_hidden) of [CLS], if BERT itself does not train; None to run it
     """
 
     windows: list[Window]
@@ -116,12 +116,12 @@ class TextBatch(NamedTuple):
 
 
 class Classification:
-    """The objective of ``train``: cross-entropy, in nats a text.
+    """The objective of ``train``: cross-entropy, in nats per text.
 
     Parameters
     ----------
     windows, labels, vectors : as in ``TextBatch``
-    pad_id : fills short texts up to the longest of their micro-batch
+    pad_id : token that pads the texts of a micro-batch
     """
 
     def __init__(
@@ -135,19 +135,19 @@ class Classification:
         return len(self.windows)
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> TextBatch:
-        """Return these texts by length, so that micro-batches need little padding; nothing is random."""
-        order = sorted(indices, key=lambda at: len(self.windows[at].ids))
+        """Return these texts sorted by length, so that micro-batches need little padding."""
+        order = sorted(indices, key=lambda index: len(self.windows[index].ids))
         vectors = None if self.vectors is None else self.vectors[order]
-        return TextBatch([self.windows[at] for at in order], self.labels[order], vectors)
+        return TextBatch([self.windows[index] for index in order], self.labels[order], vectors)
 
     def split(self, batch: TextBatch, size: int) -> list[TextBatch]:
         """Cut a step into micro-batches."""
-        parts = [slice(at, at + size) for at in range(0, len(batch.windows), size)]
+        parts = [slice(start, start + size) for start in range(0, len(batch.windows), size)]
         vectors = batch.vectors
         return [TextBatch(batch.windows[p], batch.labels[p], None if vectors is None else vectors[p]) for p in parts]
 
     def n_terms(self, batch: TextBatch) -> dict[str, int]:
-        """Every text is one term."""
+        """Return one term per text."""
         return {"class": len(batch.windows)}
 
     def losses(
@@ -172,27 +172,27 @@ class Classification:
 def read_vectors(
     model: Any, windows: Sequence[Window], pad_id: int, precision: str, device: torch.device
 ) -> torch.Tensor:
-    """Return what [CLS] became in each text, (n_texts, n_hidden) float32 on the CPU, in eval mode.
+    """Return the [CLS] vector of each text, (n_texts, n_hidden) float32 on the CPU, in eval mode.
 
-    Texts of like length go together; the same texts give the same bits, in whatever process.
+    Texts of similar length share a batch; the same texts give the same bits in every process.
     """
     model.to(device).eval()
-    order = sorted(range(len(windows)), key=lambda at: len(windows[at].ids))
+    order = sorted(range(len(windows)), key=lambda index: len(windows[index].ids))
     vectors = torch.empty(len(windows), model.config.hidden_size)
     with torch.no_grad(), autocast(precision, device):
         for start in range(0, len(order), READ_BATCH):
-            places = order[start : start + READ_BATCH]
-            vectors[places] = _first_vectors(model, [windows[at] for at in places], pad_id, device).float().cpu()
+            batch = order[start : start + READ_BATCH]
+            vectors[batch] = _first_vectors(model, [windows[index] for index in batch], pad_id, device).float().cpu()
     return vectors
 
 
 def read_logits(model: Any, vectors: torch.Tensor, device: torch.device) -> np.ndarray:
-    """Return the scores of the classes for what ``read_vectors`` returned, (n_texts, n_labels) float64."""
+    """Return the logits of the classes for the vectors of ``read_vectors``, (n_texts, n_labels) float64."""
     model.to(device).eval()
     with torch.no_grad():
         logits: np.ndarray = _head(model, vectors.to(device)).double().cpu().numpy()
     if not np.isfinite(logits).all():
-        raise FloatingPointError("the scores of the classes are not finite; lower lr")
+        raise FloatingPointError("the logits of the classes are not finite; lower lr")
     return logits
 
 
@@ -216,8 +216,8 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return ``accuracy``, ``macro_f1`` and ``loss`` (mean cross-entropy in nats).
 
-    F1 of a class is 2 TP / (2 TP + FP + FN), 0 for a class that is neither there nor predicted; macro is the plain
-    mean over classes.
+    F1 of a class is 2 TP / (2 TP + FP + FN), 0 for a class that neither occurs nor is predicted; macro is the mean over
+    classes.
     """
     predicted = logits.argmax(axis=1)
     classes = range(logits.shape[1])

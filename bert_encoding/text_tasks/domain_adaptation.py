@@ -1,4 +1,4 @@
-"""A masked LM adapted to texts of a domain, such as tweets, with neither labels nor responses."""
+"""A masked LM adapted to texts of a domain, such as tweets, without labels or responses."""
 
 import math
 import time
@@ -22,8 +22,6 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import cached_encoder
 from bert_encoding.trial.training_data import general_probe
 
-PROBE_TOKENS = 512  # of a window of general text
-
 
 class AdaptRun:
     """A masked LM trained on texts: a short text is one window, a long one several."""
@@ -45,7 +43,7 @@ class AdaptRun:
         return min(self.config.stride, self.length - 2)
 
     def epochs(self) -> Iterator[dict[str, float]]:
-        """Train and yield losses; a model that does not train is read once, as epoch 0."""
+        """Train and yield losses; a model that does not train yields epoch 0 alone."""
         model, config, task = masked_lm(self.model).to(self.device), self.config, self.task
         probes = self._probes()
         self.general = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed, self.cache)
@@ -61,7 +59,7 @@ class AdaptRun:
             config.seed,
             self.device,
             patience=config.patience,
-            steps_an_epoch=self._steps_an_epoch(),
+            steps_an_epoch=self._steps_per_epoch(),
         )
         while True:
             began = time.perf_counter()
@@ -72,11 +70,11 @@ class AdaptRun:
             yield _row(losses)
 
     def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
-        """Return the held-out loss, the lowest being best."""
+        """Return the negative held-out loss."""
         return (-epoch["mlm_loss_heldout"],)
 
     def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return the losses before training, and those on general text: what adapting makes the model forget."""
+        """Return the losses before training, and those on general text, which rise if the model forgets."""
         if self.config.method in TUNED:
             check_applied(self.encoder, masked_lm(self.model).bert, "fine-tuning")
         train, heldout, general = self.before
@@ -103,18 +101,18 @@ class AdaptRun:
             )
         return MaskedLM(self.train, tokenizer, config.mask_probability, config.whole_words, general, config.replay)
 
-    def _steps_an_epoch(self) -> int | None:
-        """Return the steps that windows without overlap would take, if strides shall be equalised."""
+    def _steps_per_epoch(self) -> int | None:
+        """Return the steps of one epoch of non-overlapping windows with ``match_steps``, else None."""
         if not self.config.match_steps:
             return None
-        apart = text_windows(pick(self.texts.tokens, self.task.train), self.length, self.length - 2, self.encoder)
-        return -(-len(apart) // (self.config.batch_size * self.config.accumulation))
+        windows = text_windows(pick(self.texts.tokens, self.task.train), self.length, self.length - 2, self.encoder)
+        return -(-len(windows) // (self.config.batch_size * self.config.accumulation))
 
     def _probes(self) -> Probes:
-        """Losses are read on the same masked tokens in every trial."""
+        """Return the masked tokens on which losses are read, the same in every trial."""
         train, heldout = (
-            text_windows(pick(self.texts.tokens, places), self.length, self.length - 2, self.encoder)
-            for places in (self.task.train, self.task.heldout)
+            text_windows(pick(self.texts.tokens, indices), self.length, self.length - 2, self.encoder)
+            for indices in (self.task.train, self.task.heldout)
         )
         return make_probes(train, heldout, self.encoder.tokenizer, self.config.probe_tokens, self.task.split_seed)
 
@@ -123,7 +121,7 @@ class AdaptRun:
 
 
 def text_windows(texts: list[Tokens], length: int, stride: int, encoder: Encoder) -> list[Window]:
-    """Cut texts into windows, none across two; a short text is a window of its own, however short.
+    """Cut each text into windows; a short text is one window.
 
     Raises
     ------

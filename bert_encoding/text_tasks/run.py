@@ -1,4 +1,4 @@
-"""One trial on text alone: train, judge on held-out texts, keep the best epoch; one report an epoch."""
+"""One text-only trial: train, evaluate on held-out texts, keep the best epoch; one report per epoch."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from bert_encoding.trial.run import Report, finished_record
 
 
 class TextRun(Protocol):
-    """What a kind of text-only task does."""
+    """A kind of text-only task."""
 
     model: Any
     encoder: Encoder
@@ -28,15 +28,15 @@ class TextRun(Protocol):
     seconds_train: float
 
     def epochs(self) -> Iterator[dict[str, float]]:
-        """Train, and yield after every epoch what was read."""
+        """Train, and yield the scores of every epoch."""
         ...
 
     def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
-        """Return what is higher for a better epoch."""
+        """Return a value that is higher for a better epoch."""
         ...
 
     def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return further scores and some examples, once the best epoch is restored."""
+        """Return further scores and some examples, after the best epoch is restored."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -54,8 +54,9 @@ def run_text_trial(
 ) -> TrialRecord:
     """Run one configuration and return its record, which the caller may write.
 
-    The epoch that is best on held-out texts is restored, scored and saved: of the highest accuracy, among equals of
-    the lowest loss; of a masked LM of the lowest loss. Choosing it on the texts that judge it flatters it a little.
+    The epoch that is best on held-out texts is restored, scored and saved: the one of the highest accuracy and, for
+    ties, the lowest loss; for a masked LM the one of the lowest loss. It is chosen on the evaluation texts, so its
+    score is slightly optimistic.
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ def run_text_trial(
 def _train(
     run: TextRun, config: TrialConfig, report: Report, started: float
 ) -> tuple[list[dict[str, float]], dict[str, float], str]:
-    """Return all epochs, the best one, which is restored, and whether the trial was stopped."""
+    """Return all epochs, the best one, which is restored, and the status."""
     epochs: list[dict[str, float]] = []
     best: dict[str, float] | None = None
     status = COMPLETE
@@ -112,25 +113,25 @@ def _train(
 
 
 def _check_settings(config: TrialConfig, kind: str) -> None:
-    """Refuse what means nothing without stories."""
+    """Refuse settings that need stories."""
     needed: dict[str, Any] = {"objective": "mlm", "mlm_text": "fit"}
     needed |= {"replay": 0, "match_steps": False} if kind == CLASSIFICATION else {}
     for name, value in needed.items():
         if getattr(config, name) != value:
-            raise InputError(f"{name} {getattr(config, name)!r}: means nothing in a task {kind!r}; leave it {value!r}")
+            raise InputError(f"{name} {getattr(config, name)!r}: not available in task {kind!r}; leave it {value!r}")
     if config.method not in BERT_METHODS:
-        raise InputError(f"method {config.method!r}: has no BERT to read texts with; use {', '.join(BERT_METHODS)}")
+        raise InputError(f"method {config.method!r}: has no BERT to read texts; use {', '.join(BERT_METHODS)}")
 
 
 def _final_scores(best: dict[str, float], last: dict[str, float]) -> dict[str, Any]:
-    """The best epoch's scores are the trial's; what it cost goes up to the last."""
-    kept = {name: value for name, value in best.items() if name not in ("epoch", "seconds")}
+    """Return the scores of the best epoch, and the cost up to the last one."""
+    scores = {name: value for name, value in best.items() if name not in ("epoch", "seconds")}
     spent = {name: last[name] for name in ("optimizer_steps", "tokens_seen")}
-    return kept | spent | {"epochs_done": last["epoch"], "epoch_kept": best["epoch"], "epoch_best": best["epoch"]}
+    return scores | spent | {"epochs_done": last["epoch"], "epoch_kept": best["epoch"], "epoch_best": best["epoch"]}
 
 
 def _traits(run: TextRun, config: TrialConfig) -> dict[str, Any]:
-    """Return how much trained, and how far it went."""
+    """Return the number of trained parameters, and how far training moved them."""
     counts = count_parameters(run.model)
     traits: dict[str, Any] = {"n_trainable": float(counts.n_trainable), "share_trainable": counts.share}
     if config.method in TUNED:

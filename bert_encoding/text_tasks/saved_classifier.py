@@ -1,4 +1,4 @@
-"""A trained classifier on disk: saved by its trial, loaded to predict as it did there."""
+"""A trained classifier on disk: saved by its trial, loaded to predict with the same bits."""
 
 import json
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ _ADAPTER, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEAD = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
 
 
-class Reading(NamedTuple):
-    """How a classifier reads, besides its weights.
+class ReadingSettings(NamedTuple):
+    """How a classifier reads texts.
 
     Attributes
     ----------
-    labels : names of the classes, in the order of its outputs
-    max_length : tokens read of a text, the last ones
+    labels : names of the classes, in the order of the outputs
+    max_length : number of tokens read, from the end of a text
     precision : of matrix products
-    clean : whether texts are cleaned, as those it was trained on were
+    clean : whether texts are cleaned, as the training texts were
     """
 
     labels: tuple[str, ...]
@@ -55,14 +55,14 @@ class Classifier(NamedTuple):
 
     model: Any
     tokenizer: BertTokenizerFast
-    reading: Reading
+    reading: ReadingSettings
 
 
-def save_classifier(folder: Path, prepared: Prepared, reading: Reading, encoder: Encoder) -> None:
-    """Write a classifier that ``load_classifier`` calls back.
+def save_classifier(folder: Path, prepared: Prepared, reading: ReadingSettings, encoder: Encoder) -> None:
+    """Write a classifier for ``load_classifier``.
 
-    With an adapter it is one in PEFT format, pooler and classes among it, to be put onto the base model; else all
-    weights and the tokenizer, as ``BertForSequenceClassification.from_pretrained`` reads them.
+    An adapter is written in PEFT format, together with pooler and classes; without an adapter, all weights and the
+    tokenizer, for ``BertForSequenceClassification.from_pretrained``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = reading._asdict() | {"model": encoder.name}
@@ -78,7 +78,7 @@ def save_classifier(folder: Path, prepared: Prepared, reading: Reading, encoder:
 
 
 def _add_head(folder: Path, model: BertForSequenceClassification) -> None:
-    """Put the head into the adapter's files, under the names that PEFT gives to modules saved whole."""
+    """Add the head to the adapter's files, under the names that PEFT gives to modules saved whole."""
     state = model.state_dict()
     head = {f"base_model.model.{name}": state[name].detach().cpu().contiguous() for name in _HEAD}
     save_file(load_file(folder / _WEIGHTS) | head, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -94,14 +94,16 @@ def load_classifier(folder: Path) -> Classifier:
     Raises
     ------
     InputError
-        if there is none, it is damaged, or its base model is not the one it was trained on.
+        if it is missing or damaged, or its base model has changed.
     """
     if not (folder / SETTINGS_FILE).is_file():
         raise InputError(f"{folder}: no {SETTINGS_FILE}; give the folder of a trained classifier")
-    settings = read_json(folder / SETTINGS_FILE, required=(*Reading._fields, "model"))
+    settings = read_json(folder / SETTINGS_FILE, required=(*ReadingSettings._fields, "model"))
     load = _load_adapted if (folder / _ADAPTER).is_file() else _load_whole
     try:
-        reading = Reading(tuple(settings["labels"]), settings["max_length"], settings["precision"], settings["clean"])
+        reading = ReadingSettings(
+            tuple(settings["labels"]), settings["max_length"], settings["precision"], settings["clean"]
+        )
         with quiet():
             model, tokenizer = load(folder, settings)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""What all trials of a text-only study share: a corpus, and which of its texts train and which judge."""
+"""The data of a text-only study: a corpus, split into training and held-out texts."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,22 +18,22 @@ from bert_encoding.language_model.windows import Tokens
 from bert_encoding.trial.config import TrialConfig
 
 SHARE_HELDOUT = 0.2
-MIN_LENGTH = 8  # tokens of a text, as of a window
+MIN_LENGTH = 8  # tokens, as of a window
 TOKENIZED_AT_ONCE = 256
 
 Item = TypeVar("Item")
 
 
 class TextTask(NamedTuple):
-    """What all trials of a text-only study share; it holds no texts, each process reads them once, into memory.
+    """The data that all trials of a text-only study share; each process reads the texts itself, once.
 
     Attributes
     ----------
     kind : ``classification``, or ``adapt`` (masked LM on the texts alone)
     corpus : opened
-    train, heldout : (n_train,), (n_heldout,) places in the corpus, ascending; no text is in both
-    split_seed : settles the split, the examples shown and the masks on which losses are read
-    max_length : tokens that BERT reads at once with [CLS] and [SEP]; None is the trial's ``window_tokens``
+    train, heldout : (n_train,), (n_heldout,) indices into the corpus, ascending; no text is in both
+    split_seed : of the split, the examples shown and the masks on which losses are read
+    max_length : tokens that BERT reads at once, with [CLS] and [SEP]; None is the trial's ``window_tokens``
     probe_text, control_text : files of general text, instead of the bundled ones, for ``adapt``
     """
 
@@ -55,7 +55,7 @@ def make_text_task(
     Raises
     ------
     InputError
-        if classes are missing, or a split would be without texts or without a class.
+        if classes are missing, or a part of the split would lack texts or a class.
     """
     if kind not in (CLASSIFICATION, ADAPT):
         raise ValueError(f"kind {kind!r}: must be {CLASSIFICATION} or {ADAPT}")
@@ -73,15 +73,15 @@ def make_text_task(
 def split_corpus(
     corpus: Corpus, seed: int, n_train: int | None = None, share_heldout: float = SHARE_HELDOUT
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the texts to train on; all the others are held out. Both have each class in its share of the whole.
+    """Draw the training texts; all others are held out. Both parts have the class proportions of the corpus.
 
     Parameters
     ----------
-    n_train : texts to train on; None leaves ``share_heldout`` of them to judge
+    n_train : number of training texts; None holds out ``share_heldout`` of all texts
 
     Returns
     -------
-    train, heldout : (n_train,), (n_heldout,) places in the corpus, ascending
+    train, heldout : (n_train,), (n_heldout,) indices into the corpus, ascending
 
     Raises
     ------
@@ -92,52 +92,52 @@ def split_corpus(
         n_train = corpus.n_texts - max(1, round(share_heldout * corpus.n_texts))
     if not 1 <= n_train < corpus.n_texts:
         raise InputError(
-            f"{corpus.path}: {n_train} of {corpus.n_texts} texts to train on leave nothing to train or to judge; "
-            "give --train-examples from 1 to one less than there are"
+            f"{corpus.path}: {n_train} of {corpus.n_texts} training texts leave nothing to train on or to evaluate; "
+            "give --train-examples from 1 to one less than the number of texts"
         )
     labels = np.array([example.label or "" for example in corpus])
     counts = Counter(labels.tolist())
     _check_classes(corpus, counts, n_train)
     train = np.zeros(len(labels), dtype=bool)
     for label, n in _share_out(counts, n_train).items():
-        places = np.flatnonzero(labels == label)
-        train[generator(seed, "text split", label).permutation(places)[:n]] = True
+        indices = np.flatnonzero(labels == label)
+        train[generator(seed, "text split", label).permutation(indices)[:n]] = True
     return np.flatnonzero(train), np.flatnonzero(~train)
 
 
 def _check_classes(corpus: Corpus, counts: Counter[str], n_train: int) -> None:
     if len(counts) == 1 and corpus.labels:
         raise InputError(
-            f"{corpus.path}: all {corpus.n_texts} texts used have the label {next(iter(counts))!r}; ask for more"
+            f"{corpus.path}: all {corpus.n_texts} texts used have the label {next(iter(counts))!r}; use more texts"
         )
     rare = [label for label in sorted(counts) if counts[label] < 2]
     if rare:
         raise InputError(
-            f"{corpus.path}: class {rare[0]!r} has one text, but needs one to train and one to judge; "
-            "give more, or leave the class out"
+            f"{corpus.path}: class {rare[0]!r} has one text, but needs one for training and one for evaluation; "
+            "add texts, or remove the class"
         )
     smaller = min(n_train, corpus.n_texts - n_train)
     if smaller < len(counts):
         raise InputError(
-            f"{corpus.path}: {n_train} of {corpus.n_texts} texts to train on leave {smaller} in a part, "
-            f"fewer than its {len(counts)} classes; change --train-examples or give more texts"
+            f"{corpus.path}: {n_train} of {corpus.n_texts} training texts leave {smaller} in one part, "
+            f"fewer than the {len(counts)} classes; change --train-examples or add texts"
         )
 
 
 def _share_out(counts: Counter[str], n_train: int) -> dict[str, int]:
-    """Share ``n_train`` among classes by size, to the nearest whole; each keeps one text or more in both parts."""
+    """Divide ``n_train`` among classes in proportion to their size; each class has a text in both parts."""
     total = sum(counts.values())
     exact = {label: n_train * counts[label] / total for label in sorted(counts)}
-    given = {label: min(max(int(exact[label]), 1), counts[label] - 1) for label in exact}
-    while (left := n_train - sum(given.values())) != 0:
+    shares = {label: min(max(int(exact[label]), 1), counts[label] - 1) for label in exact}
+    while (left := n_train - sum(shares.values())) != 0:
         step = 1 if left > 0 else -1
-        free = [label for label in given if 1 <= given[label] + step < counts[label]]
-        given[max(free, key=lambda label: step * (exact[label] - given[label]))] += step
-    return given
+        free = [label for label in shares if 1 <= shares[label] + step < counts[label]]
+        shares[max(free, key=lambda label: step * (exact[label] - shares[label]))] += step
+    return shares
 
 
 def class_names(corpus: Corpus) -> tuple[str, ...]:
-    """Return the classes that occur, in alphabetical order; a class is a number in this order."""
+    """Return the classes that occur, in alphabetical order; a class is an index into them."""
     return tuple(label for label in corpus.labels if corpus.counts[label])
 
 
@@ -149,7 +149,7 @@ class Texts(NamedTuple):
 
 
 def read_texts(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> Texts:
-    """Read and tokenise all texts; those that were read last are cached."""
+    """Read and tokenise all texts; the last corpus is cached."""
 
     def read() -> Texts:
         examples = tuple(corpus)
@@ -159,25 +159,22 @@ def read_texts(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> Texts:
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterator[Tokens]:
-    """Cut texts into word pieces as BERT does, all of each text, without [CLS] and [SEP].
-
-    Words are what BERT's own rules take for words, so that punctuation counts as one.
-    """
+    """Cut whole texts into BERT's word pieces, without [CLS] and [SEP]; punctuation marks are words of their own."""
     for start in range(0, len(texts), TOKENIZED_AT_ONCE):
         part = list(texts[start : start + TOKENIZED_AT_ONCE])
         encoded = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)
-        for at, ids in enumerate(encoded["input_ids"]):
-            words = np.array(encoded.word_ids(at), dtype=np.int32)
+        for index, ids in enumerate(encoded["input_ids"]):
+            words = np.array(encoded.word_ids(index), dtype=np.int32)
             yield Tokens(np.array(ids, dtype=np.int32), words, int(words[-1]) + 1 if len(words) else 0)
 
 
 def resolve_max_length(task: TextTask, config: TrialConfig, encoder: Encoder) -> int:
-    """Return the tokens that are read of a text.
+    """Return the number of tokens read per text.
 
     Raises
     ------
     InputError
-        if the model cannot read so many.
+        if the model reads fewer.
     """
     name, length = ("--max-length", task.max_length) if task.max_length else ("window_tokens", config.window_tokens)
     if length > encoder.max_tokens:
@@ -185,19 +182,19 @@ def resolve_max_length(task: TextTask, config: TrialConfig, encoder: Encoder) ->
     return length
 
 
-def pick(items: Sequence[Item], places: np.ndarray) -> list[Item]:
-    """Return the items at some places."""
-    return [items[place] for place in places]
+def pick(items: Sequence[Item], indices: np.ndarray) -> list[Item]:
+    """Return the items at some indices."""
+    return [items[index] for index in indices]
 
 
 def split_notes(task: TextTask, examples: Sequence[Example]) -> Iterator[str]:
-    """Say how large the parts and their classes are, and whether a text is in both."""
+    """Describe the size of the parts and of their classes, and texts that are in both."""
     train, heldout = pick(examples, task.train), pick(examples, task.heldout)
     for name, part in (("train", train), ("held out", heldout)):
         counts = Counter(example.label for example in part if example.label is not None)
         classes = ", ".join(f"{label} {counts[label]} ({counts[label] / len(part):.1%})" for label in sorted(counts))
         yield f"{name}: {len(part)} texts" + (f", {classes}" if classes else "")
     seen = {example.text for example in train}
-    twice = sum(example.text in seen for example in heldout)
-    if twice:
-        yield f"{twice} of {len(heldout)} held-out texts are word for word among those trained on"
+    n_seen = sum(example.text in seen for example in heldout)
+    if n_seen:
+        yield f"{n_seen} of {len(heldout)} held-out texts are identical to a training text"

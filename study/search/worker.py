@@ -1,4 +1,4 @@
-"""What a worker does with one job: run the trial, write its record, report to Ray Tune."""
+"""One job on a worker: run the trial, write its record, report to Ray Tune."""
 
 import ctypes
 import functools
@@ -36,11 +36,12 @@ class Job:
 
     Attributes
     ----------
-    params : what Optuna suggested
-    repeat_of : a finished trial with the same key, whose record answers this job
+    params : the parameters that Optuna suggested
+    repeat_of : a finished trial with the same key, whose results this job repeats
     score_test : also score the test stories (baselines of a study without a search)
-    is_final : refit on fit + validation and score the test stories alone (the end of the confirm phase)
-    session : of the driver that made it, the only one for which its record may be written; any if empty
+    is_final : refit on fit + validation and score only the test stories (the end of the confirm phase)
+    session : of the driver that made the job; a record is written only while this session holds the study's lock;
+        always if empty
     """
 
     trial_id: str
@@ -57,8 +58,8 @@ class Job:
         return asdict(self)
 
 
-class NotOurs(InputError):
-    """Another session holds the study by now: nothing may be written for this one."""
+class LostLockError(InputError):
+    """Another session holds the study's lock, so this one may not write."""
 
 
 def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str, score_test: bool) -> str:
@@ -76,36 +77,36 @@ def objective(
     gpu_share: float,
     sign: StopSign | None = None,
 ) -> None:
-    """Run one job in a Ray worker. A failure is recorded and reported, not raised: the worker stays usable.
+    """Run one job in a Ray worker; a failure is recorded and reported, not raised, so the worker stays usable.
 
-    The last report says how the trial ended. If it is ``unrecorded``, no record could be written here and the driver
-    has to do it; to try again would end the same way.
+    The last report states how the trial ended. If it is ``unrecorded``, the record could not be written here and the
+    driver writes it; another try would fail in the same way.
 
     Parameters
     ----------
-    sign : says after which epochs to stop; None stops nothing
+    sign : tells after which epochs to stop; None never stops a trial
     """
     from ray import tune
 
     def report(scores: dict[str, float]) -> bool:
-        """Wait until the driver has seen an epoch, then look whether to go on."""
+        """Wait until the driver has received the scores, then return whether to continue."""
         tune.report({"job": job["trial_id"], "scores": list(scores), **scores})
         return sign is None or not sign.is_up(job["trial_id"], int(scores["epoch"]))
 
     _limit_resources(n_threads, gpu_share)
-    given, unrecorded = Job(**job), False
+    received, unrecorded = Job(**job), False
     try:
-        record = run_job(given, task, open_place(study), report, _process_cache())
-    except Exception as error:  # raised, it would cost two more tries, and its reason
-        logger.warning("trial %s has left no record: %s", given.trial_id, error)
-        record = failed_record(given, error, node=os.uname().nodename)
-        unrecorded = not isinstance(error, NotOurs)
+        record = run_job(received, task, open_place(study), report, _process_cache())
+    except Exception as error:  # if raised, Ray would retry it twice and the reason would be lost
+        logger.warning("trial %s has no record: %s", received.trial_id, error)
+        record = failed_record(received, error, node=os.uname().nodename)
+        unrecorded = not isinstance(error, LostLockError)
     _return_memory()
-    tune.report(_ending(record, given, metric) | {"unrecorded": unrecorded})
+    tune.report(_ending(record, received, metric) | {"unrecorded": unrecorded})
 
 
 def _ending(record: TrialRecord, job: Job, metric: Metric) -> dict[str, Any]:
-    """Return what the driver is told of a trial that has ended."""
+    """Return the last report of a trial."""
     return {
         "job": record.trial_id,  # Ray Tune writes its own id over "trial_id"
         "phase": record.phase,
@@ -121,12 +122,12 @@ def _ending(record: TrialRecord, job: Job, metric: Metric) -> dict[str, Any]:
 
 
 def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
-    """Return what is searched for after every epoch: (epoch, value)."""
+    """Return (epoch, value of the metric) of every scored epoch."""
     return [(int(epoch["epoch"]), epoch[metric.column]) for epoch in record.epochs if metric.column in epoch]
 
 
 def choose(config: TrialConfig, task: Task, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
-    """Choose voxels in a Ray worker; see ``choose_voxels``. In float32, so that any machine chooses the same."""
+    """Choose voxels in a Ray worker, in float32 so that any machine chooses the same; see ``choose_voxels``."""
     _limit_resources(n_threads, gpu_share)
     chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
     _return_memory()
@@ -140,16 +141,16 @@ def run_job(
     report: Report = lambda scores: True,
     cache: WorkerCache | None = None,
 ) -> TrialRecord:
-    """Run one job and write its record, or answer it from the record of an equal one.
+    """Run one job and write its record, or repeat the record of an equal trial.
 
-    A job whose worker died after it had written the record is tried again by Ray; it is answered from that record.
+    If the worker died after writing the record, Ray retries the job and the record is returned.
 
-    A worker may outlive its driver, on a machine that was cut off, say, while another session goes on with the study.
-    Its result is dropped if the lock is no longer its session's when the record would be written. Between that look and
-    the write the lock may still change hands. What can come of it is a whole record that the new session does not know
-    of: it counts when the study goes on again, and at worst answers the same question twice. It cannot be taken for
-    another trial's, as no session gives out an id that an earlier one may have given (``session.first_free_id``), and
-    the ids of baselines and of the confirm phase name what they run.
+    A worker may outlive its driver, for example on a disconnected machine, while another session resumes the study. Its
+    result is dropped if its session no longer holds the lock when the record would be written. The lock may still
+    change hands between this check and the write; the result is then a complete record that the new session does not
+    know. It counts when the study is resumed again, and cannot be mistaken for another trial: no session reuses an id
+    that an earlier one may have assigned (``session.first_free_id``), and ids of baselines and of the confirm phase name their
+    settings.
 
     Parameters
     ----------
@@ -158,8 +159,8 @@ def run_job(
 
     Raises
     ------
-    NotOurs
-        if another session holds the study by now.
+    LostLockError
+        if another session holds the lock.
     InputError
         if the record cannot be written.
     """
@@ -171,19 +172,21 @@ def run_job(
     except Exception as error:
         record = failed_record(job, error, node=os.uname().nodename)
     if job.session and not is_held_by(study, job.session):
-        raise NotOurs(f"{study}: trial {job.trial_id} is dropped: its run of the study is over or was taken over")
+        raise LostLockError(
+            f"{study}: trial {job.trial_id} is dropped: its run of the study has ended or was taken over"
+        )
     write_record(study, _of_job(record, job))
     return record
 
 
 def _of_job(record: TrialRecord, job: Job) -> TrialRecord:
-    """Return the record with what the driver knows of its trial."""
+    """Return the record with the id, phase, key and parameters of its job."""
     record.trial_id, record.phase, record.key, record.params = job.trial_id, job.phase, job.key, job.params
     return record
 
 
 def find_record(study: Place, job: Job) -> TrialRecord | None:
-    """Return the record that a job has left already, None if it has not."""
+    """Return the record that a job has already written, or None."""
     if not has_record(study, job.trial_id):
         return None
     record = read_record(study, job.trial_id)
@@ -192,7 +195,7 @@ def find_record(study: Place, job: Job) -> TrialRecord | None:
 
 @functools.cache
 def _process_cache() -> WorkerCache:
-    """Return the cache of this process: Ray runs one trial after another in it, and passes on nothing else."""
+    """Return the cache of this process, in which Ray runs one trial after another."""
     return WorkerCache()
 
 
@@ -252,15 +255,15 @@ def failed_record(job: Job, error: Exception | str, is_user_error: bool = False,
 
 
 def _return_memory() -> None:
-    """Give freed pages back: a resident worker's heap is fragmented by training and would grow from trial to trial."""
+    """Return freed memory to the system: training fragments the heap, which would grow from trial to trial."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # in glibc, not in musl
         if trim is not None:
             trim(0)
 
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:
-    """Keep to the trial's share: Ray counts GPU fractions but does not enforce them, and may set one CPU thread."""
+    """Set threads and GPU memory of a trial: Ray does not enforce GPU fractions, and may set one CPU thread."""
     torch.set_num_threads(n_threads)
     if torch.cuda.is_available() and 0 < gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share)
