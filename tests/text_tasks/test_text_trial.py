@@ -208,8 +208,8 @@ def test_tokens_know_their_words(encoder: Encoder) -> None:
     assert tokens.n_words == 4
 
 
-def test_texts_are_read_once_a_process(corpus: Corpus, encoder: Encoder) -> None:
-    assert read_texts(corpus, encoder) is read_texts(corpus, encoder)
+def test_texts_are_read_once_per_cache(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> None:
+    assert read_texts(corpus, encoder, cache) is read_texts(corpus, encoder, cache)
     assert read_texts(corpus, encoder).examples == tuple(corpus)
 
 
