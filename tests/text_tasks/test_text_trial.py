@@ -210,7 +210,7 @@ def test_tokens_know_their_words(encoder: Encoder) -> None:
 
 def test_texts_are_read_once_per_cache(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> None:
     assert read_texts(corpus, encoder, cache) is read_texts(corpus, encoder, cache)
-    assert read_texts(corpus, encoder).examples == tuple(corpus)
+    assert read_texts(corpus, encoder, cache).examples == tuple(corpus)
 
 
 # --- the classifier ---------------------------------------------------------------------------------------------------
