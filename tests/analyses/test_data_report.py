@@ -419,13 +419,13 @@ def test_it_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would have been fetched."""
-    from bert_encoding.datasets.fetching.download import Fetched
+    from bert_encoding.datasets.fetching.lebel2023 import FetchResult
 
     calls: list[dict[str, Any]] = []
 
-    def pretend(subjects: list[str], to: Path, stories: list[str] | None = None, **options: Any) -> Fetched:
+    def pretend(subjects: list[str], to: Path, stories: list[str] | None = None, **options: Any) -> FetchResult:
         calls.append({"subjects": subjects, "to": to, "stories": stories} | options)
-        return Fetched(5, 2, 100, to)
+        return FetchResult(5, 2)
 
     monkeypatch.setattr("bert_encoding.commands.fetch.fetch_lebel2023", pretend)
     return calls

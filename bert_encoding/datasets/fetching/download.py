@@ -1,7 +1,7 @@
-"""Download files whose size and checksum are known: several at once, resumed after any cut, verified.
+"""Download files of known size and checksum: several at the same time, resumed after interruptions, verified.
 
-A file arrives as ``.<name>.part`` beside its final name, and is renamed once its size and checksum are right. So a
-final name never holds half a file, and whatever ends the program, the next run goes on from the bytes on disk.
+A file arrives as ``.<name>.part`` next to its final name, and is renamed once its size and checksum are right. So a
+final name never holds half a file, and however a program ends, the next run resumes from the bytes on disk.
 """
 
 import errno
@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +20,18 @@ from rich.console import Console
 from rich.filesize import decimal
 from urllib3.exceptions import HTTPError, ProtocolError
 
+from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
-from bert_encoding.datasets.fetching.progress import Meter
-from bert_encoding.datasets.fetching.threads import each, raise_first
-from bert_encoding.datasets.fetching.web import Client, Hopeless, Patience, Stopped, open_url
+from bert_encoding.datasets.fetching.http_client import BadStatus, Client, PermanentError, RetryPolicy, Stopped
+from bert_encoding.datasets.fetching.progress import ByteProgress
+from bert_encoding.datasets.fetching.threads import map_in_threads
 
-BLOCK_BYTES = 256 * 1024  # written at a time; at most this much is lost with the process
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+BLOCK_BYTES = 256 * 1024  # written at a time; at most this much is lost when the process is killed
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class RemoteFile(NamedTuple):
-    """What a file must hold (``digest`` in hexadecimal, of ``algorithm``), whence it comes and where it goes."""
+    """A file to download: its URL, its place on disk, its size and its hexadecimal ``digest`` by ``algorithm``."""
 
     url: str
     path: Path
@@ -40,61 +41,41 @@ class RemoteFile(NamedTuple):
 
     @property
     def part(self) -> Path:
-        """Where the bytes lie until they are verified."""
+        """Where the bytes are until they are verified."""
         return self.path.with_name(f".{self.path.name}.part")
 
 
-class Fetched(NamedTuple):
-    """What a fetch did; ``n_bytes`` counts what came over the line in this run."""
-
-    n_files: int
-    n_already_there: int
-    n_bytes: int
-    folder: Path
-
-    def plus(self, other: "Fetched") -> "Fetched":
-        """Return both as one."""
-        return Fetched(
-            self.n_files + other.n_files,
-            self.n_already_there + other.n_already_there,
-            self.n_bytes + other.n_bytes,
-            self.folder,
-        )
-
-
 class WrongContent(Exception):
-    """The server's bytes are not those of the file."""
+    """The bytes of the server are not those of the file."""
 
 
-def download(client: Client, files: Sequence[RemoteFile], folder: Path, n_at_once: int, console: Console) -> Fetched:
-    """Make every file exist with the right content, and return what was done.
+def download(client: Client, files: Sequence[RemoteFile], folder: Path, console: Console) -> int:
+    """Make every file exist with the right content, and return how many did before.
 
-    Files already there are verified and kept. A file of other content is set aside as ``<name>.wrong`` and fetched.
+    Existing files are verified and kept. A file of other content is renamed to ``<name>.wrong`` and downloaded.
 
     Raises
     ------
     InputError
-        if the disk has too little space, or a file could not be fetched; the others are kept.
+        if the disk has too little space, or a file could not be downloaded; the others are kept.
     """
-    with Meter(console, "checking what is there", sum(_size(file.path) for file in files)) as meter:
-        done = each(lambda file: _is_there(file, meter), files, n_at_once, client.stop)
-        raise_first(done)
-    missing = [file for file, is_there in zip(files, done, strict=True) if not is_there]
-    n_bytes, n_here = sum(file.n_bytes for file in missing), sum(_here(file) for file in missing)
-    _check_space(folder, n_bytes - n_here)
-    with Meter(console, "downloading", n_bytes) as meter:
-        meter.move(n_here)
-        raise_first(each(lambda file: _fetch(client, file, meter), missing, n_at_once, client.stop))
-    return Fetched(len(files), len(files) - len(missing), meter.n_received, folder)
+    with ByteProgress(console, "checking existing files", sum(_size(file.path) for file in files)) as progress:
+        exists = map_in_threads(lambda file: _exists(file, progress), files, client)
+    missing = [file for file, is_there in zip(files, exists, strict=True) if not is_there]
+    n_total, n_done = sum(file.n_bytes for file in missing), sum(_n_done(file) for file in missing)
+    n_free = shutil.disk_usage(folder).free
+    if n_total - n_done > n_free:
+        raise InputError(
+            f"{folder}: {decimal(n_total - n_done)} to download, but only {decimal(n_free)} free; "
+            "make room, choose another folder, or name fewer stories"
+        )
+    with ByteProgress(console, "downloading", n_total, n_done) as progress:
+        map_in_threads(lambda file: _download(client, file, progress), missing, client)
+    return len(files) - len(missing)
 
 
-def _here(file: RemoteFile) -> int:
-    """Return how many bytes of a file lie in its part."""
-    return min(_size(file.part), file.n_bytes)
-
-
-def _is_there(file: RemoteFile, meter: Meter) -> bool:
-    """Whether a file is there with the right content; one of other content is set aside."""
+def _exists(file: RemoteFile, progress: ByteProgress) -> bool:
+    """Whether a file exists with the right content; one of other content is set aside."""
     try:
         if file.path.is_dir():
             raise InputError(f"{file.path}: a folder where a file should be; move it away")
@@ -102,58 +83,44 @@ def _is_there(file: RemoteFile, meter: Meter) -> bool:
             return False
         n_bytes = _size(file.path)
         is_right = n_bytes == file.n_bytes and _digest(file.path, file.algorithm) == file.digest
-        meter.move(n_bytes)
+        progress.advance(n_bytes)
         if not is_right:
-            set_aside(file.path, meter.say)
+            set_aside(file.path, progress.console)
         return is_right
     except OSError as error:
         raise disk_error(file.path, error) from None
 
 
-def set_aside(path: Path, say: Callable[[str], None]) -> None:
-    """Keep a file that is not what the data set holds under another name, and say so: it may hold somebody's work."""
+def set_aside(path: Path, console: Console) -> None:
+    """Rename a file whose content is not that of the data set: it may hold somebody's work."""
     n_before = sum(1 for _ in path.parent.glob(f"{glob.escape(path.name)}.wrong*"))
     aside = path.with_name(f"{path.name}.wrong{n_before or ''}")
     path.replace(aside)
-    say(f"{path}: not what the data set holds; kept as {aside.name}, fetched anew")
+    print_lines(console, f"{path}: differs from the data set; kept as {aside.name}, downloading it again")
 
 
-def _check_space(folder: Path, n_bytes: int) -> None:
-    n_free = shutil.disk_usage(folder).free
-    if n_bytes > n_free:
-        raise InputError(
-            f"{folder}: {decimal(n_bytes)} to download, but only {decimal(n_free)} free; "
-            "make room, choose another folder, or name fewer stories"
-        )
-
-
-def _fetch(client: Client, file: RemoteFile, meter: Meter) -> bool:
-    """Fetch a file, if its content is wrong once more from scratch, and rename it into place."""
+def _download(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
+    """Download a file, once more from the start if its content is wrong, and rename it into place."""
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _fill_and_verify(client, file, meter)
-        except WrongContent:
-            _start_over(file, meter)
-            _fill_and_verify(client, file, meter)
-        file.part.replace(file.path)
-    except WrongContent as wrong:
-        _start_over(file, meter)
-        raise InputError(
-            f"{file.url}: expected {file.n_bytes} bytes with {file.algorithm} {file.digest}, found {wrong}, twice"
-        ) from None
+        for _ in range(2):
+            try:
+                _complete_part(client, file, progress)
+                file.part.replace(file.path)
+                return
+            except WrongContent as error:
+                wrong = str(error)
+                progress.advance(-_n_done(file))
+                file.part.unlink()
     except OSError as error:
         raise disk_error(file.path, error) from None
-    return True
+    raise InputError(
+        f"{file.url}: expected {file.n_bytes} bytes with {file.algorithm} {file.digest}, got {wrong}, twice"
+    )
 
 
-def _start_over(file: RemoteFile, meter: Meter) -> None:
-    meter.move(-_here(file))
-    file.part.unlink(missing_ok=True)
-
-
-def _fill_and_verify(client: Client, file: RemoteFile, meter: Meter) -> None:
-    """Make the part whole, in as many requests as it takes.
+def _complete_part(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
+    """Download what the part lacks, in as many requests as it takes, and verify the whole.
 
     Raises
     ------
@@ -161,77 +128,77 @@ def _fill_and_verify(client: Client, file: RemoteFile, meter: Meter) -> None:
         if the server has another file, or the whole part another checksum.
     """
     file.part.touch()
-    patience = Patience(client, file.url)
-    longest = _size(file.part)
+    retries = RetryPolicy(client, file.url)
     while _size(file.part) < file.n_bytes:
-        failure = _append(client, file, meter)
-        if _size(file.part) > longest:  # a server that starts over each time makes no progress
-            longest = _size(file.part)
-            patience.progress()
-        if _size(file.part) < file.n_bytes:
-            patience.after(failure or ProtocolError(f"the answer ended after {_size(file.part)} bytes"))
+        try:
+            _append(client, file, progress)
+        except HTTPError as error:
+            retries.wait_after(error, _size(file.part))
     if _size(file.part) > file.n_bytes:
         raise WrongContent(f"{_size(file.part)} bytes")
     with file.part.open("r+b") as written:
-        os.fsync(written.fileno())  # on the disk before it gets its name
-    found = _digest(file.part, file.algorithm)
-    if found != file.digest:
-        raise WrongContent(found)
+        os.fsync(written.fileno())  # on the disk before it gets its final name
+    digest = _digest(file.part, file.algorithm)
+    if digest != file.digest:
+        raise WrongContent(digest)
 
 
-def _append(client: Client, file: RemoteFile, meter: Meter) -> HTTPError | urllib3.BaseHTTPResponse | None:
-    """Make one request for what the part lacks, and return what was wrong with the answer, if anything."""
-    try:
-        with closing(open_url(client, file.url, _size(file.part))) as response:
-            if response.status not in (200, 206, 416):
-                return response
-            start = _checked_start(response, file)
-            with file.part.open("r+b", buffering=0) as out:
-                meter.move(start - out.seek(0, os.SEEK_END))
-                out.truncate(start)
-                out.seek(start)
-                for block in response.stream(BLOCK_BYTES, decode_content=False):
-                    if client.stop.is_set():
-                        raise Stopped
-                    if out.tell() + len(block) > file.n_bytes:
-                        raise WrongContent(f"more than {file.n_bytes} bytes")
-                    _write(out.write, block)
-                    meter.receive(len(block))
-    except HTTPError as error:
-        return error
-    return None
+def _append(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
+    """Request what the part lacks once, and write it as it arrives.
+
+    Raises
+    ------
+    HTTPError
+        if the part is not complete then.
+    """
+    n_done = _size(file.part)
+    with closing(client.open(file.url, n_done)) as response:
+        start = _checked_start(response, file.n_bytes, n_done)
+        progress.advance(start - n_done)
+        with file.part.open("ab" if start else "wb") as out:
+            for block in response.stream(BLOCK_BYTES, decode_content=False):
+                if client.stop.is_set():
+                    raise Stopped
+                if out.tell() + len(block) > file.n_bytes:
+                    raise WrongContent(f"more than {file.n_bytes} bytes")
+                out.write(block)
+                out.flush()
+                progress.advance(len(block))
+    if _size(file.part) < file.n_bytes:
+        raise ProtocolError(f"the response ended after {_size(file.part)} bytes")
 
 
-def _write(write: Callable[[memoryview], int | None], block: bytes) -> None:
-    """Write a whole block: an unbuffered file may take less at once."""
-    rest = memoryview(block)
-    while rest:
-        rest = rest[write(rest) or 0 :]
-
-
-def _checked_start(response: urllib3.BaseHTTPResponse, file: RemoteFile) -> int:
-    """Return the byte at which the answer's body begins.
+def _checked_start(response: urllib3.BaseHTTPResponse, n_bytes: int, n_done: int) -> int:
+    """Return the byte at which the body of a response begins.
 
     Raises
     ------
     WrongContent
         if it is not where the part ends, or belongs to a file of another size.
+    HTTPError
+        if the response holds no part of the file.
     """
-    have = _size(file.part)
-    said = response.headers.get("Content-Range", "")
+    content_range = response.headers.get("Content-Range", "")
     if response.status == 416:
-        raise WrongContent(f"nothing after byte {have} ({said or 'no size given'})")
-    if response.status == 200:  # the server sends the whole file, whatever was asked
+        raise WrongContent(f"nothing after byte {n_done} ({content_range or 'no size given'})")
+    if response.status == 200:  # the server sends the whole file, whatever was requested
         length = response.headers.get("Content-Length", "")
-        if have and length != str(file.n_bytes):  # a page of some proxy, perhaps: not worth the bytes we have
+        if n_done and length != str(n_bytes):  # perhaps a page of a proxy: not worth the bytes we have
             raise ProtocolError(f"the server sent {length or 'an unknown number of'} bytes from the start")
-        if length.isdecimal() and int(length) > file.n_bytes:
+        if length.isdecimal() and int(length) > n_bytes:
             raise WrongContent(f"{length} bytes")
         return 0
-    found = re.fullmatch(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19}|\*)", said.strip())
-    if not found or int(found[1]) != have or found[2] not in ("*", str(file.n_bytes)):
-        raise WrongContent(f"range {said!r} where byte {have} was to follow")
-    return have
+    if response.status != 206:
+        raise BadStatus(response)
+    parsed = re.fullmatch(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19}|\*)", content_range.strip())
+    if not parsed or int(parsed[1]) != n_done or parsed[2] not in ("*", str(n_bytes)):
+        raise WrongContent(f"range {content_range!r} instead of one from byte {n_done}")
+    return n_done
+
+
+def _n_done(file: RemoteFile) -> int:
+    """Return how many bytes of a file are in its part."""
+    return min(_size(file.part), file.n_bytes)
 
 
 def _digest(path: Path, algorithm: str) -> str:
@@ -247,7 +214,7 @@ def _size(path: Path) -> int:
 
 
 def disk_error(path: Path, error: OSError) -> InputError:
-    """Return what to say when a file cannot be written."""
-    if error.errno in FULL:
-        return Hopeless(f"{path}: no room for it ({error.strerror}); what arrived is kept: make room")
+    """Return the message for a file that cannot be written."""
+    if error.errno in DISK_FULL:
+        return PermanentError(f"{path}: disk full ({error.strerror}); make room; what has arrived is kept")
     return InputError(f"{error.filename or path}: cannot be read or written ({error.strerror or error})")

@@ -5,20 +5,20 @@ Contract
 ``derivative/respdict.json``
     story -> number of volumes; names the stories.
 ``derivative/TextGrids/<story>.TextGrid``
-    the words, once a story.
+    the words, one file per story.
 ``derivative/preprocessed_data/<subject>/<story>.hf5``
     the responses, around 200 MB each. UTS01 to UTS03 heard 84 stories, UTS04 26 (not `life`), UTS05 to UTS08 27,
     UTS09 54.
 
-The content lies in public object storage. What it must be is written in the data set's git repository: there each
-large file is a symbolic link of git-annex, whose target ends in a key of size and checksum,
-``MD5E-s<bytes>--<md5>.<extension>`` (https://git-annex.branchable.com/internals/key_format/). JSON lies in git itself.
+The content is in public object storage. Its size and checksum are in the data set's git repository: there each large
+file is a symbolic link of git-annex, whose target ends in a key of size and checksum,
+``MD5E-s<bytes>--<md5>.<extension>`` (https://git-annex.branchable.com/internals/key_format/). JSON is in git itself.
 The storage's own ETag is no checksum of files that were uploaded in several parts.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +26,11 @@ from typing import NamedTuple
 import filelock
 from rich.console import Console
 
+from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
-from bert_encoding.datasets.fetching.download import Fetched, RemoteFile, disk_error, download, set_aside
-from bert_encoding.datasets.fetching.progress import say
-from bert_encoding.datasets.fetching.threads import GO_ON, each, raise_first
-from bert_encoding.datasets.fetching.web import Client, check_url, make_client, read_small
+from bert_encoding.datasets.fetching.download import RemoteFile, disk_error, download, set_aside
+from bert_encoding.datasets.fetching.http_client import Client, check_url, read_small
+from bert_encoding.datasets.fetching.threads import RESUME, map_in_threads
 
 BASE_URL = "https://s3.amazonaws.com/openneuro.org/ds003020/"
 KEYS_URL = "https://raw.githubusercontent.com/OpenNeuroDatasets/ds003020/main/"
@@ -42,6 +42,23 @@ ANNEX_LINK = re.compile(r"[^\s]*annex/objects/(?:[^\s/]+/)*(MD5|SHA256)E?-s(\d{1
 DIGEST_LENGTHS = {"MD5": 32, "SHA256": 64}
 
 
+class FetchResult(NamedTuple):
+    """How many files a folder now holds, and how many of them were there before."""
+
+    n_files: int
+    n_already_there: int
+
+
+class FetchPlan(NamedTuple):
+    """Where files and their git-annex keys are read, where files are written, and with which means."""
+
+    base_url: str
+    keys_url: str
+    folder: Path
+    client: Client
+    console: Console
+
+
 def fetch_lebel2023(
     subjects: list[str],
     to: Path,
@@ -50,48 +67,38 @@ def fetch_lebel2023(
     keys_url: str = KEYS_URL,
     n_at_once: int = 4,
     console: Console | None = None,
-) -> Fetched:
-    """Make ``to/derivative/`` hold the words and responses of some subjects and stories, verified.
+) -> FetchResult:
+    """Download words and responses of some subjects and stories to ``to/derivative/``, and verify them.
 
-    What is there already is verified and kept; what a run before left half fetched is resumed.
+    Existing files are verified and kept; partial files of an earlier run are resumed.
 
     Parameters
     ----------
     stories : all that a subject heard, if None
-    base_url, keys_url : where the content and the git-annex keys lie; each is followed by ``derivative/...``
-    n_at_once : files at a time
+    base_url, keys_url : addresses of the content and of the git-annex keys; ``derivative/...`` is appended to each
+    n_at_once : number of files downloaded at the same time
 
     Raises
     ------
     InputError
         if a subject or story is not in the data set, an address is not https, the disk is full, or a file could not
-        be fetched. All that was fetched is kept.
+        be downloaded. All complete files are kept.
     """
     _check_names(subjects, stories, n_at_once)
-    console = console or Console(stderr=True)
-    way = Way(check_url(base_url), check_url(keys_url), to, n_at_once, lambda line: say(console, line))
-    content, keys = make_client(way.base_url, n_at_once), make_client(way.keys_url, n_at_once)
+    base_url, keys_url = check_url(base_url), check_url(keys_url)
     try:
-        with _only_one(to):
-            table = _fetch_table(way, keys, content, console)
-            files = _look_up(way, keys, list(dict.fromkeys(subjects)), stories)
-            rest = download(content, files, to, n_at_once, console)
+        with _folder_lock(to), Client(n_at_once) as client:
+            plan = FetchPlan(base_url, keys_url, to, client, console or Console(stderr=True))
+            known, table_existed = _fetch_table(plan)
+            for story in stories or ():
+                if story not in known:
+                    raise InputError(f"story {story} is not in the data set; see {keys_url}{RESPDICT} for its stories")
+            chosen = list(dict.fromkeys(stories or known))
+            files = _look_up(plan, list(dict.fromkeys(subjects)), chosen, may_omit=stories is None)
+            n_already_there = download(client, files, to, plan.console)
     except OSError as error:
         raise disk_error(to, error) from None
-    finally:
-        keys.pool.clear()
-        content.pool.clear()
-    return table.plus(rest)
-
-
-class Way(NamedTuple):
-    """From where to where, how many at once, and how to tell the user."""
-
-    base_url: str
-    keys_url: str
-    to: Path
-    n_at_once: int
-    say: Callable[[str], None]
+    return FetchResult(1 + len(files), table_existed + n_already_there)
 
 
 def _check_names(subjects: list[str], stories: list[str] | None, n_at_once: int) -> None:
@@ -101,122 +108,108 @@ def _check_names(subjects: list[str], stories: list[str] | None, n_at_once: int)
     if not subjects:
         raise InputError(f"no subject named; give some of {SUBJECTS[0]} to {SUBJECTS[-1]}")
     if stories is not None and not stories:
-        raise InputError("no story named; give some, or leave the choice out for all")
+        raise InputError("no story named; name some, or omit the option to get all")
     for story in stories or ():
         if not NAME.fullmatch(story):
-            raise InputError(f"story {story!r}: not a name; letters, digits, '_' and '-' make one")
+            raise InputError(f"story {story!r}: not a name; names consist of letters, digits, '_' and '-'")
     if n_at_once < 1:
-        raise InputError(f"{n_at_once} files at once: give 1 or more")
+        raise InputError(f"{n_at_once} files at the same time: give 1 or more")
 
 
 @contextmanager
-def _only_one(to: Path) -> Iterator[None]:
-    """Keep others from fetching into the same folder: two writers would spoil each other's parts."""
-    to.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(to / LOCK, blocking=False)
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Prevent two programs from fetching into the same folder: they would damage each other's parts."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        with filelock.FileLock(folder / LOCK, blocking=False):
+            yield
     except filelock.Timeout:
-        raise InputError(f"{to}: another fetch is at work in this folder; wait for it or end it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        raise InputError(f"{folder}: another fetch is running in this folder; wait for it or end it") from None
 
 
-def _fetch_table(way: Way, keys: Client, content: Client, console: Console) -> Fetched:
-    """Write the table of stories as it lies in git, or fetch it as other files, should it lie in git-annex one day."""
-    url, path = way.keys_url + RESPDICT, way.to / RESPDICT
+def _fetch_table(plan: FetchPlan) -> tuple[list[str], bool]:
+    """Write the table of stories, and return their names and whether the same table existed before."""
+    url, path = plan.keys_url + RESPDICT, plan.folder / RESPDICT
     try:
-        text = read_small(keys, url)
+        text = read_small(plan.client, url)
     except InputError as error:
-        raise InputError(f"{error}; {GO_ON}") from None
+        raise InputError(f"{error}; {RESUME}") from None
     if text is None:
-        raise InputError(f"{url}: no such file; is the address right, and the branch in it?")
-    if b"annex/objects/" in text:
-        return download(content, [_remote_file(way, text, RESPDICT)], way.to, 1, console)
-    _stories(text, url)
+        raise InputError(f"{url}: no such file; check the address and the branch in it")
+    stories = _parse_table(text, url)
     if path.is_file():
         if path.read_bytes() == text:
-            return Fetched(1, 1, 0, way.to)
-        set_aside(path, way.say)
+            return stories, True
+        set_aside(path, plan.console)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(text)
     part.replace(path)
-    return Fetched(1, 0, len(text), way.to)
+    return stories, False
 
 
-def _stories(text: bytes, where: str) -> list[str]:
+def _parse_table(text: bytes, url: str) -> list[str]:
     try:
         table = json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: not JSON; expected a table of stories") from None
+        raise InputError(f"{url}: not JSON; expected a table of stories") from None
     if not isinstance(table, dict) or not table:
-        raise InputError(f"{where}: expected a table of stories, found {type(table).__name__}")
+        raise InputError(f"{url}: expected a table of stories, got {type(table).__name__}")
     for story, n_trs in table.items():
         if not NAME.fullmatch(story) or type(n_trs) is not int or n_trs <= 0:
-            raise InputError(f"{where}: {story!r}: {n_trs!r}: expected the name of a story and its number of volumes")
+            raise InputError(f"{url}: {story!r}: {n_trs!r}: expected the name of a story and its number of volumes")
     return list(table)
 
 
-def _look_up(way: Way, keys: Client, subjects: list[str], named: list[str] | None) -> list[RemoteFile]:
-    """Return the files to fetch, texts first."""
-    table = way.to / RESPDICT
-    stories = _chosen(_stories(table.read_bytes(), str(table)), named, way.keys_url)
-    way.say(f"looking up the keys of {len(stories)} stories of {', '.join(subjects)}")
-    found = _keys_of(way, keys, [_responses(subject, story) for subject in subjects for story in stories])
+def _look_up(plan: FetchPlan, subjects: list[str], stories: list[str], may_omit: bool) -> list[RemoteFile]:
+    """Return the files to download, transcripts first; ``may_omit`` those that the data set lacks."""
+    print_lines(plan.console, f"looking up the keys of {len(stories)} stories of {', '.join(subjects)}")
+    responses = _remote_files(plan, [_responses(subject, story) for subject in subjects for story in stories])
     for subject in subjects:
-        missing = [story for story in stories if _responses(subject, story) not in found]
-        if missing and named is not None:
-            raise InputError(f"{subject} has no responses to {missing[0]}; leave the story or the subject out")
+        missing = [story for story in stories if _responses(subject, story) not in responses]
+        if missing and not may_omit:
+            raise InputError(f"{subject} has no responses to {missing[0]}; omit the story or the subject")
         if len(missing) == len(stories):
-            raise InputError(f"{way.keys_url}: no responses of {subject}; is the address right, and the branch in it?")
-    heard = [story for story in stories if any(_responses(subject, story) in found for subject in subjects)]
-    texts = _keys_of(way, keys, [_text(story) for story in heard])
+            raise InputError(f"{plan.keys_url}: no responses of {subject}; check the address and the branch in it")
+    heard = [story for story in stories if any(_responses(subject, story) in responses for subject in subjects)]
+    transcripts = _remote_files(plan, [_transcript(story) for story in heard])
     for story in heard:
-        if _text(story) not in texts:
-            if named is not None:
-                raise InputError(f"{way.keys_url}{_text(story)}: no such file; leave the story out")
-            way.say(f"{story}: left out, since there is no {_text(story)}")
-    with_text = [_responses(subject, story) for subject in subjects for story in heard if _text(story) in texts]
-    return [*texts.values(), *(found[path] for path in with_text if path in found)]
+        if _transcript(story) in transcripts:
+            continue
+        if not may_omit:
+            raise InputError(f"{plan.keys_url}{_transcript(story)}: no such file; omit the story")
+        print_lines(plan.console, f"{story}: omitted, because there is no {_transcript(story)}")
+        for subject in subjects:
+            responses.pop(_responses(subject, story), None)
+    return [*transcripts.values(), *responses.values()]
 
 
-def _chosen(known: list[str], named: list[str] | None, keys_url: str) -> list[str]:
-    for story in named or ():
-        if story not in known:
-            raise InputError(f"story {story} is not in the data set; see {keys_url}{RESPDICT} for those that are")
-    return known if named is None else list(dict.fromkeys(named))
-
-
-def _keys_of(way: Way, keys: Client, paths: list[str]) -> dict[str, RemoteFile]:
-    """Return path -> what the file must hold, for the files that the data set has."""
+def _remote_files(plan: FetchPlan, paths: list[str]) -> dict[str, RemoteFile]:
+    """Return path -> file, for the paths that the data set has."""
 
     def look_up(path: str) -> RemoteFile | None:
-        text = read_small(keys, way.keys_url + path)
-        return None if text is None else _remote_file(way, text, path)
+        link = read_small(plan.client, plan.keys_url + path)
+        return None if link is None else _remote_file(plan, link, path)
 
-    found = each(look_up, paths, way.n_at_once, keys.stop)
-    raise_first(found)
-    return {path: file for path, file in zip(paths, found, strict=True) if isinstance(file, RemoteFile)}
+    files = map_in_threads(look_up, paths, plan.client)
+    return {path: file for path, file in zip(paths, files, strict=True) if file is not None}
 
 
 def _responses(subject: str, story: str) -> str:
     return f"derivative/preprocessed_data/{subject}/{story}.hf5"
 
 
-def _text(story: str) -> str:
+def _transcript(story: str) -> str:
     return f"derivative/TextGrids/{story}.TextGrid"
 
 
-def _remote_file(way: Way, text: bytes, path: str) -> RemoteFile:
-    """Return what a file must hold, from the link that stands for it in git."""
-    link = text.decode("ascii", "replace").strip()
-    found = ANNEX_LINK.fullmatch(link)
-    if not found or len(found[3]) != DIGEST_LENGTHS[found[1]]:
+def _remote_file(plan: FetchPlan, content: bytes, path: str) -> RemoteFile:
+    """Return the size and checksum of a file, from the git-annex link that represents it in git."""
+    link = content.decode("ascii", "replace").strip()
+    key = ANNEX_LINK.fullmatch(link)
+    if not key or len(key[3]) != DIGEST_LENGTHS[key[1]]:
         raise InputError(
-            f"{way.keys_url}{path}: expected a git-annex link that ends in a key of MD5 or SHA256, "
-            f"found {link[:80]!r}; is the address right?"
+            f"{plan.keys_url}{path}: expected a git-annex link that ends in a key of MD5 or SHA256, "
+            f"got {link[:80]!r}; check the address"
         )
-    return RemoteFile(way.base_url + path, way.to / path, int(found[2]), found[1].lower(), found[3])
+    return RemoteFile(plan.base_url + path, plan.folder / path, int(key[2]), key[1].lower(), key[3])

@@ -1,4 +1,4 @@
-"""Downloads from a server that misbehaves: right content or none, nothing fetched twice, one clear line."""
+"""Downloads from a server that misbehaves: right content or none, nothing downloaded twice, one clear line."""
 
 import errno
 import hashlib
@@ -33,13 +33,13 @@ from bad_server import (
 from project import ROOT
 from rich.console import Console
 from study_process import with_ctrl_c
+from urllib3.exceptions import ProtocolError
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets.fetching import download as download_module
-from bert_encoding.datasets.fetching import progress as meter
-from bert_encoding.datasets.fetching import web
-from bert_encoding.datasets.fetching.download import Fetched, RemoteFile, download
-from bert_encoding.datasets.fetching.threads import UNTRIED, each, raise_first
+from bert_encoding.datasets.fetching import http_client, progress
+from bert_encoding.datasets.fetching.download import RemoteFile, download
+from bert_encoding.datasets.fetching.threads import map_in_threads
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +51,11 @@ def content(n_bytes: int, seed: int) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.02)
-    monkeypatch.setattr(web, "READ_S", 0.3)
-    monkeypatch.setattr(web, "N_RETRIES", 3)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(http_client, "READ_S", 0.3)
+    monkeypatch.setattr(http_client, "N_RETRIES", 3)
     monkeypatch.setattr(download_module, "BLOCK_BYTES", 1000)
 
 
@@ -75,35 +75,27 @@ def remote_files(server: BadServer, folder: Path, algorithm: str = "md5") -> lis
     ]
 
 
-def run(server: BadServer, folder: Path, n_at_once: int = 2, algorithm: str = "md5") -> Fetched:
-    client = web.make_client(server.url, n_at_once)
-    try:
-        return download(client, remote_files(server, folder, algorithm), folder, n_at_once, Console(file=io.StringIO()))
-    finally:
-        client.pool.clear()
-
-
-def assert_right_or_absent(server: BadServer, folder: Path) -> None:
-    for name, body in server.files.items():
-        path = folder / "in" / name
-        assert not path.exists() or path.read_bytes() == body, name
+def run(server: BadServer, folder: Path, n_at_once: int = 2, algorithm: str = "md5") -> int:
+    with http_client.Client(n_at_once) as client:
+        return download(client, remote_files(server, folder, algorithm), folder, Console(file=io.StringIO()))
 
 
 def assert_complete(server: BadServer, folder: Path) -> None:
-    found = {path.name: path.read_bytes() for path in (folder / "in").iterdir()}
-    assert found == server.files
+    on_disk = {path.name: path.read_bytes() for path in (folder / "in").iterdir()}
+    assert on_disk == server.files
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
 def test_files_arrive_once(server: BadServer, tmp_path: Path, algorithm: str) -> None:
-    assert run(server, tmp_path, algorithm=algorithm) == Fetched(3, 0, N + 3000, tmp_path)
+    assert run(server, tmp_path, algorithm=algorithm) == 0
+    assert server.sent == {"a.bin": N, "b.bin": 3000}
     assert_complete(server, tmp_path)
     server.behave()
-    assert run(server, tmp_path, algorithm=algorithm) == Fetched(3, 3, 0, tmp_path)
+    assert run(server, tmp_path, algorithm=algorithm) == 3
     assert server.asked == []
 
 
-RECOVERS: dict[str, tuple[list[Act], int]] = {  # acts on the first file -> bytes of it that should be received
+TEMPORARY_FAULTS: dict[str, tuple[list[Act], int]] = {  # responses for the first file, and bytes of it that are sent
     "cut": ([cut(4000)], N),
     "reset before a byte": ([drop, drop], N),
     "cut often": ([cut(1000)] * 8, N),
@@ -117,12 +109,13 @@ RECOVERS: dict[str, tuple[list[Act], int]] = {  # acts on the first file -> byte
     "short length": ([short(4000)], N),
     "corrupt once": ([corrupt(5000)], 2 * N),
     "corrupt first part": ([lambda *a: _corrupt_then_cut(*a)], 4000 + (N - 4000) + N),
-    "wrong range": ([cut(4000), misplaced("bytes 0-9999/10000")], 4000 + N),
-    "no range": ([cut(4000), misplaced("")], 4000 + N),
-    "wrong total": ([cut(4000), misplaced("bytes 4000-9999/12345")], 4000 + N),
+    "wrong range": ([cut(4000), misplaced("bytes 0-9999/10000")], 2 * N),
+    "no range": ([cut(4000), misplaced("")], 2 * N),
+    "wrong total": ([cut(4000), misplaced("bytes 4000-9999/12345")], 2 * N),
     "416 once": ([cut(4000), answer(416)], 4000 + N),
+    "page of a proxy instead of the rest": ([cut(4000), short(31)], N + 31),
     "another file once": ([other(b"sign in to this network, please")], 2 * N),
-    "a longer file once": ([other(content(2 * N, 9))], N),
+    "a longer file once": ([other(content(2 * N, 9))], 3 * N),
     "silent": ([hang_after(4000)], N),
     "silent from the start": ([hang], N),
 }
@@ -132,31 +125,30 @@ def _corrupt_then_cut(handler: object, body: bytes, start: int) -> None:
     cut(4000)(handler, b"?" * 5 + body[5:], start)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scenario", RECOVERS)
-def test_a_passing_fault_is_survived(server: BadServer, tmp_path: Path, scenario: str) -> None:
-    acts, n_bytes = RECOVERS[scenario]
+@pytest.mark.parametrize("fault", TEMPORARY_FAULTS)
+def test_download_survives_a_temporary_fault(server: BadServer, tmp_path: Path, fault: str) -> None:
+    acts, n_sent = TEMPORARY_FAULTS[fault]
     server.acts["a.bin"] = list(acts)
-    began = time.monotonic()
-    fetched = run(server, tmp_path)
+    start_s = time.monotonic()
+    assert run(server, tmp_path) == 0
     assert_complete(server, tmp_path)
     assert not server.acts["a.bin"]  # all of it happened
-    assert (fetched.n_already_there, fetched.n_bytes) == (0, n_bytes + 3000)
-    assert server.sent["a.bin"] >= n_bytes
-    assert time.monotonic() - began < 2
+    assert (server.sent["a.bin"], server.sent["b.bin"]) == (n_sent, 3000)
+    assert time.monotonic() - start_s < 2
 
 
-FAILS: dict[str, tuple[Act, str]] = {
+LASTING_FAULTS: dict[str, tuple[Act, str]] = {
     "404": (answer(404), "the server answered 404"),
     "403": (answer(403), "the server answered 403"),
-    "500": (answer(500), "failed 4 times in a row: the server answered too many 500 error responses"),
+    "500": (answer(500), "failed 4 times in a row: the server answered 500 Internal Server Error"),
     "drop": (drop, "failed 4 times in a row"),
     "corrupt": (corrupt(5000), "expected 10000 bytes with md5"),
     "cut from the start": (whole_then_cut(4000), "failed 4 times in a row"),
     "416": (answer(416), "nothing after byte 0"),
-    "longer": (other(content(N + 1, 3)), "found 10001 bytes, twice"),
-    "longer, unannounced": (unbounded(content(N + 1, 3)), "found more than 10000 bytes, twice"),
+    "longer": (other(content(N + 1, 3)), "got 10001 bytes, twice"),
+    "longer, unannounced": (unbounded(content(N + 1, 3)), "got more than 10000 bytes, twice"),
     "shorter": (other(content(N - 1, 3)), "nothing after byte 9999 (bytes */9999)"),
-    "another": (other(content(N, 3)), f"found {hashlib.md5(content(N, 3)).hexdigest()}, twice"),
+    "another": (other(content(N, 3)), f"got {hashlib.md5(content(N, 3)).hexdigest()}, twice"),
     "to a file": (answer(302, Location="file:///etc/passwd"), "redirected to file://, which is not https"),
     "to http": (answer(302, Location="http://example.com/a"), "redirected to http://example.com, which is not https"),
     "to ftp": (answer(307, Location="ftp://127.0.0.1/a"), "which is not https"),
@@ -166,33 +158,28 @@ FAILS: dict[str, tuple[Act, str]] = {
 }
 
 
-@pytest.mark.parametrize("scenario", FAILS)
-def test_a_lasting_fault_is_one_line_and_spoils_nothing(server: BadServer, tmp_path: Path, scenario: str) -> None:
-    act, said = FAILS[scenario]
+@pytest.mark.parametrize("fault", LASTING_FAULTS)
+def test_a_lasting_fault_is_one_line_and_spares_the_others(server: BadServer, tmp_path: Path, fault: str) -> None:
+    act, reason = LASTING_FAULTS[fault]
     server.always["a.bin"] = act
     with pytest.raises(InputError) as caught:
         run(server, tmp_path)
     message = str(caught.value)
-    assert said in message and server.url + "a.bin" in message and "\n" not in message
-    assert message.endswith("run the same command again to go on")
+    assert reason in message and server.url + "a.bin" in message and "\n" not in message
+    assert message.endswith("run the same command again to resume")
     assert not (tmp_path / "in" / "a.bin").exists()
     assert (tmp_path / "in" / "b.bin").read_bytes() == server.files["b.bin"]
     server.behave()
-    fetched = run(server, tmp_path)
+    assert run(server, tmp_path) == 2
     assert_complete(server, tmp_path)
-    assert fetched.n_already_there == 2
     assert server.sent["b.bin"] == 0
 
 
 def test_redirects_on_this_machine_are_followed_from_http(server: BadServer, tmp_path: Path) -> None:
     server.files["elsewhere"] = server.files["a.bin"]
     server.always["a.bin"] = answer(302, Location="/elsewhere")
-    del (files := dict(server.files))["elsewhere"]
-    client = web.make_client(server.url, 1)
-    wanted = [file for file in remote_files(server, tmp_path) if file.path.name in files]
-    download(client, wanted, tmp_path, 1, Console(file=io.StringIO()))
-    client.pool.clear()
-    assert (tmp_path / "in" / "a.bin").read_bytes() == files["a.bin"]
+    run(server, tmp_path)
+    assert_complete(server, tmp_path)
 
 
 def test_a_later_run_resumes(server: BadServer, tmp_path: Path) -> None:
@@ -201,8 +188,8 @@ def test_a_later_run_resumes(server: BadServer, tmp_path: Path) -> None:
         run(server, tmp_path)
     assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"][:6000]
     server.behave()
-    assert run(server, tmp_path) == Fetched(3, 2, 4000, tmp_path)
-    assert server.asked == [("a.bin", 6000)]
+    assert run(server, tmp_path) == 2
+    assert (server.asked, server.sent["a.bin"]) == ([("a.bin", 6000)], 4000)
     assert_complete(server, tmp_path)
 
 
@@ -228,23 +215,17 @@ def test_parts_as_long_as_the_file_are_verified(server: BadServer, tmp_path: Pat
     assert server.sent["a.bin"] == (0 if right and n_bytes == N else N)
 
 
-def test_a_page_of_a_proxy_does_not_cost_what_is_here(server: BadServer, tmp_path: Path) -> None:
-    server.acts["a.bin"] = [cut(4000), short(31)]
-    assert run(server, tmp_path).n_bytes == N + 3000  # the page was not read
-    assert [start for path, start in server.asked if path == "a.bin"] == [0, 4000, 4000]
-    assert_complete(server, tmp_path)
-
-
 def test_a_wrong_file_is_set_aside(server: BadServer, tmp_path: Path) -> None:
     run(server, tmp_path)
     wrong = bytearray(server.files["b.bin"])
     wrong[17] ^= 1
     (tmp_path / "in" / "b.bin").write_bytes(wrong)
     (tmp_path / "in" / "a.bin").write_bytes(server.files["a.bin"][:-1])
-    assert run(server, tmp_path) == Fetched(3, 1, N + 3000, tmp_path)
+    assert run(server, tmp_path) == 1
     assert (tmp_path / "in" / "b.bin.wrong").read_bytes() == wrong
     assert (tmp_path / "in" / "a.bin.wrong").read_bytes() == server.files["a.bin"][:-1]
-    assert_right_or_absent(server, tmp_path)
+    for name, body in server.files.items():
+        assert (tmp_path / "in" / name).read_bytes() == body
 
 
 def test_dangling_links_of_a_clone_are_replaced(server: BadServer, tmp_path: Path) -> None:
@@ -270,7 +251,7 @@ def test_too_little_space_is_refused_before_the_first_byte(
     assert server.asked == []
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / ".a.bin.part").write_bytes(server.files["a.bin"][:1])
-    run(server, tmp_path)  # what is there already needs no room
+    run(server, tmp_path)  # existing bytes need no space
     assert_complete(server, tmp_path)
 
 
@@ -278,33 +259,18 @@ def test_too_little_space_is_refused_before_the_first_byte(
 def test_a_full_disk_keeps_the_part(
     server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    honest = download_module._write
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    def full(write: Callable[[memoryview], int | None], block: bytes) -> None:
-        if write.__self__.tell() >= 5000:  # type: ignore[attr-defined]
-            raise OSError(code, os.strerror(code))
-        honest(write, block)
-
-    monkeypatch.setattr(download_module, "_write", full)
-    with pytest.raises(InputError, match=rf"a\.bin: no room for it \({os.strerror(code)}\).*again to go on"):
-        run(server, tmp_path)
-    assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"][:5000]
-    monkeypatch.setattr(download_module, "_write", honest)
+    with monkeypatch.context() as patch:
+        patch.setattr(download_module.os, "fsync", full)
+        with pytest.raises(InputError, match=rf"a\.bin: disk full \({os.strerror(code)}\).*2 not tried; run the same"):
+            run(server, tmp_path, n_at_once=1)
+    assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"]
     server.behave()
     run(server, tmp_path)
-    assert server.sent["a.bin"] == N - 5000
+    assert server.sent["a.bin"] == 0
     assert_complete(server, tmp_path)
-
-
-def test_a_write_that_takes_less_is_continued() -> None:
-    taken = bytearray()
-
-    def write(rest: memoryview) -> int:
-        taken.extend(rest[:3])
-        return min(3, len(rest))
-
-    download_module._write(write, b"0123456789")
-    assert bytes(taken) == b"0123456789"
 
 
 def test_several_failures_are_counted(server: BadServer, tmp_path: Path) -> None:
@@ -315,46 +281,43 @@ def test_several_failures_are_counted(server: BadServer, tmp_path: Path) -> None
 
 
 def test_a_lost_server_is_not_asked_for_every_file(server: BadServer, tmp_path: Path) -> None:
-    server.files = {f"{at}.bin": content(10, at) for at in range(9)}
+    server.files = {f"{index}.bin": content(10, index) for index in range(9)}
     server.always = {name: answer(503) for name in server.files}
-    with pytest.raises(InputError, match=r"0\.bin: failed 4 times.* error responses; 8 not tried; run the same"):
+    with pytest.raises(InputError, match=r"0\.bin: failed 4 times.*503 Service Unavailable; 8 not tried; run the same"):
         run(server, tmp_path, n_at_once=1)
     assert server.asked == [("0.bin", 0)] * 4
     with pytest.raises(InputError, match=r"0\.bin: failed 4 times.*; [12] more failed; [67] not tried; run the same"):
         run(server, tmp_path, n_at_once=2)
 
 
-def test_nobody_listens(server: BadServer, tmp_path: Path) -> None:
+def test_a_server_that_does_not_listen(server: BadServer, tmp_path: Path) -> None:
     with BadServer() as gone:
         gone.files = {"a.bin": b"abc"}
     with pytest.raises(InputError, match=r"a\.bin: failed 4 times in a row: .*Connection refused"):
         run(gone, tmp_path)
 
 
-def test_bugs_are_not_hidden() -> None:
-    stop = threading.Event()
+def test_threads_do_not_hide_bugs() -> None:
+    client = http_client.Client(1)
     with pytest.raises(ZeroDivisionError):
-        each(lambda at: 1 / at, [0, 1, 2], 1, stop)
-    assert stop.is_set()
+        map_in_threads(lambda item: 1 / item, [0, 1, 2], client)
+    assert client.stop.is_set()
 
 
-def test_each_keeps_order_and_says_what_it_left() -> None:
-    def work(at: int) -> int:
-        if at == 1:
+def test_threads_keep_the_order_and_count_what_was_not_tried() -> None:
+    def work(item: int) -> int:
+        if item == 1:
             raise InputError("one")
-        if at == 2:
-            raise web.Stopped
-        return at * at
+        if item == 2:
+            raise http_client.Stopped
+        return item * item
 
-    outcomes = each(work, range(5), 3, threading.Event())
-    assert [str(outcome) for outcome in outcomes] == ["0", "one", "not tried", "9", "16"]
-    assert outcomes[2] is UNTRIED
+    assert map_in_threads(work, [5, 0, 3], http_client.Client(3)) == [25, 0, 9]
     with pytest.raises(InputError, match=r"^one; 1 not tried; run"):
-        raise_first(outcomes)
-    raise_first([0, None, 3.0])
+        map_in_threads(work, range(5), http_client.Client(3))
 
 
-def test_files_come_several_at_once(server: BadServer, tmp_path: Path) -> None:
+def test_files_are_downloaded_at_the_same_time(server: BadServer, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=5)
 
     def together(handler: object, body: bytes, start: int) -> None:
@@ -367,83 +330,81 @@ def test_files_come_several_at_once(server: BadServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "reason"),
     [
         ("http://example.com/x/", "use https"),
         ("http://127.0.0.1.example.com/", "use https"),
-        ("file:///etc/", "not a URL we read from"),
-        ("ftp://127.0.0.1/", "not a URL we read from"),
-        ("example.com/x", "not a URL we read from"),
-        ("https:///x", "not a URL we read from"),
+        ("file:///etc/", "not a supported URL"),
+        ("ftp://127.0.0.1/", "not a supported URL"),
+        ("example.com/x", "not a supported URL"),
+        ("https:///x", "not a supported URL"),
         ("https://[::1/x", "not a URL;"),
         ("https://host:port/x", "not a URL;"),
         ("https://me:secret@example.com/", "without user"),
         ("https://example.com/?list=1", "without user"),
     ],
 )
-def test_addresses_that_are_refused(url: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        web.check_url(url)
+def test_check_url_refuses(url: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        http_client.check_url(url)
 
 
-def test_addresses_that_are_taken() -> None:
+def test_check_url_accepts_https_and_this_machine() -> None:
     for url in ("https://example.com/x", "http://127.0.0.1:80/", "http://[::1]:8080/x", "http://localhost/x/"):
-        assert web.check_url(url) == url.rstrip("/") + "/"
+        assert http_client.check_url(url) == url.rstrip("/") + "/"
 
 
-def test_the_proxy_of_the_environment_is_used_elsewhere_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_of_the_environment_is_used_for_other_machines_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("https_proxy", "http://proxy.example.com:3128")
-    monkeypatch.setenv("http_proxy", "http://proxy.example.com:3128")
-    elsewhere = web.make_client("https://example.com/", 1).pool
-    assert elsewhere.proxy is not None and elsewhere.proxy.host == "proxy.example.com"
-    assert web.make_client("http://127.0.0.1:1/", 1).pool.proxy is None
+    proxy = "http://proxy.example.com:3128"
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setenv("http_proxy", proxy)
+    assert http_client.proxy_for("https://example.com/") == proxy
+    assert http_client.proxy_for("http://127.0.0.1:1/") is None
     monkeypatch.setenv("no_proxy", "example.com")
-    assert web.make_client("https://example.com/", 1).pool.proxy is None
+    assert http_client.proxy_for("https://example.com/") is None
 
 
 def test_waits_double_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "N_RETRIES", 6)
-    monkeypatch.setattr(web, "BACKOFF_S", 0.5)
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 5.0)
-    client = web.make_client("http://127.0.0.1:1/", 1)
+    monkeypatch.setattr(http_client, "N_RETRIES", 6)
+    monkeypatch.setattr(http_client, "BACKOFF_S", 0.5)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT_S", 5.0)
+    client = http_client.Client(1)
     waits: list[float] = []
     monkeypatch.setattr(client.stop, "wait", lambda wait_s: waits.append(wait_s))
-    patience = web.Patience(client, "http://127.0.0.1:1/")
-    error = web.ProtocolError("gone")
+    retries = http_client.RetryPolicy(client, "http://127.0.0.1:1/")
+    error = ProtocolError("gone")
     for _ in range(6):
-        patience.after(error)
+        retries.wait_after(error, 10)
     assert waits == [0, 1, 2, 4, 5, 5]
-    with pytest.raises(web.Hopeless, match="failed 7 times in a row: gone"):
-        patience.after(error)
-    patience.progress()
-    patience.after(error)
+    with pytest.raises(http_client.PermanentError, match="failed 7 times in a row: gone"):
+        retries.wait_after(error, 10)
+    retries.wait_after(error, 11)  # progress
     assert waits[-1] == 0
 
 
 def test_log_files_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     text = io.StringIO()
-    with meter.Meter(Console(file=text, width=40), "downloading", 4000) as counts:
-        counts.receive(1000)
-        counts.receive(3000)
-        counts.move(-4000)
+    with progress.ByteProgress(Console(file=text, width=40), "downloading", 5000, 1000) as counter:
+        for n_bytes in (1000, 3000, -5000):
+            counter.advance(n_bytes)
     lines = text.getvalue().splitlines()
     assert [line.split(",")[0] for line in lines] == [
-        "downloading: 1.0 kB of 4.0 kB",
-        "downloading: 4.0 kB of 4.0 kB",
-        "downloading: 0 bytes of 4.0 kB",
+        "downloading: 2.0 kB of 5.0 kB",
+        "downloading: 5.0 kB of 5.0 kB",
+        "downloading: 0 bytes of 5.0 kB",
     ]
-    assert lines[0].endswith("/s") and counts.n_received == 4000
+    assert lines[1].endswith("/s")
 
 
 def test_a_terminal_gets_a_bar() -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    with meter.Meter(console, "downloading", 4000) as counts:
-        counts.receive(1000)
-        counts._bar.refresh()
+    with progress.ByteProgress(console, "downloading", 4000) as counter:
+        counter.advance(1000)
+        counter._bar.refresh()
     assert "1.0/4.0 kB" in text.getvalue()
 
 
@@ -451,16 +412,17 @@ SCRIPT = """
 import io, resource, signal, sys
 from pathlib import Path
 from rich.console import Console
-from bert_encoding.datasets.fetching import download, web
+from bert_encoding.datasets.fetching import download, http_client
 from bert_encoding.core.errors import InputError
 url, folder, n_bytes, digest, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-download.BLOCK_BYTES, web.BACKOFF_S = 1000, 0.0
+download.BLOCK_BYTES, http_client.BACKOFF_S = 1000, 0.0
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 file = download.RemoteFile(url, folder / "a.bin", n_bytes, "md5", digest)
 try:
-    print("done", download.download(web.make_client(url, 2), [file], folder, 2, Console(file=io.StringIO())).n_bytes)
+    with http_client.Client(2) as client:
+        print("done", download.download(client, [file], folder, Console(file=io.StringIO())))
 except InputError as error:
     print("error:", error)
     sys.exit(2)
@@ -481,48 +443,48 @@ def start(server: BadServer, folder: Path, limit: int = 0) -> subprocess.Popen[s
     )
 
 
-def wait_until(true: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits of file sizes")
-def test_a_real_limit_on_file_size(server: BadServer, tmp_path: Path) -> None:
+def test_a_limit_on_file_size_keeps_the_part(server: BadServer, tmp_path: Path) -> None:
     with start(server, tmp_path, limit=5500) as process:
-        said = process.communicate(timeout=30)[0]
+        output = process.communicate(timeout=30)[0]
     assert process.returncode == 2
-    assert said.startswith(f"error: {tmp_path / 'a.bin'}: no room for it (File too large)")
+    assert output.startswith(f"error: {tmp_path / 'a.bin'}: disk full (File too large)")
     assert (tmp_path / ".a.bin.part").read_bytes() == server.files["a.bin"][:5500]
     assert not (tmp_path / "a.bin").exists()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_loses_nothing_but_a_block(server: BadServer, tmp_path: Path, sign: int) -> None:
+def test_a_killed_run_loses_at_most_a_block(server: BadServer, tmp_path: Path, sign: int) -> None:
     server.acts["a.bin"] = [hang_after(6000)]
     part = tmp_path / ".a.bin.part"
     with start(server, tmp_path) as process:
         wait_until(lambda: part.exists() and part.stat().st_size >= 5000)
-        began = time.monotonic()
+        start_s = time.monotonic()
         process.send_signal(sign)
         process.communicate(timeout=30)
     assert process.returncode == (130 if sign == signal.SIGINT else -sign)
-    assert time.monotonic() - began < 3  # far from the read timeout
+    assert time.monotonic() - start_s < 3  # far from the read timeout
     assert part.read_bytes() == server.files["a.bin"][: part.stat().st_size]
     assert not (tmp_path / "a.bin").exists()
     server.behave()
     with start(server, tmp_path) as process:
-        said = process.communicate(timeout=30)[0]
-    assert said == f"done {server.sent['a.bin']}\n" and server.sent["a.bin"] <= 5000
+        output = process.communicate(timeout=30)[0]
+    assert output == "done 0\n" and server.sent["a.bin"] <= 5000
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
 
 
-def test_an_interrupt_before_the_answer_ends_the_program(server: BadServer, tmp_path: Path) -> None:
+def test_an_interrupt_before_the_response_ends_the_program(server: BadServer, tmp_path: Path) -> None:
     server.always["a.bin"] = hang
     with start(server, tmp_path) as process:
         wait_until(lambda: server.n_asked("a.bin") == 1)
-        began = time.monotonic()
+        start_s = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - began < 3
+    assert process.returncode == 130 and time.monotonic() - start_s < 3

@@ -18,9 +18,8 @@ from bad_server import BadServer, answer, corrupt, cut, drop, hang_after, other
 from rich.console import Console
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.datasets.fetching import web
-from bert_encoding.datasets.fetching.download import Fetched
-from bert_encoding.datasets.fetching.lebel2023 import BASE_URL, KEYS_URL, LOCK, fetch_lebel2023
+from bert_encoding.datasets.fetching import http_client
+from bert_encoding.datasets.fetching.lebel2023 import BASE_URL, KEYS_URL, LOCK, FetchResult, fetch_lebel2023
 
 STORIES = ("life", "souls", "wheretheressmoke")
 HEARD = {"UTS03": STORIES, "UTS04": STORIES[1:]}
@@ -36,11 +35,11 @@ def text_path(story: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
-    monkeypatch.setattr(web, "LONGEST_WAIT_S", 0.02)
-    monkeypatch.setattr(web, "READ_S", 0.3)
-    monkeypatch.setattr(web, "N_RETRIES", 3)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(http_client, "READ_S", 0.3)
+    monkeypatch.setattr(http_client, "N_RETRIES", 3)
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def link(path: str, body: bytes) -> bytes:
     return f"../../.git/annex/objects/km/k1/{key}/{key}".encode()
 
 
-def fetch(server: BadServer, folder: Path, subjects: tuple[str, ...] = ("UTS03",), **more: object) -> Fetched:
+def fetch(server: BadServer, folder: Path, subjects: tuple[str, ...] = ("UTS03",), **more: object) -> FetchResult:
     more = {"base_url": server.url + "content", "keys_url": server.url + "keys/", **more}
     return fetch_lebel2023(list(subjects), folder, console=Console(file=io.StringIO()), **more)  # type: ignore[arg-type]
 
@@ -82,10 +81,9 @@ def test_a_subject_with_all_its_stories(server: BadServer, tree: dict[str, bytes
     fetched = fetch(server, tmp_path / "new" / "data")
     expected = {path: body for path, body in tree.items() if "UTS04" not in path}
     assert on_disk(tmp_path / "new" / "data") == expected
-    n_bytes = sum(map(len, expected.values()))
-    assert fetched == Fetched(7, 0, n_bytes, tmp_path / "new" / "data")
+    assert fetched == FetchResult(7, 0)
     server.behave()
-    assert fetch(server, tmp_path / "new" / "data") == Fetched(7, 7, 0, tmp_path / "new" / "data")
+    assert fetch(server, tmp_path / "new" / "data") == FetchResult(7, 7)
     assert not any(path.startswith("content/") for path, _ in server.asked)
 
 
@@ -109,12 +107,12 @@ def test_a_story_without_words_is_left_out_unless_named(server: BadServer, tmp_p
     del server.files["keys/" + text_path("souls")]
     fetch(server, tmp_path)
     assert not any("souls" in path for path in on_disk(tmp_path))
-    with pytest.raises(InputError, match=r"keys/derivative/TextGrids/souls\.TextGrid: no such file; leave"):
+    with pytest.raises(InputError, match=r"keys/derivative/TextGrids/souls\.TextGrid: no such file; omit"):
         fetch(server, tmp_path, stories=["souls"])
 
 
 @pytest.mark.parametrize(
-    ("subjects", "more", "said"),
+    ("subjects", "more", "reason"),
     [
         (("UTS10",), {}, "subject 'UTS10' is not in the data set; give UTS01 to UTS09"),
         (("UTS03", "../UTS03"), {}, "subject '../UTS03' is not in the data set"),
@@ -124,40 +122,40 @@ def test_a_story_without_words_is_left_out_unless_named(server: BadServer, tmp_p
         (("UTS03",), {"stories": ["souls\n"]}, "not a name"),
         (("UTS03",), {"stories": ["soul"]}, "story soul is not in the data set; see http://127"),
         (("UTS03", "UTS04"), {"stories": ["souls", "life"]}, "UTS04 has no responses to life"),
-        (("UTS05",), {}, "no responses of UTS05; is the address right"),
-        (("UTS03",), {"n_at_once": 0}, "0 files at once"),
+        (("UTS05",), {}, "no responses of UTS05; check the address"),
+        (("UTS03",), {"n_at_once": 0}, "0 files at the same time"),
         (("UTS03",), {"base_url": "http://example.com/"}, "http://example.com/: use https"),
-        (("UTS03",), {"keys_url": "file:///data/"}, "file:///data/: not a URL"),
+        (("UTS03",), {"keys_url": "file:///data/"}, "file:///data/: not a supported URL"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(
-    server: BadServer, tmp_path: Path, subjects: tuple[str, ...], more: dict[str, object], said: str
+    server: BadServer, tmp_path: Path, subjects: tuple[str, ...], more: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         fetch(server, tmp_path, subjects, **more)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert set(on_disk(tmp_path)) <= {RESPDICT}
     assert not any(path.startswith("content/") for path, _ in server.asked)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         (b"<html>", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[1]", "found list"),
-        (b"{}", "found dict"),
+        (b"[1]", "got list"),
+        (b"{}", "got dict"),
         (b'{"../../x": 3}', "'../../x': 3: expected the name"),
         (b'{"souls": "many"}', "'souls': 'many': expected"),
         (b'{"souls": true}', "expected the name"),
-        (b" " * (2**20 + 1), "more than 1048576 bytes"),
+        (b" " * (2**20 + 1), "larger than 1048576 bytes"),
     ],
 )
-def test_a_wrong_table_of_stories(server: BadServer, tmp_path: Path, text: bytes, said: str) -> None:
+def test_a_wrong_table_of_stories(server: BadServer, tmp_path: Path, text: bytes, reason: str) -> None:
     server.files[f"keys/{RESPDICT}"] = text
     with pytest.raises(InputError, match=r"keys/derivative/respdict\.json: ") as caught:
         fetch(server, tmp_path)
-    assert said in str(caught.value)
+    assert reason in str(caught.value)
     assert on_disk(tmp_path) == {}
 
 
@@ -166,17 +164,10 @@ def test_no_table_of_stories(server: BadServer, tmp_path: Path) -> None:
         fetch(server, tmp_path, keys_url=server.url + "nowhere/")
 
 
-def test_a_table_of_stories_in_the_annex(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
-    server.files[f"keys/{RESPDICT}"] = link(RESPDICT, tree[RESPDICT])
-    server.files[f"content/{RESPDICT}"] = tree[RESPDICT]
-    assert fetch(server, tmp_path).n_files == 7
-    assert on_disk(tmp_path)[RESPDICT] == tree[RESPDICT]
-
-
 def test_an_edited_table_is_set_aside(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     fetch(server, tmp_path)
     (tmp_path / RESPDICT).write_text('{"souls": 7}')
-    assert fetch(server, tmp_path) == Fetched(7, 6, len(tree[RESPDICT]), tmp_path)
+    assert fetch(server, tmp_path) == FetchResult(7, 6)
     assert (tmp_path / RESPDICT).read_bytes() == tree[RESPDICT]
     (tmp_path / RESPDICT).write_text('{"souls": 8}')
     fetch(server, tmp_path)
@@ -227,7 +218,7 @@ def test_answers_that_are_no_key(server: BadServer, tmp_path: Path, text: bytes)
     assert set(on_disk(tmp_path)) == {RESPDICT}
 
 
-def test_lookups_survive_a_bad_line(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_lookups_survive_temporary_faults(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     key = "keys/" + response_path("UTS03", "souls")
     server.acts = {
         f"keys/{RESPDICT}": [cut(10), drop],
@@ -240,28 +231,30 @@ def test_lookups_survive_a_bad_line(server: BadServer, tree: dict[str, bytes], t
 
 
 @pytest.mark.parametrize("path", [RESPDICT, SOULS])
-@pytest.mark.parametrize(("act", "said"), [(answer(403), "answered 403"), (drop, "4 times in a row")])
-def test_lookups_that_fail(server: BadServer, tmp_path: Path, path: str, act: object, said: str) -> None:
+@pytest.mark.parametrize(("act", "reason"), [(answer(403), "answered 403"), (drop, "4 times in a row")])
+def test_lookups_that_fail(server: BadServer, tmp_path: Path, path: str, act: object, reason: str) -> None:
     server.always[f"keys/{path}"] = act  # type: ignore[assignment]
-    with pytest.raises(InputError, match=rf"keys/{path}: .*{said}.*; run the same command again to go on$") as caught:
+    with pytest.raises(
+        InputError, match=rf"keys/{path}: .*{reason}.*; run the same command again to resume$"
+    ) as caught:
         fetch(server, tmp_path)
     assert str(caught.value).count("run the same") == 1
     server.behave()
     assert fetch(server, tmp_path).n_files == 7
 
 
-def test_content_that_fails_spares_the_others(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_file_that_fails_spares_the_others(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     bad = [response_path("UTS03", story) for story in ("life", "souls")]
     server.always = {f"content/{bad[0]}": corrupt(99), f"content/{bad[1]}": other(b"<html>")}
     with pytest.raises(InputError, match=rf"content/{bad[0]}: expected 4000 bytes with md5 .*; 1 more failed; run"):
         fetch(server, tmp_path)
     assert set(tree) - set(on_disk(tmp_path)) == {*bad, *(path for path in tree if "UTS04" in path)}
     server.behave()
-    assert fetch(server, tmp_path) == Fetched(7, 5, 8000, tmp_path)
+    assert fetch(server, tmp_path) == FetchResult(7, 5)
 
 
 def test_two_fetches_into_one_folder(server: BadServer, tmp_path: Path) -> None:
-    with filelock.FileLock(tmp_path / LOCK), pytest.raises(InputError, match="another fetch is at work"):
+    with filelock.FileLock(tmp_path / LOCK), pytest.raises(InputError, match="another fetch is running"):
         fetch(server, tmp_path)
     fetch(server, tmp_path)
 
@@ -294,14 +287,15 @@ def test_certificates_are_verified(tmp_path: Path) -> None:
     with BadServer() as bad:
         bad.server.socket = context.wrap_socket(bad.server.socket, server_side=True)
         url = bad.url.replace("http:", "https:")
-        with pytest.raises(web.Hopeless, match=r"the server's certificate is not valid \("):
-            web.read_small(web.make_client(url, 1), url)
+        error = r"the server's certificate is not valid \("
+        with http_client.Client(1) as client, pytest.raises(http_client.PermanentError, match=error):
+            http_client.read_small(client, url)
     assert bad.asked == []
 
 
 def test_the_addresses_are_those_of_the_data_set() -> None:
-    assert web.check_url(BASE_URL) == BASE_URL == "https://s3.amazonaws.com/openneuro.org/ds003020/"
-    assert web.check_url(KEYS_URL) == KEYS_URL
+    assert http_client.check_url(BASE_URL) == BASE_URL == "https://s3.amazonaws.com/openneuro.org/ds003020/"
+    assert http_client.check_url(KEYS_URL) == KEYS_URL
     assert KEYS_URL.startswith("https://raw.githubusercontent.com/OpenNeuroDatasets/ds003020/")
 
 
