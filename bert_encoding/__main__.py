@@ -1,9 +1,9 @@
 """The commands around a study, such as ``python -m bert_encoding check`` for a look at data."""
 
 if __name__ == "__main__":  # the imports take seconds
-    from bert_encoding.core.interrupt import end_quietly
+    from bert_encoding.core.interrupt import exit_on_interrupt
 
-    end_quietly()
+    exit_on_interrupt()
 
 import sys
 

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from bert_encoding.core.interrupt import end_quietly
+from bert_encoding.core.interrupt import exit_on_interrupt
 
 
 def commands() -> int:
@@ -21,7 +21,7 @@ def analysis() -> int:
 
 
 def _run(module: str) -> int:
-    end_quietly()
+    exit_on_interrupt()
     from bert_encoding.core.command_line import run_app
 
     return run_app(import_module(module).app)

@@ -4,10 +4,10 @@ python study/run.py --space lora_full
 """
 
 if __name__ == "__main__":  # the imports take seconds
-    from bert_encoding.core.interrupt import end_quietly, leave_folder_of
+    from bert_encoding.core.interrupt import exit_on_interrupt, remove_from_import_path
 
-    end_quietly()
-    leave_folder_of(__file__)
+    exit_on_interrupt()
+    remove_from_import_path(__file__)
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What our commands share: option types, and how they end (a user's mistake is one line and exit code 2)."""
+"""What all commands share: option types, and exit codes (2 with a one-line message for a user's mistake)."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.core.interrupt import INTERRUPTED, listen_again
+from bert_encoding.core.interrupt import INTERRUPTED, restore_interrupt
 
 BAD_INPUT, SOME_FAILED = 2, 3
 MAX_LAYERS = 1000
@@ -20,7 +20,7 @@ WIDTH_OF_A_LOG = 240
 
 
 def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
-    """Return a converter for an option that may be absent; the word 'none' and half a trial are no values."""
+    """Return a converter that accepts neither the word 'none' nor, for whole numbers, a fraction."""
     return lambda type_, tokens: kind(tokens[0].value)
 
 
@@ -36,7 +36,7 @@ def absolute(option: str, name: str | Path) -> Path:
     Raises
     ------
     InputError
-        if its links go round in a circle, or ``~`` is nobody's.
+        if its links form a loop, or its ``~`` names an unknown user.
     """
     try:
         return Path(name).expanduser().resolve()
@@ -44,25 +44,25 @@ def absolute(option: str, name: str | Path) -> Path:
         raise InputError(f"{option} {name}: {error}") from None
 
 
-def parse_layer(given: str | None) -> int | tuple[int, ...] | None:
-    """Return the layer of ``4``, or the several of ``4,5`` or ``4-6``, to be averaged; None, the last, of ``last``.
+def parse_layer(text: str | None) -> int | tuple[int, ...] | None:
+    """Return one layer (``4``), several to average (``4,5`` or ``4-6``), or None for the last (``last``).
 
     Raises
     ------
     InputError
-        if it is none of these.
+        if the text has another form.
     """
-    if given is None or given == "last":
+    if text is None or text == "last":
         return None
     try:
-        first, dash, last = given.partition("-")
-        several = range(int(first), int(last) + 1) if dash and first else map(int, given.split(","))
-        layers = tuple(islice(several, MAX_LAYERS + 1))
+        first, dash, last = text.partition("-")
+        numbers = range(int(first), int(last) + 1) if dash and first else map(int, text.split(","))
+        layers = tuple(islice(numbers, MAX_LAYERS + 1))
     except ValueError:
         layers = ()
     if not layers or len(layers) > MAX_LAYERS:
         raise InputError(
-            f"--layer {given}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
+            f"--layer {text}: give 'last', a number (0 is the embedding output), or several to average: 4,5 or 4-6"
         )
     return layers if (dash and first) or len(layers) > 1 else layers[0]
 
@@ -118,12 +118,12 @@ def check_absent(*files: Path) -> None:
 
 
 def console_of_command() -> Console:
-    """Return the console of a command: as wide as the terminal, or wide enough for a table in a file."""
+    """Return a console as wide as the terminal, or wide enough for tables if the output goes to a file."""
     return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
 
 
 def print_lines(console: Console, *lines: str) -> None:
-    """Print lines as they are: not wrapped, without markup."""
+    """Print lines without wrapping, markup or highlighting."""
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -138,16 +138,16 @@ def plain_table(text_columns: Sequence[str], number_columns: Sequence[str]) -> T
     return table
 
 
-def called_as(console_script: str, otherwise: str) -> str:
-    """Return the name of a console script where one of ours was called, else what calls the same from a checkout."""
-    return console_script if Path(sys.argv[0]).name.startswith("bert-encoding") else otherwise
+def called_as(console_script: str, script: str) -> str:
+    """Return how a command was called: as an installed console script, or as a script of a checkout."""
+    return console_script if Path(sys.argv[0]).name.startswith("bert-encoding") else script
 
 
 def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    app.suppress_keyboard_interrupt = False  # else it ends without a word
+    app.suppress_keyboard_interrupt = False  # cyclopts would end without a message
     try:
-        listen_again()
+        restore_interrupt()
         code = app(
             sys.argv[1:] if arguments is None else arguments,
             exit_on_error=False,

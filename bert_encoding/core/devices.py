@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and in what precision."""
+"""Device and precision of the computations."""
 
 from contextlib import AbstractContextManager
 
@@ -13,7 +13,7 @@ def pick_device() -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn ``auto`` into bfloat16 where the processor multiplies it natively (and so faster), else float32."""
+    """Replace ``auto`` by bfloat16 on processors with native (so faster) bfloat16, otherwise by float32."""
     if precision != "auto":
         return precision
     native = (

@@ -1,4 +1,4 @@
-"""The one error a user can cause."""
+"""The error for a user's mistake."""
 
 
 class InputError(ValueError):

@@ -15,12 +15,12 @@ from bert_encoding.core.storage import Place, atomic_path
 
 
 def content_key(*parts: Any) -> str:
-    """Return a short hash of plain values."""
+    """Return a hash of 16 hexadecimal digits of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def code_fingerprint() -> str:
-    """Return a hash of the sources of ``bert_encoding``: what a result depends on besides its settings."""
+    """Return a hash of the sources of ``bert_encoding``, on which results depend besides the settings."""
     root = Path(bert_encoding.__file__).parent
     digest = hashlib.sha256()
     for file in sorted([*root.rglob("*.py"), *root.glob("language_model/data/general/*.txt")]):
@@ -46,7 +46,7 @@ def output_file(file: Path) -> Iterator[Path]:
 
 
 def write_json(path: Place, content: Any) -> None:
-    """Write JSON to a temporary name and rename it into place, or upload it as one object."""
+    """Write JSON atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
 
@@ -62,15 +62,15 @@ def read_json(path: Place, required: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); move it away to go on without it") from None
-    lacking = [name for name in required if not isinstance(content, dict) or name not in content]
-    if lacking or not isinstance(content, dict):
-        raise InputError(f"{path}: damaged (no {', '.join(lacking) or 'object'}); move it away to go on without it")
+        raise InputError(f"{path}: damaged ({first_line(error)}); move it away to continue without it") from None
+    missing = [name for name in required if not isinstance(content, dict) or name not in content]
+    if missing or not isinstance(content, dict):
+        raise InputError(f"{path}: damaged (no {', '.join(missing) or 'object'}); move it away to continue without it")
     return content
 
 
 def _plain(value: Any) -> Any:
-    """Turn NumPy scalars and paths into JSON."""
+    """Convert NumPy scalars and paths for JSON."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):

@@ -1,4 +1,4 @@
-"""How a command begins. Ctrl-C while it is still importing: nothing has begun, so it ends with one line."""
+"""The start of a command: Ctrl-C while it still imports modules ends it with one line."""
 
 import os
 import signal
@@ -9,23 +9,23 @@ from typing import Any
 INTERRUPTED = 130
 
 
-def end_quietly() -> None:
-    """Take Ctrl-C until `listen_again`: an import that it interrupts fails in any way, or goes on without a part."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as behind nohup
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C exit at once until `restore_interrupt`: an interrupted import may fail or be incomplete."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, as with nohup
         signal.signal(signal.SIGINT, _end)
 
 
-def leave_folder_of(script: str) -> None:
-    """Have nothing imported from a script's own folder, here and in the workers that Ray starts with its path.
+def remove_from_import_path(script: str) -> None:
+    """Import nothing from a script's own folder, neither here nor in Ray's workers, which inherit the path.
 
-    Python looks there first: ``import session`` anywhere would find a package of the study.
+    Python looks there first: any ``import session`` would import a package of the study.
     """
     folder = Path(script).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
 
 
-def listen_again() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt as usual."""
+def restore_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

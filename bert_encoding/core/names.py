@@ -1,4 +1,4 @@
-"""Names that many files share: bundled data, phases, methods, tasks, result files, and the metric of each task."""
+"""Names shared by many files: bundled data, phases, methods, tasks, result files, and the metric of each task."""
 
 from typing import NamedTuple
 
@@ -16,15 +16,15 @@ ENCODING, CLASSIFICATION, ADAPT = "encoding", "classification", "adapt"
 
 
 class Metric(NamedTuple):
-    """What a study searches for: a score's name and label, and whether more of it is better."""
+    """The score that a study optimises: its column, its label, and whether higher is better."""
 
     column: str
     label: str
     is_gain: bool
 
-    def better(self, one: float, other: float) -> bool:
-        """Whether one value is better than another."""
-        return one > other if self.is_gain else one < other
+    def better(self, value: float, reference: float) -> bool:
+        """Whether a value is better than a reference."""
+        return value > reference if self.is_gain else value < reference
 
 
 METRICS = {  # by task

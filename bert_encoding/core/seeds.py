@@ -1,4 +1,4 @@
-"""One seed a trial, split into named generators."""
+"""One seed per trial, split into named generators."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """Return a 63-bit seed for one named purpose; other names give independent seeds."""
+    """Return a 63-bit seed for one named purpose; different names give independent seeds."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

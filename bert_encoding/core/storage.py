@@ -1,7 +1,7 @@
-"""Where results are kept: a folder of this machine, or object storage (``s3://bucket/prefix``, ``gs://bucket/prefix``).
+"""Result folders: on this machine, or in object storage (``s3://bucket/prefix``, ``gs://bucket/prefix``).
 
-A `Place` is either a ``pathlib.Path`` or an `ObjectPath`, which is used in the same way: joined by ``/``, asked, read.
-What must not be torn is written with `atomic_path`: to a temporary name first, then renamed, or uploaded as one object.
+A `Place` is either a ``pathlib.Path`` or an `ObjectPath`, which has the same operators and methods. `atomic_path`
+writes a file completely or not at all: under a temporary name that is then renamed, or as one uploaded object.
 """
 
 import errno
@@ -24,8 +24,9 @@ import pyarrow
 from bert_encoding.core.errors import InputError, first_line
 
 SCHEMES = ("s3", "gs")
-THREADS = 25  # requests at once, as many as pyarrow keeps connections: each waits some milliseconds for the network
-PAUSES_S = (1, 2, 4, 8, 15, 30)  # before an upload is tried again: a trial's hours may hang on one record
+THREADS = 25  # parallel requests: pyarrow keeps as many connections
+PAUSES_S = (1, 2, 4, 8, 15, 30)  # before each retry of an upload: hours of work may depend on one record
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,13 +34,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ObjectPath:
-    """A file or folder in object storage; its text is what `open_place` reads.
+    """A file or folder in object storage; ``str`` gives the URL that `open_place` reads.
 
     Attributes
     ----------
     bucket : with its scheme, as in ``s3://bucket``
-    key : names joined by slashes, not percent-encoded; a folder is what the keys of its files begin with
-    query : settings that pyarrow knows, as in ``endpoint_override=localhost:9000&scheme=http``
+    key : names joined by slashes, not percent-encoded; the key of a folder is the common prefix of its files
+    query : settings of pyarrow, as in ``endpoint_override=localhost:9000&scheme=http``
     """
 
     bucket: str
@@ -71,7 +72,7 @@ class ObjectPath:
         return self._type() == "Directory"
 
     def read_bytes(self) -> bytes:
-        with _asking(self), file_system(self).open_input_file(arrow_path(self)) as file:
+        with _one_line_errors(self), file_system(self).open_input_file(arrow_path(self)) as file:
             return bytes(file.read())
 
     def read_text(self) -> str:
@@ -81,28 +82,27 @@ class ObjectPath:
         _delete(self)
 
     def _type(self) -> str:
-        with _asking(self):
-            return str(file_system(self).get_file_info(arrow_path(self)).type.name)
+        return str(_file_info(self).type.name)
 
 
 Place = Path | ObjectPath
-AnyPlace = TypeVar("AnyPlace", bound=Place)  # what comes in goes out
+AnyPlace = TypeVar("AnyPlace", bound=Place)  # functions return the kind of place they got
 
 
 def is_url(location: str) -> bool:
-    """Return whether a location has a scheme; what has none is a folder of this machine."""
+    """Whether a location has a scheme; one without is a folder on this machine."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
 def open_place(location: str | Place) -> Place:
-    """Return the place that a text names; nothing is asked of the network.
+    """Return the place that a path or URL names, without any request to the network.
 
-    In a URL, ``%``, ``?`` and ``#`` that belong to a name are percent-encoded; everything else may be.
+    In a URL, ``%``, ``?`` and ``#`` that belong to a name must be percent-encoded.
 
     Raises
     ------
     InputError
-        if it is a URL of another scheme, names no bucket, or holds a secret.
+        if a URL has another scheme, no bucket, or contains a secret.
     """
     if not isinstance(location, str):
         return location
@@ -110,13 +110,13 @@ def open_place(location: str | Place) -> Place:
         return Path(location)
     scheme, _, rest = location.partition("://")
     if scheme.lower() not in SCHEMES:
-        raise InputError(f"{location}: results are kept in a folder, s3://bucket/prefix or gs://bucket/prefix")
+        raise InputError(f"{location}: results can be kept in a folder, s3://bucket/prefix or gs://bucket/prefix")
     path, _, query = rest.partition("?")
     bucket, _, key = path.partition("/")
     user = bucket.rpartition("@")[0]
     if re.search(r"secret|password|token", query) or (user and user != "anonymous"):
         raise InputError(
-            f"{scheme}://...: holds a secret, which results would record; give keys in the environment or a profile"
+            f"{scheme}://...: contains a secret, which results would record; give keys in the environment or a profile"
         )
     names = [unquote(name) for name in key.rstrip("/").split("/")] if key.strip("/") else []
     if not bucket.rpartition("@")[2] or "#" in path or any(name in ("", ".", "..") for name in names):
@@ -125,18 +125,18 @@ def open_place(location: str | Place) -> Place:
 
 
 def arrow_path(place: ObjectPath) -> str:
-    """Return bucket and key, as pyarrow wants them."""
+    """Return bucket and key in the notation of pyarrow."""
     bucket = place.bucket.partition("://")[2].rpartition("@")[2]
     return f"{bucket}/{place.key}" if place.key else bucket
 
 
 def file_system(place: ObjectPath) -> Any:
-    """Return pyarrow's file system of a bucket, made once a process.
+    """Return pyarrow's file system of a bucket.
 
     Raises
     ------
     InputError
-        if the settings in the URL are none that pyarrow knows, or the bucket cannot be found.
+        if pyarrow does not know a setting in the URL, or the bucket does not exist.
     """
     return _file_system(place.bucket, place.query)
 
@@ -146,42 +146,44 @@ def _file_system(bucket: str, query: str) -> Any:
     from pyarrow.fs import FileSystem
 
     settings = [query] if query else []
-    if bucket.startswith("s3:") and int(pyarrow.__version__.split(".")[0]) >= 21:
+    if bucket.startswith("s3:"):
         settings.append("allow_delayed_open=true")  # a small file is one PUT, not three requests
     try:
-        with _asking(ObjectPath(bucket, "", query)):
+        with _one_line_errors(ObjectPath(bucket, "", query)):
             return FileSystem.from_uri(f"{bucket}/?{'&'.join(settings)}")[0]
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{bucket}/?{query}: {first_line(error)}") from None
 
 
 def make_folder(place: Place) -> None:
-    """Make a folder and those around it; object storage needs none."""
+    """Create a folder and its parents; object storage needs none."""
     if isinstance(place, Path):
         place.mkdir(parents=True, exist_ok=True)
 
 
 def children(place: Place) -> Sequence[Place]:
-    """Return what lies in a folder, sorted; nothing of a folder that does not exist."""
+    """Return the files and folders in a folder, sorted; none if the folder does not exist."""
     if isinstance(place, Path):
         return sorted(place.iterdir()) if place.is_dir() else []
-    if place.bucket.startswith("gs:"):  # pyarrow sees no folders there
+    if place.bucket.startswith("gs:"):  # pyarrow does not see folders there
         return sorted({place / _parts(place, file)[0] for file in _files_below(place)}, key=str)
     return [place / info.base_name for info in _list(place, recursive=False)]
 
 
 def entries(place: Place, name: str) -> Sequence[Place]:
-    """Return every ``place/*/name``, file or folder, sorted. Object storage lists all that lies below, a thousand names
-    a request, which is cheaper than to ask for each."""
+    """Return every ``place/*/name``, file or folder, sorted.
+
+    In object storage all files below are listed, 1,000 names per request, which is cheaper than one request per name.
+    """
     if isinstance(place, Path):
         return sorted(place.glob(f"*/{name}"))
-    found = {tuple(_parts(place, file)[:2]) for file in _files_below(place)}
-    return [place / parts[0] / name for parts in sorted(found) if parts[1:] == (name,)]
+    pairs = {tuple(_parts(place, file)[:2]) for file in _files_below(place)}
+    return [place / parts[0] / name for parts in sorted(pairs) if parts[1:] == (name,)]
 
 
-def map_places(function: Callable[[Item], Result], items: Iterable[Item], beside: Place) -> list[Result]:
-    """Return ``[function(item) for item in items]``, in threads if the items lie in object storage, as ``beside``."""
-    if isinstance(beside, Path):
+def map_places(function: Callable[[Item], Result], items: Iterable[Item], place: Place) -> list[Result]:
+    """Return ``[function(item) for item in items]``, in threads if ``place`` and its items are in object storage."""
+    if isinstance(place, Path):
         return [function(item) for item in items]
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
@@ -191,24 +193,23 @@ def modified_s(place: Place) -> float:
     """Return when a file was written, in seconds since 1970."""
     if isinstance(place, Path):
         return place.stat().st_mtime
-    with _asking(place):
-        return float(file_system(place).get_file_info(arrow_path(place)).mtime.timestamp())
+    return float(_file_info(place).mtime.timestamp())
 
 
 def remove_tree(place: Place) -> None:
-    """Delete a folder and all that lies in it; on S3 pyarrow leaves an empty object for the folder around it."""
+    """Delete a folder and its content; on S3 pyarrow leaves an empty object for the parent folder."""
     if isinstance(place, Path):
         shutil.rmtree(place)
     elif place.bucket.startswith("gs:"):
         map_places(_delete, _files_below(place), place)
     else:
-        with _asking(place):
+        with _one_line_errors(place):
             file_system(place).delete_dir(arrow_path(place))
 
 
 @contextmanager
 def atomic_path(path: Place) -> Iterator[Path]:
-    """Yield a temporary name; on success flush it to disk and rename it to ``path`` or upload it, else remove it."""
+    """Yield a temporary file; on success rename it to ``path`` (flushed to disk) or upload it, else remove it."""
     if isinstance(path, ObjectPath):
         with _temporary_folder() as folder:
             yield folder / "content"
@@ -226,7 +227,7 @@ def atomic_path(path: Place) -> Iterator[Path]:
 
 @contextmanager
 def local_folder(place: Place) -> Iterator[Path]:
-    """Yield a folder of this machine to write into; its files are uploaded at the end if ``place`` is elsewhere."""
+    """Yield a local folder to write into; if ``place`` is in object storage, the files are uploaded at the end."""
     if isinstance(place, Path):
         yield place
         return
@@ -238,48 +239,47 @@ def local_folder(place: Place) -> Iterator[Path]:
 
 @contextmanager
 def local_copy(place: Place) -> Iterator[Path]:
-    """Yield a file or folder of this machine to read: ``place`` itself, or a copy of the same name."""
+    """Yield a local file or folder to read: ``place`` itself, or a copy of the same name."""
     if isinstance(place, Path):
         yield place
         return
     with _temporary_folder() as folder:
         copy = folder / place.name
-        below = _files_below(place) or [place]
-        map_places(
-            lambda file: _download(file, folder / file.key.removeprefix(place.key[: -len(place.name)])), below, place
-        )
+        parent_key = place.key[: -len(place.name)]
+        files = _files_below(place) or [place]
+        map_places(lambda file: _download(file, folder / file.key.removeprefix(parent_key)), files, place)
         try:
             yield copy
-        except InputError as error:  # the user knows the place, not the copy
+        except InputError as error:  # users know the place, not the copy
             raise InputError(str(error).replace(str(copy), str(place))) from None
 
 
 @contextmanager
-def naming_full_disk(where: Place) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" into one line that names the place."""
+def naming_full_disk(place: Place) -> Iterator[None]:
+    """Turn "disk full" and "not permitted" into one line that names the place."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             limit = _largest_file() if error.errno == errno.EFBIG else ""
-            raise InputError(f"{where}: no space left to write results{limit}; free some, then --resume") from error
+            raise InputError(f"{place}: no space left to write results{limit}; free some, then --resume") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(f"{where}: may not be written; choose another --out") from error
+            raise InputError(f"{place}: may not be written; choose another --out") from error
         raise
 
 
 def _largest_file() -> str:
-    """Say how large a file may grow here, where that is limited."""
+    """Describe the limit on the size of files on this machine, if there is one."""
     try:
         import resource
-    except ImportError:  # Windows knows no such limit
+    except ImportError:  # Windows has no such limit
         return ""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return "" if limit == resource.RLIM_INFINITY else f" (a file may have {limit} bytes here: ulimit -f)"
 
 
 def explain(place: Place, message: str) -> InputError:
-    """Return what object storage said of a place as one line that says what to do."""
+    """Return an error of object storage as one line that says what to do."""
     for pattern, advice in _CAUSES.items():
         if re.search(pattern, message, re.IGNORECASE):
             return InputError(f"{place}: {advice}")
@@ -288,20 +288,20 @@ def explain(place: Place, message: str) -> InputError:
 
 _CAUSES = {
     r"NO_?SUCH_?BUCKET|bucket does not exist": "no such bucket; create it, or choose another --out",
-    r"NO_SUCH_UPLOAD|NoSuchKey": "vanished while it was written; is another program deleting there?",
+    r"NO_SUCH_UPLOAD|NoSuchKey": "disappeared while it was written; is another program deleting files there?",
     r"ACCESS_?DENIED|ACCESS_?KEY|SIGNATURE|TOKEN|UNAUTH|PERMISSION_DENIED|FORBIDDEN|HTTP.{0,20} 40[13]|credentials": (
         "access denied; check your credentials, and that they may list, read, write and delete there"
     ),
     r"NETWORK_CONNECTION|UNAVAILABLE|TIMEOUT|Could not connect|could not resolve|curl": (
-        "cannot be reached; check the network and the endpoint. What has ended is kept: then --resume"
+        "cannot be reached; check the network and the endpoint. Finished trials are kept: then --resume"
     ),
 }
-_PASSING = r"NETWORK_CONNECTION|UNAVAILABLE|SLOW_DOWN|THROTTL|TIMEOUT|INTERNAL|Could not connect"
+_TEMPORARY = r"NETWORK_CONNECTION|UNAVAILABLE|SLOW_DOWN|THROTTL|TIMEOUT|INTERNAL|Could not connect"
 
 
 @contextmanager
-def _asking(place: ObjectPath) -> Iterator[None]:
-    """Turn what pyarrow says of a request into one line; that a file is not there stays FileNotFoundError."""
+def _one_line_errors(place: ObjectPath) -> Iterator[None]:
+    """Turn an error of pyarrow into one line; FileNotFoundError stays as it is."""
     try:
         yield
     except FileNotFoundError:
@@ -316,25 +316,30 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def _file_info(place: ObjectPath) -> Any:
+    with _one_line_errors(place):
+        return file_system(place).get_file_info(arrow_path(place))
+
+
 def _list(place: ObjectPath, recursive: bool) -> list[Any]:
-    """Return pyarrow's ``FileInfo`` of what lies in a folder, or below it, sorted by path."""
+    """Return pyarrow's ``FileInfo`` of each file and folder in a folder, or below it, sorted by path."""
     from pyarrow.fs import FileSelector
 
-    with _asking(place):
+    with _one_line_errors(place):
         try:
-            found = file_system(place).get_file_info(FileSelector(arrow_path(place), recursive=recursive))
+            infos = file_system(place).get_file_info(FileSelector(arrow_path(place), recursive=recursive))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            if re.search("No such file or directory|Cannot use file", str(error)):  # of gs://
+            if re.search("No such file or directory|Cannot use file", str(error)):  # on gs://
                 return []
             raise
-    return sorted(found, key=lambda info: str(info.path))
+    return sorted(infos, key=lambda info: str(info.path))
 
 
 def _files_below(place: ObjectPath) -> list[ObjectPath]:
-    found = [str(info.path) for info in _list(place, recursive=True) if info.is_file]
-    return [ObjectPath(place.bucket, path.partition("/")[2], place.query) for path in found]
+    paths = [str(info.path) for info in _list(place, recursive=True) if info.is_file]
+    return [ObjectPath(place.bucket, path.partition("/")[2], place.query) for path in paths]
 
 
 def _parts(place: ObjectPath, below: ObjectPath) -> list[str]:
@@ -343,15 +348,15 @@ def _parts(place: ObjectPath, below: ObjectPath) -> list[str]:
 
 
 def _delete(place: ObjectPath) -> None:
-    with _asking(place):
+    with _one_line_errors(place):
         file_system(place).delete_file(arrow_path(place))
 
 
 def _upload(file: Path, place: ObjectPath) -> None:
-    """Upload a file as one object, which is there whole or not at all; what passes is waited for.
+    """Upload a file as one object, completely or not at all; retry after temporary errors.
 
-    A stream of pyarrow's completes its object even when it is thrown away half-written, so it must not be interrupted:
-    signals reach the main thread alone, hence another one.
+    A stream of pyarrow completes its object even if it is discarded half-written, so it must not be interrupted. Only
+    the main thread receives signals, hence another one writes.
     """
     for pause_s in (*PAUSES_S, None):
         try:
@@ -359,13 +364,13 @@ def _upload(file: Path, place: ObjectPath) -> None:
                 thread.submit(_put, file, place).result()
             return
         except OSError as error:
-            if pause_s is None or not re.search(_PASSING, str(error)):
+            if pause_s is None or not re.search(_TEMPORARY, str(error)):
                 raise explain(place, str(error)) from error
             time.sleep(pause_s)
 
 
 def _put(file: Path, place: ObjectPath) -> None:
-    """Write an object in one call; pyarrow's ``copy_files`` is no choice, as it ignores what goes wrong at the end."""
+    """Write an object in one call; pyarrow's ``copy_files`` ignores errors on closing."""
     content = pyarrow.memory_map(str(file)).read_buffer() if file.stat().st_size else b""
     stream = file_system(place).open_output_stream(arrow_path(place), compression=None)
     stream.write(content)

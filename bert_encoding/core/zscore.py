@@ -1,4 +1,4 @@
-"""Z-scores with constants learned on some rows and applied to others."""
+"""Z-scores whose mean and standard deviation come from other rows."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class ZScore(NamedTuple):
-    """Constants learnt on some rows, (n_columns,) each, to apply to others."""
+    """Mean and standard deviation of some rows, (n_columns,) each, to apply to others."""
 
     mean: np.ndarray
     std: np.ndarray

@@ -115,7 +115,7 @@ def has_record(study: Place, trial_id: str) -> bool:
 
 def read_records(study: Place) -> list[TrialRecord]:
     """Return all records of a study without their CC, baselines first, then in order of their ids."""
-    records = map_places(_read_record, entries(study / "trials", RECORD_FILE), beside=study)
+    records = map_places(_read_record, entries(study / "trials", RECORD_FILE), place=study)
     order = {BASELINE: 0, SEARCH: 1, CONFIRM: 2}
     return sorted(records, key=lambda record: (order.get(record.phase, 3), record.trial_id))
 
@@ -161,7 +161,7 @@ def keep_best(study: Place, n: int, metric: Metric = METRICS[ENCODING]) -> None:
         with_file = [record for record in searched if record.trial_id in places]
         complete = [record for record in with_file if record.status == COMPLETE]
         best = sorted(complete, key=lambda record: record.scores[metric.column], reverse=metric.is_gain)[:n]
-        map_places(_remove, [places[record.trial_id] for record in with_file if record not in best], beside=study)
+        map_places(_remove, [places[record.trial_id] for record in with_file if record not in best], place=study)
 
 
 def _remove(place: Place) -> None:

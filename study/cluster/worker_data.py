@@ -1,4 +1,4 @@
-"""What travels to the workers: transcripts, masks, of responses path and stamp, of weights name and hash."""
+"""What workers receive: transcripts and masks, path and stamp of responses, name and hash of weights."""
 
 import functools
 import platform
@@ -14,31 +14,31 @@ from bert_encoding.datasets.story import Dataset
 from bert_encoding.language_model.encoder import checkpoint_fingerprint
 from bert_encoding.trial.config import TrialConfig
 
-MAX_SENT_BYTES = 1e9  # of responses in memory, which Ray's object store keeps on every machine
+MAX_SENT_BYTES = 1e9  # of responses in memory: Ray's object store keeps them on every machine
 
 
 def for_workers(dataset: Dataset) -> Dataset:
-    """Return the data set with a stamp on every file of responses, which workers map where it lies on their machine.
+    """Return the data set with a stamp of every file of responses; workers map the files on their own machine.
 
     Raises
     ------
     InputError
-        if responses that lie in no file, as simulated ones do, are too large to be sent; or a file is gone.
+        if responses without a file (simulated ones) are too large to be sent, or a file does not exist.
     """
     stories = dataset.stories.values()
-    heard = [one for story in stories for one in (*story.responses.values(), *story.repeats.values())]
-    sent = sum(one.array.nbytes for one in heard if one.array is not None)
-    if sent > MAX_SENT_BYTES:
+    responses = [r for story in stories for r in (*story.responses.values(), *story.repeats.values())]
+    n_bytes = sum(r.array.nbytes for r in responses if r.array is not None)
+    if n_bytes > MAX_SENT_BYTES:
         raise InputError(
-            f"{dataset.source}: {sent / 1e9:.1f} GB of responses in memory are too many to be sent to the workers, "
-            f"{MAX_SENT_BYTES / 1e9:.0f} GB at most; keep them in files, or use fewer voxels"
+            f"{dataset.source}: {n_bytes / 1e9:.1f} GB of responses in memory are too large to be sent to the workers "
+            f"(at most {MAX_SENT_BYTES / 1e9:.0f} GB); keep them in files, or use fewer voxels"
         )
     stamps: dict[Path, str] = {}
     stamped = {
         name: replace(
             story,
-            responses={subject: _stamp(one, stamps) for subject, one in story.responses.items()},
-            repeats={subject: _stamp(one, stamps) for subject, one in story.repeats.items()},
+            responses={subject: _stamp(r, stamps) for subject, r in story.responses.items()},
+            repeats={subject: _stamp(r, stamps) for subject, r in story.repeats.items()},
         )
         for name, story in dataset.stories.items()
     }
@@ -58,8 +58,7 @@ def _stamp(responses: Responses, stamps: dict[Path, str]) -> Responses:
 
 
 def with_settled_precision(config: TrialConfig, study: str) -> TrialConfig:
-    """Return the configuration with the precision of word vectors that the study settled on, whatever this machine
-    would choose: a baseline and a trial must read alike."""
+    """Return the configuration with the study's precision of word vectors, so that all trials use the same one."""
     settled = _settled_precision(study)
     if config.embed_precision != "auto" or settled is None:
         return config
@@ -74,7 +73,7 @@ def _settled_precision(study: str) -> str | None:
 
 @functools.cache
 def check_weights(study: str, model: str) -> None:
-    """Refuse, on a worker, other weights under the model's name than the study began with; looked at once a process.
+    """Refuse weights on a worker that differ from those with which the study began; checked once per process.
 
     Raises
     ------
@@ -85,9 +84,9 @@ def check_weights(study: str, model: str) -> None:
     begun = read_json(file).get("model", {}) if file.is_file() else {}
     if begun.get("name") != model or begun.get("weights") is None:
         return
-    found = checkpoint_fingerprint(model)
-    if found != begun["weights"]:
+    weights = checkpoint_fingerprint(model)
+    if weights != begun["weights"]:
         raise InputError(
-            f"--model {model}: on {platform.node()} other weights ({found}) than this study began with "
-            f"({begun['weights']}); copy the checkpoint there anew, or empty the hub's cache there"
+            f"--model {model}: the weights on {platform.node()} ({weights}) differ from those with which this study "
+            f"began ({begun['weights']}); copy the checkpoint there again, or empty the hub's cache there"
         )

@@ -1,4 +1,4 @@
-"""Results in a folder and in object storage: the same files, all or nothing; a local S3 server stands for the cloud."""
+"""Results in a folder and in object storage: the same files, written completely or not at all (a local S3 server)."""
 
 import io
 import json
@@ -73,15 +73,15 @@ def record(trial_id: str, score: float = 0.2, status: str = "COMPLETE") -> Trial
     )
 
 
-def written(place: Place, name: str, content: bytes = b"x") -> Place:
+def write(place: Place, name: str, content: bytes = b"x") -> Place:
     make_folder(place)
     with atomic_path(place / name) as temporary:
         temporary.write_bytes(content)
     return place / name
 
 
-def break_off(place: Place, error: Callable[[], BaseException]) -> None:
-    """Write half a file."""
+def write_half(place: Place, error: Callable[[], BaseException]) -> None:
+    """Write half a file, then fail."""
     with atomic_path(place) as temporary:
         temporary.write_bytes(b"half")
         raise error()
@@ -101,13 +101,13 @@ def fill(study: Place, scores: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("query", ["", "endpoint_override=localhost:9000&scheme=http"])
 @pytest.mark.parametrize("name", ODD)
-def test_a_place_comes_back_from_its_text(name: str, query: str) -> None:
-    here = ObjectPath("s3://bucket", "results", query) / name / "trials"
-    assert open_place(str(here)) == here
-    assert (here.name, here.parent.name, here.parent.parent.key) == ("trials", name, "results")
+def test_open_place_reads_what_str_writes(name: str, query: str) -> None:
+    place = ObjectPath("s3://bucket", "results", query) / name / "trials"
+    assert open_place(str(place)) == place
+    assert (place.name, place.parent.name, place.parent.parent.key) == ("trials", name, "results")
 
 
-def test_what_has_no_scheme_is_a_folder() -> None:
+def test_open_place_takes_text_without_scheme_as_a_folder() -> None:
     for text in ("results", "/a/b", "../s3:", "C:x", "s3:/bucket"):
         assert open_place(text) == Path(text)
     assert open_place(Path("s3:/x")) == Path("s3:/x")
@@ -117,9 +117,9 @@ def test_what_has_no_scheme_is_a_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("location", "said"),
+    ("location", "reason"),
     [
-        ("ftp://host/x", "ftp://host/x: results are kept in a folder, s3://bucket/prefix or gs://bucket/prefix"),
+        ("ftp://host/x", "ftp://host/x: results can be kept in a folder, s3://bucket/prefix or gs://bucket/prefix"),
         ("s3://", "s3://: must look like s3://bucket/prefix"),
         ("s3:///x", "must look like s3://bucket/prefix"),
         ("gs://bucket/a//b", "must look like gs://bucket/prefix"),
@@ -127,20 +127,20 @@ def test_what_has_no_scheme_is_a_folder() -> None:
         ("s3://bucket/a#b", "must look like s3://bucket/prefix"),
     ],
 )
-def test_what_names_no_place_is_refused(location: str, said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_open_place_refuses(location: str, reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
         open_place(location)
 
 
 @pytest.mark.parametrize("location", ["s3://AKIA:hush@bucket/x", "s3://bucket/x?secret_key=hush", "s3://hush@bucket"])
 def test_a_secret_in_a_url_is_refused_and_not_repeated(location: str) -> None:
     """``study.json`` keeps the command line."""
-    with pytest.raises(InputError, match="holds a secret") as refused:
+    with pytest.raises(InputError, match="contains a secret") as refused:
         open_place(location)
     assert "hush" not in str(refused.value)
 
 
-def test_a_setting_that_nobody_knows_is_refused(bucket: ObjectPath) -> None:
+def test_an_unknown_setting_of_a_url_is_refused(bucket: ObjectPath) -> None:
     with pytest.raises(InputError, match="schame"):
         ObjectPath(bucket.bucket, "x", "schame=http").exists()
 
@@ -148,12 +148,12 @@ def test_a_setting_that_nobody_knows_is_refused(bucket: ObjectPath) -> None:
 # --- the same in a folder and in object storage -----------------------------------------------------------------------
 
 
-def test_files_come_back(place: Place) -> None:
+def test_files_are_listed_and_read(place: Place) -> None:
     assert not place.exists()
     assert list(children(place)) == []
-    contents = {name: os.urandom(at) for at, name in enumerate(ODD)}
+    contents = {name: os.urandom(n_bytes) for n_bytes, name in enumerate(ODD)}
     for name, content in contents.items():
-        written(place, name, content)
+        write(place, name, content)
     assert {child.name: child.read_bytes() for child in children(place)} == contents
     assert [child.name for child in children(place)] == sorted(ODD)
     assert (place.exists(), place.is_dir(), place.is_file()) == (True, True, False)
@@ -165,28 +165,28 @@ def test_files_come_back(place: Place) -> None:
         (place / "nothing").read_bytes()
 
 
-def test_a_large_file_comes_back(place: Place) -> None:
-    """Larger than one part of an upload in several."""
+def test_a_large_file_is_read_as_written(place: Place) -> None:
+    """Larger than one part of a multipart upload."""
     content = np.random.default_rng(0).bytes(12_000_000)
-    assert written(place, "large", content).read_bytes() == content
+    assert write(place, "large", content).read_bytes() == content
 
 
-def test_a_file_is_replaced_whole(place: Place) -> None:
-    before = modified_s(written(place, "a", b"a long first content"))
-    assert modified_s(written(place, "a", b"second")) >= before > 1.7e9
+def test_a_file_is_replaced_completely(place: Place) -> None:
+    before = modified_s(write(place, "a", b"a long first content"))
+    assert modified_s(write(place, "a", b"second")) >= before > 1.7e9
     assert (place / "a").read_bytes() == b"second"
 
 
 def test_an_error_while_writing_leaves_the_old_file(place: Place) -> None:
-    written(place, "a", b"old")
+    write(place, "a", b"old")
     for name, error in (("a", ZeroDivisionError), ("b", KeyboardInterrupt)):
         with pytest.raises(error):
-            break_off(place / name, error)
+            write_half(place / name, error)
     assert [child.name for child in children(place)] == ["a"]
     assert (place / "a").read_bytes() == b"old"
 
 
-def test_folders_go_and_come(place: Place) -> None:
+def test_folders_are_uploaded_copied_and_removed(place: Place) -> None:
     with local_folder(place / "adapter") as folder:
         (folder / "split 0").mkdir(parents=True)
         (folder / "split 0" / "weights").write_bytes(b"weights")
@@ -217,7 +217,7 @@ def test_an_error_while_a_folder_is_filled_uploads_nothing(bucket: ObjectPath) -
 
 
 def test_an_error_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
-    written(bucket, "voxels.npz")
+    write(bucket, "voxels.npz")
     with pytest.raises(InputError) as refused, local_copy(bucket / "voxels.npz") as copy:
         raise InputError(f"{copy}: subject s: no such voxel")
     assert str(refused.value) == f"{bucket / 'voxels.npz'}: subject s: no such voxel"
@@ -225,10 +225,10 @@ def test_an_error_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
 
 def test_entries_are_one_level_deep(place: Place) -> None:
     for name in ("2", "1", "10"):
-        written(place / name, "record.json")
-    written(place / "3", "other.json")
-    written(place / "3" / "deeper", "record.json")
-    written(place, "record.json")
+        write(place / name, "record.json")
+    write(place / "3", "other.json")
+    write(place / "3" / "deeper", "record.json")
+    write(place, "record.json")
     assert [str(entry) for entry in entries(place, "record.json")] == [
         str(place / name / "record.json") for name in ("1", "10", "2")
     ]
@@ -236,22 +236,22 @@ def test_entries_are_one_level_deep(place: Place) -> None:
     assert list(entries(place / "nothing", "record.json")) == []
 
 
-def test_a_place_beside_one_whose_name_begins_alike_is_another(place: Place) -> None:
+def test_folders_with_the_same_prefix_are_distinct(place: Place) -> None:
     """Object storage knows prefixes, not folders."""
-    written(place / "trial1", "a")
-    written(place / "trial10", "a")
+    write(place / "trial1", "a")
+    write(place / "trial10", "a")
     assert [child.name for child in children(place / "trial1")] == ["a"]
     remove_tree(place / "trial1")
     assert [child.name for child in children(place)] == ["trial10"]
     assert not (place / "trial").exists()
 
 
-def test_more_than_a_thousand_files_are_all_found(bucket: ObjectPath) -> None:
-    """S3 lists a thousand keys at most in one answer."""
+def test_more_than_a_thousand_files_are_listed(bucket: ObjectPath) -> None:
+    """S3 lists at most a thousand keys per response."""
     from moto.s3.models import s3_backends
 
-    names = [f"{at:04d}" for at in range(1203)]
-    for name in names:  # straight into the server: as requests they would take half a minute
+    names = [f"{index:04d}" for index in range(1203)]
+    for name in names:  # directly into the server: requests would take half a minute
         s3_backends["123456789012"]["aws"].put_object(bucket.bucket[5:], f"s/trials/{name}/record.json", b"{}")
     study = bucket / "s"
     assert [entry.parent.name for entry in entries(study / "trials", "record.json")] == names
@@ -265,32 +265,32 @@ def test_more_than_a_thousand_files_are_all_found(bucket: ObjectPath) -> None:
 
 def test_records_are_the_same_in_both(tmp_path: Path, bucket: ObjectPath) -> None:
     scores = {"0001": 0.1, "0002": 0.3, "0003": 0.2}
-    here, there = tmp_path / "study", bucket / "study"
-    for study in (here, there):
+    local, remote = tmp_path / "study", bucket / "study"
+    for study in (local, remote):
         make_folder(study)
         write_json(study / "study.json", {"name": "study"})
         fill(study, scores)
         keep_best(study, 2)
         write_tables(study)
-    local = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert sorted(local) == [key for key in keys(bucket) if not key.endswith("/")], "the same files"
-    assert {name: (bucket / name).read_bytes() for name in local} == local, "with the same bytes"
-    assert [asdict(r) for r in read_records(here)] == [asdict(r) for r in read_records(there)]
-    assert has_record(there, "0001")
-    assert not has_record(there, "0009")
-    assert read_record(there, "0002").scores == {"cc_mean": 0.3}
-    for name, values in read_cc(here, "0002").items():
-        np.testing.assert_array_equal(values, read_cc(there, "0002")[name])
+    contents = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(contents) == [key for key in keys(bucket) if not key.endswith("/")], "the same files"
+    assert {name: (bucket / name).read_bytes() for name in contents} == contents, "with the same bytes"
+    assert [asdict(r) for r in read_records(local)] == [asdict(r) for r in read_records(remote)]
+    assert has_record(remote, "0001")
+    assert not has_record(remote, "0009")
+    assert read_record(remote, "0002").scores == {"cc_mean": 0.3}
+    for name, values in read_cc(local, "0002").items():
+        np.testing.assert_array_equal(values, read_cc(remote, "0002")[name])
     assert sorted({key.split("/")[2] for key in keys(bucket) if "/adapter/" in key}) == ["0002", "0003"]
-    pd.testing.assert_frame_equal(load_trials(str(there)), trials_frame(read_records(here)))
+    pd.testing.assert_frame_equal(load_trials(str(remote)), trials_frame(read_records(local)))
 
 
 def test_a_record_is_one_request_and_comes_last(bucket: ObjectPath, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="werkzeug"):
         write_record(bucket / "s", record("0001"))
-    sent = [re.sub(r"\x1b\[\d+m", "", line) for line in caplog.messages]
-    writes = [re.search(r'"(PUT|POST|DELETE) (\S+) ', line) for line in sent]
-    assert [found.group(1, 2) for found in writes if found] == [
+    requests = [re.sub(r"\x1b\[\d+m", "", line) for line in caplog.messages]
+    writes = [re.search(r'"(PUT|POST|DELETE) (\S+) ', line) for line in requests]
+    assert [write.group(1, 2) for write in writes if write] == [
         ("PUT", f"/{bucket.bucket[5:]}/s/trials/0001/cc.npz"),
         ("PUT", f"/{bucket.bucket[5:]}/s/trials/0001/record.json"),
     ]
@@ -300,13 +300,13 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from bert_encoding.trial import record as records; from bert_encoding.core import storage
-study, at = storage.open_place(sys.argv[1]), sys.argv[2]
+study, moment = storage.open_place(sys.argv[1]), sys.argv[2]
 record = records.TrialRecord("COMPLETE", "lora", {}, "0002", "search", cc={"s": np.zeros(3, np.float32)})
 def die(*arguments, **more):
     os.kill(os.getpid(), signal.SIGKILL)
-if at == "before the record":
+if moment == "before the record":
     records.write_json = die
-elif at == "before it is uploaded":
+elif moment == "before it is uploaded":
     upload = storage._upload
     storage._upload = lambda file, place: die() if place.name == "record.json" else upload(file, place)
 else:
@@ -315,12 +315,12 @@ records.write_record(study, record)
 """
 
 
-@pytest.mark.parametrize("at", ["while cc.npz is made", "before the record", "before it is uploaded"])
-def test_a_writer_that_is_killed_leaves_no_record(at: str, bucket: ObjectPath, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["while cc.npz is made", "before the record", "before it is uploaded"])
+def test_a_writer_that_is_killed_leaves_no_record(moment: str, bucket: ObjectPath, tmp_path: Path) -> None:
     place = bucket / "s"
     write_record(place, record("0001"))
     ran = subprocess.run(
-        [sys.executable, "-c", KILLED, str(place), at],
+        [sys.executable, "-c", KILLED, str(place), moment],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         check=False,
     )
@@ -342,7 +342,7 @@ def test_records_come_back_and_the_best_adapters_stay(place: Place) -> None:
 
 def test_a_damaged_record_is_named(bucket: ObjectPath) -> None:
     write_record(bucket / "s", record("0001"))
-    file = written(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
+    file = write(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
     with pytest.raises(InputError) as refused:
         read_records(bucket / "s")
     assert str(refused.value).startswith(f"{file}: damaged")
@@ -367,8 +367,8 @@ def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys
 
 def test_a_bucket_that_is_missing_is_one_line(bucket: ObjectPath) -> None:
     study = ObjectPath("s3://no-such-bucket", "s", bucket.query)
-    said = re.escape(f"{study}") + ".*: no such bucket; create it, or choose another --out"
-    with pytest.raises(InputError, match=said):
+    message = re.escape(f"{study}") + ".*: no such bucket; create it, or choose another --out"
+    with pytest.raises(InputError, match=message):
         children(study)
     with pytest.raises(InputError, match="no such bucket"):
         write_record(study, record("0001"))
@@ -378,7 +378,7 @@ def test_a_bucket_that_is_missing_is_one_line(bucket: ObjectPath) -> None:
 def test_denied_access_is_one_line(
     code: str, bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str
 ) -> None:
-    """The server is told to refuse, as Amazon does."""
+    """The server refuses as Amazon does."""
     from moto.s3 import exceptions
     from moto.s3.responses import S3Response
 
@@ -401,8 +401,8 @@ def test_denied_access_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
-    [  # as pyarrow said them
+    ("message", "expected"),
+    [  # messages of pyarrow
         (
             "When getting information for key 'p/x' in bucket 'bkt': AWS Error NETWORK_CONNECTION during HeadObject "
             "operation: curlCode: 7, Could not connect to server",
@@ -416,40 +416,40 @@ def test_denied_access_is_one_line(
         ("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation: No response body.", "access denied"),
         ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", "access denied"),
         ("google::cloud::Status(UNAUTHENTICATED: Permanent error)", "access denied"),
-        ("Something\nnobody foresaw", "Something nobody foresaw"),
+        ("Something\nunexpected", "Something unexpected"),
     ],
 )
-def test_what_goes_wrong_is_said_in_one_line(message: str, said: str) -> None:
-    told = str(storage.explain(ObjectPath("s3://b", "p"), message))
-    assert told.startswith(f"s3://b/p: {said}")
-    assert "\n" not in told
+def test_explain_turns_errors_of_pyarrow_into_one_line(message: str, expected: str) -> None:
+    error = str(storage.explain(ObjectPath("s3://b", "p"), message))
+    assert error.startswith(f"s3://b/p: {expected}")
+    assert "\n" not in error
 
 
-def test_an_upload_is_tried_again_when_the_trouble_passes(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ["AWS Error NETWORK_CONNECTION during PutObject operation", "AWS Error SLOW_DOWN"]
+def test_an_upload_is_retried_after_temporary_errors(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = ["AWS Error NETWORK_CONNECTION during PutObject operation", "AWS Error SLOW_DOWN"]
     put = storage._put
 
-    def stumble(file: Path, place: ObjectPath) -> None:
-        if said:
-            raise OSError(said.pop(0))
+    def fail_first(file: Path, place: ObjectPath) -> None:
+        if errors:
+            raise OSError(errors.pop(0))
         put(file, place)
 
-    monkeypatch.setattr(storage, "_put", stumble)
+    monkeypatch.setattr(storage, "_put", fail_first)
     monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.02))
-    assert written(bucket, "a", b"at last").read_bytes() == b"at last"
-    said.extend(["AWS Error SLOW_DOWN"] * 3)
+    assert write(bucket, "a", b"stored").read_bytes() == b"stored"
+    errors.extend(["AWS Error SLOW_DOWN"] * 3)
     with pytest.raises(InputError, match="SLOW_DOWN"):
-        written(bucket, "a", b"never")
-    assert (bucket / "a").read_bytes() == b"at last"
+        write(bucket, "a", b"never")
+    assert (bucket / "a").read_bytes() == b"stored"
 
 
-def test_a_full_disk_here_is_not_blamed_on_the_cloud(bucket: ObjectPath) -> None:
+def test_a_full_local_disk_is_not_reported_as_an_error_of_the_cloud(bucket: ObjectPath) -> None:
     with pytest.raises(InputError, match=r"bert-encoding-.*: no space left"):
-        break_off(bucket / "a", lambda: OSError(28, "No space left on device"))
+        write_half(bucket / "a", lambda: OSError(28, "No space left on device"))
     assert keys(bucket) == []
 
 
-def test_json_comes_back(place: Place) -> None:
+def test_json_is_read_as_written(place: Place) -> None:
     make_folder(place)
     write_json(place / "study.json", {"a": [1, None, "ü"]})
     assert json.loads((place / "study.json").read_text()) == {"a": [1, None, "ü"]}

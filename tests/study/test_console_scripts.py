@@ -28,8 +28,8 @@ sys.addaudithook(tell)
 """
 IN_A_WORKER = """
 import importlib.util, sys
-from bert_encoding.core.interrupt import leave_folder_of
-leave_folder_of(__file__)
+from bert_encoding.core.interrupt import remove_from_import_path
+remove_from_import_path(__file__)
 from study.cluster.connect import local_ray
 
 with local_ray(1):

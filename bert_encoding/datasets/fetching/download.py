@@ -4,7 +4,6 @@ A file arrives as ``.<name>.part`` next to its final name, and is renamed once i
 final name never holds half a file, and however a program ends, the next run resumes from the bytes on disk.
 """
 
-import errno
 import glob
 import hashlib
 import os
@@ -22,12 +21,12 @@ from urllib3.exceptions import HTTPError, ProtocolError
 
 from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
+from bert_encoding.core.storage import DISK_FULL
 from bert_encoding.datasets.fetching.http_client import BadStatus, Client, PermanentError, RetryPolicy, Stopped
 from bert_encoding.datasets.fetching.progress import ByteProgress
 from bert_encoding.datasets.fetching.threads import map_in_threads
 
 BLOCK_BYTES = 256 * 1024  # written at a time; at most this much is lost when the process is killed
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class RemoteFile(NamedTuple):

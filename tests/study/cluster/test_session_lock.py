@@ -1,4 +1,4 @@
-"""One driver a study: in a folder, and in object storage behind a conditional write (a local S3 server decides it)."""
+"""One driver per study: in a folder, and in object storage, where a local S3 server decides conditional writes."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from bert_encoding.core.files import read_json, write_json
 from bert_encoding.core.storage import ObjectPath, Place, atomic_path
 from bert_encoding.trial.record import TrialRecord, write_record
 from study.cluster import lock as lock_module
-from study.cluster.conditional_write import S3Object, conditional
+from study.cluster.conditional_write import S3Object, conditional_object
 from study.cluster.lock import BEAT_S, LOCK_FILE, OWNER_FILE, STALE_S, Hold, Owner, has_ended, holding, this_process
 from study.session import session
 
@@ -44,12 +45,12 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock that is lost by mistake fails its test, and does not end the others."""
+    """A lock that is lost by mistake fails its own test only."""
     monkeypatch.setattr(lock_module, "_interrupt", lambda: None)
 
 
-def lie_there(study: ObjectPath, owner: Owner) -> None:
-    """Leave somebody's lock."""
+def leave_lock(study: ObjectPath, owner: Owner) -> None:
+    """Write the lock of another owner."""
     with atomic_path(study / LOCK_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(owner) | {"n_beats": 3}))
 
@@ -58,115 +59,113 @@ def lock_of(study: Place) -> dict[str, Any]:
     return json.loads((study / LOCK_FILE).read_text())
 
 
-def age(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the server's clock say that every lock is so old."""
+def set_age(monkeypatch: pytest.MonkeyPatch, age_s: float) -> None:
+    """Let every lock have this age by the server's clock."""
     read = S3Object.read
 
-    def older(self: S3Object) -> Any:
-        found = read(self)
-        return None if found is None else found._replace(age_s=seconds)
+    def read_older(self: S3Object) -> Any:
+        stored = read(self)
+        return None if stored is None else stored._replace(age_s=age_s)
 
-    monkeypatch.setattr(S3Object, "read", older)
+    monkeypatch.setattr(S3Object, "read", read_older)
+
+
+def wait_for_beats(study: Place, n_beats: int) -> None:
+    deadline = time.monotonic() + 20
+    while lock_of(study)["n_beats"] < n_beats:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # --- conditional writes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cloud", ["bucket", "gcs_bucket"])
-def test_an_object_is_made_once_and_replaced_only_by_who_saw_it(cloud: str, request: pytest.FixtureRequest) -> None:
+def test_an_object_is_created_once_and_replaced_only_by_who_read_it(cloud: str, request: pytest.FixtureRequest) -> None:
     study = request.getfixturevalue(cloud) / "s"
-    one, other = conditional(study / "a b%"), conditional(study / "a b%")
-    assert one.read() is None
-    tag = one.write(b"one", None)
+    first, second = conditional_object(study / "a b%"), conditional_object(study / "a b%")
+    assert first.read() is None
+    tag = first.write(b"first", None)
     assert tag is not None
-    assert other.write(b"other", None) is None
-    found = other.read()
-    assert found is not None
-    assert (found.content, found.tag) == (b"one", tag)
-    assert -1 <= found.age_s < 60  # dates come in whole seconds
-    later = other.write(b"later", found.tag)
-    assert one.write(b"stale", tag) is None
+    assert second.write(b"second", None) is None
+    stored = second.read()
+    assert stored is not None
+    assert (stored.content, stored.tag) == (b"first", tag)
+    assert -1 <= stored.age_s < 60  # dates have a resolution of a second
+    later = second.write(b"later", stored.tag)
+    assert first.write(b"stale", tag) is None
     assert later is not None
-    if cloud == "bucket":  # fake-gcs-server deletes whatever the condition; Google's own server does not
-        one.delete(tag)
+    if cloud == "bucket":  # fake-gcs-server ignores conditions of deletes; Google's own server does not
+        first.delete(tag)
     assert (study / "a b%").read_bytes() == b"later"
-    one.delete(later)
-    assert other.read() is None
-    assert other.write(b"x", later) is None, "nothing is there to be replaced"
+    first.delete(later)
+    assert second.read() is None
+    assert second.write(b"x", later) is None, "there is nothing to replace"
 
 
-def test_of_many_writers_one_wins(study: ObjectPath) -> None:
-    """All wait for each other, then write at once."""
-    start, won = threading.Barrier(8), []
+def test_one_of_many_simultaneous_writers_wins(study: ObjectPath) -> None:
+    start = threading.Barrier(8)
 
-    def race(at: int) -> None:
-        mine = conditional(study / LOCK_FILE)
+    def race(content: bytes) -> bytes | None:
+        mine = conditional_object(study / LOCK_FILE)
         start.wait()
-        if mine.write(str(at).encode(), None) is not None:
-            won.append(str(at).encode())
+        return content if mine.write(content, None) is not None else None
 
-    threads = [threading.Thread(target=race, args=(at,)) for at in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert (study / LOCK_FILE).read_bytes() == won[0]
+    with ThreadPoolExecutor(8) as pool:
+        winners = [content for content in pool.map(race, [b"%d" % n for n in range(8)]) if content is not None]
+    assert winners == [(study / LOCK_FILE).read_bytes()]
 
 
 def test_a_missing_bucket_is_one_line(bucket: ObjectPath) -> None:
     with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
-        conditional(ObjectPath("s3://no-such-bucket", LOCK_FILE, bucket.query)).write(b"", None)
+        conditional_object(ObjectPath("s3://no-such-bucket", LOCK_FILE, bucket.query)).write(b"", None)
 
 
-def test_without_boto3_it_says_what_to_install(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_without_boto3_names_what_to_install(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(InputError, match=r"needs boto3 for the lock; pip install .*\[cluster\]"):
-        conditional(study / LOCK_FILE)
+        conditional_object(study / LOCK_FILE)
 
 
-def test_a_storage_that_writes_whatever_the_condition_is_refused(
-    study: ObjectPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_that_ignores_conditions_is_refused(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     write = S3Object.write
     monkeypatch.setattr(S3Object, "write", lambda self, content, tag: write(self, content, tag) or "written anyway")
     with pytest.raises(InputError, match="ignores If-None-Match"), holding(study, Hold()):
         pass
 
 
-def test_google_says_that_a_bucket_is_missing(gcs_bucket: ObjectPath) -> None:
+def test_a_missing_google_bucket_is_one_line(gcs_bucket: ObjectPath) -> None:
     with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
-        conditional(ObjectPath("gs://anonymous@no-such-bucket", LOCK_FILE, gcs_bucket.query)).write(b"", None)
+        conditional_object(ObjectPath("gs://anonymous@no-such-bucket", LOCK_FILE, gcs_bucket.query)).write(b"", None)
 
 
 def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
     with holding(gcs_bucket, Hold()):
         with pytest.raises(InputError, match="another run is at work"), holding(gcs_bucket, Hold()):
             pass
-        while lock_of(gcs_bucket)["n_beats"] < 2:
-            time.sleep(0.02)
+        wait_for_beats(gcs_bucket, 2)
     assert not (gcs_bucket / LOCK_FILE).exists()
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_lock_says_who_holds_it_and_goes_with_its_owner(study: ObjectPath) -> None:
+def test_the_lock_names_its_owner_and_is_deleted_at_the_end(study: ObjectPath) -> None:
     with holding(study, Hold()):
-        told = lock_of(study)
-        assert (told["host"], told["pid"]) == (os.uname().nodename, os.getpid())
-        assert abs(time.time() - time.mktime(time.strptime(told["since"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
+        owner = lock_of(study)
+        assert (owner["host"], owner["pid"]) == (os.uname().nodename, os.getpid())
+        assert abs(time.time() - time.mktime(time.strptime(owner["since"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
     assert keys(study) == []
 
 
-def test_a_second_driver_is_refused_and_told_by_whom(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    age(monkeypatch, 7.0)
+def test_a_second_driver_is_refused_and_the_owner_named(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_age(monkeypatch, 7.0)
     with holding(study, Hold()):
-        told = lock_of(study)
+        owner = lock_of(study)
         with pytest.raises(InputError) as refused, holding(study, Hold()):
             pass
-        assert lock_of(study)["token"] == told["token"]
-    who = f"host {told['host']}, process {told['pid']}, since {told['since']}"
+        assert lock_of(study)["token"] == owner["token"]
+    who = f"host {owner['host']}, process {owner['pid']}, since {owner['since']}"
     expected = rf"{re.escape(str(study))}: another run is at work on this study \({re.escape(who)}\); wait for it"
     assert re.match(expected, str(refused.value))
     assert "last sign of life 7 s ago" in str(refused.value)
@@ -175,10 +174,7 @@ def test_a_second_driver_is_refused_and_told_by_whom(study: ObjectPath, monkeypa
 
 def test_the_lock_is_renewed_while_it_is_held(study: ObjectPath, fast: None) -> None:
     with holding(study, Hold()):
-        deadline = time.monotonic() + 20
-        while lock_of(study)["n_beats"] < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_beats(study, 3)
     assert keys(study) == []
 
 
@@ -186,12 +182,12 @@ def test_the_lock_is_renewed_while_it_is_held(study: ObjectPath, fast: None) -> 
     ("seconds", "may_force", "expected"),
     [(STALE_S - 1, False, None), (STALE_S + 1, False, False), (0, True, True), (STALE_S + 1, True, False)],
 )
-def test_a_lock_of_another_machine_is_taken_when_silent_or_told_to(
+def test_a_lock_of_another_machine_is_taken_when_stale_or_forced(
     seconds: float, may_force: bool, expected: bool | None, study: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``expected`` is whether the record calls it forced; None where it is refused."""
-    lie_there(study, ELSEWHERE)
-    age(monkeypatch, seconds)
+    """``expected`` is whether the takeover is recorded as forced; None if it is refused."""
+    leave_lock(study, ELSEWHERE)
+    set_age(monkeypatch, seconds)
     hold = Hold(may_force)
     if expected is None:
         with pytest.raises(InputError, match=r"host elsewhere, process 1, since .* --take-over"), holding(study, hold):
@@ -215,16 +211,16 @@ def test_a_damaged_lock_is_stale_by_age_alone(study: ObjectPath, monkeypatch: py
         temporary.write_text('{"host": "x"')
     with pytest.raises(InputError, match="another run is at work on this study; wait"), holding(study, Hold()):
         pass
-    age(monkeypatch, STALE_S + 1)
+    set_age(monkeypatch, STALE_S + 1)
     with holding(study, Hold()):
         assert lock_of(study)["pid"] == os.getpid()
 
 
-def test_who_has_ended() -> None:
+def test_has_ended_distinguishes_processes_and_machines() -> None:
     mine = this_process()
     assert not has_ended(mine)
-    assert has_ended(replace(mine, process_start_s=mine.process_start_s - 100)), "the id was given to another process"
-    assert not has_ended(replace(mine, machine="another", pid=2**22 + 1)), "of another machine nobody can tell"
+    assert has_ended(replace(mine, process_start_s=mine.process_start_s - 100)), "the id belongs to a later process"
+    assert not has_ended(replace(mine, machine="another", pid=2**22 + 1)), "not known for another machine"
     assert not has_ended(Owner())
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -248,8 +244,8 @@ def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: Obje
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            said = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
-            with pytest.raises(InputError, match=said), holding(place, Hold()):
+            message = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
+            with pytest.raises(InputError, match=message), holding(place, Hold()):
                 pass
             holder.send_signal(signal.SIGKILL)
             holder.wait()
@@ -261,7 +257,7 @@ def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: Obje
             assert (hold.takeover["from"]["pid"], hold.takeover["forced"]) == (holder.pid, False)
 
 
-ROBBED = """
+LOSER = """
 import signal, sys, time
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.storage import open_place
@@ -279,23 +275,23 @@ except InputError as error:
 
 
 @pytest.mark.parametrize("is_heard", [True, False])
-def test_who_loses_the_lock_ends_and_leaves_the_new_owner_alone(study: ObjectPath, is_heard: bool) -> None:
-    """Where Ctrl-C is ignored, as behind nohup, it is asked to terminate."""
-    command = with_ctrl_c([sys.executable, "-c", ROBBED, str(study)], is_heard)
+def test_a_driver_that_loses_its_lock_ends_and_does_not_touch_the_new_one(study: ObjectPath, is_heard: bool) -> None:
+    """If Ctrl-C is ignored, as with nohup, it receives SIGTERM."""
+    command = with_ctrl_c([sys.executable, "-c", LOSER, str(study)], is_heard)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as robbed:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as loser:
         try:
-            assert robbed.stdout is not None and robbed.stdout.readline() == "held\n"
-            lie_there(study, ELSEWHERE)
-            text, _ = robbed.communicate(timeout=30)
+            assert loser.stdout is not None and loser.stdout.readline() == "held\n"
+            leave_lock(study, ELSEWHERE)
+            text, _ = loser.communicate(timeout=30)
         finally:
-            robbed.kill()
-    said = r"elsewhere .*: another run took this study over \(host elsewhere, process 1, "
-    assert re.match(said, text)
+            loser.kill()
+    message = r"elsewhere .*: another run took this study over \(host elsewhere, process 1, "
+    assert re.match(message, text)
     assert lock_of(study)["token"] == "theirs"
 
 
-def test_a_beat_whose_answer_was_lost_is_no_loss(
+def test_a_renewal_whose_response_was_lost_keeps_the_lock(
     study: ObjectPath, fast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, lost = S3Object.write, []
@@ -304,17 +300,14 @@ def test_a_beat_whose_answer_was_lost_is_no_loss(
         written = write(self, content, tag)
         if tag is not None and not lost:
             lost.append(tag)
-            raise InputError("the answer did not come")
+            raise InputError("no response")
         return written
 
     monkeypatch.setattr(S3Object, "write", lose_one)
     logging.getLogger("study.cluster.lock").setLevel(logging.ERROR)
     hold = Hold()
     with holding(study, hold):
-        deadline = time.monotonic() + 20
-        while lock_of(study)["n_beats"] < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_beats(study, 4)
     assert lost
     assert hold.lost_to is None
     assert keys(study) == []
@@ -326,11 +319,11 @@ def test_ctrl_c_stays_ctrl_c(study: ObjectPath) -> None:
     assert keys(study) == []
 
 
-def test_in_a_folder_the_owner_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_a_folder_names_its_owner_and_is_cleaned_up(tmp_path: Path) -> None:
     with holding(tmp_path, Hold()):
         assert json.loads((tmp_path / OWNER_FILE).read_text())["pid"] == os.getpid()
-        said = rf"\(host .*, process {os.getpid()}, since .*\); wait for it or end it"
-        with pytest.raises(InputError, match=said), holding(tmp_path, Hold()):
+        message = rf"\(host .*, process {os.getpid()}, since .*\); wait for it or end it"
+        with pytest.raises(InputError, match=message), holding(tmp_path, Hold()):
             pass
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
@@ -390,8 +383,8 @@ def test_a_study_that_another_began_meanwhile_is_not_written_over(
 
 def test_a_lock_left_alone_is_no_study(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver killed between lock and ``study.json`` stands in nobody's way."""
-    lie_there(study, ELSEWHERE)
-    age(monkeypatch, STALE_S + 1)
+    leave_lock(study, ELSEWHERE)
+    set_age(monkeypatch, STALE_S + 1)
     with session._open_folder(study, IDENTITY, False):
         pass
     (takeover,) = read_json(study / "study.json")["takeovers"]
@@ -402,7 +395,7 @@ def test_takeovers_are_recorded_one_after_the_other(study: ObjectPath) -> None:
     with session._open_folder(study, IDENTITY, False):
         pass
     for host in ("one", "two"):
-        lie_there(study, replace(ELSEWHERE, host=host))
+        leave_lock(study, replace(ELSEWHERE, host=host))
         with session._open_folder(study, IDENTITY, True, Hold(may_force=True)):
             pass
     takeovers = read_json(study / "study.json")["takeovers"]

@@ -302,7 +302,7 @@ def test_responses_in_memory_travel_if_they_are_small(dataset: Dataset, monkeypa
     held = replace(dataset, stories={name: heard})
     assert for_workers(held).stories[name].responses[subject].array is not None
     monkeypatch.setattr(travel, "MAX_SENT_BYTES", 999)
-    with pytest.raises(InputError, match=r"0\.0 GB of responses in memory are too many to be sent to the workers"):
+    with pytest.raises(InputError, match=r"0\.0 GB of responses in memory are too large to be sent to the workers"):
         for_workers(held)
 
 
@@ -368,4 +368,4 @@ def test_other_weights_under_the_model_s_name_fail_the_trial(tmp_path: Path, tin
     record = run_job(Job("0001", "search", "key", asdict(config)), None, study)
     assert record.status == "FAILED"
     assert record.error is not None and "\n" not in record.error
-    assert record.error.startswith(f"--model {model}: on {os.uname().nodename} other weights (")
+    assert record.error.startswith(f"--model {model}: the weights on {os.uname().nodename} (")
