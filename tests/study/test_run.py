@@ -1,0 +1,332 @@
+"""Mistakes in the options of ``study/run.py`` end in one line on standard error and exit code 2.
+
+Nothing here starts Ray: each run stops before it, or is a dry run.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_ends import Ended, assert_refused, read_files, run_study_command
+from make_data import edit_responses, make_lab, make_tiny_bert, put
+from nobody import open_to_all, run_as_nobody
+from project import ROOT
+
+from study.session import plan
+
+pytestmark = pytest.mark.usefixtures("no_ray")
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(lab: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``study/run.py`` in this process, by default on the small lab folder and the tiny BERT."""
+    defaults = {"--space": "smoke", "--data": str(lab), "--model": str(tiny_bert), "--out": str(tmp_path / "out")}
+
+    def run_command(*arguments: str) -> Ended:
+        filled = [text for name, value in defaults.items() if name not in arguments for text in (name, value)]
+        return run_study_command([*filled, *arguments], capsys)
+
+    return run_command
+
+
+def run_in_new_process(*arguments: str, code: str | None = None, **environment: str) -> Ended:
+    """Run the command as a user does, or ``code`` instead of it."""
+    start = [sys.executable, str(ROOT / "study" / "run.py")] if code is None else [sys.executable, "-c", code]
+    removed = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environ = {name: value for name, value in os.environ.items() if name not in removed}
+    ran = subprocess.run(
+        [*start, *arguments], capture_output=True, text=True, env=environ | {"PYTHONPATH": str(ROOT)} | environment
+    )
+    return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+# --- valid options ------------------------------------------------------------------------------------------------
+
+
+def test_the_lab_folder_of_these_tests_is_accepted(command: Command, tmp_path: Path) -> None:
+    """Otherwise the tests below could pass for another reason."""
+    ended = command("--dry-run")
+    assert (ended.code, ended.error) == (0, "")
+    assert "wheretheressmoke" in ended.out
+    assert "subject2 12 voxels" in ended.out
+    assert not (tmp_path / "out").exists(), "a dry run writes nothing"
+
+
+NO_NETWORK = """
+import runpy, socket, sys
+def refuse(*arguments, **more):
+    print("NETWORK USED", arguments[1:], file=sys.stderr, flush=True)
+    sys.exit(99)
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+    setattr(socket, name, refuse)
+script, *sys.argv[1:] = sys.argv[1:]
+if script == "control":
+    import urllib.request
+    urllib.request.urlopen("http://127.0.0.1:9/")
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_dry_run_needs_no_network_and_no_model(lab: Path, tmp_path: Path) -> None:
+    control = run_in_new_process("control", code=NO_NETWORK)
+    assert control.code == 99, "the guard must notice a connection"
+    assert "NETWORK USED" in control.error
+    ended = run_in_new_process(
+        *(str(ROOT / "study" / "run.py"), "--dry-run", "--space", "lora_full", "--data", str(lab)),
+        *("--model", "bert-base-uncased", "--out", str(tmp_path / "out")),
+        code=NO_NETWORK,
+        HF_HOME=str(tmp_path / "empty cache"),
+        HOME=str(tmp_path),
+    )
+    assert (ended.code, ended.error) == (0, "")
+    assert "bert-base-uncased, last layer" in ended.out
+    assert "2 baselines, 40 searched; 3 epochs each" in ended.out
+    assert "estimate" in ended.out
+    assert not (tmp_path / "out").exists()
+    assert not [file for file in (tmp_path / "empty cache").rglob("*") if file.is_file()]
+
+
+def test_a_story_without_responses_is_omitted_without_a_message(lab: Path, command: Command) -> None:
+    (lab / "subject2" / "gamma.npy").unlink()
+    ended = command("--dry-run")
+    assert (ended.code, ended.error) == (0, "")
+    roles = {line.split()[0]: line for line in ended.out.splitlines()}
+    used = " ".join(roles[role] for role in ("fit", "validation", "test"))
+    assert "gamma" not in used
+    for name in ("alpha", "beta", "delta", "epsilon", "zeta", "wheretheressmoke"):
+        assert name in used
+
+
+def test_the_plan_counts_masked_voxels(lab: Path, command: Command) -> None:
+    edit_responses(lab, "beta", put((3, 4), np.nan))
+    ended = command("--dry-run")
+    assert ended.code == 0
+    assert "subject2 11 voxels" in ended.out
+    assert "note: subject2: 1 of 12 voxels left out" in ended.out
+
+
+@pytest.mark.parametrize("name", ["lab [v2]", "lab [/v2]"])
+def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, command: Command) -> None:
+    """Rich interprets [words] as markup by default."""
+    folder = lab.parent / name
+    folder.parent.mkdir(exist_ok=True)
+    lab.rename(folder)
+    ended = command("--dry-run", "--data", str(folder))
+    assert (ended.code, ended.error) == (0, "")
+    assert str(folder) in ended.out
+
+
+# --- invalid options --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--space", "lora_fool"], ["--space lora_fool: unknown", "lora_full", "smoke"]),
+        (["--space", "nowhere.py"], ["--space nowhere.py: no such file"]),
+        (["--data", "/nowhere/at/all"], ["/nowhere/at/all: no such data"]),
+        (["--model", "./nowhere"], ["--model ./nowhere: no such folder"]),
+        (["--model", "/nowhere"], ["--model /nowhere: no such folder"]),
+        (["--model", "a/b/c"], ["--model a/b/c: no such folder"]),
+        (["--subjects", "nobody"], ["no subject nobody; it has subject2"]),
+        (["--subjects", "subject2", "nobody"], ["no subject nobody"]),
+        (["--test-stories", "unheard"], ["no story unheard"]),
+        (["--trials", "x"], ["--trials", "x"]),
+        (["--trials", "-1"], ["--trials -1: must be at least 0"]),
+        (["--trials", "1.5"], ["--trials", "1.5"]),
+        (["--trials"], ["--trials"]),
+        (["--epochs", "0"], ["--epochs 0: must be at least 1"]),
+        (["--epochs", "1001"], ["epochs 1001: must be a number from 1 to 1000"]),
+        (["--layer", "99"], ["--layer 99", "layers 0 (embeddings) to 2"]),
+        (["--layer", "3"], ["--layer 3", "to 2"]),
+        (["--layer", "-1"], ["--layer -1", "to 2"]),
+        (["--layer", "foo"], ["--layer foo: give 'last', a number"]),
+        (["--train-stories", "0"], ["--train-stories 0", "has 6 that are not test stories"]),
+        (["--train-stories", "7"], ["--train-stories 7", "has 6 that are not test stories"]),
+        (["--train-stories", "2"], ["too few stories to split: 2 training stories"]),
+        (["--outer-folds", "0"], ["--outer-folds 0: must be at least 1"]),
+        (["--outer-folds", "7"], ["--outer-folds 7: must be 1 to 6"]),
+        (["--mlm-text", "some"], ["--mlm-text", "some", "fit", "all"]),
+        (["--mlm-text", "none"], ["--mlm-text", "none", "fit", "all"]),
+        (["--trials", "none"], ["--trials", "none"]),
+        (["--seed", "-1"], ["--seed -1: must be at least 0"]),
+        (["--seed", str(2**63)], ["seed 9223372036854775808: must be"]),
+        (["--name", "a/b"], ["--name 'a/b': must be a plain folder name"]),
+        (["--cpus-per-trial", "10000"], ["--cpus-per-trial 10000: this machine has"]),
+        (["--gpus-per-trial", "10000"], ["--gpus-per-trial 10000: this machine has"]),
+        (["--max-concurrent", "0"], ["--max-concurrent 0: must be at least 1"]),
+        (["--keep-adapters", "-1"], ["--keep-adapters -1: must be at least 0"]),
+        (["--address", "ray://head:10001"], ["--address ray://head:10001: a Ray Client cannot run a study"]),
+        (["--address", "head"], ["--address head: must be HOST:PORT"]),
+        (["--rank", "8"], ["--rank"]),
+        (["smoke"], ["smoke"]),
+    ],
+    ids=lambda value: "".join(value)[:32],
+)
+def test_an_invalid_option_is_one_line_that_names_it(
+    arguments: list[str], parts: list[str], command: Command, tmp_path: Path
+) -> None:
+    assert_refused(command("--dry-run", *arguments), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_itself_ends_in_one_line(tmp_path: Path) -> None:
+    ended = run_in_new_process(
+        "--dry-run", "--out", str(tmp_path), "--data", "/nowhere/at/all", "--model", "bert-base-uncased"
+    )
+    assert_refused(ended, "/nowhere/at/all: no such data")
+    assert ended.out == ""
+
+
+def test_an_empty_data_folder_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_refused(command("--data", str(tmp_path / "empty")), f"{tmp_path / 'empty'}: no known format", "raw_text.pkl")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (None, "holds no config.json"),
+        ('{"model_type": "gpt2"}', "a gpt2 model; only BERT is supported"),
+        ('{"model_type": "never heard of"}', "never heard of"),
+        ('{"model_type": "be', "not a valid JSON file"),
+        ("{}", "model_type"),
+    ],
+)
+def test_a_folder_without_bert_is_refused(config: str | None, reason: str, command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    assert_refused(command("--model", str(folder)), f"--model {folder}: ", reason)
+
+
+@pytest.mark.demo
+def test_a_model_without_a_head_cannot_be_tuned(command: Command) -> None:
+    assert_refused(command("--model", "minilm-plain"), "--model minilm-plain: has no masked-LM head", "--trials 0")
+    assert command("--model", "minilm-plain", "--trials", "0", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ("{'rank': 0}", "rank 0: must be a number from 1"),
+        ("{'lr': -1e-4}", "lr -0.0001: must be a number from 0"),
+        ("{'target_modules': 'q,w'}", "no module 'w'"),
+        ("{'ranks': 8}", "'ranks' is no setting of a trial"),
+        ("{'layer': 99}", "layer 99"),
+        ("7", "space(trial) returned int, expected a dict"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_user_defined_space_is_checked_before_anything_runs(
+    values: str, reason: str, command: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"def space(trial):\n    return {values}\n")
+    assert_refused(command("--space", str(file), "--dry-run"), f"{file}: ", reason)
+    file.write_text(f"START = [{{}}]\n\n\ndef space(trial):\n    return {values}\n")
+    assert_refused(command("--space", str(file), "--dry-run"), f"{file}: ", reason)
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_test_story_without_responses_is_an_error(lab: Path, command: Command) -> None:
+    (lab / "subject2" / "wheretheressmoke.npy").unlink()
+    assert_refused(command(), "holds none of the published test stories that subject2 heard", "--test-stories")
+    named = command("--test-stories", "wheretheressmoke")
+    assert_refused(named, "test story wheretheressmoke has no responses of subject subject2")
+
+
+def test_a_published_test_story_that_a_subject_lacks_is_omitted_and_named(tmp_path: Path, command: Command) -> None:
+    names = ("a", "b", "c", "d", "e", "wheretheressmoke", "onapproachtopluto")
+    folder = make_lab(tmp_path / "other", stories=names)
+    (folder / "subject2" / "onapproachtopluto.npy").unlink()
+    ended = command("--data", str(folder), "--dry-run")
+    assert ended.code == 0
+    assert "note: published test stories that a subject did not hear stay out: onapproachtopluto" in ended.out
+
+
+def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, command: Command) -> None:
+    folder = make_lab(tmp_path / "other", stories=("a", "b", "c", "d", "e"))
+    assert_refused(command("--data", str(folder)), str(folder), "--test-stories")
+    assert command("--data", str(folder), "--test-stories", "a", "--dry-run").code == 0
+
+
+def test_too_few_stories_to_split(tmp_path: Path, command: Command) -> None:
+    folder = make_lab(tmp_path / "other", stories=("a", "b", "wheretheressmoke"))
+    assert_refused(command("--data", str(folder)), "too few stories to split: 2 training stories")
+
+
+# --- the study's folder -----------------------------------------------------------------------------------------------
+
+
+def test_an_existing_name_is_refused_and_not_changed(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "taken"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("two years of work")
+    assert_refused(command("--name", "taken"), f"{folder}: exists already; add --resume", "--name")
+    assert read_files(folder) == {"thesis.txt": b"two years of work"}
+
+
+@pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "--name", "gone"]])
+def test_resume_without_a_study(arguments: list[str], command: Command, tmp_path: Path) -> None:
+    assert_refused(command(*arguments), "--resume: no study", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("two years of work")
+    assert_refused(command("--out", str(tmp_path / "thesis.txt")), str(tmp_path / "thesis.txt"))
+    assert (tmp_path / "thesis.txt").read_text() == "two years of work"
+
+
+def test_a_full_disk_is_refused_before_the_start(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    assert_refused(command(), f"{tmp_path}: no space: the study may write", "0.0 GB are free")
+    assert not (tmp_path / "out").exists()
+    assert command("--dry-run").code == 0, "a plan needs no space"
+
+
+@pytest.mark.slow
+def test_a_folder_without_permission_is_named(open_folder: Path) -> None:
+    """Files that may not be read are tested in ``test_malformed.py``."""
+    closed, private = open_folder / "closed", open_folder / "private"
+    (private / "inner").mkdir(parents=True)
+    closed.mkdir()
+    usual = {
+        "--space": open_folder / "smoke.py",
+        "--data": make_lab(open_folder / "lab"),
+        "--model": make_tiny_bert(open_folder / "model"),
+        "--out": closed,
+    }
+    cases: dict[str, dict[str, Path]] = {  # part of the message -> options that differ from the usual ones
+        f"error: {closed}: may not be written": {},
+        f"error: {private}/inner": {"--out": private / "inner"},
+        f"{private}": {"--data": make_lab(private / "lab")},
+    }
+    open_to_all(open_folder)
+    closed.chmod(0o555)
+    private.chmod(0o000)
+    lines = [["study.run", *(str(t) for pair in (usual | other).items() for t in pair)] for other in cases.values()]
+    ends = run_as_nobody([[*lines[0], "--dry-run"]], lines, open_folder)
+    for (output, code), expected in zip(ends, cases, strict=True):
+        error = output.splitlines()[-1]
+        assert code == 2 and error.startswith("error: ") and expected in error, output
+        assert "Traceback" not in output
