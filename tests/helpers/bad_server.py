@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that misbehaves as told, once a request or always."""
+"""A local HTTP server with faults that a test chooses, for single requests or for all."""
 
 import re
 import socket
@@ -9,17 +9,17 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Act = Callable[["Handler", bytes, int], None]  # handler, whole body, first byte asked for
+Act = Callable[["Handler", bytes, int], None]  # handler, whole body, first requested byte
 
 
 class BadServer:
-    """Serves ``files`` (path -> bytes) with ranges; a path's acts come first, one a request, then ``always``.
+    """Serves ``files`` (path -> bytes) with ranges; the acts of a path come first, one per request, then ``always``.
 
     Attributes
     ----------
     sent : path -> bytes of body sent so far
-    asked : (path, first byte asked for) of every request
-    go : what a server that hangs is waiting for
+    asked : (path, first requested byte) of every request
+    go : ends the waiting of a server that hangs
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class BadServer:
         self.asked.clear()
 
     def n_asked(self, path: str) -> int:
-        return sum(at == path for at, _ in self.asked)
+        return sum(asked == path for asked, _ in self.asked)
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -60,7 +60,7 @@ class _Quiet(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left is no news."""
+        """Ignore clients that closed the connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,25 +105,25 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _begin(handler: Handler, body: bytes, start: int) -> bytes | None:
-    """Send the head of an honest answer and return what its body must be."""
+    """Send the head of a correct response and return its body."""
     if start >= len(body) > 0:
         handler.head(416, Content_Range=f"bytes */{len(body)}", Content_Length=0)
         return None
     if "Range" in handler.headers:
-        said = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        handler.head(206, Content_Range=said, Content_Length=len(body) - start)
+        content_range = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        handler.head(206, Content_Range=content_range, Content_Length=len(body) - start)
     else:
         handler.head(200, Content_Length=len(body))
     return body[start:]
 
 
 def serve(handler: Handler, body: bytes, start: int) -> None:
-    """Answer as a good server does."""
+    """Respond correctly."""
     handler.body(_begin(handler, body, start) or b"")
 
 
 def answer(status: int, **headers: object) -> Act:
-    """Answer with a status and a short text."""
+    """Respond with a status and a short text."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.head(status, Content_Length=5, **headers)
@@ -143,12 +143,12 @@ def cut(n_bytes: int, hard: bool = False) -> Act:
 
 
 def drop(handler: Handler, body: bytes, start: int) -> None:
-    """Drop the connection without an answer."""
+    """Drop the connection without a response."""
     handler.drop()
 
 
 def short(n_bytes: int) -> Act:
-    """Announce and send some bytes only, as if they were all."""
+    """Announce and send only some bytes, as if they were the whole file."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.head(200, Content_Length=n_bytes)
@@ -158,13 +158,13 @@ def short(n_bytes: int) -> Act:
 
 
 def whole(handler: Handler, body: bytes, start: int) -> None:
-    """Ignore the range asked for."""
+    """Ignore the requested range."""
     handler.head(200, Content_Length=len(body))
     handler.body(body)
 
 
 def whole_then_cut(n_bytes: int) -> Act:
-    """Ignore the range asked for, and drop the connection after some bytes."""
+    """Ignore the requested range, and drop the connection after some bytes."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.head(200, Content_Length=len(body))
@@ -174,9 +174,11 @@ def whole_then_cut(n_bytes: int) -> Act:
     return act
 
 
-def corrupt(at: int) -> Act:
+def corrupt(index: int) -> Act:
     """Serve with one byte changed."""
-    return lambda handler, body, start: serve(handler, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :], start)
+    return lambda handler, body, start: serve(
+        handler, body[:index] + bytes([body[index] ^ 1]) + body[index + 1 :], start
+    )
 
 
 def other(content: bytes) -> Act:
@@ -185,7 +187,7 @@ def other(content: bytes) -> Act:
 
 
 def unbounded(content: bytes) -> Act:
-    """Send some content without saying how much it is."""
+    """Send some content without announcing its length."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.head(200, Connection="close")
@@ -195,11 +197,11 @@ def unbounded(content: bytes) -> Act:
     return act
 
 
-def misplaced(said: str) -> Act:
-    """Answer with the rest of the file under a wrong Content-Range."""
+def misplaced(content_range: str) -> Act:
+    """Respond with the rest of the file under a wrong Content-Range."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
-        handler.head(206, Content_Range=said, Content_Length=len(body) - start)
+        handler.head(206, Content_Range=content_range, Content_Length=len(body) - start)
         handler.body(body[start:])
 
     return act
@@ -218,6 +220,6 @@ def hang_after(n_bytes: int) -> Act:
 
 
 def hang(handler: Handler, body: bytes, start: int) -> None:
-    """Say nothing until ``go``; then drop the connection."""
+    """Send nothing until ``go``; then drop the connection."""
     handler.bad.go.wait(60)
     handler.drop()

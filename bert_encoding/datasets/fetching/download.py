@@ -119,13 +119,7 @@ def _download(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
 
 
 def _complete_part(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
-    """Download what the part lacks, in as many requests as it takes, and verify the whole.
-
-    Raises
-    ------
-    WrongContent
-        if the server has another file, or the whole part another checksum.
-    """
+    """Download what the part lacks, in as many requests as it takes, and verify the whole."""
     file.part.touch()
     retries = RetryPolicy(client, file.url)
     while _size(file.part) < file.n_bytes:
@@ -143,13 +137,7 @@ def _complete_part(client: Client, file: RemoteFile, progress: ByteProgress) -> 
 
 
 def _append(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
-    """Request what the part lacks once, and write it as it arrives.
-
-    Raises
-    ------
-    HTTPError
-        if the part is not complete then.
-    """
+    """Request what the part lacks once, and write it as it arrives; raise HTTPError if the part is incomplete then."""
     n_done = _size(file.part)
     with closing(client.open(file.url, n_done)) as response:
         start = _checked_start(response, file.n_bytes, n_done)
@@ -168,15 +156,7 @@ def _append(client: Client, file: RemoteFile, progress: ByteProgress) -> None:
 
 
 def _checked_start(response: urllib3.BaseHTTPResponse, n_bytes: int, n_done: int) -> int:
-    """Return the byte at which the body of a response begins.
-
-    Raises
-    ------
-    WrongContent
-        if it is not where the part ends, or belongs to a file of another size.
-    HTTPError
-        if the response holds no part of the file.
-    """
+    """Return the byte at which a response begins; raise WrongContent if it belongs to a file of another size."""
     content_range = response.headers.get("Content-Range", "")
     if response.status == 416:
         raise WrongContent(f"nothing after byte {n_done} ({content_range or 'no size given'})")

@@ -152,11 +152,7 @@ class RetryPolicy:
         self._n_bytes, self._retry = -1, Retry()
 
     def wait_after(self, error: HTTPError, n_bytes: int = 0) -> None:
-        """Wait before the next attempt: as long as the server asks, or twice as long as before, but bounded.
-
-        Parameters
-        ----------
-        n_bytes : what has arrived so far; more than ever before is progress
+        """Wait as long as the server asks, or twice as long as before, but bounded; more ``n_bytes`` are progress.
 
         Raises
         ------

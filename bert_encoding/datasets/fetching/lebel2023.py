@@ -28,15 +28,17 @@ from rich.console import Console
 
 from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
+from bert_encoding.core.storage import atomic_path
 from bert_encoding.datasets.fetching.download import RemoteFile, disk_error, download, set_aside
 from bert_encoding.datasets.fetching.http_client import Client, check_url, read_small
-from bert_encoding.datasets.fetching.threads import RESUME, map_in_threads
+from bert_encoding.datasets.fetching.threads import map_in_threads
 
 BASE_URL = "https://s3.amazonaws.com/openneuro.org/ds003020/"
 KEYS_URL = "https://raw.githubusercontent.com/OpenNeuroDatasets/ds003020/main/"
 SUBJECTS = tuple(f"UTS{number:02d}" for number in range(1, 10))
 RESPDICT = "derivative/respdict.json"
 LOCK = ".fetch.lock"
+N_CONNECTIONS = 4
 NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 ANNEX_LINK = re.compile(r"[^\s]*annex/objects/(?:[^\s/]+/)*(MD5|SHA256)E?-s(\d{1,15})--([0-9a-f]+)(?:\.[\w.-]*)?")
 DIGEST_LENGTHS = {"MD5": 32, "SHA256": 64}
@@ -65,8 +67,8 @@ def fetch_lebel2023(
     stories: list[str] | None = None,
     base_url: str = BASE_URL,
     keys_url: str = KEYS_URL,
-    n_at_once: int = 4,
-    console: Console | None = None,
+    *,
+    console: Console,
 ) -> FetchResult:
     """Download words and responses of some subjects and stories to ``to/derivative/``, and verify them.
 
@@ -76,7 +78,6 @@ def fetch_lebel2023(
     ----------
     stories : all that a subject heard, if None
     base_url, keys_url : addresses of the content and of the git-annex keys; ``derivative/...`` is appended to each
-    n_at_once : number of files downloaded at the same time
 
     Raises
     ------
@@ -84,36 +85,25 @@ def fetch_lebel2023(
         if a subject or story is not in the data set, an address is not https, the disk is full, or a file could not
         be downloaded. All complete files are kept.
     """
-    _check_names(subjects, stories, n_at_once)
+    for subject in subjects:
+        if subject not in SUBJECTS:
+            raise InputError(f"subject {subject!r} is not in the data set; give {SUBJECTS[0]} to {SUBJECTS[-1]}")
     base_url, keys_url = check_url(base_url), check_url(keys_url)
     try:
-        with _folder_lock(to), Client(n_at_once) as client:
-            plan = FetchPlan(base_url, keys_url, to, client, console or Console(stderr=True))
+        with _folder_lock(to), Client(N_CONNECTIONS) as client:
+            plan = FetchPlan(base_url, keys_url, to, client, console)
             known, table_existed = _fetch_table(plan)
             for story in stories or ():
                 if story not in known:
-                    raise InputError(f"story {story} is not in the data set; see {keys_url}{RESPDICT} for its stories")
+                    raise InputError(
+                        f"story {story!r} is not in the data set; see {keys_url}{RESPDICT} for its stories"
+                    )
             chosen = list(dict.fromkeys(stories or known))
             files = _look_up(plan, list(dict.fromkeys(subjects)), chosen, may_omit=stories is None)
             n_already_there = download(client, files, to, plan.console)
     except OSError as error:
         raise disk_error(to, error) from None
     return FetchResult(1 + len(files), table_existed + n_already_there)
-
-
-def _check_names(subjects: list[str], stories: list[str] | None, n_at_once: int) -> None:
-    for subject in subjects:
-        if subject not in SUBJECTS:
-            raise InputError(f"subject {subject!r} is not in the data set; give {SUBJECTS[0]} to {SUBJECTS[-1]}")
-    if not subjects:
-        raise InputError(f"no subject named; give some of {SUBJECTS[0]} to {SUBJECTS[-1]}")
-    if stories is not None and not stories:
-        raise InputError("no story named; name some, or omit the option to get all")
-    for story in stories or ():
-        if not NAME.fullmatch(story):
-            raise InputError(f"story {story!r}: not a name; names consist of letters, digits, '_' and '-'")
-    if n_at_once < 1:
-        raise InputError(f"{n_at_once} files at the same time: give 1 or more")
 
 
 @contextmanager
@@ -130,10 +120,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 def _fetch_table(plan: FetchPlan) -> tuple[list[str], bool]:
     """Write the table of stories, and return their names and whether the same table existed before."""
     url, path = plan.keys_url + RESPDICT, plan.folder / RESPDICT
-    try:
-        text = read_small(plan.client, url)
-    except InputError as error:
-        raise InputError(f"{error}; {RESUME}") from None
+    (text,) = map_in_threads(lambda address: read_small(plan.client, address), [url], plan.client)
     if text is None:
         raise InputError(f"{url}: no such file; check the address and the branch in it")
     stories = _parse_table(text, url)
@@ -142,9 +129,8 @@ def _fetch_table(plan: FetchPlan) -> tuple[list[str], bool]:
             return stories, True
         set_aside(path, plan.console)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(text)
-    part.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text)
     return stories, False
 
 
