@@ -15,9 +15,9 @@ from bert_encoding.core.interrupt import INTERRUPTED
 
 WAITS = """
 import pathlib, sys, time
-def wait(event, arguments):  # the import of this module by whoever begins with it
+def wait(event, arguments):  # in the first import of this module
     if event == "import" and arguments[0] == {module!r}:
-        pathlib.Path({told!r}).touch()
+        pathlib.Path({marker!r}).touch()
         time.sleep(60)
 sys.addaudithook(wait)
 """
@@ -30,15 +30,12 @@ sys.addaudithook(wait)
         (["-c", "from study.console_scripts import study; study()", "--dry-run"], "torch"),
         (["study/analysis.py", "nowhere"], "pandas"),
         (["-m", "bert_encoding", "check", "nowhere"], "rich.console"),
-        (
-            ["-m", "bert_encoding", "check", "nowhere"],
-            "bert_encoding.analyses.data_report",
-        ),  # after the command line has been read
+        (["-m", "bert_encoding", "check", "nowhere"], "bert_encoding.analyses.data_report"),  # options have been read
     ],
 )
 def test_ctrl_c_while_modules_load_is_one_line(arguments: list[str], module: str, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    (tmp_path / "sitecustomize.py").write_text(WAITS.format(module=module, told=str(told)))
+    marker = tmp_path / "imported"
+    (tmp_path / "sitecustomize.py").write_text(WAITS.format(module=module, marker=str(marker)))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = subprocess.Popen(
         with_ctrl_c([sys.executable, *arguments]),
@@ -46,7 +43,7 @@ def test_ctrl_c_while_modules_load_is_one_line(arguments: list[str], module: str
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not told.exists():
+        while not marker.exists():
             assert command.poll() is None, command.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -1,7 +1,6 @@
 """Results in a folder and in object storage: the same files, written completely or not at all (a local S3 server)."""
 
 import io
-import json
 import logging
 import os
 import re
@@ -331,15 +330,6 @@ def test_a_writer_that_is_killed_leaves_no_record(moment: str, bucket: ObjectPat
     assert [r.trial_id for r in read_records(place)] == ["0001", "0002"]
 
 
-def test_records_come_back_and_the_best_adapters_stay(place: Place) -> None:
-    fill(place, {"0001": 0.1, "0002": 0.3, "0003": 0.2})
-    assert [r.trial_id for r in read_records(place)] == ["0001", "0002", "0003"]
-    np.testing.assert_array_equal(read_cc(place, "0002")["s"], np.array([0.3, np.nan], np.float32))
-    keep_best(place, 1)
-    assert [entry.parent.name for entry in entries(place / "trials", "adapter")] == ["0002"]
-    assert len(write_tables(place)) == 3
-
-
 def test_a_damaged_record_is_named(bucket: ObjectPath) -> None:
     write_record(bucket / "s", record("0001"))
     file = write(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
@@ -447,9 +437,3 @@ def test_a_full_local_disk_is_not_reported_as_an_error_of_the_cloud(bucket: Obje
     with pytest.raises(InputError, match=r"bert-encoding-.*: no space left"):
         write_half(bucket / "a", lambda: OSError(28, "No space left on device"))
     assert keys(bucket) == []
-
-
-def test_json_is_read_as_written(place: Place) -> None:
-    make_folder(place)
-    write_json(place / "study.json", {"a": [1, None, "ü"]})
-    assert json.loads((place / "study.json").read_text()) == {"a": [1, None, "ü"]}

@@ -266,11 +266,6 @@ def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, comman
     assert command("--data", str(folder), "--test-stories", "a", "--dry-run").code == 0
 
 
-def test_too_few_stories_to_split(tmp_path: Path, command: Command) -> None:
-    folder = make_lab(tmp_path / "other", stories=("a", "b", "wheretheressmoke"))
-    assert_refused(command("--data", str(folder)), "too few stories to split: 2 training stories")
-
-
 # --- the study's folder -----------------------------------------------------------------------------------------------
 
 
@@ -280,12 +275,6 @@ def test_an_existing_name_is_refused_and_not_changed(command: Command, tmp_path:
     (folder / "thesis.txt").write_text("two years of work")
     assert_refused(command("--name", "taken"), f"{folder}: exists already; add --resume", "--name")
     assert read_files(folder) == {"thesis.txt": b"two years of work"}
-
-
-@pytest.mark.parametrize("arguments", [["--resume"], ["--resume", "--name", "gone"]])
-def test_resume_without_a_study(arguments: list[str], command: Command, tmp_path: Path) -> None:
-    assert_refused(command(*arguments), "--resume: no study", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_out_that_is_a_file_is_named(command: Command, tmp_path: Path) -> None:

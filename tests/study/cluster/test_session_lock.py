@@ -116,9 +116,12 @@ def test_one_of_many_simultaneous_writers_wins(study: ObjectPath) -> None:
     assert winners == [(study / LOCK_FILE).read_bytes()]
 
 
-def test_a_missing_bucket_is_one_line(bucket: ObjectPath) -> None:
+@pytest.mark.parametrize("cloud", ["bucket", "gcs_bucket"])
+def test_a_missing_bucket_is_one_line(cloud: str, request: pytest.FixtureRequest) -> None:
+    place = request.getfixturevalue(cloud)
+    missing = replace(place, bucket=f"{place.bucket}-missing", key=LOCK_FILE)
     with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
-        conditional_object(ObjectPath("s3://no-such-bucket", LOCK_FILE, bucket.query)).write(b"", None)
+        conditional_object(missing).write(b"", None)
 
 
 def test_the_lock_without_boto3_names_what_to_install(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +135,6 @@ def test_a_storage_that_ignores_conditions_is_refused(study: ObjectPath, monkeyp
     monkeypatch.setattr(S3Object, "write", lambda self, content, tag: write(self, content, tag) or "written anyway")
     with pytest.raises(InputError, match="ignores If-None-Match"), holding(study, Hold()):
         pass
-
-
-def test_a_missing_google_bucket_is_one_line(gcs_bucket: ObjectPath) -> None:
-    with pytest.raises(InputError, match="no such bucket; create it, or choose another --out"):
-        conditional_object(ObjectPath("gs://anonymous@no-such-bucket", LOCK_FILE, gcs_bucket.query)).write(b"", None)
 
 
 def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
@@ -170,12 +168,6 @@ def test_a_second_driver_is_refused_and_the_owner_named(study: ObjectPath, monke
     assert re.match(expected, str(refused.value))
     assert "last sign of life 7 s ago" in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_the_lock_is_renewed_while_it_is_held(study: ObjectPath, fast: None) -> None:
-    with holding(study, Hold()):
-        wait_for_beats(study, 3)
-    assert keys(study) == []
 
 
 @pytest.mark.parametrize(
@@ -313,7 +305,7 @@ def test_a_renewal_whose_response_was_lost_keeps_the_lock(
     assert keys(study) == []
 
 
-def test_ctrl_c_stays_ctrl_c(study: ObjectPath) -> None:
+def test_ctrl_c_releases_the_lock(study: ObjectPath) -> None:
     with pytest.raises(KeyboardInterrupt), holding(study, Hold()):
         raise KeyboardInterrupt
     assert keys(study) == []
@@ -360,19 +352,19 @@ def test_a_study_in_object_storage_is_begun_once_and_resumed(study: ObjectPath) 
     assert keys(study) == ["out/study/study.json"]
 
 
-def test_a_study_that_another_began_meanwhile_is_not_written_over(
+def test_a_study_that_another_driver_just_began_is_not_overwritten(
     study: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check, seen = session.check_new, []
+    check, calls = session.check_new, []
 
-    def late(folder: Place, resume: bool) -> None:
+    def begin_after_check(folder: Place, resume: bool) -> None:
         check(folder, resume)
-        if not seen:
-            seen.append(folder)
+        if not calls:
+            calls.append(folder)
             with session._open_folder(study, IDENTITY, False):
                 pass
 
-    monkeypatch.setattr(session, "check_new", late)
+    monkeypatch.setattr(session, "check_new", begin_after_check)
     with (
         pytest.raises(InputError, match="exists already"),
         session._open_folder(study, IDENTITY | {"code": "d"}, False),
@@ -381,8 +373,10 @@ def test_a_study_that_another_began_meanwhile_is_not_written_over(
     assert read_json(study / "study.json") == IDENTITY
 
 
-def test_a_lock_left_alone_is_no_study(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver killed between lock and ``study.json`` stands in nobody's way."""
+def test_a_stale_lock_without_a_study_does_not_prevent_a_new_one(
+    study: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver was killed between the lock and ``study.json``."""
     leave_lock(study, ELSEWHERE)
     set_age(monkeypatch, STALE_S + 1)
     with session._open_folder(study, IDENTITY, False):
@@ -391,7 +385,7 @@ def test_a_lock_left_alone_is_no_study(study: ObjectPath, monkeypatch: pytest.Mo
     assert takeover["from"]["host"] == "elsewhere"
 
 
-def test_takeovers_are_recorded_one_after_the_other(study: ObjectPath) -> None:
+def test_takeovers_are_recorded_in_order(study: ObjectPath) -> None:
     with session._open_folder(study, IDENTITY, False):
         pass
     for host in ("one", "two"):
@@ -399,10 +393,10 @@ def test_takeovers_are_recorded_one_after_the_other(study: ObjectPath) -> None:
         with session._open_folder(study, IDENTITY, True, Hold(may_force=True)):
             pass
     takeovers = read_json(study / "study.json")["takeovers"]
-    assert [(took["from"]["host"], took["forced"]) for took in takeovers] == [("one", True), ("two", True)]
+    assert [(takeover["from"]["host"], takeover["forced"]) for takeover in takeovers] == [("one", True), ("two", True)]
 
 
-def test_ids_go_on_after_those_that_left_no_record(study: ObjectPath) -> None:
+def test_the_next_id_follows_trials_without_a_record(study: ObjectPath) -> None:
     assert session._next_id(study) == 1
     write_record(study, TrialRecord("COMPLETE", "lora", {}, "0003", "search"))
     with atomic_path(study / "trials" / "0007" / "adapter" / "weights") as temporary:
@@ -411,10 +405,8 @@ def test_ids_go_on_after_those_that_left_no_record(study: ObjectPath) -> None:
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
-def test_a_session_gives_out_no_id_that_a_killed_one_may_have_given(
-    where: str, tmp_path: Path, study: ObjectPath
-) -> None:
-    """Its workers may still write, on a machine that was cut off: as many as ran at once."""
+def test_ids_of_a_killed_session_are_not_used_again(where: str, tmp_path: Path, study: ObjectPath) -> None:
+    """Its workers may still write, on a disconnected machine: as many trials as ran at the same time."""
     place = tmp_path / "s" if where == "folder" else study
     record = TrialRecord("COMPLETE", "lora", {}, "0003", "search")
     with session._open_folder(place, IDENTITY, False, at_once=4):
@@ -422,7 +414,7 @@ def test_a_session_gives_out_no_id_that_a_killed_one_may_have_given(
         assert begun["session"] == {"id": lock_module.session_id(), "first_id": 1, "at_once": 4}
         write_record(place, record)
         assert session._next_id(place) == 4, "inside a session ids follow each other"
-    assert "session" not in read_json(place / "study.json"), "it ended by itself"
+    assert "session" not in read_json(place / "study.json"), "it ended normally"
     with session._open_folder(place, IDENTITY, True, at_once=2):
         assert session._next_id(place) == 4
     killed = begun
@@ -431,7 +423,7 @@ def test_a_session_gives_out_no_id_that_a_killed_one_may_have_given(
         with session._open_folder(place, IDENTITY, True, at_once=at_once):
             assert session._next_id(place) == expected
             killed = read_json(place / "study.json")  # with nothing recorded
-    assert session._next_id(place) == 11, "another session ended by itself, and had nothing to record"
+    assert session._next_id(place) == 11, "the other session ended normally, without a record"
     with session._open_folder(place, IDENTITY, True):
         assert session._next_id(place) == 11
         write_record(place, replace(record, trial_id="0011"))
@@ -439,14 +431,14 @@ def test_a_session_gives_out_no_id_that_a_killed_one_may_have_given(
     assert session._next_id(place) == 12
 
 
-def test_who_lost_the_study_does_not_sign_off_for_its_new_owner(tmp_path: Path) -> None:
+def test_a_driver_that_lost_its_study_does_not_end_the_session_of_the_new_owner(tmp_path: Path) -> None:
     with session._open_folder(tmp_path / "s", IDENTITY, False):
         other = read_json(tmp_path / "s" / "study.json") | {"session": {"id": "theirs", "first_id": 9, "at_once": 1}}
         write_json(tmp_path / "s" / "study.json", other)
     assert read_json(tmp_path / "s" / "study.json") == other
 
 
-def test_what_came_to_nothing_goes_and_what_is_worth_keeping_stays(study: ObjectPath) -> None:
+def test_tidy_deletes_an_empty_study_and_keeps_records(study: ObjectPath) -> None:
     metric = session.METRICS[session.ENCODING]
     with session._open_folder(study, IDENTITY, False):
         session._tidy(study, metric, is_new=True)
