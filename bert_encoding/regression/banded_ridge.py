@@ -8,8 +8,7 @@ bands times ``sqrt(gamma_b)`` (Dupre la Tour et al. 2022, NeuroImage 264), so th
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,28 +20,6 @@ from bert_encoding.regression.solvers import Targets, largest_eigenvalue, rows_o
 N_CANDIDATES = 5
 DECADES = 4.0  # largest difference between the penalties of two bands
 CACHED_BYTES = 2**31  # limit for the decompositions of all candidates to be kept between calls
-
-Attempt = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-class BandedFit(NamedTuple):
-    """A fitted model.
-
-    Attributes
-    ----------
-    weights : (n_features, n_voxels) float32, bands side by side
-    ridge_alphas : (n_bands, n_voxels) the chosen penalties
-    cv_cc : (n_candidates, n_voxels) mean over folds of the held-out CC with each candidate's best ridge_alpha (its
-        maximum is biased upwards)
-    """
-
-    weights: np.ndarray
-    ridge_alphas: np.ndarray
-    cv_cc: np.ndarray
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return predicted responses, (n_trs, n_voxels) float32; ``X`` is the bands side by side."""
-        return X @ self.weights
 
 
 class BandedRidge:
@@ -86,45 +63,35 @@ class BandedRidge:
         ridge.ridge_alphas = ridge_alphas
         return ridge
 
-    def fit(self, Y: np.ndarray) -> BandedFit:
-        """Choose each voxel's penalties by the mean held-out CC over folds, then fit on all rows.
+    def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
+        """Choose each voxel's penalties by the mean held-out CC over folds, fit on all rows, and predict other rows.
 
         Parameters
         ----------
         Y : (n_trs, n_voxels), z-scored
-
-        Raises
-        ------
-        ValueError
-            if rows disagree or values are not finite.
-        """
-        targets = self._targets(Y)
-
-        def attempt(index: int) -> Attempt:
-            fitted = self.candidate(index).fit(targets)
-            return self.scale(index)[:, None] * fitted.weights, fitted.ridge_alphas, fitted.cv_cc
-
-        (weights, ridge_alphas, _), scores = _best_candidates(self, attempt)
-        return BandedFit(weights, ridge_alphas, scores)
-
-    def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
-        """Fit, and predict other rows without keeping the weights, which may be large.
-
-        Parameters
-        ----------
-        Y : as in ``fit``
         X : (n_rows, n_features), the bands side by side
 
         Returns
         -------
         as plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of the
         chosen candidate
+
+        Raises
+        ------
+        ValueError
+            if rows disagree or values are not finite.
         """
-        targets = self._targets(Y)
-        best, _ = _best_candidates(
-            self, lambda index: self.candidate(index).fit_predict(targets, X * self.scale(index))
-        )
-        return Prediction(*best)
+        targets = Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
+        best: Prediction | None = None
+        for index, gamma in enumerate(self.band_weights):
+            predicted, ridge_alphas, cv_cc = self.candidate(index).fit_predict(targets, X * self.scale(index))
+            candidate = Prediction(predicted, ridge_alphas / gamma[:, None], cv_cc)
+            best = best or candidate
+            better = cv_cc.max(axis=0) > best.cv_cc.max(axis=0)
+            for old, new in zip(best, candidate, strict=True):
+                old[:, better] = new[:, better]
+        assert best is not None
+        return best
 
     def candidate(self, index: int) -> CrossValidatedRidge:
         """Return plain ridge on the bands scaled by one candidate's weights; cached if all candidates fit in memory."""
@@ -136,9 +103,6 @@ class BandedRidge:
         if _bytes_of(ridge) * len(self.band_weights) <= CACHED_BYTES:
             self._ridges[index] = ridge
         return ridge
-
-    def _targets(self, Y: np.ndarray) -> Targets:
-        return Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
 
     def scale(self, index: int) -> np.ndarray:
         """Return the factors of the features in one candidate, (n_features,) float32."""
@@ -169,32 +133,6 @@ def band_weights(n_bands: int, n_candidates: int, seed: int = 0) -> np.ndarray:
     else:
         exponents[1:] = -generator(seed, "band weights").uniform(0, DECADES, (n_candidates - 1, n_bands))
     return 10 ** (exponents - exponents.max(axis=1, keepdims=True))
-
-
-def _best_candidates(model: BandedRidge, attempt: Callable[[int], Attempt]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Search with plain ridge on scaled bands, one candidate at a time.
-
-    Parameters
-    ----------
-    attempt : index of a candidate -> weights or predictions, chosen penalties and CC of its ridge
-
-    Returns
-    -------
-    the same for each voxel's best candidate, with penalties of each band; and each candidate's highest CC,
-    (n_candidates, n_voxels)
-    """
-    best: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
-    for index, gamma in enumerate(model.band_weights):
-        values, ridge_alphas, cv_cc = attempt(index)
-        candidate = [values, ridge_alphas / gamma[:, None], cv_cc]
-        score = cv_cc.max(axis=0)
-        better = score > np.max(scores, axis=0) if scores else np.ones(score.size, bool)
-        best = best or candidate
-        for old, new in zip(best, candidate, strict=True):
-            old[:, better] = new[:, better]
-        scores.append(score)
-    return best, np.stack(scores)
 
 
 def _bytes_of(ridge: CrossValidatedRidge) -> int:

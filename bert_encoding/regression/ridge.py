@@ -45,10 +45,6 @@ class RidgeFit(NamedTuple):
     ridge_alphas: np.ndarray
     cv_cc: np.ndarray
 
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Return predicted responses, (n_trs, n_voxels) float32."""
-        return X @ self.weights
-
 
 class Prediction(NamedTuple):
     """The predictions of a fitted model for other rows.

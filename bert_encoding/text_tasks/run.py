@@ -1,47 +1,21 @@
 """One text-only trial: train, evaluate on held-out texts, keep the best epoch; one report per epoch."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BERT_METHODS, CLASSIFICATION, COMPLETE, STOPPED, TUNED
 from bert_encoding.core.worker_cache import WorkerCache
-from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import count_parameters, measure_change, restore_state, tuned_state
 from bert_encoding.text_tasks.classification import ClassifyRun
 from bert_encoding.text_tasks.domain_adaptation import AdaptRun
-from bert_encoding.text_tasks.task import Texts, TextTask, split_notes
+from bert_encoding.text_tasks.task import TextTask, split_notes
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.run import Report, finished_record
 
-
-class TextRun(Protocol):
-    """A kind of text-only task."""
-
-    model: Any
-    encoder: Encoder
-    texts: Texts
-    notes: list[str]
-    seconds_train: float
-
-    def epochs(self) -> Iterator[dict[str, float]]:
-        """Train, and yield the scores of every epoch."""
-        ...
-
-    def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
-        """Return a value that is higher for a better epoch."""
-        ...
-
-    def finish(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Return further scores and some examples, after the best epoch is restored."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the model."""
-        ...
+TextRun = ClassifyRun | AdaptRun
 
 
 def run_text_trial(
@@ -73,8 +47,8 @@ def run_text_trial(
     """
     started = time.perf_counter()
     _check_settings(config, task.kind)
-    make = ClassifyRun if task.kind == CLASSIFICATION else AdaptRun
-    run: TextRun = make(config, task, cache or WorkerCache())
+    make_run = ClassifyRun if task.kind == CLASSIFICATION else AdaptRun
+    run = make_run(config, task, cache or WorkerCache())
     epochs, best, status = _train(run, config, report, started)
     further, examples = run.finish()
     if adapter_folder is not None:

@@ -8,8 +8,9 @@ from himalaya.scoring import correlation_score
 from make_trials import fit_ridge
 from sklearn.model_selection import PredefinedSplit
 
-from bert_encoding.regression import banded_ridge as banded
-from bert_encoding.regression.banded_ridge import DECADES, BandedFit, BandedRidge, band_weights
+from bert_encoding.regression import banded_ridge
+from bert_encoding.regression.banded_ridge import DECADES, BandedRidge, band_weights
+from bert_encoding.regression.ridge import RidgeFit
 from bert_encoding.statistics.correlation import correlate
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")
@@ -32,21 +33,25 @@ def make_responses(bands: list[np.ndarray], seed: int = 1) -> np.ndarray:
     return ((Y - Y.mean(axis=0)) / Y.std(axis=0)).astype(np.float32)
 
 
-def fit(bands: list[np.ndarray], Y: np.ndarray) -> BandedFit:
-    return BandedRidge(bands, FOLDS, GRID).fit(Y)
+def fit(bands: list[np.ndarray], Y: np.ndarray) -> RidgeFit:
+    """Return weights, penalties of each band, and the highest CC of each candidate."""
+    model = BandedRidge(bands, FOLDS, GRID)
+    weights, ridge_alphas, _ = model.fit_predict(Y, np.eye(sum(X.shape[1] for X in bands), dtype=np.float32))
+    cv_cc = [model.candidate(index).fit(Y).cv_cc.max(axis=0) for index in range(len(model.band_weights))]
+    return RidgeFit(weights, ridge_alphas, np.stack(cv_cc))
 
 
-def himalaya_fit(Xs: list[np.ndarray], Y: np.ndarray) -> BandedFit:
+def himalaya_fit(Xs: list[np.ndarray], Y: np.ndarray) -> RidgeFit:
     """Search the same penalties with himalaya: by features if they are fewer than rows, else by one kernel per band."""
     settings = {"n_iter": band_weights(len(Xs), 5).astype(np.float32), "alphas": np.asarray(GRID, np.float32)}
     settings |= {"cv": PredefinedSplit(FOLDS), "score_func": correlation_score, "progress_bar": False}
     if sum(X.shape[1] for X in Xs) <= len(Y):
-        found = solve_group_ridge_random_search(Xs, Y, return_weights=True, warn=False, **settings)
+        fitted = solve_group_ridge_random_search(Xs, Y, return_weights=True, warn=False, **settings)
     else:
         kernels = np.stack([X @ X.T for X in Xs])  # (n_bands, n_trs, n_trs)
-        found = solve_multiple_kernel_ridge_random_search(kernels, Y, return_weights="primal", Xs=Xs, **settings)
-    deltas, weights, cv_cc = found
-    return BandedFit(weights, np.exp(-deltas), cv_cc)
+        fitted = solve_multiple_kernel_ridge_random_search(kernels, Y, return_weights="primal", Xs=Xs, **settings)
+    deltas, weights, cv_cc = fitted
+    return RidgeFit(weights, np.exp(-deltas), cv_cc)
 
 
 @pytest.mark.parametrize("n_features", [30, 300])  # fewer than rows, and more
@@ -57,21 +62,20 @@ def test_one_band_is_plain_ridge(n_features: int) -> None:
     np.testing.assert_allclose(banded.weights, plain.weights, atol=2e-5)
     np.testing.assert_allclose(banded.ridge_alphas, plain.ridge_alphas[None], rtol=1e-5)
     np.testing.assert_allclose(banded.cv_cc, plain.cv_cc.max(axis=0)[None], atol=2e-5)
-    np.testing.assert_allclose(banded.predict(bands[0]), plain.predict(bands[0]), atol=2e-4)
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3), (20, 4, 10)])
 def test_weights_solve_the_normal_equations(n_features: tuple[int, ...]) -> None:
     bands = make_bands(n_features)
     Y = make_responses(bands)
-    found = fit(bands, Y)
+    banded = fit(bands, Y)
     X = np.hstack(bands).astype(np.float64)
-    penalties = np.repeat(found.ridge_alphas, n_features, axis=0)  # (n_features, n_voxels)
+    penalties = np.repeat(banded.ridge_alphas, n_features, axis=0)  # (n_features, n_voxels)
     expected = np.stack(
         [np.linalg.solve(X.T @ X + np.diag(penalties[:, v]), X.T @ Y[:, v]) for v in range(N_VOXELS)], axis=1
     )
-    np.testing.assert_allclose(found.weights, expected, atol=5e-5)
-    assert len(np.unique(np.round(found.ridge_alphas[0] / found.ridge_alphas[1], 4))) > 1, "all chose one candidate"
+    np.testing.assert_allclose(banded.weights, expected, atol=5e-5)
+    assert len(np.unique(np.round(banded.ridge_alphas[0] / banded.ridge_alphas[1], 4))) > 1, "all chose one candidate"
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
@@ -87,9 +91,9 @@ def test_himalaya_chooses_alike(n_features: tuple[int, ...]) -> None:
 def test_held_out_scores_are_those_of_a_plain_loop() -> None:
     bands = make_bands((12, 3), seed=5)
     Y = make_responses(bands, seed=6)
-    found = fit(bands, Y)
+    banded = fit(bands, Y)
     X = np.hstack(bands).astype(np.float64)
-    for at, gamma in enumerate(band_weights(2, 5)):
+    for index, gamma in enumerate(band_weights(2, 5)):
         cc = np.zeros((len(GRID), N_VOXELS))
         for row, alpha in enumerate(GRID):
             penalty = np.diag(np.repeat(alpha / gamma, (12, 3)))
@@ -98,54 +102,40 @@ def test_held_out_scores_are_those_of_a_plain_loop() -> None:
                 w = np.linalg.solve(X[train].T @ X[train] + penalty, X[train].T @ Y[train])
                 predicted = X[~train] @ w
                 cc[row] += [np.corrcoef(Y[~train, v], predicted[:, v])[0, 1] / 4 for v in range(N_VOXELS)]
-        np.testing.assert_allclose(found.cv_cc[at], cc.max(axis=0), atol=1e-5)
+        np.testing.assert_allclose(banded.cv_cc[index], cc.max(axis=0), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_two_penalties_beat_one_where_they_are_needed() -> None:
-    """A few clear columns beside many that tell nothing."""
+    """A few clear columns next to many that carry no signal."""
     both = make_bands((150, 2), seed=7, n_trs=2 * N_TRS)
     rng = np.random.default_rng(8)
     Y = both[1] @ rng.standard_normal((2, N_VOXELS)) + 2 * rng.standard_normal((2 * N_TRS, N_VOXELS))
     Y = (Y / Y.std(axis=0)).astype(np.float32)
     bands, held_out = [X[:N_TRS] for X in both], np.hstack([X[N_TRS:] for X in both])
-    found = fit(bands, Y[:N_TRS])
+    banded = fit(bands, Y[:N_TRS])
     plain = fit_ridge(np.hstack(bands), Y[:N_TRS], FOLDS, GRID)
-    cc, plain_cc = (correlate(Y[N_TRS:], model.predict(held_out)) for model in (found, plain))
-    assert (found.ridge_alphas[0] > 10 * found.ridge_alphas[1]).mean() > 0.9
+    cc, plain_cc = (correlate(Y[N_TRS:], held_out @ model.weights) for model in (banded, plain))
+    assert (banded.ridge_alphas[0] > 10 * banded.ridge_alphas[1]).mean() > 0.9
     assert (cc > plain_cc).mean() > 0.9
     assert cc.mean() > plain_cc.mean() + 0.05
 
 
-def test_decompositions_that_are_kept_serve_other_voxels_and_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_decompositions_serve_other_voxels_and_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     bands = make_bands((40, 3))
-    Y, other = make_responses(bands), make_responses(bands, seed=9)
-    kept = BandedRidge(bands, FOLDS, GRID)
-    kept.fit(Y)
+    X, Y, other = np.hstack(bands), make_responses(bands), make_responses(bands, seed=9)
+    cached = BandedRidge(bands, FOLDS, GRID)
+    cached.fit_predict(Y, X)
     for grid in (GRID, (0.1, *GRID)):
-        served = kept.with_alphas(grid).fit(other)
-        assert len(kept._ridges) == 5
+        reused = cached.with_alphas(grid).fit_predict(other, X)
+        assert len(cached._ridges) == 5
         with monkeypatch.context() as patch:
-            patch.setattr(banded, "CACHED_BYTES", 0)
-            anew = BandedRidge(bands, FOLDS, grid)
-            for found, expected in zip(served, anew.fit(other), strict=True):
-                np.testing.assert_array_equal(found, expected)
-        assert not anew._ridges
-    largest = np.linalg.eigvalsh(np.hstack(bands).T @ np.hstack(bands))[-1]
-    assert kept.largest_eigenvalue == pytest.approx(largest, rel=0.1)
-
-
-def test_predictions_are_those_of_the_weights() -> None:
-    bands = make_bands((20, 3))
-    Y, X = make_responses(bands), np.hstack(make_bands((20, 3), seed=10))
-    model = BandedRidge(bands, FOLDS, GRID)
-    predicted, ridge_alphas, cv_cc = model.fit_predict(Y, X)
-    fitted = model.fit(Y)
-    np.testing.assert_allclose(predicted, X @ fitted.weights, atol=2e-6)
-    np.testing.assert_array_equal(ridge_alphas, fitted.ridge_alphas)
-    assert cv_cc.shape == (len(GRID), N_VOXELS)
-    np.testing.assert_allclose(cv_cc.max(axis=0), fitted.cv_cc.max(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(np.array(GRID)[cv_cc.argmax(axis=0)], ridge_alphas.min(axis=0), rtol=1e-4)
+            patch.setattr(banded_ridge, "CACHED_BYTES", 0)
+            fresh = BandedRidge(bands, FOLDS, grid)
+            for values, expected in zip(reused, fresh.fit_predict(other, X), strict=True):
+                np.testing.assert_array_equal(values, expected)
+        assert not fresh._ridges
+    assert cached.largest_eigenvalue == pytest.approx(np.linalg.eigvalsh(X.T @ X)[-1], rel=0.1)
 
 
 def test_the_cc_of_every_alpha_is_that_of_the_chosen_candidate() -> None:
@@ -170,15 +160,15 @@ def test_the_memory_of_a_candidate_is_forecast(
     bands = make_bands(n_features)
     smallest = BandedRidge(bands, FOLDS).largest_eigenvalue / condition
     model = BandedRidge(bands, FOLDS, (smallest, 10 * smallest), n_candidates=1)
-    model.fit(make_responses(bands))
+    model.fit_predict(make_responses(bands), np.hstack(bands))
     ridge = model._ridges[0]
     assert (ridge.dtype.itemsize, ridge.eigh_dtype.itemsize) == sizes
     form = ridge._form
-    kept = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in (ridge._X, form.X)}  # type: ignore[attr-defined]
+    arrays = {id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in (ridge._X, form.X)}  # type: ignore[attr-defined]
     product = form.gram if hasattr(form, "gram") else form.kernel
     bases = [tensor for basis in ridge._bases.values() for tensor in (basis.vectors, basis.eigenvalues)]
-    n_bytes = sum(kept.values()) + sum(tensor.nbytes for tensor in (product, *bases, *ridge._held_out.values()))
-    assert 0.5 * banded._bytes_of(ridge) < n_bytes < 1.05 * banded._bytes_of(ridge)
+    n_bytes = sum(arrays.values()) + sum(tensor.nbytes for tensor in (product, *bases, *ridge._held_out.values()))
+    assert 0.5 * banded_ridge._bytes_of(ridge) < n_bytes < 1.05 * banded_ridge._bytes_of(ridge)
 
 
 def test_candidates_of_two_bands_are_a_grid_with_plain_ridge_first() -> None:

@@ -165,12 +165,13 @@ def test_input_is_left_as_it_was(problem: Problem, form: str, dtype: type[np.flo
         np.testing.assert_array_equal(now, before)
 
 
-def test_predict_is_the_plain_product(problem: Problem) -> None:
-    fit = fit_ridge(*problem, GRID)
+def test_fit_predict_predicts_with_the_weights_of_fit(problem: Problem) -> None:
+    model = CrossValidatedRidge(problem.X, problem.folds, GRID, precision="float64")
+    fit, prediction = model.fit(problem.Y), model.fit_predict(problem.Y, problem.X[:5])
     expected = np.array([[np.dot(row, column) for column in fit.weights.T] for row in problem.X[:5]])
-    predicted = fit.predict(problem.X[:5])
-    assert predicted.dtype == np.float32
-    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
+    assert prediction.predicted.dtype == np.float32
+    np.testing.assert_allclose(prediction.predicted, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(prediction.ridge_alphas, fit.ridge_alphas)
 
 
 @every_form

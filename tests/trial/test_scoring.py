@@ -250,7 +250,7 @@ def test_no_row_that_ridge_was_fitted_on_is_scored(dataset: Dataset) -> None:
     assert design.fit.shape[1] > design.fit.shape[0]
     noise = slice(19, None)  # without voxel 3, the first noise voxel is the 20th that is valid
     Y = stack_responses(dataset, "subject2", FIT)
-    by_heart = fit_ridge(design.fit, Y, design.folds, config.ridge_alphas).predict(design.fit)
+    by_heart = design.fit @ fit_ridge(design.fit, Y, design.folds, config.ridge_alphas).weights
     cc = run_score(design, dataset, "subject2", config).cc[noise]
     assert pearson_columns(Y[:, noise], by_heart[:, noise]).min() > 0.99
     assert abs(cc.mean()) < 3 / np.sqrt(len(design.scored) * cc.size)
@@ -520,7 +520,7 @@ def test_tests_of_predictions_are_those_of_an_exact_fit(long: Dataset) -> None:
     got = score_subject(ridge, design, long, "subject2", FIT, SCORED, with_tests=True)
     Y = StandardScaler().fit_transform(stack_responses(long, "subject2", FIT).astype(np.float64))
     exact = fit_ridge(design.fit, Y, design.folds, GRID, precision="float64")
-    predicted, measured = exact.predict(design.scored), stack_responses(long, "subject2", SCORED)
+    predicted, measured = design.scored @ exact.weights, stack_responses(long, "subject2", SCORED)
     assert got.tests is not None
     expected = block_permutation_p(measured, predicted, design.scored_story)
     np.testing.assert_allclose(got.tests.p, expected, rtol=0, atol=0.003)
