@@ -36,11 +36,11 @@ N_VOXELS, BAD = 12, 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects; voxel 4 of the first is constant in one story."""
-    made = make_lab(tmp_path_factory.mktemp("data") / "lab", subjects=("a", "b"), n_voxels=N_VOXELS)
-    responses = np.load(made / "a" / "beta.npy")
+    folder = make_lab(tmp_path_factory.mktemp("data") / "lab", subjects=("a", "b"), n_voxels=N_VOXELS)
+    responses = np.load(folder / "a" / "beta.npy")
     responses[:, BAD] = 0.5
-    np.save(made / "a" / "beta.npy", responses)
-    return made
+    np.save(folder / "a" / "beta.npy", responses)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Ridge in float32 and with bfloat16 norms beside float64: the scores, the alphas, and where float32 is not trusted."""
+"""Ridge in float32 and with bfloat16 norms, compared with float64: scores, ridge_alphas, and the limits of float32."""
 
 import numpy as np
 import pytest
@@ -56,14 +56,14 @@ def test_scores_and_alphas_are_those_of_float64(
     fast = CrossValidatedRidge(X[:N_FIT], folds, grid)
     assert fast.dtype == torch.float32
     fit = fast.fit(Y[:N_FIT])
-    cc = [correlate(Y[N_FIT:], X[N_FIT:] @ found.weights) for found in (fit, exact)]
+    cc = [correlate(Y[N_FIT:], X[N_FIT:] @ model.weights) for model in (fit, exact)]
     assert abs(cc[0].mean() - cc[1].mean()) < 1e-4
     chosen = np.searchsorted(grid, fit.ridge_alphas)
     loss = exact.cv_cc.max(axis=0) - exact.cv_cc[chosen, np.arange(N_VOXELS)]
     assert np.mean(loss <= (1e-4 if norms == "float32" else 3e-4)) >= 0.99  # 180 rows a fold: bfloat16 is felt
     assert np.unique(chosen).size >= 4, "one alpha for all would agree by itself"
     same = fit.ridge_alphas == exact.ridge_alphas
-    predicted, expected = (X[N_FIT:] @ found.weights[:, same] for found in (fit, exact))
+    predicted, expected = (X[N_FIT:] @ model.weights[:, same] for model in (fit, exact))
     np.testing.assert_allclose(predicted, expected, rtol=0, atol=5e-3 * expected.std())
 
 
@@ -112,8 +112,8 @@ def test_at_the_worst_condition_that_float32_is_trusted_with_scores_agree(form: 
 def test_the_largest_eigenvalue_is_numpys() -> None:
     X = make_problem(300)[0]
     expected = np.linalg.eigvalsh(X.astype(np.float64).T @ X)[-1]
-    found = largest_eigenvalue(torch.from_numpy(X))
-    assert 0.95 * expected < found <= expected * (1 + 1e-5)
+    eigenvalue = largest_eigenvalue(torch.from_numpy(X))
+    assert 0.95 * expected < eigenvalue <= expected * (1 + 1e-5)
     assert largest_eigenvalue(torch.zeros(5, 3)) == 0
 
 
@@ -174,11 +174,11 @@ def test_another_grid_gives_what_a_new_ridge_would_and_changes_nothing_here() ->
 def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edge(
     grid: tuple[float, ...], share: dict[str, float], eigenvalue: float, expected: tuple[float, ...] | None
 ) -> None:
-    found = extend_alphas(grid, share, eigenvalue)
+    extended = extend_alphas(grid, share, eigenvalue)
     if expected is None:
-        assert found is None
+        assert extended is None
     else:
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        np.testing.assert_allclose(extended, expected, rtol=1e-12)
 
 
 def test_a_voxel_presses_an_edge_if_it_scores_there_by_more_than_rounding() -> None:

@@ -84,7 +84,7 @@ def write(tmp_path: Path) -> Callable[..., Corpus]:
     """Open a corpus of some texts, each "word number", with these labels."""
 
     def write_corpus(*labels: str | None) -> Corpus:
-        examples = [Example(f"film {at}", label) for at, label in enumerate(labels)]
+        examples = [Example(f"film {index}", label) for index, label in enumerate(labels)]
         return open_corpus(write_texts(tmp_path / "few.csv", examples))
 
     return write_corpus
@@ -133,7 +133,7 @@ def test_classes_are_shared_out_to_the_nearest_text(
     corpus = write(*(label for label, n in counts.items() for _ in range(n)))
     labels = [example.label for example in corpus]
     train, heldout = split_corpus(corpus, 0, n_train)
-    assert Counter(labels[at] for at in train) == expected
+    assert Counter(labels[index] for index in train) == expected
     assert len(heldout) == len(labels) - n_train
 
 
@@ -164,7 +164,7 @@ def test_a_split_that_cannot_be_is_refused(
 
 
 def test_a_sample_of_one_class_is_refused(tmp_path: Path) -> None:
-    file = write_texts(tmp_path / "few.csv", [Example(f"film {at}", "a" if at else "b") for at in range(40)])
+    file = write_texts(tmp_path / "few.csv", [Example(f"film {index}", "a" if index else "b") for index in range(40)])
     corpus = open_corpus(file, n_examples=5)
     assert class_names(corpus) == ("a",)
     with pytest.raises(InputError, match="all 5 texts used have the label 'a'"):
@@ -195,9 +195,9 @@ def test_the_end_of_a_long_text_is_read_as_transformers_truncates(encoder: Encod
     texts = ["the film was not good", "i think the plot was weak, but we found the cast great at all", "fine", " "]
     reference = type(encoder.tokenizer).from_pretrained(encoder.name, truncation_side="left")
     expected = reference(texts, truncation=True, max_length=max_length)["input_ids"]
-    found = [text_window(t, max_length, encoder.tokenizer) for t in tokenize_texts(texts, encoder.tokenizer)]
-    assert [window.ids.tolist() for window in found] == expected
-    assert [len(window.word_ids) for window in found] == [len(ids) - 2 for ids in expected]
+    windows = [text_window(t, max_length, encoder.tokenizer) for t in tokenize_texts(texts, encoder.tokenizer)]
+    assert [window.ids.tolist() for window in windows] == expected
+    assert [len(window.word_ids) for window in windows] == [len(ids) - 2 for ids in expected]
     assert encoder.tokenizer.truncation_side == "right", "the resident tokenizer is as it was"
 
 
@@ -220,13 +220,13 @@ def test_scores_equal_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     logits, true = 3 * rng.standard_normal((50, 4)), rng.integers(0, 3, 50)
     logits[:, 3] = -9  # a class that is neither there nor predicted
-    predicted, found = logits.argmax(axis=1), score_classes(logits, true)
-    assert found["accuracy"] == accuracy_score(true, predicted)
+    predicted, scores = logits.argmax(axis=1), score_classes(logits, true)
+    assert scores["accuracy"] == accuracy_score(true, predicted)
     expected = f1_score(true, predicted, average="macro", labels=range(4), zero_division=0)
-    assert found["macro_f1"] == pytest.approx(expected, abs=1e-12)
+    assert scores["macro_f1"] == pytest.approx(expected, abs=1e-12)
     probabilities = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
     assert np.allclose(np.exp(log_probabilities(logits)), probabilities, rtol=0, atol=1e-12)
-    assert found["loss"] == pytest.approx(log_loss(true, probabilities, labels=range(4)), abs=1e-12)
+    assert scores["loss"] == pytest.approx(log_loss(true, probabilities, labels=range(4)), abs=1e-12)
 
 
 def windows_of(texts: list[str], encoder: Encoder) -> list[Any]:
@@ -294,14 +294,14 @@ def test_one_step_equals_a_plain_transformers_loop(method: str, encoder: Encoder
         loss, n = objective.losses(model, part, "float32", CPU)["class"]
         (loss / objective.n_terms(step)["class"]).backward()
         assert n == len(part.windows)
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     batch = encoder.tokenizer([e.text for e in examples], return_tensors="pt", padding=True)
     model(**batch, labels=torch.from_numpy(labels.astype(np.int64))).loss.backward()
-    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert torch.allclose(found[name], p.grad, rtol=0, atol=1e-6), name
+            assert torch.allclose(gradients[name], p.grad, rtol=0, atol=1e-6), name
     assert objective.n_tokens(step) == int(batch["attention_mask"].sum())
 
 
@@ -351,7 +351,7 @@ def test_a_record_holds_what_a_reader_needs(task: TextTask, bert: str, corpus: C
         "the pooler is randomly initialised and trained",
     ]
     shown = [(e["text"], e["label"]) for e in record.examples]
-    heldout = {tuple(example) for at, example in enumerate(corpus) if at in set(task.heldout)}
+    heldout = {tuple(example) for index, example in enumerate(corpus) if index in set(task.heldout)}
     assert len(shown) == 10 == len(set(shown))
     assert set(shown) <= heldout
     assert {e[f"predicted_{when}"] for e in record.examples for when in ("before", "after")} <= set(LABELS)
@@ -368,7 +368,7 @@ def test_the_examples_after_are_those_of_the_scores(tmp_path: Path, bert: str) -
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> TextTask:
-    """Texts whose classes are drawn by lot: whoever learns them by heart is soon worse on others."""
+    """Texts whose classes are random: a model that memorises them soon gets worse on other texts."""
     rng = np.random.default_rng(0)
     examples = [Example(text, LABELS[rng.integers(2)]) for text, _ in negated_texts(120)]
     corpus = open_corpus(write_texts(tmp_path_factory.mktemp("noise") / "noise.csv", examples))
@@ -477,7 +477,7 @@ def test_long_texts_are_counted_and_example_texts_cut(tmp_path: Path, bert: str)
 
 
 def test_three_classes_are_told_apart(tmp_path: Path, bert: str) -> None:
-    examples = [Example(f"{word} film {at}", word) for at in range(30) for word in ("good", "bad", "dull")]
+    examples = [Example(f"{word} film {index}", word) for index in range(30) for word in ("good", "bad", "dull")]
     corpus = open_corpus(write_texts(tmp_path / "three.csv", examples))
     record = run_text_trial(settings(bert, method="full"), make_text_task(CLASSIFICATION, corpus, 0, max_length=32))
     assert record.scores["accuracy"] == 1

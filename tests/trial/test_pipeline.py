@@ -99,14 +99,14 @@ def test_static_vectors_are_looked_up_and_their_coverage_is_noted(task: Task, tm
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[CrossValidatedRidge]:
     """Every ridge that is prepared from now on."""
-    made: list[CrossValidatedRidge] = []
+    prepared: list[CrossValidatedRidge] = []
 
-    def listen(*given: Any) -> CrossValidatedRidge:
-        made.append(prepare_ridge(*given))
-        return made[-1]
+    def listen(*arguments: Any) -> CrossValidatedRidge:
+        prepared.append(prepare_ridge(*arguments))
+        return prepared[-1]
 
     monkeypatch.setattr(chain_module, "prepare_ridge", listen)
-    return made
+    return prepared
 
 
 def bag_chain(task: Task, **changes: Any) -> Chain:
@@ -157,8 +157,8 @@ def test_the_ridge_of_other_vectors_or_other_stories_is_not_used(
     downsampled = chain.downsampled(None, split.fit + split.validation, split.fit)
     other = {name: rows[:, ::-1] ** 2 for name, rows in downsampled.items()}
     chain.score(other, split.fit, split.validation)
-    found = chain.score_seen(downsampled, split.fit)[SUBJECT]
-    np.testing.assert_array_equal(found, bag_chain(task).score_seen(downsampled, split.fit)[SUBJECT])
+    seen = chain.score_seen(downsampled, split.fit)[SUBJECT]
+    np.testing.assert_array_equal(seen, bag_chain(task).score_seen(downsampled, split.fit)[SUBJECT])
     chain.score(downsampled, split.fit, split.validation)
     fewer = chain.score_seen(downsampled, split.fit[1:])[SUBJECT]
     np.testing.assert_array_equal(fewer, bag_chain(task).score_seen(downsampled, split.fit[1:])[SUBJECT])

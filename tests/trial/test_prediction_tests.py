@@ -1,4 +1,4 @@
-"""What is said of predictions beside their CC, against plain loops."""
+"""Tests of predictions, against plain loops."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def plain_benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return np.array([min(scaled[at] for at in range(len(p)) if ordered[at] >= value) for value in p])
 
 
-def made(p: np.ndarray) -> PredictionTests:
+def make_tests(p: np.ndarray) -> PredictionTests:
     rng = np.random.default_rng(1)
     Y = rng.standard_normal((40, p.size))
     return PredictionTests(p, time_replicates(Y, Y, np.zeros(40, int), n_resamples=5))
@@ -32,33 +32,33 @@ def made(p: np.ndarray) -> PredictionTests:
 
 def test_p_and_resamples_are_those_of_the_tests_named() -> None:
     Y, predicted, story = simulated((75, 60))
-    found = examine_predictions(Y, predicted, story)
-    np.testing.assert_array_equal(found.p, block_permutation_p(Y, predicted, story))
-    np.testing.assert_array_equal(found.replicates.total, time_replicates(Y, predicted, story).total)
-    assert found.replicates.mean[0] == pytest.approx(correlate(Y, predicted).mean(dtype=np.float64), abs=1e-6)
-    assert (found.p[:10] < 0.01).all()
-    assert found.p[10:].mean() > 0.2
+    tests = examine_predictions(Y, predicted, story)
+    np.testing.assert_array_equal(tests.p, block_permutation_p(Y, predicted, story))
+    np.testing.assert_array_equal(tests.replicates.total, time_replicates(Y, predicted, story).total)
+    assert tests.replicates.mean[0] == pytest.approx(correlate(Y, predicted).mean(dtype=np.float64), abs=1e-6)
+    assert (tests.p[:10] < 0.01).all()
+    assert tests.p[10:].mean() > 0.2
 
 
 def test_the_share_of_significant_voxels_by_a_plain_loop() -> None:
     rng = np.random.default_rng(3)
     p = np.concatenate([rng.uniform(0, 0.01, 30), rng.uniform(0.02, 0.2, 70)])
-    found, q = made(p), plain_benjamini_hochberg(p)
-    np.testing.assert_allclose(found.q, q, rtol=1e-12)
+    tests, q = make_tests(p), plain_benjamini_hochberg(p)
+    np.testing.assert_allclose(tests.q, q, rtol=1e-12)
     share = np.mean(q < FALSE_DISCOVERY_RATE)
     assert 0.1 < share < np.mean(p < FALSE_DISCOVERY_RATE), "else this could not tell q from p"
-    assert found.share_significant == pytest.approx(share, abs=1e-12)
+    assert tests.share_significant == pytest.approx(share, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n_rows", "has_p"), [((69,), False), ((70,), True), ((49, 49), False), ((50, 49), True)])
 def test_stories_too_short_for_a_p_have_none(n_rows: tuple[int, ...], has_p: bool) -> None:
     """Six blocks have 720 orders, seven 5040; 4! 4! are 576, 5! 4! are 2880."""
     Y, predicted, story = simulated(n_rows)
-    found = examine_predictions(Y, predicted, story)
+    tests = examine_predictions(Y, predicted, story)
     assert N_PERMUTATIONS == 1000
-    assert np.isnan(found.p).all() != has_p
-    assert (found.share_significant is not None) == has_p
-    assert np.isfinite(found.replicates.mean).all(), "the interval needs no p"
+    assert np.isnan(tests.p).all() != has_p
+    assert (tests.share_significant is not None) == has_p
+    assert np.isfinite(tests.replicates.mean).all(), "the interval needs no p"
 
 
 def test_panels_join_in_the_order_of_their_voxels() -> None:
@@ -74,7 +74,7 @@ def test_panels_join_in_the_order_of_their_voxels() -> None:
 
 def test_a_voxel_without_p_is_not_significant_and_changes_no_other() -> None:
     p = np.array([1e-4, 1e-3, 0.5, 0.9])
-    found = made(np.append(p, np.nan))
-    np.testing.assert_allclose(found.q[:4], plain_benjamini_hochberg(p), rtol=1e-12)
-    assert np.isnan(found.q[4])
-    assert found.share_significant == pytest.approx(2 / 5)
+    tests = make_tests(np.append(p, np.nan))
+    np.testing.assert_allclose(tests.q[:4], plain_benjamini_hochberg(p), rtol=1e-12)
+    assert np.isnan(tests.q[4])
+    assert tests.share_significant == pytest.approx(2 / 5)

@@ -265,11 +265,13 @@ def test_tuning_moves_the_scores(uneven_task: Task, tiny_encoder: Encoder) -> No
 def test_ridge_is_prepared_once_an_epoch_and_serves_the_seen_score_too(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    prepared = []
     prepare = chain_module.prepare_ridge
-    monkeypatch.setattr(chain_module, "prepare_ridge", lambda *given: (made.append(given), prepare(*given))[1])
+    monkeypatch.setattr(
+        chain_module, "prepare_ridge", lambda *arguments: (prepared.append(arguments), prepare(*arguments))[1]
+    )
     run_trial(config(tiny_encoder, method="lora", epochs=2), task)
-    assert len(made) == 2
+    assert len(prepared) == 2
 
 
 def test_layer_matters(task: Task, tiny_encoder: Encoder) -> None:
@@ -437,9 +439,9 @@ def test_dropout_rates_reach_the_layers_they_name(
     rates = {"hidden_dropout": hidden, "attention_dropout": attention, "lora_dropout": 0.25}
     settings = config(tiny_encoder, **rates, epochs=1, target_modules="q")
     run_trial(settings, task)
-    (found,) = heard.dropouts
+    (dropouts,) = heard.dropouts
     blocks = [f"bert.encoder.layer.{n}" for n in (0, 1)]
-    assert found == {
+    assert dropouts == {
         "bert.embeddings.dropout": expected[0],
         **{f"{block}.attention.self.dropout": expected[1] for block in blocks},
         **{f"{block}.attention.output.dropout": expected[0] for block in blocks},
@@ -513,8 +515,8 @@ def test_notes_name_every_epoch_of_overfitting(
     heldout = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
     rose = [at + 2 for at, (before, after) in enumerate(pairwise(heldout)) if after > before]
     assert 0 < len(rose) < 5  # else this test could not tell rising from falling
-    noted = [int(found[1]) for note in record.notes if (found := re.match(r"overfitting in epoch (\d+):", note))]
-    assert noted == rose
+    epochs = [int(match[1]) for note in record.notes if (match := re.match(r"overfitting in epoch (\d+):", note))]
+    assert epochs == rose
 
 
 # --- several splits ---------------------------------------------------------------------------------------------------
@@ -586,8 +588,8 @@ def test_frozen_record(task: Task, tiny_encoder: Encoder) -> None:
     record = run_trial(settings, task)
     assert set(record.scores) == SCORES | LOSSES
     assert (record.status, record.method) == (COMPLETE, "frozen")
-    found = [record.scores[name] for name in ("layer", "n_trainable", "epochs_done", "optimizer_steps", "tokens_seen")]
-    assert found == [2, 0, 0, 0, 0]
+    values = [record.scores[name] for name in ("layer", "n_trainable", "epochs_done", "optimizer_steps", "tokens_seen")]
+    assert values == [2, 0, 0, 0, 0]
     assert record.scores["mlm_loss_train"] == pytest.approx(math.log(103), abs=0.2)  # an untrained BERT guesses
     assert len(record.epochs) == 1
     assert TrialConfig.from_dict(record.config) == settings

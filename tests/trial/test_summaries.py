@@ -77,25 +77,25 @@ def ceilings(dataset: Dataset) -> Ceilings:
 def by_hand(dataset: Dataset) -> dict[str, SubjectScores]:
     """Scores of both subjects on the test story and another."""
     rng = np.random.default_rng(2)
-    found = {}
+    scores = {}
     for subject in SUBJECTS:
         n = dataset.n_valid(subject)
         story_cc = {name: rng.uniform(-0.2, 0.8, n).astype(np.float32) for name in (TEST, "zeta")}
         total = np.concatenate([[0.3], rng.normal(0.3, 0.05, 400)])
-        found[subject] = scores_of(np.full(n, 0.3, np.float32), story_cc, np.linspace(0.001, 1, n), total)
-    return found
+        scores[subject] = scores_of(np.full(n, 0.3, np.float32), story_cc, np.linspace(0.001, 1, n), total)
+    return scores
 
 
 def plain_ceiling(dataset: Dataset, subject: str) -> np.ndarray:
     """sqrt(signal power / variance of the mean), one voxel after the other (Schoppe et al. 2016)."""
     scans = dataset.stories[TEST].repeats[subject].array
     assert scans is not None and dataset.voxel_masks is not None
-    found = []
+    ceilings = []
     for voxel in np.flatnonzero(dataset.voxel_masks[subject]):
         scan = scans[:, :, voxel].astype(np.float64)
         power = (scan.sum(axis=0).var() - sum(one.var() for one in scan)) / (N_REPEATS * (N_REPEATS - 1))
-        found.append(np.sqrt(max(power, 0) / scan.mean(axis=0).var()))
-    return np.minimum(found, 1)
+        ceilings.append(np.sqrt(max(power, 0) / scan.mean(axis=0).var()))
+    return np.minimum(ceilings, 1)
 
 
 def plain_cc_norm(cc: np.ndarray, ceiling: np.ndarray) -> float:
@@ -117,9 +117,9 @@ def strict_json(file: Path) -> dict[str, Any]:
 
 
 def test_whole_brain_puts_nan_where_a_voxel_is_masked(dataset: Dataset) -> None:
-    found = whole_brain(dataset, "a", np.arange(N_VOXELS - 1, dtype=np.float64))
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [0, 1, 2, 3, np.nan, 4, 5, 6, 7, 8, 9, 10])
+    whole = whole_brain(dataset, "a", np.arange(N_VOXELS - 1, dtype=np.float64))
+    assert whole.dtype == np.float32
+    np.testing.assert_array_equal(whole, [0, 1, 2, 3, np.nan, 4, 5, 6, 7, 8, 9, 10])
 
 
 def test_rows_of_stories_and_subjects(by_hand: dict[str, SubjectScores]) -> None:
@@ -140,19 +140,19 @@ def test_rows_of_stories_and_subjects(by_hand: dict[str, SubjectScores]) -> None
 
 def test_mean_cc_is_over_splits(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
     other = {s: r._replace(cc=np.linspace(0, 1, r.cc.size, dtype=np.float32)) for s, r in by_hand.items()}
-    found = mean_cc(dataset, [by_hand, other])
+    cc = mean_cc(dataset, [by_hand, other])
     for subject in SUBJECTS:
         expected = (by_hand[subject].cc + other[subject].cc) / 2
-        np.testing.assert_allclose(np.delete(found[subject], BAD if subject == "a" else []), expected, atol=1e-6)
-    assert np.isnan(found["a"][BAD])
+        np.testing.assert_allclose(np.delete(cc[subject], BAD if subject == "a" else []), expected, atol=1e-6)
+    assert np.isnan(cc["a"][BAD])
 
 
 def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     untested = {s: r._replace(tests=None) for s, r in by_hand.items()}
-    found = voxel_details(dataset, {"validation": untested, "test": by_hand}, ceilings)
+    details = voxel_details(dataset, {"validation": untested, "test": by_hand}, ceilings)
     names = {f"{role}/story/{story}/{s}" for role in ("validation", "test") for story in (TEST, "zeta") for s in "ab"}
     names |= {f"{role}/cc_max/{TEST}/{s}" for role in ("validation", "test") for s in "ab"}
-    assert set(found) == names | {f"test/{what}/{s}" for what in ("p", "replicates") for s in "ab"}
+    assert set(details) == names | {f"test/{what}/{s}" for what in ("p", "replicates") for s in "ab"}
     for subject, result in by_hand.items():
         assert result.tests is not None
         expected = {
@@ -161,21 +161,21 @@ def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, Subjec
             f"test/cc_max/{TEST}/{subject}": plain_ceiling(dataset, subject),
         }
         for name, values in expected.items():
-            np.testing.assert_allclose(found[name], whole_brain(dataset, subject, values), rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(found[f"test/replicates/{subject}"], result.tests.replicates.mean, rtol=1e-12)
+            np.testing.assert_allclose(details[name], whole_brain(dataset, subject, values), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(details[f"test/replicates/{subject}"], result.tests.replicates.mean, rtol=1e-12)
 
 
 def test_columns_of_the_test_stories(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     """``cc_norm`` is of the one story with repeats; the interval is of the mean over subjects, resample by resample."""
-    found = columns_of_test(by_hand, ceilings)
+    columns = columns_of_test(by_hand, ceilings)
     norms = [plain_cc_norm(by_hand[s].story_cc[TEST].astype(float), plain_ceiling(dataset, s)) for s in SUBJECTS]
-    assert found["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
+    assert columns["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
     resampled = np.mean([r.tests.replicates.mean for r in by_hand.values() if r.tests is not None], axis=0)[1:]
-    assert [found["cc_test_low"], found["cc_test_high"]] == pytest.approx(
+    assert [columns["cc_test_low"], columns["cc_test_high"]] == pytest.approx(
         np.quantile(resampled, [0.025, 0.975]).tolist()
     )
-    assert found["cc_test"] == pytest.approx(0.3, abs=1e-6)
-    assert set(found) == {"cc_test", "cc_test_low", "cc_test_high", "cc_norm"}
+    assert columns["cc_test"] == pytest.approx(0.3, abs=1e-6)
+    assert set(columns) == {"cc_test", "cc_test_low", "cc_test_high", "cc_norm"}
 
 
 def test_what_cannot_be_said_is_none(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
@@ -185,8 +185,8 @@ def test_what_cannot_be_said_is_none(dataset: Dataset, by_hand: dict[str, Subjec
         short[subject] = scores_of(
             result.cc, {"zeta": result.story_cc["zeta"]}, np.full(result.cc.size, np.nan), np.array([0.3])
         )
-    found = columns_of_test(short, {})
-    assert {name: found[name] for name in ("cc_test_low", "cc_test_high", "cc_norm")} == {
+    columns = columns_of_test(short, {})
+    assert {name: columns[name] for name in ("cc_test_low", "cc_test_high", "cc_norm")} == {
         "cc_test_low": None,
         "cc_test_high": None,
         "cc_norm": None,
@@ -220,8 +220,8 @@ def test_notes_count_the_voxels_of_cc_norm(
 @pytest.fixture(scope="module")
 def record(dataset: Dataset) -> TrialRecord:
     splits = split_stories(*choose_stories(dataset, SUBJECTS, None, None, 0), 0, 1)
-    found = run_trial(TrialConfig(method="word_rate"), Task(dataset, splits, 0), score_test=True)
-    return replace(found, trial_id="baseline-word_rate", phase="baseline")
+    record = run_trial(TrialConfig(method="word_rate"), Task(dataset, splits, 0), score_test=True)
+    return replace(record, trial_id="baseline-word_rate", phase="baseline")
 
 
 def test_columns_of_a_trial_follow_from_the_arrays_it_wrote(
@@ -251,7 +251,7 @@ def test_columns_of_a_trial_follow_from_the_arrays_it_wrote(
 
 def test_the_share_of_a_trial_follows_from_its_p(record: TrialRecord) -> None:
     """Step-up by hand: the largest k whose k-th p is at most 0.05 k / n."""
-    for role, found in (("validation", record.scores["share_significant"]), ("test", None)):
+    for role, share in (("validation", record.scores["share_significant"]), ("test", None)):
         shares = []
         for subject in SUBJECTS:
             p = np.sort(record.details[f"{role}/p/{subject}"])
@@ -260,7 +260,7 @@ def test_the_share_of_a_trial_follows_from_its_p(record: TrialRecord) -> None:
             shares.append((passed[-1] + 1 if passed.size else 0) / p.size)
         rows = [row["share_significant"] for row in record.subjects if row["role"] == role]
         assert rows == pytest.approx(shares)
-        assert found is None or found == pytest.approx(np.mean(shares))
+        assert share is None or share == pytest.approx(np.mean(shares))
         assert 0.4 < np.mean(shares) < 0.7, "half of the voxels follow word rate"
 
 

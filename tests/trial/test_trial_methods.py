@@ -125,8 +125,8 @@ def test_epochs_that_are_not_scored_change_nothing_else(task: Task, tiny_encoder
         assert {name: value for name, value in row.items() if name != "seconds"} == expected
         assert {"mlm_loss_train", "mlm_loss_heldout", "optimizer_steps"} < set(row)
     of_best = ("cc_best", "epoch_best")
-    found, expected = ({k: v for k, v in one.scores.items() if k not in of_best} for one in (some, every))
-    assert found == expected
+    scores, expected = ({k: v for k, v in one.scores.items() if k not in of_best} for one in (some, every))
+    assert scores == expected
     assert some.scores["cc_best"] == max(row["cc_mean"] for row in some.epochs if "cc_mean" in row)
     assert np.array_equal(some.cc[SUBJECT], every.cc[SUBJECT], equal_nan=True)
 
@@ -173,11 +173,11 @@ def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
         settings = config(tiny_encoder, method="frozen", layer=layer, keep_layers=True)
         chain, split = Chain(settings, task, cache), task.splits[0]
         bert = tiny_encoder.copy_model().bert
-        found = chain.downsampled(bert, split.fit, split.fit)
+        vectors = chain.downsampled(bert, split.fit, split.fit)
         n_passes.append(len(passes))
         plain = Chain(config(tiny_encoder, method="frozen", layer=layer), task).downsampled(bert, split.fit, split.fit)
         for name in split.fit:
-            np.testing.assert_allclose(found[name], plain[name], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(vectors[name], plain[name], rtol=0, atol=1e-5)
         np.testing.assert_allclose(
             run_trial(settings, task, cache=cache).cc[SUBJECT], expected.cc[SUBJECT], rtol=0, atol=1e-4
         )
@@ -214,7 +214,7 @@ def test_a_probe_of_ones_own_is_read(task: Task, tiny_encoder: Encoder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"method": "partial", "frozen_blocks": 2}, "frozen_blocks"),
         ({"lora_layers": (2,)}, "lora_layers"),
@@ -226,9 +226,9 @@ def test_a_probe_of_ones_own_is_read(task: Task, tiny_encoder: Encoder, tmp_path
     ],
 )
 def test_what_the_model_cannot_do_is_refused(
-    task: Task, tiny_encoder: Encoder, changes: dict[str, Any], said: str
+    task: Task, tiny_encoder: Encoder, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         run_trial(config(tiny_encoder, **changes), task)
 
 

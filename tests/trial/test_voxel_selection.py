@@ -109,8 +109,8 @@ def only(dataset: Dataset, subject: str) -> Dataset:
 def test_what_is_written_is_read_back(dataset: Dataset, tmp_path: Path) -> None:
     kept = {"a": np.array([1, 7]), "b": np.array([0, 2, 3])}
     write_voxels(tmp_path / "voxels.npz", kept)
-    found = read_voxels(tmp_path / "voxels.npz", dataset)
-    assert {s: v.tolist() for s, v in found.items()} == {"a": [1, 7], "b": [0, 2, 3]}
+    voxels = read_voxels(tmp_path / "voxels.npz", dataset)
+    assert {s: v.tolist() for s, v in voxels.items()} == {"a": [1, 7], "b": [0, 2, 3]}
     assert list(tmp_path.glob(".*")) == [], "no temporary file is left"
 
 

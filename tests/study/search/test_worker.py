@@ -1,4 +1,4 @@
-"""What a worker does beside the trial itself: records, whose they are, its share of the machine, its data."""
+"""Workers: the records they write, the session they belong to, their share of the machine, their data."""
 
 import io
 import json
@@ -49,26 +49,26 @@ CONFIG = TrialConfig(model="none", epochs=2)
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a worker tells Ray Tune of trials that only pretend."""
-    told: list[dict[str, Any]] = []
+    """The reports of a worker to Ray Tune, of trials that do not run."""
+    reported: list[dict[str, Any]] = []
 
     def pretend(job: Job, task: Any, study: Place, report: Any, cache: Any) -> TrialRecord:
         scores = {"epoch": 1.0, "cc_mean": 0.2}
         report(scores)
         return TrialRecord("COMPLETE", "lora", asdict(CONFIG), scores={"cc_mean": 0.2}, epochs=[scores])
 
-    monkeypatch.setattr(ray.tune, "report", told.append)
+    monkeypatch.setattr(ray.tune, "report", reported.append)
     monkeypatch.setattr(module, "_run", pretend)
-    return told
+    return reported
 
 
-def work(study: Place, job: Job, **given: Any) -> None:
+def work(study: Place, job: Job, **changes: Any) -> None:
     limits = {"n_threads": torch.get_num_threads(), "gpu_share": 0.0}
-    objective(job.to_dict(), task=None, study=str(study), metric=METRICS["encoding"], **limits | given)
+    objective(job.to_dict(), task=None, study=str(study), metric=METRICS["encoding"], **limits | changes)
 
 
-def a_job(name: str = "0007", **given: Any) -> Job:
-    return Job(name, "search", "key", asdict(CONFIG), {"lr": 0.1}, **given)
+def a_job(name: str = "0007", **changes: Any) -> Job:
+    return Job(name, "search", "key", asdict(CONFIG), {"lr": 0.1}, **changes)
 
 
 # --- a record that cannot be written ----------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 def take(study: Place, token: str | None) -> None:
-    """Let the lock be another's, or nobody's."""
+    """Give the lock to another session, or remove it."""
     file = study / (OWNER_FILE if isinstance(study, Path) else LOCK_FILE)
     if token is None:
         file.unlink()
@@ -157,7 +157,7 @@ def test_a_late_result_of_a_session_that_is_over_is_dropped(
         if isinstance(study, Path):
             study.joinpath(OWNER_FILE).touch()
     end = reports[-1]
-    assert (end["status"], end["unrecorded"]) == ("FAILED", False), "nobody shall write it, its own driver neither"
+    assert (end["status"], end["unrecorded"]) == ("FAILED", False), "neither the worker nor its driver may write it"
     assert "trial 0007 is dropped" in end["error"]
 
 
@@ -212,10 +212,10 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     work(tmp_path, a_job(), gpu_share=share)
     assert limits == expected
     limits.clear()
-    asked: list[str] = []
-    monkeypatch.setattr(module, "choose_voxels", lambda config, task, n: asked.append(config.embed_precision) or {})
+    precisions: list[str] = []
+    monkeypatch.setattr(module, "choose_voxels", lambda config, *_: precisions.append(config.embed_precision) or {})
     module.choose(CONFIG, None, 3, torch.get_num_threads(), share)  # a task of its own, on the same card
-    assert (limits, asked) == (expected, ["float32"])
+    assert (limits, precisions) == (expected, ["float32"])
 
 
 def test_without_a_gpu_nothing_is_asked_of_one(
@@ -241,9 +241,9 @@ def test_a_trial_has_its_number_of_threads(reports: list[dict[str, Any]], tmp_pa
 
 @pytest.fixture
 def dataset(lab: Path) -> Dataset:
-    found = open_dataset(lab)
-    names = [name for name, story in found.stories.items() if story.responses]
-    return inspect(found.only(names, found.subjects))
+    dataset = open_dataset(lab)
+    names = [name for name, story in dataset.stories.items() if story.responses]
+    return inspect(dataset.only(names, dataset.subjects))
 
 
 def test_only_paths_travel_and_the_worker_reads_what_was_inspected(dataset: Dataset) -> None:
@@ -269,8 +269,8 @@ def test_other_responses_on_a_worker_s_disk_are_refused(dataset: Dataset) -> Non
     assert mine.path is not None and other.path is not None
     check_stamp.cache_clear()  # the worker is another process
     shutil.copy(other.path, mine.path)
-    said = rf"{mine.path.name}: on {os.uname().nodename} not the responses that this study began with; copy them"
-    with pytest.raises(InputError, match=said):
+    message = rf"{mine.path.name}: on {os.uname().nodename} not the responses that this study began with; copy them"
+    with pytest.raises(InputError, match=message):
         mine.read(np.arange(2))
     mine.path.unlink()
     with pytest.raises(InputError, match=r"no such file; the responses were there when the study began"):
@@ -322,8 +322,9 @@ def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
     lab: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = load_space("smoke")
-    given = {"space": "smoke", "data": str(lab), "model": str(tiny_bert), "address": "local", "trials": 1, "confirm": 0}
-    study = prepare(resolve_options(given | {"out": str(tmp_path / "out"), "name": "s"}, {}, space), space)
+    options = {"space": "smoke", "data": str(lab), "model": str(tiny_bert), "address": "local", "trials": 1}
+    options |= {"confirm": 0, "out": str(tmp_path / "out"), "name": "s"}
+    study = prepare(resolve_options(options, {}, space), space)
     sent: dict[str, Any] = {}
 
     def keep(
@@ -343,13 +344,13 @@ def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
 
 
 def test_word_vectors_are_made_in_the_precision_that_the_study_settled_on(tmp_path: Path) -> None:
-    """Whatever this machine would choose; what was asked for by name stays."""
+    """Whatever this machine would choose; an explicit precision stays."""
     write_json(tmp_path / "study.json", {"precision": "bfloat16"})
-    asked = TrialConfig(embed_precision="auto", precision="auto")
-    assert with_settled_precision(asked, str(tmp_path)) == replace(asked, embed_precision="bfloat16")
-    exact = replace(asked, embed_precision="float32")
+    config = TrialConfig(embed_precision="auto", precision="auto")
+    assert with_settled_precision(config, str(tmp_path)) == replace(config, embed_precision="bfloat16")
+    exact = replace(config, embed_precision="float32")
     assert with_settled_precision(exact, str(tmp_path)) == exact
-    assert with_settled_precision(asked, str(tmp_path / "nowhere")) == asked
+    assert with_settled_precision(config, str(tmp_path / "nowhere")) == config
 
 
 def test_other_weights_under_the_model_s_name_fail_the_trial(tmp_path: Path, tiny_bert: Path) -> None:
