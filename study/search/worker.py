@@ -149,8 +149,8 @@ def run_job(
     result is dropped if its session no longer holds the lock when the record would be written. The lock may still
     change hands between this check and the write; the result is then a complete record that the new session does not
     know. It counts when the study is resumed again, and cannot be mistaken for another trial: no session reuses an id
-    that an earlier one may have assigned (``session.first_free_id``), and ids of baselines and of the confirm phase name
-    their settings.
+    that an earlier one may have assigned (``session.first_free_id``), and baselines and the confirm phase have ids of
+    their own.
 
     Parameters
     ----------
