@@ -191,7 +191,7 @@ def test_unequal_rows_are_refused_with_their_counts(short: str) -> None:
 
 
 def nested_loop(problem: Problem, grid: tuple[float, ...]) -> np.ndarray:
-    """Strictly nested cross-validation, a voxel, an alpha and a fold at a time."""
+    """Strictly nested cross-validation, one voxel, ridge_alpha and fold at a time."""
     X, Y, folds = problem.X.astype(np.float64), problem.Y.astype(np.float64), problem.folds
     predicted = np.full(Y.shape, np.nan)
     for outer in np.unique(folds):

@@ -1,4 +1,4 @@
-"""A whole trial: against a plain chain of other libraries, and what it must never do."""
+"""A whole trial: compared with a plain chain of other libraries; seeds, epochs, splits, records, refused settings."""
 
 import json
 import math
@@ -16,8 +16,8 @@ import torch
 from make_data import make_lab
 from make_trials import PEFT_WARNS, make_task
 from peft import PeftModel
+from plain_chain import SUBJECT, PlainChain
 from project import ROOT
-from sklearn.linear_model import Ridge
 from transformers import BertForMaskedLM, BertModel
 
 from bert_encoding.core.errors import InputError
@@ -36,7 +36,6 @@ from bert_encoding.trial.pipeline import Task, cached_encoder
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.run import run_trial
 
-SUBJECT = "subject2"
 METHODS = ("word_rate", "frozen", "lora")
 N_SPECIAL = 5  # [PAD] [UNK] [CLS] [SEP] [MASK], the first ids of the tiny vocabulary
 
@@ -60,7 +59,7 @@ def rotating_task(lab_folder: Path) -> Task:
 
 @pytest.fixture(scope="module")
 def spelt_task(lab_folder: Path) -> Task:
-    """Every story is spelt with letters of its own, so that each token tells where it comes from."""
+    """Every story is spelt with its own letters, so that each token identifies its story."""
     dataset = open_dataset(lab_folder)
     stories = {}
     for at, (name, story) in enumerate(dataset.stories.items()):
@@ -108,23 +107,23 @@ def without_seconds(record: TrialRecord) -> list[dict[str, float]]:
     return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record.epochs]
 
 
-class Heard:
-    """What ``finetune`` was called with, once a split."""
+class TrainingCalls:
+    """The arguments of ``finetune``, once per split."""
 
     def __init__(self) -> None:
         self.models: list[BertForMaskedLM] = []
         self.windows: list[list[Window]] = []
         self.probes: list[Probes] = []
         self.dropouts: list[dict[str, float]] = []
-        self.adapters: list[dict[str, torch.Tensor]] = []  # as training found them
+        self.adapters: list[dict[str, torch.Tensor]] = []  # before training
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
-    """Listens to the real training, which goes on as it would."""
-    calls, real = Heard(), module.finetune
+def calls(monkeypatch: pytest.MonkeyPatch) -> TrainingCalls:
+    """Record the arguments of the real training."""
+    calls, real = TrainingCalls(), module.finetune
 
-    def listen(model: BertForMaskedLM, objective: Any, probes: Probes, *args: Any, **kwargs: Any) -> Any:
+    def record(model: BertForMaskedLM, objective: Any, probes: Probes, *args: Any, **kwargs: Any) -> Any:
         calls.models.append(model)
         calls.windows.append(list(objective.windows))
         calls.probes.append(probes)
@@ -132,88 +131,11 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
         calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
         return real(model, objective, probes, *args, **kwargs)
 
-    monkeypatch.setattr(module, "finetune", listen)
+    monkeypatch.setattr(module, "finetune", record)
     return calls
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
-
-
-def plain_word_vectors(
-    words: tuple[str, ...], bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
-) -> np.ndarray:
-    """Word vectors of a story whose words are one token each, window after window; or the word rate."""
-    spoken = [at for at, word in enumerate(words) if word.isalpha()]
-    if bert is None:
-        return np.array([[float(at in spoken)] for at in range(len(words))])
-    sums, counts = np.zeros((len(words), bert.config.hidden_size)), np.zeros(len(words))
-    start, n_inner = 0, window_tokens - 2
-    while True:
-        inside = spoken[start : start + n_inner]
-        ids = encoder.tokenizer.convert_tokens_to_ids(["[CLS]", *(words[at] for at in inside), "[SEP]"])
-        assert encoder.tokenizer.unk_token_id not in ids
-        with torch.no_grad():
-            hidden = bert(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, 1:-1]
-        sums[inside] += hidden.numpy()
-        counts[inside] += 1
-        if start + n_inner >= len(spoken):
-            return sums / np.maximum(counts, 1)[:, None]
-        start += stride
-
-
-def plain_features(vectors: np.ndarray, word_times: np.ndarray, tr_times: np.ndarray) -> np.ndarray:
-    """Lanczos with 3 lobes, then delays of 1 to 4 TRs, then rows [10:-5]; one number after the other."""
-    cutoff = 1 / ((tr_times[-1] - tr_times[0]) / (len(tr_times) - 1))
-    downsampled = np.zeros((len(tr_times), vectors.shape[1]))
-    for t, tr_time in enumerate(tr_times):
-        for w, word_time in enumerate(word_times):
-            x = (tr_time - word_time) * cutoff
-            if abs(x) <= 3:
-                weight = 3 * math.sin(math.pi * x) * math.sin(math.pi * x / 3) / (math.pi * x) ** 2 if x else 1.0
-                downsampled[t] += weight * vectors[w]
-    zeros = np.zeros(vectors.shape[1])
-    delayed = [
-        np.concatenate([downsampled[t - d] if t >= d else zeros for d in (1, 2, 3, 4)]) for t in range(len(tr_times))
-    ]
-    return np.array(delayed[10:-5])
-
-
-def plain_cc(X: np.ndarray, Y: np.ndarray, X_scored: np.ndarray, Y_scored: np.ndarray, alpha: float) -> np.ndarray:
-    """Z-score by the fit rows, fit scikit-learn's ridge, and correlate."""
-    X_scored, X = (X_scored - X.mean(0)) / X.std(0), (X - X.mean(0)) / X.std(0)
-    ridge = Ridge(alpha=alpha, fit_intercept=False).fit(X, (Y - Y.mean(0)) / Y.std(0))
-    predicted = ridge.predict(X_scored)
-    return np.array([np.corrcoef(Y_scored[:, v], predicted[:, v])[0, 1] for v in range(Y.shape[1])])
-
-
-class PlainChain:
-    """Features and responses of all stories, without a line of our own package but the reading of files."""
-
-    def __init__(
-        self, task: Task, bert: BertModel | None, encoder: Encoder, layer: int, window_tokens: int, stride: int
-    ) -> None:
-        self.X, self.Y = {}, {}
-        for name, story in task.dataset.stories.items():
-            vectors = plain_word_vectors(story.words, bert, encoder, layer, window_tokens, stride)
-            self.X[name] = plain_features(vectors, story.word_times_s, story.tr_times_s)
-            self.Y[name] = np.load(story.responses[SUBJECT].path)
-
-    def cc(self, fit: tuple[str, ...], scored: tuple[str, ...], alpha: float, voxels: np.ndarray) -> np.ndarray:
-        X, Y = (np.vstack([part[name] for name in fit]) for part in (self.X, self.Y))
-        X_scored, Y_scored = (np.vstack([part[name] for name in scored]) for part in (self.X, self.Y))
-        return plain_cc(X, Y[:, voxels], X_scored, Y_scored[:, voxels], alpha)
-
-    def cc_seen(self, fit: tuple[str, ...], alpha: float, voxels: np.ndarray) -> np.ndarray:
-        """Predict each fit story from the other ones."""
-        X = np.vstack([self.X[name] for name in fit])
-        Y = np.vstack([self.Y[name] for name in fit])[:, voxels]
-        X, Y = (X - X.mean(0)) / X.std(0), (Y - Y.mean(0)) / Y.std(0)
-        of_row = np.concatenate([[name] * len(self.X[name]) for name in fit])
-        predicted = np.zeros_like(Y)
-        for name in fit:
-            out = of_row == name
-            predicted[out] = Ridge(alpha=alpha, fit_intercept=False).fit(X[~out], Y[~out]).predict(X[out])
-        return np.array([np.corrcoef(Y[:, v], predicted[:, v])[0, 1] for v in range(Y.shape[1])])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +184,7 @@ def test_tuning_moves_the_scores(uneven_task: Task, tiny_encoder: Encoder) -> No
     assert np.nanmax(np.abs(frozen.cc[SUBJECT] - lora.cc[SUBJECT])) > 1e-3
 
 
-def test_ridge_is_prepared_once_an_epoch_and_serves_the_seen_score_too(
+def test_ridge_is_prepared_once_per_epoch_and_reused_for_the_seen_score(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = []
@@ -308,10 +230,10 @@ def test_other_seed_gives_other_scores(task: Task, tiny_encoder: Encoder) -> Non
     assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
 
 
-def test_seed_settles_the_fresh_adapter(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+def test_the_seed_determines_the_new_adapter(task: Task, tiny_encoder: Encoder, calls: TrainingCalls) -> None:
     for seed in (0, 0, 1):
         run_trial(config(tiny_encoder, seed=seed, epochs=1), task)
-    first, again, other = heard.adapters
+    first, again, other = calls.adapters
     A = [name for name in first if "lora_A" in name]
     assert len(A) == 4
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -373,11 +295,11 @@ def test_resident_encoder_stays_pristine(changes: dict[str, Any], task: Task, ti
     assert dropouts == [0.1] * len(dropouts)
 
 
-def test_other_text_under_the_same_story_names_is_read_anew(
+def test_other_text_under_the_same_story_names_is_not_taken_from_the_cache(
     task: Task, spelt_task: Task, tiny_encoder: Encoder
 ) -> None:
     settings, cache = config(tiny_encoder, method="frozen"), WorkerCache()
-    first, other = (run_trial(settings, heard, cache=cache) for heard in (task, spelt_task))
+    first, other = (run_trial(settings, data, cache=cache) for data in (task, spelt_task))
     assert first.scores["mlm_loss_train"] != other.scores["mlm_loss_train"]
     assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
 
@@ -402,13 +324,13 @@ def probe_labels(probes: Probes) -> list[set[int]]:
 @pytest.mark.table
 @pytest.mark.parametrize("n_outer_folds", [1, 3])
 @pytest.mark.parametrize("mlm_text", ["fit", "all"])
-def test_training_reads_the_stories_it_may_and_no_other(
-    mlm_text: str, n_outer_folds: int, spelt_task: Task, tiny_encoder: Encoder, heard: Heard
+def test_training_reads_only_the_stories_of_mlm_text(
+    mlm_text: str, n_outer_folds: int, spelt_task: Task, tiny_encoder: Encoder, calls: TrainingCalls
 ) -> None:
     task = make_task(spelt_task.dataset, n_outer_folds)
     run_trial(config(tiny_encoder, mlm_text=mlm_text, epochs=1), task)
-    assert len(heard.windows) == n_outer_folds
-    for windows, probes, split in zip(heard.windows, heard.probes, task.splits, strict=True):
+    assert len(calls.windows) == n_outer_folds
+    for windows, probes, split in zip(calls.windows, calls.probes, task.splits, strict=True):
         fit, validation, test = (
             own_ids(task, tiny_encoder, names) for names in (split.fit, split.validation, split.test)
         )
@@ -420,11 +342,13 @@ def test_training_reads_the_stories_it_may_and_no_other(
         assert heldout_labels <= validation
 
 
-def test_losses_are_read_on_the_same_tokens_in_every_trial(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+def test_losses_are_read_on_the_same_tokens_in_every_trial(
+    task: Task, tiny_encoder: Encoder, calls: TrainingCalls
+) -> None:
     other = {"seed": 3, "rank": 2, "mask_probability": 0.3, "window_tokens": 48, "stride": 30, "mlm_text": "all"}
     for changes in ({}, other):
         run_trial(config(tiny_encoder, epochs=1, **changes), task)
-    first, second = heard.probes
+    first, second = calls.probes
     for a, b in zip((*first.train, *first.heldout), (*second.train, *second.heldout), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -434,12 +358,12 @@ def test_losses_are_read_on_the_same_tokens_in_every_trial(task: Task, tiny_enco
 )
 def test_dropout_rates_reach_the_layers_they_name(
     hidden: float | None, attention: float | None, expected: tuple[float, float], task: Task, tiny_encoder: Encoder,
-    heard: Heard,
+    calls: TrainingCalls,
 ) -> None:  # fmt: skip
     rates = {"hidden_dropout": hidden, "attention_dropout": attention, "lora_dropout": 0.25}
     settings = config(tiny_encoder, **rates, epochs=1, target_modules="q")
     run_trial(settings, task)
-    (dropouts,) = heard.dropouts
+    (dropouts,) = calls.dropouts
     blocks = [f"bert.encoder.layer.{n}" for n in (0, 1)]
     assert dropouts == {
         "bert.embeddings.dropout": expected[0],
@@ -483,7 +407,7 @@ def test_last_epoch_is_the_score_and_the_best_is_noted(task: Task, tiny_encoder:
         assert float(np.nanmean(record.cc[SUBJECT])) == pytest.approx(cc[2], abs=1e-6)
         assert (record.status, record.scores["epochs_done"]) == (COMPLETE, 3)
         best_was_not_last += max(cc) > cc[2]
-    assert best_was_not_last > 0  # else this test could not tell them apart
+    assert best_was_not_last > 0  # else both rules would pass
 
 
 def test_report_of_false_stops_the_trial_there(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
@@ -497,24 +421,24 @@ def test_report_of_false_stops_the_trial_there(task: Task, tiny_encoder: Encoder
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_false_after_the_last_epoch_stops_nothing(task: Task, tiny_encoder: Encoder) -> None:
+def test_false_after_the_last_epoch_has_no_effect(task: Task, tiny_encoder: Encoder) -> None:
     record = run_trial(config(tiny_encoder), task, lambda scores: scores["epoch"] < 2)
     assert (record.status, record.scores["epochs_done"]) == (COMPLETE, 2)
 
 
 @pytest.mark.parametrize("method", ["word_rate", "frozen"])
-def test_baseline_cannot_be_stopped(method: str, task: Task, tiny_encoder: Encoder) -> None:
+def test_a_baseline_cannot_be_stopped(method: str, task: Task, tiny_encoder: Encoder) -> None:
     assert run_trial(config(tiny_encoder, method=method), task, lambda scores: False).status == COMPLETE
 
 
 def test_notes_name_every_epoch_of_overfitting(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune_module, "OVERFIT_LOSS", math.inf)  # a rise of the held-out loss is all that counts
+    monkeypatch.setattr(finetune_module, "OVERFIT_LOSS", math.inf)  # only a rise of the held-out loss matters
     record = run_trial(config(tiny_encoder, epochs=6, lr=0.1), task)
     heldout = [epoch["mlm_loss_heldout"] for epoch in record.epochs]
     rose = [at + 2 for at, (before, after) in enumerate(pairwise(heldout)) if after > before]
-    assert 0 < len(rose) < 5  # else this test could not tell rising from falling
+    assert 0 < len(rose) < 5  # else both rising and falling would pass
     epochs = [int(match[1]) for note in record.notes if (match := re.match(r"overfitting in epoch (\d+):", note))]
     assert epochs == rose
 
@@ -547,13 +471,13 @@ def test_scores_over_outer_folds_are_means_of_single_splits(
 
 
 def test_splits_of_which_some_are_too_short_for_p_values_are_averaged(tmp_path: Path) -> None:
-    """As over subjects: the share is the mean over those that have one."""
+    """The share is the mean over the splits that have one, as over subjects."""
     names = ("wheretheressmoke", "a", "b", "c", "d", "e", "f")
     task = make_task(open_dataset(make_lab(tmp_path / "lab", names, n_words=153)), n_outer_folds=3)
     settings = TrialConfig(method="word_rate")
     alone = [run_trial(settings, task._replace(splits=(split,))).scores for split in task.splits]
     shares = [scores["share_significant"] for scores in alone if "share_significant" in scores]
-    assert 0 < len(shares) < 3, "else this tests nothing"
+    assert 0 < len(shares) < 3, "else there is nothing to average"
     for splits in (task.splits, task.splits[::-1], task.splits[1:] + task.splits[:1]):
         together = run_trial(settings, task._replace(splits=splits)).scores
         assert together["share_significant"] == pytest.approx(np.mean(shares))
@@ -570,7 +494,7 @@ LOSSES = {"optimizer_steps", "tokens_seen", "mlm_loss_train", "mlm_loss_heldout"
 
 
 def test_word_rate_record(task: Task) -> None:
-    settings = TrialConfig(method="word_rate", model="/no/such/model")  # none is loaded
+    settings = TrialConfig(method="word_rate", model="/no/such/model")  # it is not loaded
     record = run_trial(settings, task)
     assert set(record.scores) == SCORES
     assert (record.status, record.method) == (COMPLETE, "word_rate")
@@ -578,7 +502,7 @@ def test_word_rate_record(task: Task) -> None:
     assert len(record.epochs) == 1
     assert TrialConfig.from_dict(record.config) == settings
     assert record.cc_test == {}
-    # The first half of the voxels of this data set follow word rate, the others nothing.
+    # the first half of the voxels follows word rate, the others are noise
     assert record.cc[SUBJECT][:6].min() > 0.25
     assert record.cc[SUBJECT][:6].mean() > record.cc[SUBJECT][6:].mean() + 0.3
 
@@ -590,17 +514,17 @@ def test_frozen_record(task: Task, tiny_encoder: Encoder) -> None:
     assert (record.status, record.method) == (COMPLETE, "frozen")
     values = [record.scores[name] for name in ("layer", "n_trainable", "epochs_done", "optimizer_steps", "tokens_seen")]
     assert values == [2, 0, 0, 0, 0]
-    assert record.scores["mlm_loss_train"] == pytest.approx(math.log(103), abs=0.2)  # an untrained BERT guesses
+    assert record.scores["mlm_loss_train"] == pytest.approx(math.log(103), abs=0.2)  # of an untrained BERT
     assert len(record.epochs) == 1
     assert TrialConfig.from_dict(record.config) == settings
 
 
-def test_lora_record(task: Task, tiny_encoder: Encoder, heard: Heard) -> None:
+def test_lora_record(task: Task, tiny_encoder: Encoder, calls: TrainingCalls) -> None:
     settings = config(tiny_encoder, target_modules="q,d", batch_size=3, accumulation=2)
     record = run_trial(settings, task)
     assert set(record.scores) == SCORES | LOSSES | TRAITS
     assert record.scores["n_trainable"] == 2 * (4 * (32 + 32) + 4 * (64 + 32))  # two blocks, rank 4
-    (windows,) = heard.windows
+    (windows,) = calls.windows
     assert record.scores["optimizer_steps"] == 2 * math.ceil(len(windows) / 6)
     assert record.scores["tokens_seen"] == 2 * sum(len(window.ids) for window in windows)
     assert TrialConfig.from_dict(record.config) == settings
@@ -624,7 +548,7 @@ def test_test_stories_are_scored_only_where_nothing_was_tuned(task: Task, tiny_e
 
 
 @pytest.mark.parametrize(
-    ("changes", "because"),
+    ("changes", "message"),
     [
         ({"layer": 3}, "layer 3: {model} has layers 0 (embeddings) to 2"),
         ({"window_tokens": 513}, "window_tokens 513: {model} reads at most 512"),
@@ -633,9 +557,9 @@ def test_test_stories_are_scored_only_where_nothing_was_tuned(task: Task, tiny_e
 )
 @pytest.mark.parametrize("method", ["frozen", "lora"])
 def test_settings_that_do_not_fit_the_model_are_refused(
-    method: str, changes: dict[str, int], because: str, task: Task, tiny_encoder: Encoder
+    method: str, changes: dict[str, int], message: str, task: Task, tiny_encoder: Encoder
 ) -> None:
-    with pytest.raises(InputError, match=re.escape(because.format(model=tiny_encoder.name))):
+    with pytest.raises(InputError, match=re.escape(message.format(model=tiny_encoder.name))):
         run_trial(config(tiny_encoder, method=method, **changes), task)
 
 

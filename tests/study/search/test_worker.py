@@ -362,7 +362,7 @@ def test_other_weights_under_the_model_s_name_fail_the_trial(tmp_path: Path, tin
     weights = model / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    check_weights(str(study), str(model))  # looked at once a process
+    check_weights(str(study), str(model))  # checked once per process
     check_weights.cache_clear()
     check_weights(str(study), str(tiny_bert))  # another model is none of its business
     config = replace(CONFIG, model=str(model))
