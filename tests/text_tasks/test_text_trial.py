@@ -148,10 +148,10 @@ def test_texts_without_labels_are_split_at_random(write: Callable[..., Corpus]) 
     [
         (("a", "b", "a", "b"), 0, "0 of 4 training texts"),
         (("a", "b", "a", "b"), 4, "4 of 4 training texts"),
-        (("a", "b", "a", "b"), 1, "leave 1 in a part, fewer than its 2 classes"),
-        (("a", "b", "a", "b"), 3, "leave 1 in a part, fewer than its 2 classes"),
+        (("a", "b", "a", "b"), 1, "leave 1 in one part, fewer than the 2 classes"),
+        (("a", "b", "a", "b"), 3, "leave 1 in one part, fewer than the 2 classes"),
         (("a", "b", "a", "a"), None, "class 'b' has one text"),
-        ((None,), None, "0 of 1 texts"),
+        ((None,), None, "0 of 1 training texts"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused(
