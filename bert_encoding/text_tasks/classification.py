@@ -44,7 +44,7 @@ class ClassifyRun:
         self.precision = resolve_precision(config.precision, self.device)
         self.labels = class_names(task.corpus)
         self.prepared = prepare_classifier(config, self.encoder, self.labels)
-        self.model: Any = self.prepared.model
+        self.model = self.prepared.model
         self.texts = read_texts(task.corpus, self.encoder, cache)
         tokenizer = self.encoder.tokenizer
         self.windows = [text_window(tokens, self.max_length, tokenizer) for tokens in self.texts.tokens]

@@ -7,12 +7,12 @@ the [CLS] vectors of the base model.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import BertForSequenceClassification, BertTokenizerFast
+from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 from transformers.models.bert.modeling_bert import BertPooler
 
 from bert_encoding.core.devices import autocast
@@ -62,7 +62,7 @@ def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[s
     return Prepared(model, prepared if isinstance(prepared, PeftModel) else None)
 
 
-def assemble(bert: Any, labels: Sequence[str], seed: int) -> BertForSequenceClassification:
+def assemble(bert: BertModel, labels: Sequence[str], seed: int) -> BertForSequenceClassification:
     """Add a new pooler and new classes to an encoder, which is not copied."""
     config = copy.deepcopy(bert.config)
     config.id2label = dict(enumerate(labels))  # this also sets their number
@@ -151,7 +151,7 @@ class Classification:
         return {"class": len(batch.windows)}
 
     def losses(
-        self, model: Any, batch: TextBatch, precision: str, device: torch.device
+        self, model: BertForSequenceClassification, batch: TextBatch, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
         """Return the summed cross-entropy."""
         with autocast(precision, device):
@@ -170,7 +170,7 @@ class Classification:
 
 
 def read_vectors(
-    model: Any, windows: Sequence[Window], pad_id: int, precision: str, device: torch.device
+    model: BertForSequenceClassification, windows: Sequence[Window], pad_id: int, precision: str, device: torch.device
 ) -> torch.Tensor:
     """Return the [CLS] vector of each text, (n_texts, n_hidden) float32 on the CPU, in eval mode.
 
@@ -186,7 +186,7 @@ def read_vectors(
     return vectors
 
 
-def read_logits(model: Any, vectors: torch.Tensor, device: torch.device) -> np.ndarray:
+def read_logits(model: BertForSequenceClassification, vectors: torch.Tensor, device: torch.device) -> np.ndarray:
     """Return the logits of the classes for the vectors of ``read_vectors``, (n_texts, n_labels) float64."""
     model.to(device).eval()
     with torch.no_grad():
@@ -196,13 +196,15 @@ def read_logits(model: Any, vectors: torch.Tensor, device: torch.device) -> np.n
     return logits
 
 
-def _first_vectors(model: Any, windows: Sequence[Window], pad_id: int, device: torch.device) -> torch.Tensor:
+def _first_vectors(
+    model: BertForSequenceClassification, windows: Sequence[Window], pad_id: int, device: torch.device
+) -> torch.Tensor:
     ids, attention = (torch.from_numpy(array).to(device) for array in pad(windows, pad_id))
     hidden: torch.Tensor = model.bert(ids, attention_mask=attention).last_hidden_state  # (n_texts, longest, n_hidden)
     return hidden[:, 0]
 
 
-def _head(model: Any, vectors: torch.Tensor) -> torch.Tensor:
+def _head(model: BertForSequenceClassification, vectors: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model.classifier(model.dropout(model.bert.pooler(vectors[:, None])))
     return logits
 

@@ -53,7 +53,7 @@ class ReadingSettings(NamedTuple):
 class Classifier(NamedTuple):
     """A trained classifier."""
 
-    model: Any
+    model: BertForSequenceClassification
     tokenizer: BertTokenizerFast
     reading: ReadingSettings
 

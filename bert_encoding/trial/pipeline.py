@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import BertModel
 
 from bert_encoding.core.devices import pick_device
 from bert_encoding.core.errors import InputError
@@ -59,18 +60,22 @@ class Chain:
             _check_fits(config, self.encoder)
 
     @property
-    def layer(self) -> int | tuple[int, ...]:
+    def bert_encoder(self) -> Encoder:
+        """The encoder of a method that has one."""
         assert self.encoder is not None
-        return self.encoder.n_layers if self.config.layer is None else self.config.layer
+        return self.encoder
+
+    @property
+    def layer(self) -> int | tuple[int, ...]:
+        return self.bert_encoder.n_layers if self.config.layer is None else self.config.layer
 
     def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
-        assert self.encoder is not None
-        return {name: self._tokens(self.encoder, name) for name in names}
+        return {name: self._tokens(name) for name in names}
 
-    def _tokens(self, encoder: Encoder, name: str) -> Tokens:
-        key = (encoder.name, self.task.dataset.fingerprint, name)
-        story = self.task.dataset.stories[name]
-        return self.cache.get("tokens", key, lambda: tokenize(story.spoken, encoder.tokenizer))
+    def _tokens(self, name: str) -> Tokens:
+        dataset, encoder = self.task.dataset, self.bert_encoder
+        key = (encoder.name, dataset.fingerprint, name)
+        return self.cache.get("tokens", key, lambda: tokenize(dataset.stories[name].spoken, encoder.tokenizer))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -78,7 +83,9 @@ class Chain:
         yield
         self.seconds[stage] += time.perf_counter() - began
 
-    def downsampled(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def downsampled(
+        self, bert: BertModel | None, names: tuple[str, ...], fit: tuple[str, ...]
+    ) -> dict[str, np.ndarray]:
         """Return downsampled word vectors, story -> (n_trs, n_hidden).
 
         Parameters
@@ -94,7 +101,7 @@ class Chain:
         with self.timed("embed"):
             return {name: downsample_story(vectors[name], stories[name]) for name in names}
 
-    def vectors(self, bert: Any, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def vectors(self, bert: BertModel | None, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return word vectors, story -> (n_words, n_hidden); parameters as ``downsampled``."""
         with self.timed("embed"):
             if self.encoder is None:
@@ -110,20 +117,19 @@ class Chain:
             "device": self.device,
         }
 
-    def _one_layer(self, bert: Any, name: str) -> np.ndarray:
+    def _one_layer(self, bert: BertModel | None, name: str) -> np.ndarray:
         """Return one downsampled story, (n_trs, n_hidden), in the requested layer; all layers are cached."""
-        assert self.encoder is not None
         settings = (self.config.embed_window_tokens, self.config.embed_stride, self.config.embed_precision)
-        key = (self.encoder.name, self.task.dataset.fingerprint, settings, name)
+        key = (self.bert_encoder.name, self.task.dataset.fingerprint, settings, name)
         layers = self.cache.get("layers", key, lambda: self._all_layers(bert, name))
         chosen = (self.layer,) if isinstance(self.layer, int) else self.layer
         return layers[list(chosen)].mean(axis=0, dtype=np.float64)
 
-    def _all_layers(self, bert: Any, name: str) -> np.ndarray:
+    def _all_layers(self, bert: BertModel | None, name: str) -> np.ndarray:
         """Return one downsampled story, (n_layers + 1, n_trs, n_hidden) float32."""
-        assert self.encoder is not None
-        indices, story = range(self.encoder.n_layers + 1), self.task.dataset.stories[name]
-        vectors = embed_layers(bert, self.tokens((name,)), self.encoder.tokenizer, layers=indices, **self._windows)
+        encoder, story = self.bert_encoder, self.task.dataset.stories[name]
+        indices = range(encoder.n_layers + 1)
+        vectors = embed_layers(bert, self.tokens((name,)), encoder.tokenizer, layers=indices, **self._windows)
         return np.stack([downsample_story(vectors[index][name], story) for index in indices]).astype(np.float32)
 
     def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -203,7 +209,7 @@ class Chain:
         design = make_design(downsampled, self.task.dataset, fit, scored, self.config, self.task.split_seed)
         return design, prepare_ridge(design, self.config, self.device)
 
-    def score_test(self, bert: Any, split: Split) -> dict[str, SubjectScores]:
+    def score_test(self, bert: BertModel | None, split: Split) -> dict[str, SubjectScores]:
         """Refit ridge on fit + validation and score the test stories."""
         fit = tuple(sorted(split.fit + split.validation))
         return self.score(self.downsampled(bert, fit + split.test, fit), fit, split.test, with_tests=True)

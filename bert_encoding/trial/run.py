@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import BertModel
 
 from bert_encoding.core.names import COMPLETE, LORA, RANDOM, STOPPED, TUNED
 from bert_encoding.core.worker_cache import WorkerCache
@@ -249,7 +250,7 @@ class _Fold:
         return self.chain.config.method in TUNED
 
     @property
-    def bert(self) -> Any:
+    def bert(self) -> BertModel | None:
         """The encoder as it is now; None without one."""
         return None if self.model is None else masked_lm(self.model).bert
 
@@ -276,10 +277,9 @@ class _Fold:
         """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
         if not self._is_tuned:
             return
-        assert self.chain.encoder is not None
         self._loss_before = self._general_loss()
         for losses in self._finetune():
-            check_applied(self.chain.encoder, self.bert, "fine-tuning")
+            check_applied(self.chain.bert_encoder, self.bert, "fine-tuning")
             yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
@@ -305,8 +305,7 @@ class _Fold:
         known: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
         if self.model is None or not self._is_tuned:
             return known | {"n_trainable": 0.0}
-        assert chain.encoder is not None
-        counts, change = count_parameters(self.trained), measure_change(self.model, chain.encoder)
+        counts, change = count_parameters(self.trained), measure_change(self.model, chain.bert_encoder)
         return known | {
             "n_trainable": float(counts.n_trainable),
             "share_trainable": counts.share,
@@ -364,8 +363,7 @@ class _Fold:
 
     def _probes(self) -> Probes:
         """Return the masked tokens on which losses are read, the same in every trial."""
-        chain, config, encoder = self.chain, self.chain.config, self.chain.encoder
-        assert encoder is not None
+        chain, config, encoder = self.chain, self.chain.config, self.chain.bert_encoder
         length = config.embed_window_tokens
         train, heldout = (
             training_windows(list(chain.tokens(names).values()), length, length - 2, encoder.tokenizer)
@@ -375,12 +373,10 @@ class _Fold:
 
     def _general_loss(self) -> float:
         """Return the masked-LM loss on general text, which rises if tuning makes the model forget."""
-        chain = self.chain
-        assert chain.encoder is not None
-        config, task = chain.config, chain.task
+        chain, config, task = self.chain, self.chain.config, self.chain.task
         batches = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed, chain.cache)
         model = masked_lm(self.model).to(chain.device)
-        return probe_loss(model, batches, chain.config.precision, chain.device)
+        return probe_loss(model, batches, config.precision, chain.device)
 
 
 def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
@@ -392,17 +388,12 @@ def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
     return means
 
 
-def _is_scored(results: tuple[FoldEpoch, ...]) -> bool:
-    """Whether every split of an epoch was scored."""
-    return all(result.scores for result in results)
-
-
 def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:
     """Average one epoch over the splits; without scores unless all of them were scored."""
-    rows = []
+    rows, are_scored = [], all(result.scores for result in results)
     for result in results:
         losses = {} if result.losses is None else {k: float(v) for k, v in result.losses._asdict().items()}
-        rows.append({"epoch": 0.0} | losses | (merge_subjects(result.scores) if _is_scored(results) else {}))
+        rows.append({"epoch": 0.0} | losses | (merge_subjects(result.scores) if are_scored else {}))
     names = dict.fromkeys(name for row in rows for name in row)  # a split may be too short for a p value
     merged = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     if not np.isfinite(merged.get("cc_mean", 0)):
@@ -415,16 +406,8 @@ def _final_scores(epochs: list[dict[str, float]], final: dict[str, float]) -> di
     best = max((row for row in epochs if "cc_mean" in row), key=lambda row: row["cc_mean"])
     scores = {name: value for name, value in final.items() if name not in ("epoch", "is_best", "micro_batch")}
     spent = {name: epochs[-1][name] for name in ("optimizer_steps", "tokens_seen") if name in epochs[-1]}
-    return (
-        scores
-        | spent
-        | {
-            "epochs_done": epochs[-1]["epoch"],
-            "epoch_kept": final["epoch"],
-            "cc_best": best["cc_mean"],
-            "epoch_best": best["epoch"],
-        }
-    )
+    numbers = {"epochs_done": epochs[-1]["epoch"], "epoch_kept": final["epoch"]}
+    return scores | spent | numbers | {"cc_best": best["cc_mean"], "epoch_best": best["epoch"]}
 
 
 def peak_memory_gb() -> float:

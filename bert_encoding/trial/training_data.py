@@ -24,10 +24,9 @@ class TrainingData:
         self.chain, self.split = chain, split
         self.notes: list[str] = []
 
-    def objective(self, model: Any) -> tuple[Any, Any]:
+    def objective(self, model: Any) -> tuple[Any, MaskedLM | NextSentence]:
         """Return the model to train, with the head that the objective adds, and the objective."""
-        config, encoder = self.chain.config, self.chain.encoder
-        assert encoder is not None
+        config, encoder = self.chain.config, self.chain.bert_encoder
         if config.objective == "mlm":
             general = self._control(config.window_tokens - 2, None) if config.replay else None
             windows = self.windows(config.stride)
@@ -55,8 +54,7 @@ class TrainingData:
 
     def windows(self, stride: int) -> list[Window]:
         """Return the training windows at a stride."""
-        config, encoder = self.chain.config, self.chain.encoder
-        assert encoder is not None
+        config, encoder = self.chain.config, self.chain.bert_encoder
         tokens = self.chain.tokens(self._names())
         if config.mlm_text == CONTROL:
             return self._control(stride, sum(len(story.ids) for story in tokens.values()))
@@ -67,8 +65,7 @@ class TrainingData:
         return split.fit + split.validation + split.test if self.chain.config.mlm_text == "all" else split.fit
 
     def _control(self, stride: int, n_tokens: int | None) -> list[Window]:
-        config, encoder, file = self.chain.config, self.chain.encoder, self.chain.task.control_text
-        assert encoder is not None
+        config, encoder, file = self.chain.config, self.chain.bert_encoder, self.chain.task.control_text
         text = control_text(encoder.tokenizer, config.window_tokens, stride, n_tokens, file, config.seed)
         if n_tokens is not None and not self.notes:
             self.notes.append(describe_control(text, file))

@@ -26,9 +26,8 @@ def choose_voxels(config: TrialConfig, task: Task, n: int) -> dict[str, np.ndarr
     Ties go to the lower index. Only the fit stories of the first split are used.
     """
     chain = Chain(replace(config, method=FROZEN), task)
-    assert chain.encoder is not None
     fit = task.splits[0].fit
-    seen = chain.score_seen(chain.downsampled(chain.encoder.copy_model().bert, fit, fit), fit)
+    seen = chain.score_seen(chain.downsampled(chain.bert_encoder.copy_model().bert, fit, fit), fit)
     return {subject: _best(task.dataset, subject, cc, n) for subject, cc in seen.items()}
 
 
