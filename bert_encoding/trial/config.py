@@ -65,99 +65,69 @@ def _check_number(name: str, value: object, lowest: float, highest: float) -> No
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """The settings of one trial; a search space may set each of them.
+    """The settings of one trial, flat as in records and search spaces; docs/fine_tuning.md explains every field.
 
-    Attributes
-    ----------
-    method : ``lora``, ``full`` (all weights), ``partial`` (all but the embeddings and the first blocks), ``frozen``
-        (the base model as it is), ``random`` (the same architecture, randomly initialised, frozen); without BERT
-        ``word_rate``, ``bag_of_words`` or ``static``
-    model : ``minilm``, ``minilm-plain``, a folder or a hub name
-    keep_layers : ``frozen`` embeds with all layers in one pass and caches them for the next trials
-    layer : layer whose hidden states are the word vectors; None is the last, several (4, 5, 6) are averaged
-    seed : random seed of the trial
-    rank, lora_alpha, target_modules, lora_dropout : adapter; its update is scaled by lora_alpha / rank
-    lora_scaling : ``standard``, or ``rslora``: lora_alpha / sqrt(rank)
-    lora_init : ``zero`` (B starts at 0), ``gaussian``, ``pissa`` or ``olora`` (both rewrite the base weights)
-    lora_bias : ``none``, or ``lora_only`` to train the biases of adapted modules too
-    lora_layers : blocks that get an adapter, from 0; None is all
-    dora : weight-decomposed LoRA
-    train_embeddings : ``full`` trains the word, position and segment embeddings too
-    frozen_blocks : number of first blocks that ``partial`` freezes, besides the embeddings
-    objective : ``mlm``, or ``mlm_nsp``: with next-sentence prediction
-    whole_words : mask all pieces of a chosen word
-    lr, epochs, batch_size, accumulation, weight_decay, max_grad_norm : AdamW; batch_size counts windows
-    schedule, warmup_epochs : ``constant``, ``linear`` or ``cosine`` after this many epochs of warm-up
-    patience : stop after this many epochs without a lower held-out loss (in a classification: a higher accuracy) and
-        restore the best epoch; None never stops early
-    l2_sp : penalty l2_sp / 2 * ||W - W_pretrained||^2 on the trained weights
-    replay : share of the windows of a step that are general text, against forgetting
-    match_steps : train as many steps per epoch as non-overlapping windows would give, whatever the stride
-    window_tokens, stride : length of a training window with [CLS] and [SEP], and tokens from one start to the next
-    embed_window_tokens, embed_stride : the same for embedding windows; leave them equal in all trials and baselines
-    mask_probability : share of tokens to predict
-    mlm_text : ``fit`` stories alone, ``all`` stories (the words of validation and test included), or ``control``: as
-        many tokens of unrelated text
-    hidden_dropout, attention_dropout : dropout of the base model in training; None is the checkpoint's. Attention
-        dropout is off by default, for the fused attention kernel (docs/statistics.md)
-    precision : of matrix products in fine-tuning: ``auto`` is bfloat16 on processors with native bfloat16
-    embed_precision : of matrix products in embedding, fixed once per study; ``float32`` for effects below 5e-4
-        (docs/statistics.md)
-    score_every : epochs from one CC to the next; the last epoch is always scored, and losses are read after each
-    delays : FIR delays in TRs
-    ridge_alphas, n_folds : ridge penalties, and the story folds inside fit that choose among them
-    probe_tokens : largest number of masked tokens on which losses are read
-    vocabulary : size of the bag of words: the most frequent words of the fit stories
-    static_vectors : file of GloVe or word2vec vectors, for ``static``
+    Raises
+    ------
+    InputError
+        if a value is not allowed, or does not go with another one.
     """
 
     method: str = _choice(LORA, METHODS)
-    model: str = "bert-base-uncased"
-    layer: int | tuple[int, ...] | None = None
-    keep_layers: bool = _flag(False)
+    model: str = "bert-base-uncased"  # ``minilm``, ``minilm-plain``, a folder or a hub name
+    layer: int | tuple[int, ...] | None = None  # whose hidden states are the word vectors; None is the last
+    keep_layers: bool = _flag(False)  # ``frozen`` embeds all layers in one pass and caches them
     seed: int = _whole(0, 0, 2**62)
+
+    # which weights train
     rank: int = _whole(8, 1, 4096)
-    lora_alpha: float = _number(16.0, 0, 1e6, zero=False)
+    lora_alpha: float = _number(16.0, 0, 1e6, zero=False)  # the update is scaled by lora_alpha / rank
     target_modules: str = "q,v"
     lora_dropout: float = _number(0.1, 0, 0.99)
     lora_scaling: str = _choice("standard", ("standard", "rslora"))
     lora_init: str = _choice("zero", ("zero", "gaussian", "pissa", "olora"))
     lora_bias: str = _choice("none", ("none", "lora_only"))
-    lora_layers: tuple[int, ...] | None = None
+    lora_layers: tuple[int, ...] | None = None  # None is all blocks
     dora: bool = _flag(False)
-    train_embeddings: bool = _flag(True)
-    frozen_blocks: int = _whole(6, 0, 1000)
+    train_embeddings: bool = _flag(True)  # with ``full``
+    frozen_blocks: int = _whole(6, 0, 1000)  # with ``partial``
+
+    # the objective, AdamW and its schedule
     objective: str = _choice("mlm", ("mlm", "mlm_nsp"))
     whole_words: bool = _flag(False)
     lr: float = _number(2e-4, 0, 1, zero=False)
     epochs: int = _whole(3, 1, 1000)
-    batch_size: int = _whole(8, 1, 4096)
+    batch_size: int = _whole(8, 1, 4096)  # windows
     accumulation: int = _whole(1, 1, 4096)
     weight_decay: float = _number(0.01, 0, 10)
     max_grad_norm: float = _number(1.0, 0, 1e9, zero=False)
     schedule: str = _choice("constant", SCHEDULES)
     warmup_epochs: float = _number(0.3, 0, 1000)
-    patience: int | None = _whole(None, 1, 1000)
+    patience: int | None = _whole(None, 1, 1000)  # epochs; None never stops early
     l2_sp: float = _number(0.0, 0, 1e6)
-    replay: float = _number(0.0, 0, 0.9)
+    replay: float = _number(0.0, 0, 0.9)  # share of general text
     match_steps: bool = _flag(False)
+
+    # windows, in tokens with [CLS] and [SEP]
     stride: int = _whole(256, 1, 1_000_000)
     window_tokens: int = _whole(512, 8, 1_000_000)
     embed_stride: int = _whole(256, 1, 1_000_000)
     embed_window_tokens: int = _whole(512, 8, 1_000_000)
     mask_probability: float = _number(0.15, 0, 0.9, zero=False)
     mlm_text: str = _choice("fit", MLM_TEXTS)
-    hidden_dropout: float | None = _number(None, 0, 0.99)
-    attention_dropout: float | None = _number(0.0, 0, 0.99, optional=True)
+    hidden_dropout: float | None = _number(None, 0, 0.99)  # None is the checkpoint's
+    attention_dropout: float | None = _number(0.0, 0, 0.99, optional=True)  # 0 allows the fused attention kernel
     precision: str = _choice("auto", PRECISIONS)
     embed_precision: str = _choice("auto", PRECISIONS)
-    score_every: int = _whole(1, 1, 1000)
-    delays: tuple[int, ...] = (1, 2, 3, 4)
+    score_every: int = _whole(1, 1, 1000)  # epochs
+
+    # the encoding model, and features without BERT
+    delays: tuple[int, ...] = (1, 2, 3, 4)  # TRs
     ridge_alphas: tuple[float, ...] = RIDGE_ALPHAS
     n_folds: int = _whole(5, 3, 1000)  # predicting one fold leaves two on which ridge_alphas are chosen
-    probe_tokens: int = _whole(2000, 1, 1_000_000_000)
-    vocabulary: int = _whole(1000, 1, 100_000)
-    static_vectors: str = ""
+    probe_tokens: int = _whole(2000, 1, 1_000_000_000)  # masked tokens, at most, on which losses are read
+    vocabulary: int = _whole(1000, 1, 100_000)  # of the bag of words
+    static_vectors: str = ""  # file of GloVe or word2vec vectors
 
     def __post_init__(self) -> None:
         for setting in fields(self):
