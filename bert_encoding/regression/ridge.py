@@ -277,7 +277,7 @@ def block_bytes_per_voxel(n_rows: int, n_features: int, n_folds: int, itemsize: 
     return itemsize * (n * (n_folds + 4) + 3 * n_rows // n_folds) + 4 * n_rows
 
 
-def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...] = RIDGE_ALPHAS) -> dict[str, float]:
+def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...]) -> dict[str, float]:
     """Return the share of voxels whose ridge_alpha is the grid's smallest and largest."""
     return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
 
