@@ -80,8 +80,8 @@ def assemble(bert: BertModel, labels: Sequence[str], seed: int) -> BertForSequen
 
 def pooler_weights(encoder: Encoder) -> dict[str, torch.Tensor]:
     """Return the weights of the checkpoint's pooler; empty without one."""
-    known, prefix = encoder.next_sentence or {}, "bert.pooler.dense."
-    return {name.removeprefix(prefix): weights for name, weights in known.items() if name.startswith(prefix)}
+    head, prefix = encoder.next_sentence or {}, "bert.pooler.dense."
+    return {name.removeprefix(prefix): weights for name, weights in head.items() if name.startswith(prefix)}
 
 
 def _new_linear(n_in: int, n_out: int, spread: float, seed: int) -> torch.nn.Linear:

@@ -124,15 +124,15 @@ def _load_adapted(folder: Path, settings: dict[str, Any]) -> tuple[Any, BertToke
     base = assemble(encoder.copy_model().bert, settings["labels"], seed=0)
     tuned = PeftModel.from_pretrained(base, str(folder))
     saved = set(load_file(folder / _WEIGHTS))
-    if other := sorted(saved ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
-        raise ValueError(f"{other[0]} is on one side only")
+    if unmatched := sorted(saved ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))):
+        raise ValueError(f"{unmatched[0]} is in only one of file and model")
     return tuned.get_base_model(), encoder.tokenizer
 
 
 def _load_whole(folder: Path, settings: dict[str, Any]) -> tuple[Any, BertTokenizerFast]:
     model, info = BertForSequenceClassification.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    if other := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-        raise ValueError(f"{other[0]} is on one side only")
+    if unmatched := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ValueError(f"{unmatched[0]} is in only one of file and model")
     return model, BertTokenizerFast.from_pretrained(folder)
 
 

@@ -182,10 +182,10 @@ class TrialConfig:
         InputError
             if a name is no setting or a value is not allowed.
         """
-        known = {setting.name for setting in fields(cls)}
+        settings = {setting.name for setting in fields(cls)}
         for name in values:
-            if name not in known:
-                raise InputError(f"{name!r} is no setting of a trial; settings are {', '.join(sorted(known))}")
+            if name not in settings:
+                raise InputError(f"{name!r} is no setting of a trial; settings are {', '.join(sorted(settings))}")
         tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**tuples)
 

@@ -295,18 +295,18 @@ class _Fold:
 
     def score_seen(self, result: FoldEpoch) -> float:
         grids = {subject: scores.grid for subject, scores in result.scores.items()}
-        seen = self.chain.score_seen(result.downsampled, self.split.fit, grids).values()
-        return float(np.mean([cc.astype(np.float64).mean() for cc in seen]))
+        cc_of_subject = self.chain.score_seen(result.downsampled, self.split.fit, grids)
+        return float(np.mean([cc.astype(np.float64).mean() for cc in cc_of_subject.values()]))
 
     def traits(self) -> dict[str, float | None]:
         """Return what the record states of the tuned model besides its scores."""
         chain = self.chain
         layer = chain.layer if chain.encoder is not None else None
-        known: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
+        traits: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
         if self.model is None or not self._is_tuned:
-            return known | {"n_trainable": 0.0}
+            return traits | {"n_trainable": 0.0}
         counts, change = count_parameters(self.trained), measure_change(self.model, chain.bert_encoder)
-        return known | {
+        return traits | {
             "n_trainable": float(counts.n_trainable),
             "share_trainable": counts.share,
             "delta_norm": change.delta_norm,
