@@ -79,7 +79,7 @@ def test_weights_solve_the_normal_equations(n_features: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("n_features", [(40, 3), (400, 3)])
-def test_himalaya_chooses_alike(n_features: tuple[int, ...]) -> None:
+def test_choices_equal_himalayas(n_features: tuple[int, ...]) -> None:
     bands = make_bands(n_features, seed=3)
     Y = make_responses(bands, seed=4)
     himalaya, own = himalaya_fit(bands, Y), fit(bands, Y)
@@ -187,7 +187,7 @@ def test_candidates_of_three_bands_are_drawn_by_the_seed() -> None:
     assert 10**-DECADES <= drawn.min() < 1e-2
 
 
-def test_what_cannot_be_fitted_is_refused() -> None:
+def test_bad_arrays_are_refused() -> None:
     bands = make_bands((5, 2))
     Y = make_responses(bands)
     broken = [bands[0], np.where(bands[1] > 2, np.nan, bands[1])]

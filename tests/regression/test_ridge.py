@@ -117,7 +117,7 @@ def test_auto_decomposes_the_smaller_matrix(shape: str, form: str, monkeypatch: 
 
 
 @every_form
-def test_voxels_are_fitted_each_on_its_own_whatever_the_block(
+def test_a_voxels_fit_does_not_depend_on_its_block(
     problem: Problem, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, predicted = fit_ridge(*problem, GRID, form), cross_validated_predictions(*problem, GRID, form)
@@ -218,7 +218,7 @@ def test_cross_validated_predictions_equal_a_nested_loop(form: str, n_features: 
 
 
 @every_form
-def test_a_fold_is_predicted_without_a_look_at_its_responses(problem: Problem, form: str) -> None:
+def test_a_folds_predictions_do_not_depend_on_its_responses(problem: Problem, form: str) -> None:
     before = cross_validated_predictions(*problem, GRID, form)
     out = problem.folds == 2
     Y = problem.Y.copy()
@@ -260,7 +260,7 @@ def test_the_default_grid_is_13_points_from_1e2_to_1e8() -> None:
 
 
 @every_form
-def test_a_voxel_without_signal_in_one_fold_keeps_the_alpha_that_the_others_want(form: str) -> None:
+def test_a_voxel_that_is_constant_in_one_fold_gets_the_ridge_alpha_of_the_other_folds(form: str) -> None:
     """Constant in a fold, it has no CC there; the folds that have one still choose."""
     X, Y, folds = make_problem(12)
     Y = Y.copy()

@@ -67,7 +67,7 @@ def test_scores_and_alphas_are_those_of_float64(
     np.testing.assert_allclose(predicted, expected, rtol=0, atol=5e-3 * expected.std())
 
 
-def test_bfloat16_touches_the_choice_alone(bfloat16_norms: None) -> None:
+def test_bfloat16_affects_only_the_choice_of_ridge_alphas(bfloat16_norms: None) -> None:
     """With one alpha there is nothing to choose: predictions are those of float32, bit for bit."""
     X, Y, folds = make_problem(300)
     rough = CrossValidatedRidge(X[:N_FIT], folds, (100.0,))
@@ -117,7 +117,7 @@ def test_the_largest_eigenvalue_is_numpys() -> None:
     assert largest_eigenvalue(torch.zeros(5, 3)) == 0
 
 
-def test_other_rows_are_predicted_as_by_the_weights() -> None:
+def test_fit_predict_predicts_with_the_weights_of_fit() -> None:
     X, Y, folds = make_problem(300)
     fitted = CrossValidatedRidge(X[:N_FIT], folds, GRID)
     fit, prediction = fitted.fit(Y[:N_FIT]), fitted.fit_predict(Y[:N_FIT], X[N_FIT:])
@@ -146,7 +146,7 @@ def test_norms_of_folds_are_numpys_and_0_where_a_voxel_is_constant() -> None:
     np.testing.assert_allclose(Targets.prepare(Y, rows_of_folds(folds)).norms, expected, rtol=1e-5)
 
 
-def test_another_grid_gives_what_a_new_ridge_would_and_changes_nothing_here() -> None:
+def test_another_grid_equals_a_new_ridge_and_leaves_the_first_unchanged() -> None:
     X, Y, folds = make_problem(60)
     first = CrossValidatedRidge(X[:N_FIT], folds, GRID)
     before = first.fit(Y[:N_FIT])
@@ -181,7 +181,7 @@ def test_the_grid_is_widened_by_two_decades_where_more_than_a_fifth_chose_an_edg
         np.testing.assert_allclose(extended, expected, rtol=1e-12)
 
 
-def test_a_voxel_presses_an_edge_if_it_scores_there_by_more_than_rounding() -> None:
+def test_a_voxel_counts_beyond_the_grid_if_its_edge_gain_exceeds_rounding() -> None:
     cv_cc = np.array([[0.3, 0.3, 0.1, 0.1, 0.0], [0.2, 0.2995, 0.2, 0.2, 0.2], [0.1, 0.1, 0.1, 0.25, 0.2005]])
     assert share_beyond_grid(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
     assert share_beyond_grid(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}

@@ -154,7 +154,7 @@ def test_texts_without_labels_are_split_at_random(write: Callable[..., Corpus]) 
         ((None,), None, "0 of 1 training texts"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused(
+def test_an_impossible_split_is_refused(
     write: Callable[..., Corpus], labels: tuple[str, ...], n_train: int | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -177,7 +177,7 @@ def test_texts_without_labels_cannot_be_classified(write: Callable[..., Corpus])
     assert make_text_task(ADAPT, write(None, None), 0).train.size == 1
 
 
-def test_the_notes_tell_sizes_classes_and_repeated_texts(tmp_path: Path) -> None:
+def test_the_notes_state_sizes_classes_and_repeated_texts(tmp_path: Path) -> None:
     examples = [Example("the same", "a"), Example("the same", "a"), Example("b one", "b"), Example("b two", "b")]
     task = make_text_task(CLASSIFICATION, open_corpus(write_texts(tmp_path / "few.csv", examples)), 0, n_train=2)
     assert list(split_notes(task, examples)) == [
@@ -329,7 +329,7 @@ def test_lora_and_partial_learn_too(task: TextTask, bert: str) -> None:
         assert record.scores["delta_norm"] > 0
 
 
-def test_a_record_holds_what_a_reader_needs(task: TextTask, bert: str, corpus: Corpus) -> None:
+def test_fields_of_a_classification_record(task: TextTask, bert: str, corpus: Corpus) -> None:
     seen: list[dict[str, float]] = []
     record = run_text_trial(settings(bert, method="frozen"), task, lambda scores: seen.append(scores) or True)
     assert (record.status, record.method) == (COMPLETE, "frozen")
@@ -357,7 +357,7 @@ def test_a_record_holds_what_a_reader_needs(task: TextTask, bert: str, corpus: C
     assert {e[f"predicted_{when}"] for e in record.examples for when in ("before", "after")} <= set(LABELS)
 
 
-def test_the_examples_after_are_those_of_the_scores(tmp_path: Path, bert: str) -> None:
+def test_the_predictions_of_the_examples_match_the_scores(tmp_path: Path, bert: str) -> None:
     """With ten held-out texts all of them are shown, so that their hits are the accuracy."""
     corpus = open_corpus(write_texts(tmp_path / "some.csv", negated_texts(130)))
     task = make_text_task(CLASSIFICATION, corpus, 0, n_train=120, max_length=32)
@@ -393,7 +393,7 @@ def test_the_best_epoch_is_restored_bit_for_bit(method: str, noise: TextTask, be
 
 
 @pytest.mark.parametrize("method", ["frozen", "random", "lora", "partial", "full"])
-def test_the_resident_encoder_stays_as_it_was(
+def test_the_cached_encoder_stays_unchanged(
     method: str, noise: TextTask, bert: str, encoder: Encoder, cache: WorkerCache
 ) -> None:
     before = weights_fingerprint(encoder.model)
@@ -406,7 +406,7 @@ def test_the_resident_encoder_stays_as_it_was(
     assert other.scores["loss_heldout"] != first.scores["loss_heldout"]
 
 
-def test_a_failure_leaves_the_resident_encoder_as_it_was(
+def test_a_failure_leaves_the_cached_encoder_unchanged(
     noise: TextTask, bert: str, encoder: Encoder, cache: WorkerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, losses, calls = weights_fingerprint(encoder.model), Classification.losses, []
@@ -476,7 +476,7 @@ def test_long_texts_are_counted_and_example_texts_cut(tmp_path: Path, bert: str)
     assert shorten("two\n lines") == "two lines"
 
 
-def test_three_classes_are_told_apart(tmp_path: Path, bert: str) -> None:
+def test_three_classes_are_distinguished(tmp_path: Path, bert: str) -> None:
     examples = [Example(f"{word} film {index}", word) for index in range(30) for word in ("good", "bad", "dull")]
     corpus = open_corpus(write_texts(tmp_path / "three.csv", examples))
     record = run_text_trial(settings(bert, method="full"), make_text_task(CLASSIFICATION, corpus, 0, max_length=32))

@@ -324,7 +324,7 @@ def test_a_searched_trial_fills_its_row() -> None:
 
 
 @pytest.mark.parametrize("method", ["frozen", "word_rate"])
-def test_what_does_not_apply_to_a_baseline_is_null(method: str) -> None:
+def test_columns_that_do_not_apply_to_a_baseline_are_null(method: str) -> None:
     row = trials_frame([baseline(method), lora()]).iloc[0]
     assert row["method"] == method
     for name in ("rank", "lora_alpha", "scaling", "target_modules", "lr", "stride", "mlm_text", "adaptation_gap"):
@@ -334,7 +334,7 @@ def test_what_does_not_apply_to_a_baseline_is_null(method: str) -> None:
     assert pd.isna(row["layer"]) == (method == "word_rate")
 
 
-def test_types_do_not_depend_on_what_is_null() -> None:
+def test_column_types_do_not_depend_on_nulls() -> None:
     whole, alone = trials_frame([baseline(), lora(), failed()]), trials_frame([failed()])
     for name in DOCUMENTED:
         assert whole[name].dtype == alone[name].dtype, name
@@ -443,7 +443,7 @@ def with_details(study: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 9])
-def test_the_details_of_the_best_and_of_what_was_not_searched_stay(n: int, tmp_path: Path) -> None:
+def test_details_of_the_best_trials_and_of_other_phases_stay(n: int, tmp_path: Path) -> None:
     scores = {"0001": 0.10, "0002": 0.30, "0003": 0.20}
     for trial_id, cc in scores.items():
         write_record(tmp_path, lora(trial_id, score=cc))

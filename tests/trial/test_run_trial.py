@@ -283,7 +283,7 @@ def test_trial_after_others_equals_one_in_a_fresh_process(
 
 
 @pytest.mark.parametrize("changes", [{"method": "frozen"}, {"target_modules": "all", "lr": 0.1, "hidden_dropout": 0.5}])
-def test_resident_encoder_stays_pristine(changes: dict[str, Any], task: Task, tiny_encoder: Encoder) -> None:
+def test_the_cached_encoder_stays_pristine(changes: dict[str, Any], task: Task, tiny_encoder: Encoder) -> None:
     settings = config(tiny_encoder, **changes)
     cache = WorkerCache()
     run_trial(settings, task, cache=cache)
@@ -533,7 +533,7 @@ def test_lora_record(task: Task, tiny_encoder: Encoder, calls: TrainingCalls) ->
     assert record.cc[SUBJECT].dtype == np.float32
 
 
-def test_test_stories_are_scored_only_where_nothing_was_tuned(task: Task, tiny_encoder: Encoder) -> None:
+def test_test_stories_are_scored_only_without_tuning(task: Task, tiny_encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="a tuned model's test score belongs to the confirm phase"):
         run_trial(config(tiny_encoder, epochs=1), task, score_test=True)
     for method in ("word_rate", "frozen"):

@@ -149,7 +149,7 @@ def test_the_design_is_the_published_features_scaled_by_the_fit_rows(dataset: Da
     np.testing.assert_array_equal(design.scored_story, np.repeat([0, 1], [len(X[name]) for name in SCORED]))
 
 
-def test_every_fit_story_lies_in_one_fold(dataset: Dataset) -> None:
+def test_every_fit_story_is_in_one_fold(dataset: Dataset) -> None:
     design = design_of_words(rates(dataset), dataset, FIT, SCORED, CONFIG, 0)
     story = np.repeat(FIT, [len(dataset.stories[name].tr_times_s) - 15 for name in FIT])
     assert len(story) == len(design.folds) == len(design.fit)
@@ -215,7 +215,7 @@ def wreck(dataset: Dataset, vectors: Vectors, name: str) -> tuple[Dataset, dict[
     return replace(dataset, stories={**dataset.stories, name: wild}, fingerprint="wild"), vectors
 
 
-def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> None:
+def test_scored_stories_do_not_affect_constants_ridge_alphas_or_weights(dataset: Dataset) -> None:
     """Wreck one scored story: the fit, and all that concerns the other one, keep their bits."""
     vectors = rich_vectors(dataset)
     wrecked, wild_vectors = wreck(dataset, vectors, "wheretheressmoke")
@@ -234,7 +234,7 @@ def test_scored_stories_reach_no_constant_alpha_or_weight(dataset: Dataset) -> N
     assert (wild.story_cc["wheretheressmoke"] != scores.story_cc["wheretheressmoke"]).all()
 
 
-def test_a_scored_story_scores_the_same_alone_as_in_company(dataset: Dataset) -> None:
+def test_a_story_scores_the_same_alone_and_with_other_stories(dataset: Dataset) -> None:
     vectors = rich_vectors(dataset)
     together, alone = score(vectors, dataset), score(vectors, dataset, ("zeta",))
     np.testing.assert_allclose(alone.story_cc["zeta"], together.story_cc["zeta"], rtol=0, atol=1e-6)
@@ -455,7 +455,7 @@ def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
     assert high.endswith(UNPREDICTED)
 
 
-def test_all_panels_have_a_say_in_the_grid(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grid_is_widened_by_the_share_over_all_panels(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """One panel alone would have it wider: the share counts over the whole brain."""
     vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
     whole = score(vectors, dataset, config=config)
@@ -538,7 +538,7 @@ def test_panels_share_permutations_and_resamples(long: Dataset, monkeypatch: pyt
     np.testing.assert_allclose(parts.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-5)
 
 
-def test_without_being_asked_nothing_is_tested(dataset: Dataset) -> None:
+def test_predictions_are_tested_only_on_request(dataset: Dataset) -> None:
     scores = score(rates(dataset), dataset)
     assert scores.tests is None
     assert "share_significant" not in scores.summary()

@@ -178,7 +178,7 @@ def test_columns_of_the_test_stories(dataset: Dataset, by_hand: dict[str, Subjec
     assert set(columns) == {"cc_test", "cc_test_low", "cc_test_high", "cc_norm"}
 
 
-def test_what_cannot_be_said_is_none(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
+def test_columns_without_a_value_are_none(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
     """A story of one block has no interval; without repeats, or above no floor, nothing is normalised."""
     short = {}
     for subject, result in by_hand.items():
@@ -282,7 +282,7 @@ def test_no_file_of_a_record_holds_nan(record: TrialRecord, dataset: Dataset, tm
 
 
 @pytest.mark.parametrize("value", [None, 0.25])
-def test_further_columns_are_numbers_whatever_is_null(value: float | None) -> None:
+def test_further_columns_are_numbers_even_if_null(value: float | None) -> None:
     scores = dict.fromkeys(("share_significant", "cc_test_low", "cc_test_high"), value)
     frame = trials_frame([TrialRecord("COMPLETE", "frozen", {}, "0001", "baseline", scores={"cc_mean": 0.1} | scores)])
     assert {str(frame[name].dtype) for name in scores} <= {"float64", "Float64"}

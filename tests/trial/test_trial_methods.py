@@ -57,7 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.table
 @pytest.mark.parametrize("changes", list(WAYS.values()), ids=list(WAYS))
-def test_every_way_changes_the_vectors_and_leaves_the_resident_weights_alone(
+def test_every_method_changes_the_vectors_and_leaves_the_cached_encoder_unchanged(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
 ) -> None:
     cache = WorkerCache()
@@ -75,7 +75,7 @@ def test_every_way_changes_the_vectors_and_leaves_the_resident_weights_alone(
     np.testing.assert_array_equal(again.cc[SUBJECT], record.cc[SUBJECT])
 
 
-def test_a_failing_trial_leaves_the_resident_weights_alone(
+def test_a_failing_trial_leaves_the_cached_encoder_unchanged(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = WorkerCache()
@@ -155,7 +155,7 @@ def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: 
     assert "cc_test" in record.scores
 
 
-def test_kept_layers_score_as_layers_one_by_one_from_one_pass(
+def test_cached_layers_score_like_single_layers_from_one_pass(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes, cache = [], WorkerCache()
@@ -204,7 +204,7 @@ def test_matched_steps_are_those_of_windows_without_overlap(task: Task, tiny_enc
     assert run_trial(config(tiny_encoder, stride=20), task).scores["optimizer_steps"] > plain
 
 
-def test_a_probe_of_ones_own_is_read(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
+def test_a_users_probe_text_is_read(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:
     file = tmp_path / "probe.txt"
     file.write_text("the old river and the little house in the morning\n" * 40)
     own = run_trial(config(tiny_encoder), task._replace(probe_text=file))
@@ -225,7 +225,7 @@ def test_a_probe_of_ones_own_is_read(task: Task, tiny_encoder: Encoder, tmp_path
         ({"patience": 2, "mlm_text": "all"}, "patience: with mlm_text 'all' no story is held out"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(
+def test_settings_that_the_model_does_not_support_are_refused(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -234,7 +234,7 @@ def test_what_the_model_cannot_do_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"epochs": 4, "lr": 0.05, "patience": 1}], ids=["plain", "patience"])
-def test_folds_of_unequal_length_make_a_row_of_the_table(
+def test_folds_of_unequal_length_make_one_row_of_the_table(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
 ) -> None:
     train = task.splits[0].fit + task.splits[0].validation

@@ -57,7 +57,7 @@ def test_the_chosen_voxels_are_the_best_seen_inside_the_fit_stories(dataset: Dat
         assert chosen[subject].max() < N_VOXELS // 2, "the planted voxels are the first half"
 
 
-def test_no_response_outside_the_fit_stories_has_a_say(dataset: Dataset, tiny_encoder: Encoder) -> None:
+def test_the_choice_of_voxels_reads_only_responses_to_the_fit_stories(dataset: Dataset, tiny_encoder: Encoder) -> None:
     task = make_task(dataset)
     rng = np.random.default_rng(0)
     stories = dict(dataset.stories)
@@ -92,7 +92,7 @@ def test_voxels_that_cannot_be_scored_stay_out(dataset: Dataset) -> None:
     assert dataset.n_valid("a") == N_VOXELS - 1, "the data set itself stays as it was"
 
 
-def test_the_key_tells_subsets_apart(dataset: Dataset) -> None:
+def test_the_key_distinguishes_subsets(dataset: Dataset) -> None:
     subsets = [{"a": [1, 2], "b": [1]}, {"a": [1, 2], "b": [2]}, {"a": [2, 3], "b": [1]}]
     keys = [voxels_key(keep_voxels(dataset, {subject: np.array(v) for subject, v in kept.items()})) for kept in subsets]
     assert len({*keys, voxels_key(dataset)}) == 4
@@ -106,7 +106,7 @@ def only(dataset: Dataset, subject: str) -> Dataset:
     return inspect(dataset.only(list(dataset.stories), (subject,)))
 
 
-def test_what_is_written_is_read_back(dataset: Dataset, tmp_path: Path) -> None:
+def test_written_voxels_are_read_back(dataset: Dataset, tmp_path: Path) -> None:
     kept = {"a": np.array([1, 7]), "b": np.array([0, 2, 3])}
     write_voxels(tmp_path / "voxels.npz", kept)
     voxels = read_voxels(tmp_path / "voxels.npz", dataset)

@@ -83,7 +83,7 @@ def unforeseen(study: Place, record: TrialRecord) -> None:
 
 
 @pytest.mark.parametrize(("fails", "reason"), [(full, "no space left to write results"), (unforeseen, "Input/output")])
-def test_what_cannot_be_recorded_is_told_to_the_driver_and_not_tried_again(
+def test_a_record_that_cannot_be_written_is_reported_to_the_driver_and_not_retried(
     fails: Callable[..., None], reason: str, reports: list[dict[str, Any]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -97,7 +97,7 @@ def test_what_cannot_be_recorded_is_told_to_the_driver_and_not_tried_again(
     assert end["value"] is None
 
 
-def test_what_was_recorded_is_told_to_be(reports: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_written_record_is_reported(reports: list[dict[str, Any]], tmp_path: Path) -> None:
     work(tmp_path, a_job())
     end = reports[-1]
     assert (end["status"], end["value"], end["curve"], end["unrecorded"]) == ("COMPLETE", 0.2, [(1, 0.2)], False)
@@ -124,7 +124,7 @@ def take(study: Place, token: str | None) -> None:
         temporary.write_text(json.dumps(content))
 
 
-def test_a_job_knows_the_session_that_made_it(study: Place) -> None:
+def test_a_job_names_its_session(study: Place) -> None:
     assert a_job().session == session_id() == ""
     with holding(study, Hold()):
         first = a_job().session
@@ -173,7 +173,7 @@ def test_a_killed_driver_s_last_result_counts_while_nobody_else_holds_the_study(
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_forced_study_answers_nothing_from_records_of_before() -> None:
+def test_a_forced_study_repeats_no_earlier_record() -> None:
     identity: dict[str, Any] = {
         "data": {"fingerprint": "f", "trim_trs": [10, 5]},
         "model": {"weights": "w"},
@@ -218,7 +218,7 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     assert (limits, precisions) == (expected, ["float32"])
 
 
-def test_without_a_gpu_nothing_is_asked_of_one(
+def test_without_a_gpu_no_memory_share_is_set(
     reports: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -246,7 +246,7 @@ def dataset(lab: Path) -> Dataset:
     return inspect(dataset.only(names, dataset.subjects))
 
 
-def test_only_paths_travel_and_the_worker_reads_what_was_inspected(dataset: Dataset) -> None:
+def test_only_paths_are_sent_and_the_worker_reads_the_inspected_responses(dataset: Dataset) -> None:
     sent = pickle.dumps(for_workers(dataset))
     story = next(iter(dataset.stories))
     subject = dataset.subjects[0]
