@@ -72,9 +72,7 @@ class ClassifyRun:
         self.before = self._logits(self.task.heldout)
         sample = generator(self.task.split_seed, "training loss").permutation(self.task.train)[:TRAIN_SAMPLE]
         ranks: list[tuple[float, ...]] = []
-        steps = train(
-            self.model, self._objective(), self.config.training, self.config.seed, self.device, steps_an_epoch=None
-        )
+        steps = train(self.model, self._objective(), self.config.training, self.config.seed, self.device)
         while True:
             began = time.perf_counter()
             progress = next(steps, None)

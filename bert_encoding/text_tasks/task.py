@@ -70,14 +70,12 @@ def make_text_task(
     return TextTask(kind, corpus, train, heldout, seed, max_length)
 
 
-def split_corpus(
-    corpus: Corpus, seed: int, n_train: int | None = None, share_heldout: float = SHARE_HELDOUT
-) -> tuple[np.ndarray, np.ndarray]:
+def split_corpus(corpus: Corpus, seed: int, n_train: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Draw the training texts; all others are held out. Both parts have the class proportions of the corpus.
 
     Parameters
     ----------
-    n_train : number of training texts; None holds out ``share_heldout`` of all texts
+    n_train : number of training texts; None holds out ``SHARE_HELDOUT`` of all texts
 
     Returns
     -------
@@ -89,7 +87,7 @@ def split_corpus(
         if either part would be empty, or lack a class.
     """
     if n_train is None:
-        n_train = corpus.n_texts - max(1, round(share_heldout * corpus.n_texts))
+        n_train = corpus.n_texts - max(1, round(SHARE_HELDOUT * corpus.n_texts))
     if not 1 <= n_train < corpus.n_texts:
         raise InputError(
             f"{corpus.path}: {n_train} of {corpus.n_texts} training texts leave nothing to train on or to evaluate; "
