@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import BertModel
 
 from bert_encoding.core.names import COMPLETE, LORA, RANDOM, STOPPED, TUNED
 from bert_encoding.core.worker_cache import WorkerCache
@@ -250,7 +249,7 @@ class _Fold:
         return self.chain.config.method in TUNED
 
     @property
-    def bert(self) -> BertModel | None:
+    def bert(self) -> Any:
         """The encoder as it is now; None without one."""
         return None if self.model is None else masked_lm(self.model).bert
 

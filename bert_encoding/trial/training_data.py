@@ -10,6 +10,7 @@ from bert_encoding.language_model.lora import masked_lm
 from bert_encoding.language_model.masked_lm import MaskedLM, make_probes
 from bert_encoding.language_model.masking import MaskedBatch
 from bert_encoding.language_model.next_sentence import NextSentence, head_notes, to_pretraining
+from bert_encoding.language_model.training import Objective
 from bert_encoding.language_model.windows import Window, training_windows
 from bert_encoding.trial.pipeline import Chain, cached_encoder
 
@@ -24,7 +25,7 @@ class TrainingData:
         self.chain, self.split = chain, split
         self.notes: list[str] = []
 
-    def objective(self, model: Any) -> tuple[Any, MaskedLM | NextSentence]:
+    def objective(self, model: Any) -> tuple[Any, Objective[Any]]:
         """Return the model to train, with the head that the objective adds, and the objective."""
         config, encoder = self.chain.config, self.chain.bert_encoder
         if config.objective == "mlm":
