@@ -18,13 +18,15 @@ from study.wording import run_command
 __all__ = ["private_tmp"]  # a fixture
 PROJECT = "bert-encoding-study"
 NAMES = sorted(path.stem for path in (ROOT / "study").iterdir() if path.stem[0] != "_")
-TELLS = f"""
+FROM_STUDY = f"""
 import importlib.util, os, sys
-def tell(event, arguments):  # as soon as the script begins with its imports
+def print_names(event, arguments):  # as soon as the script begins with its imports
     if event == "import" and arguments[0] == "cyclopts":
-        print("found", [name for name in {NAMES} if importlib.util.find_spec(name)], flush=True)
+        specs = {{name: importlib.util.find_spec(name) for name in {NAMES}}}
+        places = {{name: [s.origin, *(s.submodule_search_locations or [])] for name, s in specs.items() if s}}
+        print("found", [name for name in places if "{ROOT / "study"}" in str(places[name])], flush=True)
         os._exit(0)
-sys.addaudithook(tell)
+sys.addaudithook(print_names)
 """
 IN_A_WORKER = """
 import importlib.util, sys
@@ -49,7 +51,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 @pytest.mark.parametrize("script", [RUN, ANALYSIS])
 def test_a_script_imports_nothing_from_its_own_folder(script: Path, tmp_path: Path) -> None:
     assert {"session", "report", "results"} <= set(NAMES)
-    (tmp_path / "sitecustomize.py").write_text(TELLS)
+    (tmp_path / "sitecustomize.py").write_text(FROM_STUDY)
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     done = run([sys.executable, str(script), "--help"], tmp_path, PYTHONPATH=path)
     assert done.stdout == "found []\n", done.stderr
