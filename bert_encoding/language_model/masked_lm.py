@@ -1,22 +1,24 @@
-"""Masked-LM fine-tuning; losses on fixed probes after every epoch."""
+"""Masked-LM fine-tuning, with losses on fixed probes after every epoch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 import torch
-from transformers import BertTokenizerFast
+from transformers import BertForMaskedLM, BertForPreTraining, BertTokenizerFast
 
 from bert_encoding.core.devices import autocast
 from bert_encoding.core.seeds import generator
 from bert_encoding.language_model.masking import MaskedBatch, mask_windows, split_masked
-from bert_encoding.language_model.training import Batch, Objective, Progress, Training, train
+from bert_encoding.language_model.training import Batch, Objective, Training, train
 from bert_encoding.language_model.windows import Window
 
 PROBE_BATCH = 8
 PROBE_PROBABILITY = 0.15
-OVERFIT_LOSS = 1.5  # nats; below it a masked LM has learnt the stories by heart
+OVERFIT_LOSS = 1.5  # nats; below it a masked LM has memorised the stories
+
+MaskedLMModel: TypeAlias = BertForMaskedLM | BertForPreTraining
 
 
 class EpochLosses(NamedTuple):
@@ -24,10 +26,10 @@ class EpochLosses(NamedTuple):
 
     Attributes
     ----------
-    optimizer_steps, tokens_seen : so far, tokens with [CLS] and [SEP]
-    mlm_loss_train, mlm_loss_heldout : nats a masked token, on the probes
+    optimizer_steps, tokens_seen : so far; tokens include [CLS] and [SEP]
+    mlm_loss_train, mlm_loss_heldout : on the probes, in nats per masked token
     is_best : whether the held-out loss is lower than in every epoch before
-    micro_batch : items a forward pass holds; below ``batch_size`` after running out of memory, 0 without training
+    micro_batch : items per forward pass; below ``batch_size`` after running out of memory, 0 without training
     """
 
     epoch: int
@@ -40,7 +42,7 @@ class EpochLosses(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Fixed masked batches on which losses are read, equally many masked tokens in both."""
+    """Fixed masked batches on which losses are measured, with the same number of masked tokens in both."""
 
     train: list[MaskedBatch]
     heldout: list[MaskedBatch]
@@ -55,8 +57,8 @@ class MaskedLM:
     windows : of the text to learn
     mask_probability : share of tokens, or of words, to predict
     whole_words : choose words with all their pieces
-    general : windows of other text; ``replay`` says which share of a step's windows they replace, against forgetting.
-        Their tokens count in the loss like all others.
+    general : windows of other text, against forgetting; their tokens count in the loss like all others
+    replay : share of the windows of a step that ``general`` replaces
     """
 
     windows: Sequence[Window]
@@ -76,8 +78,10 @@ class MaskedLM:
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> MaskedBatch:
         windows = [self.windows[i] for i in indices]
-        if self.general and self.replay:
-            self._replace(windows, self.general, epoch_rng)
+        if self.general and self.replay:  # replace the first windows; their order is random already
+            n = int(self.replay * len(windows) + epoch_rng.random())  # rounded at random, exact on average
+            chosen = np.resize(epoch_rng.permutation(len(self.general)), n)
+            windows[:n] = [self.general[int(i)] for i in chosen]
         return mask_windows(
             windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
         )
@@ -89,63 +93,57 @@ class MaskedLM:
         return {"mlm": batch.labels.size}
 
     def losses(
-        self, model: Any, batch: MaskedBatch, precision: str, device: torch.device
+        self, model: MaskedLMModel, batch: MaskedBatch, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
         return {"mlm": (masked_lm_loss(model, batch, precision, device, "sum"), batch.labels.size)}
 
     def n_tokens(self, batch: MaskedBatch) -> int:
         return int(batch.attention.sum())
 
-    def _replace(self, windows: list[Window], general: Sequence[Window], rng: np.random.Generator) -> None:
-        """Put general text in the place of the first windows; their order is random already."""
-        n = int(self.replay * len(windows) + rng.random())  # rounded at random: right on average, even for one window
-        windows[:n] = [general[int(i)] for i in np.resize(rng.permutation(len(general)), n)]
-
 
 def finetune(
-    model: Any,
+    model: MaskedLMModel,
     objective: Objective[Batch],
     probes: Probes,
     training: Training,
     seed: int,
     device: torch.device,
     patience: int | None = None,
-    steps_an_epoch: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Iterator[EpochLosses]:
-    """Train the parameters of ``model`` that require gradients, in place, and read the probes after every epoch.
+    """Train the parameters of ``model`` that require gradients, in place, and measure the losses after every epoch.
 
-    Nothing is restored: where ``is_best`` is True, the caller may keep the weights and put them back at the end.
+    The best epoch is not restored: the caller may copy the weights where ``is_best`` is True.
 
     Parameters
     ----------
     model : BERT with a masked-LM head, adapted or not
-    patience : stop after so many epochs in a row without a lower held-out loss; None never does
-    steps_an_epoch : as in ``train``
+    patience : stop after this many epochs in a row without a lower held-out loss; None never stops
+    steps_per_epoch : as in ``train``
 
     Raises
     ------
     FloatingPointError
         if a loss is not finite; the message names the step.
     MemoryError
-        as ``train`` does.
+        as in ``train``.
     """
     best, n_worse = float("inf"), 0
-    for progress in train(model, objective, training, seed, device, steps_an_epoch):
-        losses = _read_losses(model, probes, progress, training.precision, device)
-        is_best = losses.mlm_loss_heldout < best
-        best, n_worse = (losses.mlm_loss_heldout, 0) if is_best else (best, n_worse + 1)
-        yield losses._replace(is_best=is_best)
+    for epoch, steps, tokens, micro_batch in train(model, objective, training, seed, device, steps_per_epoch):
+        fitted, heldout = (probe_loss(model, batches, training.precision, device) for batches in probes)
+        if not np.isfinite([fitted, heldout]).all():
+            raise FloatingPointError(f"the masked-LM loss is not finite after step {steps}; lower lr")
+        is_best = heldout < best
+        best, n_worse = (heldout, 0) if is_best else (best, n_worse + 1)
+        yield EpochLosses(epoch, steps, tokens, fitted, heldout, is_best, micro_batch)
         if patience is not None and n_worse >= patience:
             return
 
 
 def masked_lm_loss(
-    model: Any, batch: MaskedBatch, precision: str, device: torch.device, reduction: str = "mean"
+    model: MaskedLMModel, batch: MaskedBatch, precision: str, device: torch.device, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Return the cross-entropy at the chosen positions, in nats; logits are computed there alone.
-
-    ``model`` is a ``BertForMaskedLM`` or a ``BertForPreTraining``, whose next-sentence head is not asked.
-    """
+    """Return the cross-entropy at the chosen positions, in nats; logits are computed only there."""
     with autocast(precision, device):
         hidden = model.bert(
             torch.from_numpy(batch.ids).to(device), attention_mask=torch.from_numpy(batch.attention).to(device)
@@ -155,7 +153,7 @@ def masked_lm_loss(
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction=reduction)
 
 
-def probe_loss(model: Any, batches: Sequence[MaskedBatch], precision: str, device: torch.device) -> float:
+def probe_loss(model: MaskedLMModel, batches: Sequence[MaskedBatch], precision: str, device: torch.device) -> float:
     """Return the mean loss over all chosen positions of fixed batches, in eval mode."""
     model.eval()
     with torch.no_grad():
@@ -166,27 +164,41 @@ def probe_loss(model: Any, batches: Sequence[MaskedBatch], precision: str, devic
 def make_probes(
     train: Sequence[Window], heldout: Sequence[Window], tokenizer: BertTokenizerFast, max_masked: int, seed: int
 ) -> Probes:
-    """Draw fixed samples from training and held-out windows and mask them, equally many tokens in both.
+    """Draw and mask fixed samples of training and held-out windows, with the same number of masked tokens.
 
-    The seed is the study's, not the trial's: every trial is measured on the same masked tokens.
+    The seed is the study's, not the trial's, so that every trial is measured on the same masked tokens.
     """
     samples = []
     for name, windows in (("train", train), ("heldout", heldout)):
         order = generator(seed, "probe", name).permutation(len(windows))
         batches: list[MaskedBatch] = []
-        for at in range(0, len(order), PROBE_BATCH):
+        for start in range(0, len(order), PROBE_BATCH):
             if sum(batch.labels.size for batch in batches) >= max_masked:
                 break
-            chosen = [windows[i] for i in order[at : at + PROBE_BATCH]]
-            rng = generator(seed, "probe masks", name, at)
+            chosen = [windows[i] for i in order[start : start + PROBE_BATCH]]
+            rng = generator(seed, "probe masks", name, start)
             batches.append(mask_windows(chosen, PROBE_PROBABILITY, rng, **special(tokenizer)))
         samples.append(batches)
-    equal = min(max_masked, *(sum(batch.labels.size for batch in batches) for batches in samples))
-    return Probes(*(_keep_masked(batches, equal) for batches in samples))
+    n_masked = min(max_masked, *(sum(batch.labels.size for batch in batches) for batches in samples))
+    return Probes(*(_first_masked(batches, n_masked) for batches in samples))
+
+
+def _first_masked(batches: Sequence[MaskedBatch], n_masked: int) -> list[MaskedBatch]:
+    """Score only the first ``n_masked`` chosen positions; the others stay masked."""
+    scored = []
+    for batch in batches:
+        n = min(batch.labels.size, n_masked)
+        if n:
+            rows, columns = np.nonzero(batch.chosen)
+            chosen = np.zeros_like(batch.chosen)
+            chosen[rows[:n], columns[:n]] = True
+            scored.append(batch._replace(chosen=chosen, labels=batch.labels[:n]))
+        n_masked -= n
+    return scored
 
 
 class Special(TypedDict):
-    """What masking must know of a vocabulary."""
+    """The parameters of ``mask_windows`` that depend on the vocabulary."""
 
     pad_id: int
     mask_id: int
@@ -194,31 +206,7 @@ class Special(TypedDict):
 
 
 def special(tokenizer: BertTokenizerFast) -> Special:
-    """Return what masking must know of a vocabulary."""
     return {"pad_id": tokenizer.pad_token_id, "mask_id": tokenizer.mask_token_id, "n_vocabulary": len(tokenizer)}
-
-
-def _keep_masked(batches: Sequence[MaskedBatch], n_masked: int) -> list[MaskedBatch]:
-    """Keep the first ``n_masked`` chosen positions; the others stay masked but are not scored."""
-    kept = []
-    for batch in batches:
-        n = min(batch.labels.size, n_masked)
-        if n:
-            rows, columns = np.nonzero(batch.chosen)
-            chosen = np.zeros_like(batch.chosen)
-            chosen[rows[:n], columns[:n]] = True
-            kept.append(batch._replace(chosen=chosen, labels=batch.labels[:n]))
-        n_masked -= n
-    return kept
-
-
-def _read_losses(model: Any, probes: Probes, progress: Progress, precision: str, device: torch.device) -> EpochLosses:
-    train, heldout = (probe_loss(model, batches, precision, device) for batches in probes)
-    if not np.isfinite([train, heldout]).all():
-        raise FloatingPointError(f"the masked-LM loss is not finite after step {progress.optimizer_steps}; lower lr")
-    return EpochLosses(
-        progress.epoch, progress.optimizer_steps, progress.tokens_seen, train, heldout, micro_batch=progress.micro_batch
-    )
 
 
 def is_overfitting(losses: Sequence[EpochLosses]) -> bool:

@@ -1,9 +1,7 @@
-"""BERT's masking: which tokens or words to predict, and what stands there instead.
+"""BERT's masking: which tokens or words to predict, and what replaces them.
 
-A trap, impossible here: a masked LM whose labels are its own unmasked inputs, or labels at every position, need only
-copy what it reads; its loss falls to 0 and it learns nothing. Here a label exists for chosen positions alone, taken
-before anything is replaced there, and the logits are computed at these positions alone. There is no array of labels in
-the shape of the inputs that could be confused with them.
+A masked LM with labels at every position, or labels taken from unmasked inputs, could copy what it reads. So labels
+exist only at chosen positions, are taken before anything is replaced, and logits are computed only there.
 """
 
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ import numpy as np
 from bert_encoding.language_model.windows import Window, pad
 
 SHARE_MASK, SHARE_RANDOM = 0.8, 0.1  # the remaining tenth stays as it is (Devlin et al. 2019, section 3.1)
-NO_WORD = -1  # the word id of a [SEP] inside a window
+NO_WORD = -1  # word id of a [SEP] inside a window
 
 
 class MaskedBatch(NamedTuple):
@@ -24,7 +22,7 @@ class MaskedBatch(NamedTuple):
     ----------
     ids, attention : (n_windows, longest)
     chosen : (n_windows, longest) True where the original token is to be predicted
-    labels : (n_chosen,) the original tokens there, in row order; inputs never serve as labels elsewhere
+    labels : (n_chosen,) the original tokens there, in row order
     """
 
     ids: np.ndarray
@@ -44,17 +42,16 @@ def mask_windows(
     whole_words: bool = False,
 ) -> MaskedBatch:
     """Choose each token, or each word, with ``probability``; of the chosen tokens, 80% become [MASK], 10% a random
-    token, 10% stay.
+    token, and 10% stay.
 
-    [CLS], [SEP] and padding are never chosen. At least one token, or word, is. Every window draws its own share of
-    random numbers, so that its mask does not depend on the windows behind it, nor on how long they are.
+    [CLS], [SEP] and padding are never chosen; at least one token, or word, is. Random numbers are drawn window by
+    window, so a mask does not depend on the windows that follow.
 
     Parameters
     ----------
-    windows : with word id ``NO_WORD`` where a [SEP] stands between two segments
-    whole_words : choose words, each with all its pieces in the window; what becomes of a piece is drawn for each piece
-        on its own, as BERT's own whole-word masking does (google-research/bert: create_pretraining_data.py,
-        create_masked_lm_predictions)
+    windows : with word id ``NO_WORD`` at a [SEP] between two segments
+    whole_words : choose words, each with all its pieces in the window; the replacement is drawn for each piece, as in
+        BERT's own whole-word masking (google-research/bert: create_pretraining_data.py, create_masked_lm_predictions)
 
     Raises
     ------
@@ -69,19 +66,19 @@ def mask_windows(
     ids, attention = pad(windows, pad_id)
     chosen, replaced = np.zeros(ids.shape, bool), ids.copy()
     for row, (unit, draw) in enumerate(zip(units, draws, strict=True)):
-        here = (unit >= 0) & np.append(chosen_units[row], False)[unit]  # the last stands for unit -1, no unit
+        here = (unit >= 0) & np.append(chosen_units[row], False)[unit]  # the appended False is for unit -1, no unit
         chosen[row, : unit.size] = here
-        masked = here & (draw.fate < SHARE_MASK)
-        at_random = here & (draw.fate >= SHARE_MASK) & (draw.fate < SHARE_MASK + SHARE_RANDOM)
+        masked = here & (draw.action < SHARE_MASK)
+        at_random = here & (draw.action >= SHARE_MASK) & (draw.action < SHARE_MASK + SHARE_RANDOM)
         replaced[row, : unit.size][masked] = mask_id
-        replaced[row, : unit.size][at_random] = draw.other[at_random]
+        replaced[row, : unit.size][at_random] = draw.replacement[at_random]
     return MaskedBatch(replaced, attention, chosen, ids[chosen])
 
 
 def split_masked(batch: MaskedBatch, size: int) -> list[MaskedBatch]:
-    """Cut a batch into smaller ones of ``size`` windows, each padded to its own longest window alone."""
+    """Cut a batch into smaller ones of ``size`` windows, each padded to its own longest window."""
     parts = []
-    ends = np.cumsum(batch.chosen.sum(axis=1))  # of each window's labels
+    ends = np.cumsum(batch.chosen.sum(axis=1))  # of the labels of each window
     for start in range(0, len(batch.ids), size):
         stop = min(start + size, len(batch.ids))
         longest = int(batch.attention[start:stop].sum(axis=1).max())
@@ -92,23 +89,23 @@ def split_masked(batch: MaskedBatch, size: int) -> list[MaskedBatch]:
 
 
 class _Draw(NamedTuple):
-    """The random numbers of one window: (n_units,), and two of (n_tokens,)."""
+    """The random numbers of one window: ``choice`` (n_units,), the others (n_tokens,)."""
 
     choice: np.ndarray
-    fate: np.ndarray
-    other: np.ndarray
+    action: np.ndarray
+    replacement: np.ndarray
 
 
 def _draw(units: np.ndarray, n_vocabulary: int, rng: np.random.Generator) -> _Draw:
     return _Draw(
         choice=rng.random(units.max() + 1),
-        fate=rng.random(units.size),
-        other=rng.integers(n_vocabulary, size=units.size),
+        action=rng.random(units.size),
+        replacement=rng.integers(n_vocabulary, size=units.size),
     )
 
 
 def _units(window: Window, whole_words: bool) -> np.ndarray:
-    """Return (n_tokens,) what is chosen or not as one: the number of each token's word, or its own; -1 is never."""
+    """Return the unit of each token, (n_tokens,): its word or itself; -1 for tokens that are never chosen."""
     words = np.concatenate([[NO_WORD], window.word_ids, [NO_WORD]])
     real, units = words != NO_WORD, np.full(words.size, -1)
     units[real] = np.unique(words[real], return_inverse=True)[1] if whole_words else np.arange(real.sum())
@@ -116,13 +113,13 @@ def _units(window: Window, whole_words: bool) -> np.ndarray:
 
 
 def _choose_one(chosen_units: list[np.ndarray], rng: np.random.Generator) -> None:
-    """Choose one unit of all windows, each as likely."""
+    """Choose one unit of all windows, all with the same probability."""
     sizes = [chosen.size for chosen in chosen_units]
     if not sum(sizes):
-        raise ValueError("nothing to mask: the windows hold [CLS] and [SEP] alone")
-    at = int(rng.integers(sum(sizes)))
+        raise ValueError("nothing to mask: the windows hold only [CLS] and [SEP]")
+    index = int(rng.integers(sum(sizes)))
     for chosen in chosen_units:
-        if at < chosen.size:
-            chosen[at] = True
+        if index < chosen.size:
+            chosen[index] = True
             return
-        at -= chosen.size
+        index -= chosen.size

@@ -1,11 +1,12 @@
-"""Next-sentence prediction beside the masked LM, with BERT's pre-training head (Devlin et al. 2019, section 3.1)."""
+"""Next-sentence prediction together with the masked LM, as in BERT's pre-training (Devlin et al. 2019, section 3.1)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import BertForPreTraining, BertTokenizerFast
+from peft import PeftModel
+from transformers import BertForMaskedLM, BertForPreTraining, BertTokenizerFast
 
 from bert_encoding.core.devices import autocast
 from bert_encoding.core.errors import InputError
@@ -17,11 +18,11 @@ from bert_encoding.language_model.masking import NO_WORD, MaskedBatch, mask_wind
 from bert_encoding.language_model.windows import Tokens, Window
 
 IS_NEXT, IS_OTHER = 0, 1  # as in transformers' next_sentence_label
-SHORTEST = 0.5  # of the longest segment
+SHORTEST = 0.5  # share of the longest segment
 
 
 class Segment(NamedTuple):
-    """A stretch of one story: (n_tokens,) vocabulary indices, and the word of each token."""
+    """A part of one story: vocabulary indices and the word of each token, both (n_tokens,)."""
 
     ids: np.ndarray
     word_ids: np.ndarray
@@ -33,8 +34,8 @@ class PairBatch(NamedTuple):
     Attributes
     ----------
     masked : the pairs, [CLS] A [SEP] B [SEP]
-    segments : (n_pairs, longest) 0 up to the first [SEP], 1 behind it; 0 in the padding
-    relation : (n_pairs,) ``IS_NEXT`` where B follows A in its story, ``IS_OTHER`` where B is of another story
+    segments : (n_pairs, longest) 0 up to the first [SEP], 1 after it, 0 in the padding
+    relation : (n_pairs,) ``IS_NEXT`` if B follows A in its story, ``IS_OTHER`` if B is from another story
     """
 
     masked: MaskedBatch
@@ -45,16 +46,16 @@ class PairBatch(NamedTuple):
 class NextSentence:
     """Predict masked tokens, and whether B follows A: an ``Objective`` whose items are pairs of segments.
 
-    Every story is cut into segments at word borders, of seeded lengths between half of what fits beside another and
-    all of it. Neighbours make pairs, A first, which together hold every token. Item 2k is pair k as it is; item
-    2k + 1 is its A with the B of a pair of another story, drawn anew each time. So an epoch is half and half exactly,
-    and reads the text twice. Segments A, and those that stand behind, are the same in both halves: neither alone tells
-    the label, only whether they belong together does.
+    Every story is cut at word borders into segments of random length, from half of the longest that fits twice into a
+    window up to that length. Neighbouring segments make pairs (A, B), which together hold every token. Item 2k is pair
+    k; item 2k + 1 has the same A and the B of a pair of another story, drawn again each time. So an epoch holds as many
+    true pairs as false ones and reads the text twice. Neither A nor B alone tells the label, since both halves of the
+    items have the same A and the same B.
 
     Parameters
     ----------
-    stories : of one split alone; pairs are never made with any other
-    window_tokens : longest pair, with its [CLS] and two [SEP]
+    stories : of one split; pairs are made only within it
+    window_tokens : longest pair, including [CLS] and two [SEP]
     mask_probability, whole_words : as in ``MaskedLM``
     seed : of the cuts
 
@@ -77,17 +78,15 @@ class NextSentence:
         if longest < 1:
             raise InputError(f"window_tokens {window_tokens}: too short for two segments with [CLS] and two [SEP]")
         self.tokenizer, self.mask_probability, self.whole_words = tokenizer, mask_probability, whole_words
-        pairs = {name: _neighbours(_cut(t, longest, generator(seed, "segments", name))) for name, t in stories.items()}
-        pairs = {name: found for name, found in pairs.items() if found}
-        if len(pairs) < 2:
+        cuts = {name: _cut(tokens, longest, generator(seed, "segments", name)) for name, tokens in stories.items()}
+        by_story = [pairs for segments in cuts.values() if (pairs := _neighbours(segments))]
+        if len(by_story) < 2:
             raise InputError(
                 f"objective mlm_nsp: half of its pairs join two stories, and of {', '.join(stories) or 'no story'} "
-                f"{len(pairs)} can be used; give it two stories of two words or more, or use objective mlm"
+                f"{len(by_story)} can be used; give it two stories of two words or more, or use objective mlm"
             )
-        self.pairs = [pair for found in pairs.values() for pair in found]
-        sizes = [len(found) for found in pairs.values()]
-        starts = np.cumsum([0, *sizes[:-1]])
-        self._own = [(int(a), n) for a, n in zip(starts, sizes, strict=True) for _ in range(n)]  # pairs of its story
+        self.pairs = [pair for pairs in by_story for pair in pairs]
+        self._story_of_pair = np.repeat(np.arange(len(by_story)), [len(pairs) for pairs in by_story])
 
     @property
     def n_items(self) -> int:
@@ -95,22 +94,26 @@ class NextSentence:
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> PairBatch:
         relation = np.array([IS_OTHER if i % 2 else IS_NEXT for i in indices])
-        windows = []
-        for i, kind in zip(indices, relation, strict=True):
-            at = int(i) // 2
-            second = self._draw_other(at, epoch_rng) if kind == IS_OTHER else at
-            windows.append(_join(self.pairs[at][0], self.pairs[second][1], self.tokenizer))
+        firsts = [int(i) // 2 for i in indices]
+        seconds = [
+            self._draw_other(pair, epoch_rng) if kind == IS_OTHER else pair
+            for pair, kind in zip(firsts, relation, strict=True)
+        ]
+        windows = [
+            _join(self.pairs[first][0], self.pairs[second][1], self.tokenizer)
+            for first, second in zip(firsts, seconds, strict=True)
+        ]
         masked = mask_windows(
             windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
         )
-        n_first = np.array([[len(self.pairs[int(i) // 2][0].ids) + 2] for i in indices])  # with [CLS] and [SEP]
-        behind = np.arange(masked.ids.shape[1]) >= n_first
-        return PairBatch(masked, behind * masked.attention, relation)
+        n_first = np.array([[len(self.pairs[first][0].ids) + 2] for first in firsts])  # with [CLS] and [SEP]
+        is_second = np.arange(masked.ids.shape[1]) >= n_first  # (n_pairs, longest)
+        return PairBatch(masked, is_second * masked.attention, relation)
 
     def split(self, batch: PairBatch, size: int) -> list[PairBatch]:
         parts = []
-        for at, masked in enumerate(split_masked(batch.masked, size)):
-            rows = slice(at * size, (at + 1) * size)
+        for index, masked in enumerate(split_masked(batch.masked, size)):
+            rows = slice(index * size, (index + 1) * size)
             parts.append(PairBatch(masked, batch.segments[rows, : masked.ids.shape[1]], batch.relation[rows]))
         return parts
 
@@ -118,33 +121,30 @@ class NextSentence:
         return {"mlm": batch.masked.labels.size, "nsp": batch.relation.size}
 
     def losses(
-        self, model: Any, batch: PairBatch, precision: str, device: torch.device
+        self, model: BertForPreTraining, batch: PairBatch, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
         with autocast(precision, device):
-            tokens, relation = pretraining_logits(model, batch, device)
+            logits = pretraining_logits(model, batch, device)
         labels = {"mlm": batch.masked.labels, "nsp": batch.relation}
-        logits = {"mlm": tokens, "nsp": relation}
-        return {
-            name: (
-                torch.nn.functional.cross_entropy(
-                    logits[name].float(), torch.from_numpy(labels[name]).to(device), reduction="sum"
-                ),
-                labels[name].size,
-            )
-            for name in labels
-        }
+        losses = {}
+        for (name, expected), values in zip(labels.items(), logits, strict=True):
+            target = torch.from_numpy(expected).to(device)
+            total = torch.nn.functional.cross_entropy(values.float(), target, reduction="sum")
+            losses[name] = (total, expected.size)
+        return losses
 
     def n_tokens(self, batch: PairBatch) -> int:
         return int(batch.masked.attention.sum())
 
-    def _draw_other(self, at: int, rng: np.random.Generator) -> int:
-        """Return a pair of another story, each as likely."""
-        start, n = self._own[at]
-        other = int(rng.integers(len(self.pairs) - n))
-        return other if other < start else other + n
+    def _draw_other(self, pair: int, rng: np.random.Generator) -> int:
+        """Return a pair of another story, all with the same probability."""
+        others = np.flatnonzero(self._story_of_pair != self._story_of_pair[pair])
+        return int(others[rng.integers(others.size)])
 
 
-def pretraining_logits(model: Any, batch: PairBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pretraining_logits(
+    model: BertForPreTraining, batch: PairBatch, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits over the vocabulary at chosen positions, (n_chosen, n_vocabulary), and over ``IS_NEXT`` and
     ``IS_OTHER``, (n_pairs, 2)."""
     ids, attention, chosen = (torch.from_numpy(array).to(device) for array in batch.masked[:3])
@@ -153,75 +153,73 @@ def pretraining_logits(model: Any, batch: PairBatch, device: torch.device) -> tu
     return tokens, model.cls.seq_relationship(output.pooler_output)
 
 
-def to_pretraining(model: Any, encoder: Encoder, seed: int) -> BertForPreTraining:
-    """Return a pre-training model whose encoder and masked-LM head *are* those of ``model``, adapters and all.
+def to_pretraining(model: PeftModel | BertForMaskedLM, encoder: Encoder, seed: int) -> BertForPreTraining:
+    """Return a pre-training model that shares the encoder and the masked-LM head with ``model``, adapters included.
 
-    Training it trains ``model``, whose vectors, saving and loading go on as if it had no other head. Pooler and
-    next-sentence head are the checkpoint's, or drawn anew (``head_notes`` says so); both train, and nobody else needs
-    them.
+    Training it trains ``model``, which is embedded, saved and loaded as usual. Pooler and next-sentence head are the
+    checkpoint's, or new ones (see ``head_notes``); both train, and nothing else uses them.
 
     Parameters
     ----------
-    model : masked LM, wrapped by PEFT or not
-    encoder : what ``model`` was copied from
-    seed : of heads that are drawn
+    encoder : from which ``model`` was copied
+    seed : of new heads
     """
-    inner: Any = masked_lm(model)
-    with torch.device("meta"):  # no memory, nothing drawn: its parts are replaced by real ones
-        whole = BertForPreTraining(inner.config)
-    whole.bert.embeddings, whole.bert.encoder = inner.bert.embeddings, inner.bert.encoder
-    whole.cls.predictions = inner.cls.predictions
-    heads = encoder.next_sentence or _draw_heads(whole, generator(seed, "next sentence"))
-    for part in (whole.bert.pooler, whole.cls.seq_relationship):
+    inner = masked_lm(model)
+    with torch.device("meta"):  # no memory and no random numbers: all parts are replaced
+        pretraining = BertForPreTraining(inner.config)
+    pretraining.bert.embeddings, pretraining.bert.encoder = inner.bert.embeddings, inner.bert.encoder
+    pretraining.cls.predictions = inner.cls.predictions
+    heads = encoder.next_sentence or _new_heads(pretraining, generator(seed, "next sentence"))
+    for part in (pretraining.bert.pooler, pretraining.cls.seq_relationship):
         part.to_empty(device=inner.device)
     with torch.no_grad():
         for key in NEXT_SENTENCE_KEYS:
-            whole.get_parameter(key).copy_(heads[key])
-    return whole.train(inner.training)
+            pretraining.get_parameter(key).copy_(heads[key])
+    return pretraining.train(inner.training)
 
 
 def head_notes(encoder: Encoder) -> list[str]:
-    """Return what a record should say about the next-sentence head."""
+    """Return notes on the next-sentence head for the trial's record."""
     if encoder.next_sentence is not None:
         return []
-    return [f"{encoder.name} has no trained next-sentence head: pooler and head were drawn anew and trained"]
+    return [f"{encoder.name} has no trained next-sentence head: pooler and head were newly initialised and trained"]
 
 
 def _cut(tokens: Tokens, longest: int, rng: np.random.Generator) -> list[Segment]:
-    """Cut a story into segments, together the whole of it; a story of one word gives none."""
+    """Cut a whole story into segments; a story of one word gives none."""
     n = len(tokens.ids)
     borders = np.append(np.flatnonzero(np.diff(tokens.word_ids)) + 1, n)
     if borders.size < 2:
         return []
     longest = min(longest, max(1, n // 2))  # two segments at least
-    segments, at = [], 0
-    while at < n:
-        limit = at + int(rng.integers(max(1, round(SHORTEST * longest)), longest + 1))
-        fitting = borders[(borders > at) & (borders <= limit)]
-        stop = int(fitting[-1]) if fitting.size else limit  # inside a word where no word fits
-        segments.append(Segment(tokens.ids[at:stop], tokens.word_ids[at:stop]))
-        at = stop
+    segments, start = [], 0
+    while start < n:
+        limit = start + int(rng.integers(max(1, round(SHORTEST * longest)), longest + 1))
+        fitting = borders[(borders > start) & (borders <= limit)]
+        stop = int(fitting[-1]) if fitting.size else limit  # inside a word that is too long
+        segments.append(Segment(tokens.ids[start:stop], tokens.word_ids[start:stop]))
+        start = stop
     return segments
 
 
 def _neighbours(segments: Sequence[Segment]) -> list[tuple[Segment, Segment]]:
-    """Pair segments 0 and 1, 2 and 3, ...; of an odd number, the last two make a pair as well."""
+    """Pair segments 0 and 1, 2 and 3, ...; if their number is odd, the last two make a pair as well."""
     n = len(segments)
     starts = [*range(0, n - 1, 2), *([n - 2] if n % 2 and n > 1 else [])]
-    return [(segments[at], segments[at + 1]) for at in starts]
+    return [(segments[start], segments[start + 1]) for start in starts]
 
 
 def _join(first: Segment, second: Segment, tokenizer: BertTokenizerFast) -> Window:
-    """Return [CLS] A [SEP] B [SEP]; equal words of different stories stay different words."""
+    """Return [CLS] A [SEP] B [SEP]; words of A and B never share a word id."""
     cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    behind = second.word_ids + int(first.word_ids[-1]) + 1
+    word_ids = second.word_ids + int(first.word_ids[-1]) + 1
     return Window(
-        np.concatenate([cls, first.ids, sep, second.ids, sep]), np.concatenate([first.word_ids, [NO_WORD], behind])
+        np.concatenate([cls, first.ids, sep, second.ids, sep]), np.concatenate([first.word_ids, [NO_WORD], word_ids])
     )
 
 
-def _draw_heads(model: BertForPreTraining, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Draw heads as BERT's are at first: normal weights, biases 0."""
+def _new_heads(model: BertForPreTraining, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """Initialise heads as BERT does: normal weights, biases 0."""
     shapes = {key: tuple(model.get_parameter(key).shape) for key in NEXT_SENTENCE_KEYS}
     std = model.config.initializer_range
     return {

@@ -1,4 +1,4 @@
-"""The one training loop, for every objective: masked LM, next sentence, classification."""
+"""The training loop for every objective: masked LM, next sentence, classification."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from bert_encoding.core.seeds import derive_seed, generator
 
 SCHEDULES = ("constant", "linear", "cosine")
-HEADS = {"classifier", "pooler", "seq_relationship"}  # free of L2-SP: often new, and no word vector depends on them
+HEADS = {"classifier", "pooler", "seq_relationship"}  # without L2-SP: often new, and no word vector depends on them
 
 Batch = TypeVar("Batch")
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; ``TrialConfig`` says what each means and checks it."""
+    """How to train; ``TrialConfig`` documents and checks the settings."""
 
     lr: float
     epochs: int
@@ -39,7 +39,7 @@ class Training:
 
 
 class Progress(NamedTuple):
-    """After an epoch: optimiser steps and tokens so far, and how many items a micro-batch holds by now."""
+    """After an epoch: optimiser steps and tokens so far, and the current number of items per micro-batch."""
 
     epoch: int
     optimizer_steps: int
@@ -48,59 +48,59 @@ class Progress(NamedTuple):
 
 
 class Objective(Protocol[Batch]):
-    """What is learnt: items to draw a step from, and the losses on them.
+    """What is learned: items from which steps are drawn, and the losses on them.
 
-    ``draw`` makes a whole step, and draws all that is random about it, item by item: so it does not depend on how
-    ``split`` cuts the step into micro-batches. ``n_terms`` foretells the counts that ``losses`` returns.
+    ``draw`` makes a whole step and draws all its random numbers item by item, so the step does not depend on how
+    ``split`` cuts it into micro-batches.
     """
 
     @property
     def n_items(self) -> int:
-        """How many items an epoch goes through."""
+        """Number of items in an epoch."""
         ...
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> Batch:
-        """Return these items as one batch, the step's."""
+        """Return these items as one batch, the whole step."""
         ...
 
     def split(self, batch: Batch, size: int) -> list[Batch]:
-        """Cut a step into micro-batches of ``size`` items, the last one perhaps of fewer."""
+        """Cut a step into micro-batches of ``size`` items; the last one may be smaller."""
         ...
 
     def n_terms(self, batch: Batch) -> dict[str, int]:
-        """Return how many terms each loss will have: masked tokens, pairs, texts."""
+        """Return the number of terms of each loss (masked tokens, pairs, texts), before ``losses`` is called."""
         ...
 
     def losses(
         self, model: Any, batch: Batch, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
-        """Return each loss as the sum over its terms, with their number."""
+        """Return each loss as the sum over its terms, and the number of terms."""
         ...
 
     def n_tokens(self, batch: Batch) -> int:
-        """Return the tokens that the model reads, without padding."""
+        """Return the number of tokens that the model reads, without padding."""
         ...
 
 
 def train(
-    model: Any,
+    model: torch.nn.Module,
     objective: Objective[Batch],
     training: Training,
     seed: int,
     device: torch.device,
-    steps_an_epoch: int | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Iterator[Progress]:
     """Train the parameters of ``model`` that require gradients, in place with AdamW, and yield after every epoch.
 
-    A step takes ``batch_size * accumulation`` items. Its loss is the sum over the losses' names of (sum over all
-    micro-batches / number of terms in all micro-batches), so that accumulation is exactly the big batch. A step that
-    does not fit into memory is done again with half the micro-batch, as often as needed, and the smaller size is kept;
-    the gradient stays the same but for dropout, which is drawn for every micro-batch.
+    A step takes ``batch_size * accumulation`` items. Its loss adds up, over the named losses, (sum over all
+    micro-batches / number of terms in all micro-batches), so accumulation gives exactly the gradient of the big batch.
+    If a step does not fit into memory, it is repeated with half the micro-batch, as often as needed, and the smaller
+    size is used from then on; the gradient is the same except for dropout, which is drawn for every micro-batch.
 
     Parameters
     ----------
-    steps_an_epoch : an epoch is exactly so many steps, on a seeded sample of the items without replacement, or on
-        several passes if there are too few; None is one pass
+    steps_per_epoch : number of steps of an epoch, on a seeded sample of the items without replacement, or on several
+        passes if there are too few items; None is one pass
 
     Raises
     ------
@@ -109,24 +109,29 @@ def train(
     MemoryError
         if not even a single item at a time fits.
     """
-    if objective.n_items < 1 or (steps_an_epoch is not None and steps_an_epoch < 1):
-        raise ValueError(f"nothing to train on: {objective.n_items} items, {steps_an_epoch} steps an epoch")
+    if objective.n_items < 1 or (steps_per_epoch is not None and steps_per_epoch < 1):
+        raise ValueError(f"nothing to train on: {objective.n_items} items, {steps_per_epoch} steps per epoch")
     model.to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=training.lr, weight_decay=training.weight_decay)
-    items_a_step = training.batch_size * training.accumulation
-    n_steps = -(-objective.n_items // items_a_step) if steps_an_epoch is None else steps_an_epoch
-    scheduler = _schedule(optimizer, training, n_steps)
+    step_size = training.batch_size * training.accumulation
+    n_steps = steps_per_epoch or -(-objective.n_items // step_size)
+    n_drawn = objective.n_items if steps_per_epoch is None else n_steps * step_size
+    scheduler = get_scheduler(
+        "constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        optimizer,
+        round(training.warmup_epochs * n_steps),
+        training.epochs * n_steps,
+    )
     gradient = _Gradient(model, objective, training, device)
     steps, tokens = 0, 0
     for epoch in range(1, training.epochs + 1):
         torch.manual_seed(derive_seed(seed, "dropout", epoch))
         epoch_rng = generator(seed, "masking", epoch)
-        n_wanted = objective.n_items if steps_an_epoch is None else n_steps * items_a_step
-        order = _order(objective.n_items, n_wanted, generator(seed, "windows", epoch))
+        order = _order(objective.n_items, n_drawn, generator(seed, "windows", epoch))
         model.train()
-        for start in range(0, n_wanted, items_a_step):
-            batch = objective.draw(order[start : start + items_a_step], epoch_rng)
+        for start in range(0, n_drawn, step_size):
+            batch = objective.draw(order[start : start + step_size], epoch_rng)
             steps, tokens = steps + 1, tokens + objective.n_tokens(batch)
             gradient.compute(batch, f"step {steps} of epoch {epoch}")
             torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
@@ -136,41 +141,37 @@ def train(
         yield Progress(epoch, steps, tokens, gradient.micro_batch)
 
 
-def _order(n_items: int, n_wanted: int, rng: np.random.Generator) -> list[int]:
-    """Return ``n_wanted`` items, none a second time before all had their turn."""
-    passes = [rng.permutation(n_items) for _ in range(-(-n_wanted // n_items))]
-    return np.concatenate(passes)[:n_wanted].tolist()
-
-
-def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps_an_epoch: int) -> Any:
-    name = "constant_with_warmup" if training.schedule == "constant" else training.schedule
-    warmup = round(training.warmup_epochs * steps_an_epoch)
-    return get_scheduler(name, optimizer, warmup, training.epochs * steps_an_epoch)
+def _order(n_items: int, n_drawn: int, rng: np.random.Generator) -> list[int]:
+    """Return ``n_drawn`` items in passes over all items, each pass in a new random order."""
+    passes = [rng.permutation(n_items) for _ in range(-(-n_drawn // n_items))]
+    return np.concatenate(passes)[:n_drawn].tolist()
 
 
 class _Gradient(Generic[Batch]):
-    """Leaves the gradient of a step's loss in the parameters, and remembers the micro-batch that fits into memory."""
+    """Computes the gradient of a step's loss, and remembers the micro-batch that fits into memory."""
 
-    def __init__(self, model: Any, objective: Objective[Batch], training: Training, device: torch.device) -> None:
+    def __init__(
+        self, model: torch.nn.Module, objective: Objective[Batch], training: Training, device: torch.device
+    ) -> None:
         self.model, self.objective, self.device = model, objective, device
         self.precision, self.l2_sp = training.precision, training.l2_sp
         self.penalties = l2_sp_terms(model) if training.l2_sp else []
         self.micro_batch = training.batch_size
 
-    def compute(self, batch: Batch, where: str) -> None:
-        """Add up the gradient of one step; ``where`` names it in messages."""
-        dropout = _random_state(self.device)
+    def compute(self, batch: Batch, step: str) -> None:
+        """Add up the gradient of one step in the parameters; ``step`` names it in messages."""
+        random_state = _random_state(self.device)
         try:
             loss = self._accumulate(batch, self.micro_batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            loss = None  # leave this block first: the error holds on to what the failed pass computed
+            loss = None  # retry outside this block: the error keeps the tensors of the failed pass alive
         if loss is None:
-            loss = self._accumulate_in_smaller_parts(batch, dropout, where)
+            loss = self._accumulate_in_smaller_parts(batch, random_state, step)
         loss += self._penalise()
         if not np.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at {where}; lower lr")
+            raise FloatingPointError(f"the training loss is {loss} at {step}; lower lr")
 
     def _accumulate(self, batch: Batch, size: int) -> float:
         """Return the loss of the step; each micro-batch adds its part of the gradient."""
@@ -183,11 +184,11 @@ class _Gradient(Generic[Batch]):
             loss += float(share.detach())
             counted = {name: counted[name] + n for name, (_, n) in sums.items()}
         if counted != terms:
-            raise RuntimeError(f"the losses have {counted} terms where {terms} were foretold")
+            raise RuntimeError(f"expected loss terms {terms}, got {counted}")
         return loss
 
-    def _accumulate_in_smaller_parts(self, batch: Batch, dropout: list[torch.Tensor], where: str) -> float:
-        """Begin the step anew with half the micro-batch, and halve on until it fits."""
+    def _accumulate_in_smaller_parts(self, batch: Batch, random_state: list[torch.Tensor], step: str) -> float:
+        """Repeat the step with half the micro-batch, and halve again until it fits."""
 
         def halve() -> int:
             self.micro_batch //= 2
@@ -195,7 +196,7 @@ class _Gradient(Generic[Batch]):
 
         def attempt(size: int) -> float:
             self.model.zero_grad(set_to_none=True)
-            _set_random_state(dropout, self.device)
+            _set_random_state(random_state, self.device)
             return self._accumulate(batch, size)
 
         try:
@@ -204,8 +205,8 @@ class _Gradient(Generic[Batch]):
         except RuntimeError:
             if self.micro_batch:
                 raise
-            raise MemoryError(f"out of memory at {where}, even with one item at a time; shorten the windows") from None
-        logger.warning("out of memory at %s: micro-batches of %d from here on", where, self.micro_batch)
+            raise MemoryError(f"out of memory at {step}, even with one item at a time; shorten the windows") from None
+        logger.warning("out of memory at %s: micro-batches of %d from here on", step, self.micro_batch)
         return loss
 
     def _penalise(self) -> float:
@@ -219,7 +220,7 @@ class _Gradient(Generic[Batch]):
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
-    """Return the state from which dropout is drawn, on the CPU and on a GPU in use."""
+    """Return the state of the generators that dropout uses, on the CPU and on a GPU in use."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
@@ -230,12 +231,12 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def l2_sp_terms(model: Any) -> list[Callable[[], torch.Tensor]]:
-    """Return functions that give the squared distances ``||W - W_start||^2`` of what trains, now being the start.
+def l2_sp_terms(model: torch.nn.Module) -> list[Callable[[], torch.Tensor]]:
+    """Return functions of the squared distances ``||W - W_start||^2`` of trainable weights from their values now.
 
-    Keeping the weights near where they started, not near 0, is L2-SP (Li, Grandvalet & Davoine 2018, equation 4,
-    without its second term: heads are left free). An adapter counts with its effective update ``s B A``, since A and B
-    have no size of their own; the magnitudes of DoRA count like weights, their rows having unit length.
+    L2-SP penalises the distance from the start instead of from 0 (Li, Grandvalet & Davoine 2018, equation 4, without
+    its second term: heads are not penalised). Of an adapter, the effective update ``s B A`` counts, since A and B have
+    no scale of their own; the magnitudes of DoRA count like weights, since its rows have unit length.
     """
     terms: list[Callable[[], torch.Tensor]] = []
     low_rank = set()

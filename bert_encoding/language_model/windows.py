@@ -1,4 +1,4 @@
-"""Words to overlapping token windows, and back: which word each token belongs to."""
+"""Cut words into overlapping windows of tokens; each token knows its word."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import BertTokenizerFast
 
-MIN_TRAINING_TOKENS = 32  # shorter windows teach the masked LM little and cost a step
+MIN_TRAINING_TOKENS = 32  # shorter windows teach the masked LM little, but cost a step
 
 
 class Tokens(NamedTuple):
@@ -16,7 +16,7 @@ class Tokens(NamedTuple):
     ----------
     ids : (n_tokens,) vocabulary indices
     word_ids : (n_tokens,) index of the word that each token belongs to, not decreasing
-    n_words : words of the story, those without any token included
+    n_words : number of words of the story, including those without tokens
     """
 
     ids: np.ndarray
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What BERT reads at once.
+    """A sequence that BERT reads at once.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 def tokenize(spoken: Sequence[str], tokenizer: BertTokenizerFast) -> Tokens:
-    """Cut words into word pieces; a word without speech (``""``) has no token and keeps its row."""
+    """Cut words into word pieces; an empty word (``""``) has no token, but counts in ``n_words``."""
     encoded = tokenizer(
         [list(spoken)], is_split_into_words=True, add_special_tokens=False, truncation=False, verbose=False
     )
@@ -73,7 +73,7 @@ def cut_windows(tokens: Tokens, window_tokens: int, stride: int, tokenizer: Bert
 def training_windows(
     stories: Sequence[Tokens], window_tokens: int, stride: int, tokenizer: BertTokenizerFast
 ) -> list[Window]:
-    """Windows of several stories, none across two; those under 32 tokens are dropped where a longer one exists."""
+    """Cut each story into windows; windows under 32 tokens are dropped unless all are that short."""
     windows = [w for tokens in stories for w in cut_windows(tokens, window_tokens, stride, tokenizer)]
     long_enough = [window for window in windows if len(window.ids) >= MIN_TRAINING_TOKENS]
     return long_enough or windows

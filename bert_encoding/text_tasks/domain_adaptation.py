@@ -12,7 +12,7 @@ from bert_encoding.core.names import LORA, TUNED
 from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import prepare_model
-from bert_encoding.language_model.general_text import control_windows
+from bert_encoding.language_model.general_text import control_text
 from bert_encoding.language_model.lora import check_applied, masked_lm, save_adapter, save_whole
 from bert_encoding.language_model.masked_lm import EpochLosses, MaskedLM, Probes, finetune, make_probes, probe_loss
 from bert_encoding.language_model.masking import MaskedBatch
@@ -59,7 +59,7 @@ class AdaptRun:
             config.seed,
             self.device,
             patience=config.patience,
-            steps_an_epoch=self._steps_per_epoch(),
+            steps_per_epoch=self._steps_per_epoch(),
         )
         while True:
             began = time.perf_counter()
@@ -96,9 +96,9 @@ class AdaptRun:
         config, tokenizer = self.config, self.encoder.tokenizer
         general = None
         if config.replay:
-            general = control_windows(
+            general = control_text(
                 tokenizer, self.length, self.length - 2, None, self.task.control_text, config.seed
-            )
+            ).windows
         return MaskedLM(self.train, tokenizer, config.mask_probability, config.whole_words, general, config.replay)
 
     def _steps_per_epoch(self) -> int | None:

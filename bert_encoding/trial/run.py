@@ -340,7 +340,7 @@ class _Fold:
             chain.config.seed,
             chain.device,
             patience=chain.config.patience,
-            steps_an_epoch=data.steps_per_epoch(),
+            steps_per_epoch=data.steps_per_epoch(),
         )
         losses: EpochLosses | None = None
         while True:

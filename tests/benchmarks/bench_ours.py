@@ -198,7 +198,7 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     trained, objective = data.objective(model)
     clock.lap("other")
     training = replace(config, epochs=1).training
-    (progress,) = train(trained, objective, training, config.seed, chain.device, steps_an_epoch=n_steps)
+    (progress,) = train(trained, objective, training, config.seed, chain.device, steps_per_epoch=n_steps)
     clock.lap("train")
     names = split.fit + split.validation
     embedded = names[:n_stories]

@@ -17,8 +17,8 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BERT_METHODS
 from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.finetuning_methods import (
-    Change,
     CheapDropout,
+    WeightChange,
     count_parameters,
     measure_change,
     prepare_model,
@@ -301,14 +301,14 @@ def test_gradients_of_a_step_equal_those_of_a_plain_loop(
         ({"lora_layers": (0, 2)}, r"lora_layers \(0, 2\): .*tiny has blocks 0 to 1"),
         ({"method": "partial", "frozen_blocks": 3}, "frozen_blocks 3: .*tiny has 2 blocks; leave one to train"),
         ({"method": "partial", "frozen_blocks": 2}, "frozen_blocks 2: .*tiny has 2 blocks; leave one to train"),
-        ({"layer": 0}, "layer 0: this lora changes no layer below 1"),
-        ({"layer": (0,)}, r"layer \(0,\): this lora changes no layer below 1"),
-        ({"layer": 1, "lora_layers": (1,)}, "layer 1: this lora changes no layer below 2"),
-        ({"layer": (1, 0), "lora_layers": (1,)}, r"layer \(1, 0\): this lora changes no layer below 2"),
-        ({"method": "full", "train_embeddings": False, "layer": 0}, "layer 0: this full changes no layer below 1"),
-        ({"method": "partial", "frozen_blocks": 1, "layer": 1}, "layer 1: this partial changes no layer below 2"),
-        ({"lora_init": "pissa", "rank": 33}, "rank 33: lora_init 'pissa' needs at most 32"),
-        ({"lora_init": "olora", "rank": 33, "target_modules": "d"}, "rank 33: lora_init 'olora' needs at most 32"),
+        ({"layer": 0}, "layer 0: .* no layer below 1"),
+        ({"layer": (0,)}, r"layer \(0,\): .* no layer below 1"),
+        ({"layer": 1, "lora_layers": (1,)}, "layer 1: .* no layer below 2"),
+        ({"layer": (1, 0), "lora_layers": (1,)}, r"layer \(1, 0\): .* no layer below 2"),
+        ({"method": "full", "train_embeddings": False, "layer": 0}, "layer 0: .* no layer below 1"),
+        ({"method": "partial", "frozen_blocks": 1, "layer": 1}, "layer 1: .* no layer below 2"),
+        ({"lora_init": "pissa", "rank": 33}, "rank 33: lora_init 'pissa' needs a rank"),
+        ({"lora_init": "olora", "rank": 33, "target_modules": "d"}, "rank 33: lora_init 'olora' needs a rank"),
     ],
 )
 def test_setting_that_does_not_fit_the_model_is_refused(
@@ -427,7 +427,7 @@ def test_change_equals_that_of_merged_weights(case: str, tiny_encoder: Encoder, 
 def test_untrained_model_has_not_changed(case: str, tiny_encoder: Encoder) -> None:
     """Nor do PiSSA, OLoRA and DoRA count what rounding does."""
     model = prepare_model(configure(case, target_modules="all"), tiny_encoder)
-    assert measure_change(model, tiny_encoder) == Change(0.0, None)
+    assert measure_change(model, tiny_encoder) == WeightChange(0.0, None)
 
 
 def test_change_of_known_matrices(tiny_encoder: Encoder) -> None:

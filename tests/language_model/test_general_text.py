@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 from bert_encoding.core.errors import InputError
 from bert_encoding.language_model import general_text
 from bert_encoding.language_model.encoder import Encoder, load_encoder
-from bert_encoding.language_model.general_text import control_text, control_windows, describe_control, probe_windows
+from bert_encoding.language_model.general_text import control_text, describe_control, probe_windows
 from bert_encoding.language_model.windows import Window
 
 FOLDER = Path(general_text.__file__).parent / "data" / "general"
@@ -148,7 +148,7 @@ def test_the_control_has_as_many_tokens_as_asked(n_tokens: int, tokenizer: BertT
 def test_a_pass_reads_every_document_once_in_an_order_of_its_own(tokenizer: BertTokenizerFast) -> None:
     documents = bundled_ids("control", tokenizer)
     n = sum(map(len, documents))
-    text = inner(control_windows(tokenizer, 12, 10, 3 * n))
+    text = inner(control_text(tokenizer, 12, 10, 3 * n).windows)
     orders = []
     for at in range(3):
         one_pass = text[at * n : (at + 1) * n].tolist()
@@ -163,7 +163,7 @@ def test_a_pass_reads_every_document_once_in_an_order_of_its_own(tokenizer: Bert
 
 
 def test_windows_are_those_of_one_long_story(tokenizer: BertTokenizerFast) -> None:
-    windows = control_windows(tokenizer, 64, 20, 3000)
+    windows = control_text(tokenizer, 64, 20, 3000).windows
     assert {len(window.ids) for window in windows[:-1]} == {64}
     assert len(windows) == -(-(3000 - 62) // 20) + 1
     for one, following in pairwise(windows):
@@ -175,7 +175,7 @@ def test_windows_are_those_of_one_long_story(tokenizer: BertTokenizerFast) -> No
 
 def test_same_seed_same_text_another_seed_another(tokenizer: BertTokenizerFast, numbers: Path) -> None:
     for file, n_tokens in ((None, 4000), (numbers, 60)):
-        one, again, other = (inner(control_windows(tokenizer, 22, 20, n_tokens, file, seed)) for seed in (1, 1, 2))
+        one, again, other = (inner(control_text(tokenizer, 22, 20, n_tokens, file, seed).windows) for seed in (1, 1, 2))
         np.testing.assert_array_equal(one, again)
         assert not np.array_equal(one, other)
 
@@ -209,7 +209,7 @@ def test_a_note_says_what_was_read(tokenizer: BertTokenizerFast, numbers: Path) 
     once, often = (control_text(tokenizer, 22, 20, n, numbers) for n in (100, 500))
     assert describe_control(once) == "trained on 100 tokens of the bundled control text, not of stories"
     assert describe_control(often, numbers) == (
-        f"trained on 500 tokens of {numbers}, not of stories: each one is there 2.5 times, the text being short"
+        f"trained on 500 tokens of {numbers}, not of stories; the text is short and was repeated 2.5 times"
     )
 
 
@@ -228,7 +228,7 @@ def test_a_missing_file_is_named(tokenizer: BertTokenizerFast, tmp_path: Path) -
 def test_text_without_a_token_is_refused(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:
     file = tmp_path / "odd.txt"
     file.write_text("\u200b\n")  # a space of no width: BERT drops it
-    with pytest.raises(InputError, match=r"odd\.txt: no text in it that this model's vocabulary knows"):
+    with pytest.raises(InputError, match=r"odd\.txt: none of its text is in this model's vocabulary"):
         probe_windows(tokenizer, 64, file)
 
 

@@ -395,7 +395,7 @@ def test_trained_biases_are_saved_and_checked(tiny_encoder: Encoder, tmp_path: P
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_rank_that_an_initialisation_cannot_fill_is_refused(init: str, tiny_encoder: Encoder) -> None:
     base = tiny_encoder.copy_model()
-    with pytest.raises(InputError, match=f"rank 33: lora_init '{init}' needs at most 32"):
+    with pytest.raises(InputError, match=f"rank 33: lora_init '{init}' needs a rank of at most 32"):
         add_adapter(base, rank=33, lora_alpha=1.0, targets="i", dropout=0.0, seed=0, init=init)
     assert adapted_modules(base) == []
 
@@ -533,7 +533,7 @@ def test_check_applied_returns_the_largest_difference(trained: Trained, tiny_enc
 
 
 def test_check_applied_refuses_vocabulary_logits(trained: Trained, tiny_encoder: Encoder) -> None:
-    with pytest.raises(InputError, match=r"^the model: gives 103 numbers a token, not n_hidden 32"):
+    with pytest.raises(InputError, match=r"^the model: gives 103 numbers per token, not n_hidden 32"):
         check_applied(tiny_encoder, masked_lm(trained.model), "the model")
 
 

@@ -328,7 +328,7 @@ def test_gradients_of_a_step_equal_those_of_transformers(accumulation: int, with
         lambda *_: gradients.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})
     )
     settings = {"batch_size": 8 // accumulation, "accumulation": accumulation, "lr": 0.0}
-    list(train(ours, objective, Training(**(vars(TRAINING) | settings)), 0, CPU, steps_an_epoch=1))
+    list(train(ours, objective, Training(**(vars(TRAINING) | settings)), 0, CPU, steps_per_epoch=1))
     hook.remove()
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert gradients[0].keys() == expected.keys()
@@ -392,7 +392,7 @@ def test_heads_that_are_missing_are_drawn_by_the_seed(tiny_encoder: Encoder) -> 
             assert not torch.equal(first, third)
             assert float(first.detach().std()) == pytest.approx(0.02, rel=0.35)  # 64 numbers at least
     (note,) = head_notes(tiny_encoder)
-    assert "drawn anew" in note
+    assert "newly initialised" in note
 
 
 def test_the_pooler_changes_no_vector_and_nothing_of_the_masked_lm(tiny_encoder: Encoder) -> None:

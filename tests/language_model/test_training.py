@@ -142,12 +142,12 @@ def test_accumulation_is_the_big_batch_of_a_masked_lm(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_terms_must_be_those_foretold() -> None:
+def test_losses_with_another_number_of_terms_are_refused() -> None:
     class Miscounted(Lines):
         def n_terms(self, batch: NoisyLines) -> dict[str, int]:
             return super().n_terms(batch) | {"third": 2}
 
-    with pytest.raises(RuntimeError, match=r"terms .* were foretold"):
+    with pytest.raises(RuntimeError, match=r"expected loss terms .*, got"):
         run(line(), Miscounted(), TRAINING)
 
 
@@ -337,7 +337,7 @@ def test_l2_sp_holds_an_adapter_back(tiny_encoder: Encoder) -> None:
 
 def test_an_epoch_of_so_many_steps_takes_a_sample_without_replacement() -> None:
     objective = Lines(n_items=20)
-    results = run(line(), objective, replace(TRAINING, epochs=2, batch_size=2, accumulation=2), steps_an_epoch=3)
+    results = run(line(), objective, replace(TRAINING, epochs=2, batch_size=2, accumulation=2), steps_per_epoch=3)
     assert results == [Progress(1, 3, 120, 2), Progress(2, 6, 240, 2)]
     assert [len(indices) for indices in objective.drawn] == [4] * 6
     epochs = [[i for step in steps for i in step] for steps in (objective.drawn[:3], objective.drawn[3:])]
@@ -349,7 +349,7 @@ def test_an_epoch_of_so_many_steps_takes_a_sample_without_replacement() -> None:
 
 def test_an_epoch_of_more_steps_takes_several_passes() -> None:
     objective = Lines(n_items=6)
-    results = run(line(), objective, TRAINING, steps_an_epoch=4)
+    results = run(line(), objective, TRAINING, steps_per_epoch=4)
     taken = [i for step in objective.drawn for i in step]
     assert results[0].optimizer_steps == 4
     assert [sorted(taken[at : at + 6]) for at in (0, 6)] == [list(range(6))] * 2
@@ -361,7 +361,7 @@ def test_schedules_count_the_steps_of_such_epochs() -> None:
     lrs: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
     training = replace(TRAINING, epochs=2, schedule="linear", warmup_epochs=0.5)
-    run(line(), Lines(), training, steps_an_epoch=4)
+    run(line(), Lines(), training, steps_per_epoch=4)
     hook.remove()
     shares = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     np.testing.assert_allclose(lrs, [1e-2 * share for share in shares], rtol=1e-12)
@@ -370,7 +370,7 @@ def test_schedules_count_the_steps_of_such_epochs() -> None:
 @pytest.mark.parametrize(("n_items", "steps"), [(0, None), (5, 0)])
 def test_nothing_to_train_on_is_refused(n_items: int, steps: int | None) -> None:
     with pytest.raises(ValueError, match="nothing to train on"):
-        run(line(), Lines(n_items=n_items), TRAINING, steps_an_epoch=steps)
+        run(line(), Lines(n_items=n_items), TRAINING, steps_per_epoch=steps)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
