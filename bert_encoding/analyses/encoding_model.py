@@ -37,11 +37,11 @@ __all__ = ["EncodingModel", "fit_encoding_model", "load_model", "predict_story"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_TR_ERROR = 0.01  # share of a TR; published pipelines count 2.0 s where the scanner took 2.0045
-SPARE_BYTES = 2**20  # of a model besides its weights
+SPARE_BYTES = 2**20  # for the rest of a model file
 
 
 class Origin(NamedTuple):
-    """Where a model comes from: the names of study and trial, and the trial's validation CC, subject -> (n_all,)."""
+    """Names of the study and trial of a model, and the trial's validation CC, subject -> (n_all,)."""
 
     study: str = ""
     trial_id: str = ""
@@ -60,11 +60,11 @@ def fit_encoding_model(
     origin: Origin = NOWHERE,
     log: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Fit ridge on some stories, for every subject of the chain's data set, and write ``file`` (``model.npz``) and,
-    of a tuned encoder, a copy of the adapter (``model/adapter``).
+    """Fit ridge on some stories, for every subject of the chain's data set, and write ``file`` (``model.npz``) and a
+    copy of the adapter (``model/adapter``).
 
     Features and responses are z-scored over all rows of the stories, so predictions are in standard deviations of the
-    responses. Responses, weights and predictions are held a panel of voxels at a time.
+    responses. Only one panel of voxels is in memory at a time.
 
     Parameters
     ----------
@@ -74,11 +74,11 @@ def fit_encoding_model(
     Raises
     ------
     InputError
-        if the files exist, the adapter does not fit or changes nothing, or there is no space.
+        if the files exist, the adapter does not fit or changes nothing, or the disk is full.
     """
     config, dataset, encoder = chain.config, chain.task.dataset, chain.encoder
     if encoder is None or config.method != (FROZEN if adapter is None else LORA):
-        raise ValueError(f"method {config.method}: only the frozen encoder, and LoRA with its adapter, can be kept")
+        raise ValueError(f"method {config.method}: only the frozen encoder, and LoRA with its adapter, can be saved")
     check_model_file(file)
     names = tuple(sorted(stories))
     settings = _settings(chain, names, adapter, origin)
@@ -96,7 +96,7 @@ def _settings(chain: Chain, stories: tuple[str, ...], adapter: Path | None, orig
     config, dataset = chain.config, chain.task.dataset
     for name in dataset.subjects:
         if not is_plain_name(name):
-            raise InputError(f"{dataset.source}: subject {name!r:.80}: its name cannot be part of a file's name")
+            raise InputError(f"{dataset.source}: subject {name!r:.80}: it cannot be part of a file name")
     tr_s, first_tr_s = _clock([dataset.stories[name] for name in stories])
     return ModelSettings(
         encoder=config.model,
@@ -170,7 +170,7 @@ def _fit_panels(
 
 
 def _clock(stories: Sequence[Story]) -> tuple[float, float]:
-    """Return the seconds of a TR, and the usual middle of the first volume."""
+    """Return the TR in s, and the median over stories of the middle of the first volume."""
     steps = [float(np.mean(np.diff(story.tr_times_s))) for story in stories]
     for story, step in zip(stories, steps, strict=True):
         if abs(step - steps[0]) > MAX_TR_ERROR * steps[0]:
@@ -182,12 +182,9 @@ def _check_disk(file: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(file.parent).free
     if n_bytes + SPARE_BYTES > free:
         raise InputError(
-            f"{file}: the weights take {n_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; free some, or "
-            "give another place with --to"
+            f"{file}: the weights take {n_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there; free some, "
+            "or give another place with --to"
         )
-
-
-# --- the adapter ------------------------------------------------------------------------------------------------------
 
 
 def adapter_hash(folder: Path) -> str:
@@ -212,48 +209,45 @@ def adapter_hash(folder: Path) -> str:
 
 @contextmanager
 def _adapter_copied(adapter: Path | None, file: Path) -> Iterator[None]:
-    """Copy an adapter's files to beside the model; if the model cannot be written, take them away again."""
+    """Copy an adapter next to the model; if the model cannot be written, delete the copy."""
     if adapter is None:
         yield
         return
-    to = adapter_path(file)
+    folder = adapter_path(file)
     try:
-        to.mkdir(parents=True)
+        folder.mkdir(parents=True)
         for name in ADAPTER_FILES:
-            shutil.copyfile(adapter / name, to / name)
+            shutil.copyfile(adapter / name, folder / name)
         yield
     except BaseException as error:
-        shutil.rmtree(to, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # it may hold something else
-            to.parent.rmdir()
+            folder.parent.rmdir()
         if isinstance(error, OSError):
-            raise InputError(f"{to}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
         raise
-
-
-# --- prediction -------------------------------------------------------------------------------------------------------
 
 
 def predict_story(
     model: EncodingModel, story: Story, encoder_name: str | None = None
 ) -> dict[str, Iterator[tuple[slice, np.ndarray]]]:
-    """Predict the responses to a story, a block of voxels at a time.
+    """Predict the responses to a story, one block of voxels at a time.
 
     Parameters
     ----------
-    story : with its words and TR times; responses are not read
-    encoder_name : where the pretrained encoder lies now, if it has moved; it must be the same
+    story : its words and TR times; responses are not read
+    encoder_name : name or folder of the same pretrained encoder, if it has moved
 
     Returns
     -------
     subject -> iterator over blocks: columns among the subject's predicted voxels, and responses to the rows that the
-    trim keeps, (n_rows, n_columns) float32 in standard deviations. ``model.subjects[subject].voxels`` tells which
-    voxels the columns are.
+    trim keeps, (n_rows, n_columns) float32 in standard deviations. ``model.subjects[subject].voxels`` are the indices
+    of all columns.
 
     Raises
     ------
     InputError
-        if the story has another TR or no row, or the encoder or the adapter is not the model's.
+        if the story has another TR or no row left, or the encoder or the adapter is not the model's.
     """
     X = model_features(model, story, encoder_name)
 
@@ -265,20 +259,21 @@ def predict_story(
 
 
 def model_features(model: EncodingModel, story: Story, encoder_name: str | None = None) -> np.ndarray:
-    """Return the features of a story as the model saw those it was fitted on, (n_rows, n_features) float32; arguments
-    and errors as of ``predict_story``."""
+    """Return the z-scored features of a story, (n_rows, n_features) float32; arguments as of ``predict_story``."""
     settings = model.settings
     rows = settings.trim_trs.rows(len(story.tr_times_s))
     if rows.stop <= rows.start:
         raise InputError(
-            f"story {story.name}: {len(story.tr_times_s)} volumes, of which {sum(settings.trim_trs)} are cut: none left"
+            f"story {story.name}: {len(story.tr_times_s)} volumes, of which the trim cuts {sum(settings.trim_trs)}"
         )
     step, _ = _clock([story])
     if abs(step - settings.tr_s) > MAX_TR_ERROR * settings.tr_s:
         raise InputError(f"story {story.name}: a TR of {step:g} s; the model was fitted at {settings.tr_s:g} s")
     features = story_features(_vectors(model, story, encoder_name), story, settings.delays, settings.trim_trs)
     if features.shape[1] != model.n_features:
-        raise InputError(f"{model.file}: damaged: {model.n_features} features, but {features.shape[1]} of a story")
+        raise InputError(
+            f"{model.file}: damaged: weights for {model.n_features} features, but a story has {features.shape[1]}"
+        )
     return model.constants.apply(features)
 
 

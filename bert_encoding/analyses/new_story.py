@@ -1,4 +1,4 @@
-"""A story that is in no data set: its transcript, a Praat TextGrid or a CSV, laid on the scanner's clock."""
+"""A story outside any data set: its transcript, a Praat TextGrid or a CSV, with the TR times of a scan."""
 
 import csv
 import math
@@ -15,30 +15,30 @@ from bert_encoding.datasets.story import Dataset, Story, Trim
 
 TEXTGRID, CSV = ".textgrid", ".csv"
 MAX_BYTES = 64 * 2**20  # of a transcript; an hour takes about half a megabyte
-MAX_CELLS = 50_000_000  # volumes x words: Lanczos weights them all, 8 bytes each; some 100 minutes of speech
+MAX_CELLS = 50_000_000  # volumes x words, of 8 bytes in the Lanczos matrix; about 100 minutes of speech
 MAX_SHOWN = 40  # characters of a wrong value in a message
 
 
 def read_new_story(path: Path, *, tr_s: float, first_tr_s: float, trim: Trim, n_trs: int | None = None) -> Story:
-    """Return a transcript as a story without responses, called as the file.
+    """Return a transcript as a story without responses, named after the file.
 
     Parameters
     ----------
-    path : ``.TextGrid``: words are the tier called so, or the second, as of ds003020. ``.csv``: columns ``word`` and
-        ``time_s`` (the word's middle), or ``word``, ``start`` and ``end``; in seconds from the story's start
+    path : ``.TextGrid``: words are in the tier of that name, or the second, as in ds003020. ``.csv``: columns ``word``
+        and ``time_s`` (the word's middle), or ``word``, ``start`` and ``end``; in seconds from the story's start
     tr_s, first_tr_s : seconds from one volume to the next; the middle of the first
-    n_trs : volumes of the scan; by default so many that the volumes which ``trim`` keeps cover the last word
+    n_trs : volumes of the scan; by default enough for the volumes that ``trim`` keeps to cover the last word
 
     Raises
     ------
     InputError
-        if the file cannot be read, holds no spoken word, or its times are not in order, or not inside the scan.
+        if the file cannot be read, has no spoken word, or its times are not in order or not inside the scan.
     """
     words, times_s, end_s = _read(path)
     if n_trs is None:
         n_trs = max(math.ceil((end_s - first_tr_s) / tr_s) + 1 + trim.end_trs, sum(trim) + 1)
     if n_trs * len(words) > MAX_CELLS:
-        raise InputError(f"{path}: {len(words)} words over {n_trs} volumes are too many at once; cut it into parts")
+        raise InputError(f"{path}: {len(words)} words over {n_trs} volumes are too many at once; split it into parts")
     if n_trs <= sum(trim):
         raise InputError(f"--trs {n_trs}: the model cuts {sum(trim)} volumes of every story; give more")
     story = Story(path.stem, words, times_s, first_tr_s + tr_s * np.arange(n_trs), {})
@@ -54,13 +54,13 @@ def check_text(story: Story, source: str) -> None:
     InputError
         naming the first problem.
     """
-    found = survey(Dataset(source=source, stories={story.name: story}, subjects=(), published_test=()))
-    if found.problems:
-        raise InputError(found.problems[0])
+    checked = survey(Dataset(source=source, stories={story.name: story}, subjects=(), published_test=()))
+    if checked.problems:
+        raise InputError(checked.problems[0])
 
 
 def describe_rows(story: Story, trim: Trim) -> str:
-    """Say which volumes the rows of a prediction are: their numbers from 1, and the middle of the first and last."""
+    """Return the volumes of a prediction's rows in words: their numbers from 1, and the first and last middle."""
     times, rows = story.tr_times_s, trim.rows(len(story.tr_times_s))
     return (
         f"{rows.stop - rows.start} rows: volumes {rows.start + 1} to {rows.stop} of {len(times)}, "
@@ -69,7 +69,7 @@ def describe_rows(story: Story, trim: Trim) -> str:
 
 
 def _read(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
-    """Return words, their middles in s, (n_words,), and the end of the last one in s."""
+    """Return words, their middles in s, (n_words,), and the end of the last word in s."""
     check_regular(path)
     _check_size(path)
     if path.suffix.lower() == TEXTGRID:
@@ -87,7 +87,7 @@ def _check_size(path: Path) -> None:
     except OSError as error:
         raise InputError(f"--story {path}: {error.strerror}; to name a story of a data set, give --data too") from None
     if size > MAX_BYTES:
-        raise InputError(f"{path}: {size / 2**20:.0f} MiB, which no transcript of a story takes")
+        raise InputError(f"{path}: {size / 2**20:.0f} MiB is too large for a transcript")
 
 
 def _read_csv(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
@@ -101,16 +101,15 @@ def _read_csv(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
         raise InputError(f"{path}: not a readable CSV in UTF-8 ({first_line(error)})") from None
     if not rows:
         raise InputError(f"{path}: no words in it")
-    found = [(_cell(path, line, row, word), _seconds(path, line, row, times, names)) for line, row in rows]
-    middles = np.array([sum(seconds) / len(seconds) for _, seconds in found])
-    return tuple(text.strip() for text, _ in found), middles, max(seconds[-1] for _, seconds in found)
+    words = tuple(_cell(path, line, row, word).strip() for line, row in rows)
+    seconds = [_seconds(path, line, row, times, names) for line, row in rows]
+    return words, np.array([sum(s) / len(s) for s in seconds]), max(s[-1] for s in seconds)
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[int, tuple[int, ...]]:
-    """Return the place of the words, and of their middles or of their starts and ends."""
+    """Return the column of the words, and the columns of their middles or of their starts and ends."""
     for times in (("time_s",), ("start", "end"), ("start_s", "end_s")):
-        wanted = ("word", *times)
-        if all(names.count(name) == 1 for name in wanted):
+        if all(names.count(name) == 1 for name in ("word", *times)):
             return names.index("word"), tuple(names.index(name) for name in times)
     shown = ", ".join(names)[:MAX_SHOWN]
     raise InputError(f"{path}: its columns are {shown or 'none'}; needed are word and time_s, or word, start and end")
@@ -120,20 +119,20 @@ def _seconds(
     path: Path, line: int, row: Sequence[str], times: tuple[int, ...], names: Sequence[str]
 ) -> tuple[float, ...]:
     seconds = []
-    for at in times:
-        text = _cell(path, line, row, at)
+    for column in times:
+        text = _cell(path, line, row, column)
         try:
             seconds.append(float(text))
         except ValueError:
             seconds.append(math.nan)
         if not math.isfinite(seconds[-1]):
-            raise InputError(f"{path}: line {line}: {names[at]} is {text[:MAX_SHOWN]!r}, not a number of seconds")
+            raise InputError(f"{path}: line {line}: {names[column]} is {text[:MAX_SHOWN]!r}, not a number of seconds")
     if seconds[-1] < seconds[0]:
-        raise InputError(f"{path}: line {line}: the word ends at {seconds[-1]:g} s, before it starts; mend it")
+        raise InputError(f"{path}: line {line}: the word ends at {seconds[-1]:g} s, before it starts; correct it")
     return tuple(seconds)
 
 
-def _cell(path: Path, line: int, row: Sequence[str], at: int) -> str:
-    if at >= len(row):
+def _cell(path: Path, line: int, row: Sequence[str], column: int) -> str:
+    if column >= len(row):
         raise InputError(f"{path}: line {line} has {len(row)} columns, fewer than the first line")
-    return row[at]
+    return row[column]

@@ -1,17 +1,18 @@
-"""Predicted responses to a story as files: one ``.npy`` a subject, written as the predictions come."""
+"""Predicted responses to a story as files: one ``.npy`` per subject, written block by block."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
 from bert_encoding.analyses.encoding_model import predict_story
 from bert_encoding.analyses.model_file import BLOCK_BYTES, EncodingModel, SubjectModel, is_plain_name, load_model
 from bert_encoding.analyses.new_story import check_text, describe_rows, read_new_story
-from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.command_line import check_absent, check_ending, check_folder
+from bert_encoding.core.errors import InputError, first_names
+from bert_encoding.core.files import output_file
 from bert_encoding.core.names import DEMOS
-from bert_encoding.core.storage import atomic_path
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Story
@@ -19,7 +20,6 @@ from bert_encoding.demo.stories import demo_stories, simulate_listener
 from bert_encoding.statistics.correlation import correlate, summarise
 
 SUFFIX = ".npy"
-MAX_SHOWN = 8  # names in a message
 
 
 def predict_to_files(
@@ -32,9 +32,9 @@ def predict_to_files(
     encoder: str | None,
     test: bool = False,
 ) -> Iterator[str]:
-    """Predict a story with a saved model, write a file a subject, and yield what there is to say, a line each.
+    """Predict a story with a saved model, write one file per subject, and yield lines to print.
 
-    A file holds (n_rows, n_all_voxels) float32, a voxel after the other (Fortran order), NaN where a voxel was masked
+    A file holds (n_rows, n_all_voxels) float32, one voxel after the other (Fortran order), NaN where a voxel was masked
     out; unit: standard deviations of the responses that the model was fitted on.
 
     Parameters
@@ -43,8 +43,8 @@ def predict_to_files(
     story : a transcript, or with ``data`` the name of a story in it
     to : ``FILE.npy``; by default ``<story>-<subject>.npy`` in the current folder
     n_trs : volumes of a new story's scan
-    encoder : where the pretrained encoder lies now
-    test : score a locked test story of the model's study; without it such a story is predicted, and not scored
+    encoder : name or folder of the pretrained encoder, if it has moved
+    test : score a locked test story of the model's study; otherwise it is predicted but not scored
 
     Raises
     ------
@@ -54,120 +54,105 @@ def predict_to_files(
     model = load_model(file)
     settings = model.settings
     if data is None:
-        told = read_new_story(
+        heard = read_new_story(
             Path(story), tr_s=settings.tr_s, first_tr_s=settings.first_tr_s, trim=settings.trim_trs, n_trs=n_trs
         )
     else:
-        told = _story_of(data, story, model)
-    is_locked = told.name in settings.test_stories
+        heard = _open_story(data, story, model)
+    name, is_locked = heard.name, heard.name in settings.test_stories
     if test and not is_locked:
-        raise InputError(f"--test: {told.name} is no test story of {file}, so its CC is open; leave --test out")
-    paths = _outputs(to, told.name, tuple(model.subjects))
-    responses = {name: _checked(told, name, model) for name in model.subjects if name in told.responses}
-    predicted = predict_story(model, told, encoder)
-    yield f"{told.name}: {describe_rows(told, settings.trim_trs)}"
-    if told.name in settings.fit_stories and responses:
-        yield f"note: the model was fitted on {told.name} too, so its CC flatters it"
+        raise InputError(f"--test: {name} is not a locked test story of {file}; leave the option out")
+    paths = _outputs(to, name, tuple(model.subjects))
+    rows = settings.trim_trs.rows(len(heard.tr_times_s))
+    n_rows = rows.stop - rows.start
+    responses = {
+        s: _check_responses(heard, s, n_rows, part) for s, part in model.subjects.items() if s in heard.responses
+    }
+    predicted = predict_story(model, heard, encoder)
+    yield f"{name}: {describe_rows(heard, settings.trim_trs)}"
+    if name in settings.fit_stories and responses:
+        yield f"note: the model was fitted on {name}, so its CC is optimistically biased"
     if is_locked and responses:
-        yield _about_lock(told.name, settings.study, test)
-        responses = responses if test else {}
+        study = f"the study {settings.study}" if settings.study else "the model's study"
+        if test:
+            yield f"note: {name} was a locked test story of {study} and has now been scored: choose nothing by its CC"
+        else:
+            yield f"note: {name} is a locked test story of {study}, so its CC is not computed (--test computes it)"
+            responses = {}
     for subject, blocks in predicted.items():
         part = model.subjects[subject]
-        rows = settings.trim_trs.rows(len(told.tr_times_s))
-        out = _Output(paths[subject], rows.stop - rows.start, part)
-        cc = _write(out, blocks, responses.get(subject))
-        yield f"{paths[subject]}: {out.n_rows} rows, {part.voxels.size} of {part.n_all} voxels{_score(cc)}"
+        cc = _write(paths[subject], n_rows, part, blocks, responses.get(subject))
+        yield f"{paths[subject]}: {n_rows} rows, {part.voxels.size} of {part.n_all} voxels{_score(cc)}"
 
 
-def _about_lock(story: str, study: str, test: bool) -> str:
-    of = f"of the study {study}" if study else "of the model's study"
-    if test:
-        return f"note: {story} was a locked test story {of}, and has now been looked at: choose nothing by its CC"
-    return (
-        f"note: {story} is a locked test story {of}, so its CC is not computed; --test looks at it, once all is chosen"
-    )
-
-
-def _story_of(data: str, name: str, model: EncodingModel) -> Story:
+def _open_story(data: str, name: str, model: EncodingModel) -> Story:
     dataset = (
         simulate_listener(demo_stories(data))[0] if data in DEMOS else open_dataset(Path(data), model.settings.trim_trs)
     )
     if name not in dataset.stories:
-        known = ", ".join(list(dataset.stories)[:MAX_SHOWN])
-        raise InputError(f"--story {name}: not in {data}; it has {known}, ...; for a transcript leave --data out")
+        known = first_names(list(dataset.stories))
+        raise InputError(f"--story {name}: not in {data}; it has {known}; for a transcript leave --data out")
     check_text(dataset.stories[name], dataset.source)
     return dataset.stories[name]
 
 
 def _outputs(to: str | None, story: str, subjects: tuple[str, ...]) -> dict[str, Path]:
-    if to is not None and Path(to).suffix != SUFFIX:
-        raise InputError(f"--to {to}: give a name that ends in {SUFFIX}")
-    if to is None and not is_plain_name(story):
-        raise InputError(f"story {story!r:.80}: its name cannot be a file's; give --to FILE{SUFFIX}")
+    if to is not None:
+        check_ending(Path(to), (SUFFIX,))
+    elif not is_plain_name(story):
+        raise InputError(f"story {story!r:.80}: it cannot be a file name; give --to FILE{SUFFIX}")
     if to is None:
         paths = {subject: Path(f"{story}-{subject}{SUFFIX}") for subject in subjects}
     elif len(subjects) == 1:
         paths = {subjects[0]: Path(to)}
     else:
         paths = {subject: Path(to).with_name(f"{Path(to).stem}-{subject}{SUFFIX}") for subject in subjects}
-    for path in paths.values():
-        if not path.parent.is_dir():
-            raise InputError(f"--to {path}: no such folder {path.parent}; make it first")
-        if path.exists():
-            raise InputError(f"{path}: exists already; move it away, or give another name with --to")
+    check_folder(next(iter(paths.values())))
+    check_absent(*paths.values())
     return paths
 
 
-def _checked(story: Story, subject: str, model: EncodingModel) -> Responses:
+def _check_responses(story: Story, subject: str, n_rows: int, part: SubjectModel) -> Responses:
     """Return the responses to a story if they have the rows and voxels that will be predicted."""
-    rows = model.settings.trim_trs.rows(len(story.tr_times_s))
-    expected = (rows.stop - rows.start, model.subjects[subject].n_all)
     shape, _ = story.responses[subject].check()
-    if shape != expected:
-        raise InputError(f"subject {subject}, story {story.name}: responses {shape}, but predictions {expected}")
+    if shape != (n_rows, part.n_all):
+        raise InputError(
+            f"subject {subject}, story {story.name}: responses {shape}, but predictions {(n_rows, part.n_all)}"
+        )
     return story.responses[subject]
 
 
-class _Output(NamedTuple):
-    """A file to write: (n_rows, n_all) with what is predicted of ``part``."""
+def _write(
+    path: Path, n_rows: int, part: SubjectModel, blocks: Iterable[tuple[slice, np.ndarray]], responses: Responses | None
+) -> np.ndarray | None:
+    """Write the file, completely or not at all, and return the CC with responses, if there are any, (n_voxels,).
 
-    path: Path
-    n_rows: int
-    part: SubjectModel
-
-
-def _write(out: _Output, blocks: Iterable[tuple[slice, np.ndarray]], responses: Responses | None) -> np.ndarray | None:
-    """Write the file, whole or not at all, and return the CC with responses, if there are any, (n_voxels,).
-
-    Blocks are appended, not put into a memory map: on a full disk writing to one kills the program.
+    Blocks are appended: writing to a memory map on a full disk kills the program.
     """
     cc = []
-    try:
-        with atomic_path(out.path) as temporary, temporary.open("wb") as file:
-            shape = (out.n_rows, out.part.n_all)
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": True, "shape": shape})
-            at = 0
-            for columns, block in blocks:
-                voxels = out.part.voxels[columns]
-                past = out.part.n_all if columns.stop == out.part.voxels.size else int(voxels[-1]) + 1
-                _append(file, at, past, voxels, block)
-                at = past
-                if responses is not None:
-                    cc.append(_correlate(responses.read(voxels), block))
-    except OSError as error:
-        raise InputError(f"{out.path}: cannot be written ({error.strerror or first_line(error)})") from None
+    with output_file(path) as temporary, temporary.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": True, "shape": (n_rows, part.n_all)}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = 0
+        for columns, block in blocks:
+            voxels = part.voxels[columns]
+            stop = part.n_all if columns.stop == part.voxels.size else int(voxels[-1]) + 1
+            _append(file, slice(start, stop), voxels, block)
+            start = stop
+            if responses is not None:
+                cc.append(_correlate(responses.read(voxels), block))
     return np.concatenate(cc) if cc else None
 
 
-def _append(file: IO[bytes], at: int, past: int, voxels: np.ndarray, block: np.ndarray) -> None:
-    """Write the columns ``at`` to ``past`` of all voxels; those which are not among ``voxels`` are NaN."""
+def _append(file: IO[bytes], columns: slice, voxels: np.ndarray, block: np.ndarray) -> None:
+    """Write some columns of all voxels, NaN where a column is not among ``voxels``, those of ``block``."""
     n_columns = max(1, BLOCK_BYTES // (4 * len(block)))
-    for start in range(at, past, n_columns):
-        stop = min(start + n_columns, past)
-        whole = np.full((stop - start, len(block)), np.nan, "<f4")
-        here = slice(*np.searchsorted(voxels, (start, stop)))
-        whole[voxels[here] - start] = block.T[here]
-        file.write(whole.data)
+    for start in range(columns.start, columns.stop, n_columns):
+        stop = min(start + n_columns, columns.stop)
+        values = np.full((stop - start, len(block)), np.nan, "<f4")
+        inside = slice(*np.searchsorted(voxels, (start, stop)))
+        values[voxels[inside] - start] = block.T[inside]
+        file.write(values.data)
 
 
 def _correlate(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -181,7 +166,7 @@ def _correlate(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def _score(cc: np.ndarray | None) -> str:
     if cc is None or np.isnan(cc).all():
         return ""
-    found = summarise(cc[~np.isnan(cc)])
+    summary = summarise(cc[~np.isnan(cc)])
     n_without = int(np.isnan(cc).sum())
-    without = f", {n_without} voxels without" if n_without else ""
-    return f"; CC {found['cc_mean']:.4f}, best 5% {found['cc_top5']:.4f}{without}"
+    without = f", {n_without} voxels without a CC" if n_without else ""
+    return f"; CC {summary['cc_mean']:.4f}, best 5% {summary['cc_top5']:.4f}{without}"

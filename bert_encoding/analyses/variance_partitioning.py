@@ -1,19 +1,9 @@
-"""How much of a voxel's variance does each feature space explain alone, and how much do several share?
+"""Variance partitioning: the variance of a voxel that each feature space explains alone, and that several share.
 
-Ridge is fitted on every subset of the spaces, and set arithmetic over the scores of these nested fits answers
-(Lescroart et al. 2015, Frontiers in Computational Neuroscience 9:135; de Heer et al. 2017, Journal of Neuroscience
-37:6539).
-
-Explained variance is here the squared CC with its sign, ``cc |cc|``: what a prediction explains at its best scale, and
-below 0 if it is upside down, so that voxels of noise average to 0. Why not R2, which is reported too:
-docs/variance_partitioning.md.
-
-In return the squared CC of two uncorrelated spaces adds up only where the joint fit weighs them against each other as
-well as each is worth. One penalty for all need not: what the joint fit loses by it is missing from the unique parts and
-counted as shared. One penalty per space (``regression/banded_ridge.py``) mends that. On held-out rows parts can be
-negative; cutting them off at 0 would make noise count as explained.
-
-Whether a space tells of a voxel what the others do not is tested by ``unique_p``.
+Ridge is fitted on every subset of the spaces, and inclusion and exclusion over the scores of these nested fits gives
+the parts (Lescroart et al. 2015, Frontiers in Computational Neuroscience 9:135; de Heer et al. 2017, Journal of
+Neuroscience 37:6539). Explained variance is the squared CC with its sign, ``cc |cc|``. Why not R2, what one penalty for
+all spaces costs, and how the test of a unique part is calibrated: docs/variance_partitioning.md.
 """
 
 import tempfile
@@ -32,11 +22,11 @@ from bert_encoding.statistics.correlation import VOXELS_PER_BLOCK, correlate
 from bert_encoding.statistics.permutation import N_PERMUTATIONS, block_permutation_p, count_orders
 from bert_encoding.trial.scoring import Design
 
-NOTHING_LEFT = 1e-6  # of a prediction's norm: what is left is rounding
+ROUNDING = 1e-6  # of a prediction's norm: a smaller residual is rounding error
 
 
-class Chance(NamedTuple):
-    """How chance is told from success: stories of the scored rows, permutations and their seed."""
+class PermutationSettings(NamedTuple):
+    """Stories of the scored rows, number of permutations, and seed of a block permutation test."""
 
     story_of_row: np.ndarray
     n_permutations: int
@@ -50,13 +40,12 @@ class Chance(NamedTuple):
         return block_permutation_p(Y, predicted, self.story_of_row, **options)
 
 
-def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, chance: Chance) -> np.ndarray:
-    """Return p of what the joint prediction knows and the one without a space does not, one-sided, (n_voxels,).
+def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, permutation: PermutationSettings) -> np.ndarray:
+    """Return one-sided p of what the joint prediction adds to the one without a space, (n_voxels,).
 
-    The statistic is the partial CC of response and joint prediction given the other prediction: the CC of what least
-    squares on the latter leaves of both. Blocks of what is left of the joint prediction are permuted (Kennedy 1995,
-    Journal of Business & Economic Statistics 13:85). So neither prediction's scale matters. Why not a plain
-    difference, and the measured calibration: docs/variance_partitioning.md.
+    The statistic is the partial CC of response and joint prediction given the other prediction, so the scale of neither
+    prediction matters. Blocks of the joint prediction's residual are permuted (Kennedy 1995, Journal of Business &
+    Economic Statistics 13:85).
 
     Parameters
     ----------
@@ -65,27 +54,31 @@ def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, chance: Chan
     p = np.empty(Y.shape[1])
     for start in range(0, Y.shape[1], VOXELS_PER_BLOCK):
         block = slice(start, start + VOXELS_PER_BLOCK)
-        p[block] = chance.p(*(what_is_left(values[:, block], without[:, block]) for values in (Y, joint)))
+        p[block] = permutation.p(*(residual(values[:, block], without[:, block]) for values in (Y, joint)))
     return p
 
 
-def what_is_left(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return what least squares on one known course leaves of each column, (n_rows, n_voxels) float64 of mean 0.
+def residual(values: np.ndarray, regressors: np.ndarray) -> np.ndarray:
+    """Return the residual of each column of ``values`` after least squares on that column of ``regressors``.
 
     Parameters
     ----------
-    values, known : (n_rows, n_voxels); a constant column of ``known`` tells nothing
+    values, regressors : (n_rows, n_voxels); a constant regressor explains nothing
+
+    Returns
+    -------
+    (n_rows, n_voxels) float64 of mean 0
     """
-    y, x = (array - array.mean(axis=0, dtype=np.float64) for array in (values, known))
+    y, x = (array - array.mean(axis=0, dtype=np.float64) for array in (values, regressors))
     power = np.einsum("tv,tv->v", x, x)
     slope = np.divide(np.einsum("tv,tv->v", x, y), power, out=np.zeros_like(power), where=power > 0)
-    left = y - slope * x
-    left[:, np.linalg.norm(left, axis=0) <= NOTHING_LEFT * np.linalg.norm(y, axis=0)] = 0
-    return left
+    rest = y - slope * x
+    rest[:, np.linalg.norm(rest, axis=0) <= ROUNDING * np.linalg.norm(y, axis=0)] = 0
+    return rest
 
 
 Subset = tuple[str, ...]
-RESPONSES: Subset = ()  # under which responses are kept beside predictions
+RESPONSES: Subset = ()  # the key of responses in the cache of predictions
 
 
 class Panel(NamedTuple):
@@ -101,7 +94,7 @@ class Panel(NamedTuple):
 
 
 class NestedScores(NamedTuple):
-    """How well one subset of the feature spaces predicts one subject.
+    """Scores of one subset of the feature spaces in one subject.
 
     Attributes
     ----------
@@ -109,9 +102,9 @@ class NestedScores(NamedTuple):
     story_cc : (n_scored_stories, n_voxels) CC inside each; NaN where a response is constant there
     p : (n_voxels,) of the CC; NaN where the scored stories are too short for a permutation test
     ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
-    grid : penalties that could be chosen, the same in all subsets of a subject
+    grid : of penalties to choose from, the same in all subsets of a subject
     pressing_low : share of voxels that want a penalty below the grid (``ridge.share_beyond_grid``)
-    p_unique : (n_voxels,) of one space, what it tells beyond all others together; None of several spaces
+    p_unique : (n_voxels,) of what one space adds to all others together; None for several spaces
     """
 
     cc: np.ndarray
@@ -130,14 +123,14 @@ class NestedScores(NamedTuple):
 
     @property
     def edge_share(self) -> dict[str, float]:
-        """Share of voxels whose penalty (of banded ridge the smallest) lies at either edge of the grid."""
+        """Share of voxels whose penalty (of banded ridge the smallest) is at an edge of the grid."""
         smallest = self.ridge_alphas.min(axis=0)
         edges = {"low": min(self.grid), "high": max(self.grid)}
         return {name: float(np.mean(np.isclose(smallest, edge, rtol=1e-3))) for name, edge in edges.items()}
 
 
-class Fitting(NamedTuple):
-    """How ridge is fitted: its grid, whether with one penalty per space in the joint fits, and where it runs."""
+class RidgeSettings(NamedTuple):
+    """The grid of penalties, whether joint fits have one penalty per space (banded), the seed and the device."""
 
     ridge_alphas: tuple[float, ...]
     banded: bool = False
@@ -145,34 +138,27 @@ class Fitting(NamedTuple):
     device: torch.device | None = None
 
 
-class Fit(NamedTuple):
-    """How the fit of one subset to one subject went; its predictions lie in files.
+class SubsetFit(NamedTuple):
+    """The fit of one subset to one subject, without its predictions, which are cached.
 
     Attributes
     ----------
-    ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
-    grid, wanted : penalties that could be chosen, and the wider grid that the voxels ask for, if any
-    pressing_low : as in ``NestedScores``
+    ridge_alphas, grid, pressing_low : as in ``NestedScores``
+    wider_grid : the grid that the voxels need, if it is wider
     """
 
     ridge_alphas: np.ndarray
     grid: tuple[float, ...]
-    wanted: tuple[float, ...] | None
+    wider_grid: tuple[float, ...] | None
     pressing_low: float
 
 
 Panels = Callable[[], Iterator[Panel]]
-Fits = dict[tuple[str, Subset], Fit]  # by subject and subset
+Fits = dict[tuple[str, Subset], SubsetFit]  # by subject and subset
 
 
-class Kept:
-    """Predictions and scored responses of one subject, panel by panel, in files: together they may exceed memory.
-
-    Parameters
-    ----------
-    folder : where
-    subject : number of the subject
-    """
+class PredictionCache:
+    """Predictions and scored responses of one subject, by number, in one file per panel: they may exceed memory."""
 
     def __init__(self, folder: Path, subject: int) -> None:
         self.folder, self.subject = folder, subject
@@ -182,7 +168,7 @@ class Kept:
             np.save(self._file(subset, panel), values)
         except OSError as error:
             size = f"{values.nbytes / 2**20:.0f} MiB of predictions"
-            raise InputError(f"{self.folder}: no room for {size} ({error.strerror or error}); make some") from None
+            raise InputError(f"{self.folder}: no room for {size} ({error.strerror or error}); free some") from None
 
     def load(self, subset: Subset, panel: int) -> np.ndarray:
         return np.asarray(np.load(self._file(subset, panel)))
@@ -201,22 +187,22 @@ class Kept:
 def nested_scores(
     designs: Mapping[str, Design],
     panels: Mapping[str, Panels],
-    fitting: Fitting,
+    settings: RidgeSettings,
     n_permutations: int = N_PERMUTATIONS,
     folder: Path | None = None,
 ) -> dict[str, dict[Subset, NestedScores]]:
     """Fit ridge on every non-empty subset of the feature spaces and score its predictions.
 
-    All subsets of a subject are fitted on one grid of penalties, for a difference of grids would be counted as unique
-    or shared. Where more than a fifth of its voxels want a penalty beyond an edge of the grid in any subset
-    (``ridge.extend_alphas``), all are fitted once more, on all penalties that any subset asks for.
+    All subsets of a subject share one grid of penalties, because a difference between grids would count as unique or
+    shared variance. If the voxels need a wider grid in any subset, all subsets are fitted again on the union of these
+    grids.
 
     Parameters
     ----------
-    designs : features a space; all have the same rows and folds
-    panels : subject -> function that yields its voxels part by part; called once or twice a subset
-    folder : where predictions are kept meanwhile, 4 bytes a scored row and voxel, of the responses and of every subset;
-        by default the system's folder of temporary files
+    designs : features of each space; all have the same rows and folds
+    panels : subject -> function that yields its panels of voxels; called once or twice per subset
+    folder : for temporary files, 4 bytes per scored row and voxel of the responses and of every subset; by default the
+        system's
 
     Returns
     -------
@@ -225,15 +211,15 @@ def nested_scores(
     Raises
     ------
     InputError
-        if there is no room for predictions.
+        if the disk is full.
     """
     spaces = tuple(designs)
-    chance = Chance(designs[spaces[0]].scored_story, n_permutations, fitting.seed)
+    permutation = PermutationSettings(designs[spaces[0]].scored_story, n_permutations, settings.seed)
     with tempfile.TemporaryDirectory(dir=folder, prefix="predictions-") as name:
-        kept = {subject: Kept(Path(name), at) for at, subject in enumerate(panels)}
-        fits = _fit_subsets(designs, panels, fitting, kept, dict.fromkeys(panels, fitting.ridge_alphas))
-        fits |= _fit_subsets(designs, panels, fitting, kept, _wider_grids(fits))
-        return {subject: _score_subject(kept[subject], subject, spaces, fits, chance) for subject in panels}
+        caches = {subject: PredictionCache(Path(name), number) for number, subject in enumerate(panels)}
+        fits = _fit_subsets(designs, panels, settings, caches, dict.fromkeys(panels, settings.ridge_alphas))
+        fits |= _fit_subsets(designs, panels, settings, caches, _wider_grids(fits))
+        return {subject: _score_subject(caches[subject], subject, spaces, fits, permutation) for subject in panels}
 
 
 def subsets_of(spaces: Subset) -> list[Subset]:
@@ -242,10 +228,10 @@ def subsets_of(spaces: Subset) -> list[Subset]:
 
 
 def partition_variance(explained: Mapping[Subset, np.ndarray]) -> dict[Subset, np.ndarray]:
-    """Return what each subset of the spaces explains and no other space does, subset -> (n_voxels,).
+    """Return the variance that exactly the spaces of each subset share, subset -> (n_voxels,).
 
-    What a set T of spaces explains together is the sum of all parts that one of them has a share in. So the parts that
-    lie wholly inside T sum to ``E(all) - E(all but T)``, and inclusion and exclusion gives each single part:
+    A set of spaces explains the sum of all parts that any of its spaces shares. So the parts within a set T sum to
+    ``E(all) - E(all but T)``, and inclusion and exclusion gives each single part:
 
         part(T) = sum over S in T of (-1)^(|T| - |S|) (E(all) - E(all but S))
 
@@ -272,7 +258,7 @@ def partition_variance(explained: Mapping[Subset, np.ndarray]) -> dict[Subset, n
 def r2_score(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return the explained share of variance, ``1 - sum (y - p)^2 / sum y^2`` with both about their means, (n_voxels,).
 
-    Means are taken out since ridge has no intercept, and CC ignores them too. NaN where a response is constant.
+    Means are subtracted because ridge has no intercept. NaN where a response is constant.
 
     Parameters
     ----------
@@ -287,90 +273,86 @@ def r2_score(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return r2
 
 
-def _make_ridge(designs: Sequence[Design], fitting: Fitting) -> CrossValidatedRidge | BandedRidge:
+def _make_ridge(designs: Sequence[Design], settings: RidgeSettings) -> CrossValidatedRidge | BandedRidge:
     X, folds = [design.fit for design in designs], designs[0].folds
-    if fitting.banded and len(X) > 1:
-        options: dict[str, Any] = {"seed": fitting.seed, "device": fitting.device}
-        return BandedRidge(X, folds, fitting.ridge_alphas, **options)
-    return CrossValidatedRidge(np.hstack(X), folds, fitting.ridge_alphas, device=fitting.device)
+    if settings.banded and len(X) > 1:
+        options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
+        return BandedRidge(X, folds, settings.ridge_alphas, **options)
+    return CrossValidatedRidge(np.hstack(X), folds, settings.ridge_alphas, device=settings.device)
 
 
 def _fit_subsets(
     designs: Mapping[str, Design],
     panels: Mapping[str, Panels],
-    fitting: Fitting,
-    kept: Mapping[str, Kept],
+    settings: RidgeSettings,
+    caches: Mapping[str, PredictionCache],
     grids: Mapping[str, tuple[float, ...]],
 ) -> Fits:
-    """Fit every subset to the subjects that have a grid, on that grid."""
+    """Fit every subset to each subject that has a grid, on that grid."""
     fits: Fits = {}
     for subset in subsets_of(tuple(designs)) if grids else ():
         chosen = [designs[space] for space in subset]
-        ridge = _make_ridge(chosen, fitting)  # decomposed once for all subjects
+        ridge = _make_ridge(chosen, settings)  # decomposed once for all subjects
         X = np.hstack([design.scored for design in chosen])
         for subject, grid in grids.items():
-            fits[subject, subset] = _fit_panels(ridge.with_alphas(grid), X, panels[subject], kept[subject], subset)
+            fits[subject, subset] = _fit_panels(ridge.with_alphas(grid), X, panels[subject], caches[subject], subset)
     return fits
 
 
 def _fit_panels(
-    ridge: CrossValidatedRidge | BandedRidge, X: np.ndarray, parts: Panels, kept: Kept, subset: Subset
-) -> Fit:
-    """Fit a subject panel by panel, and keep the predictions of the rows ``X``."""
-    found = []
-    for at, panel in enumerate(parts()):
-        predicted, alphas, cv_cc = ridge.fit_predict(panel.fit, X)
-        kept.save(subset, at, predicted)
-        kept.save(RESPONSES, at, panel.scored)
-        found.append((np.atleast_2d(alphas), cv_cc))
-    ridge_alphas, cv_cc = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    ridge: CrossValidatedRidge | BandedRidge, X: np.ndarray, panels: Panels, cache: PredictionCache, subset: Subset
+) -> SubsetFit:
+    """Fit a subject panel by panel, and cache the predictions for the rows ``X``."""
+    fits = []
+    for number, panel in enumerate(panels()):
+        predicted, ridge_alphas, cv_cc = ridge.fit_predict(panel.fit, X)
+        cache.save(subset, number, predicted)
+        cache.save(RESPONSES, number, panel.scored)
+        fits.append((np.atleast_2d(ridge_alphas), cv_cc))
+    ridge_alphas, cv_cc = (np.concatenate(parts, axis=1) for parts in zip(*fits, strict=True))
     share = share_beyond_grid(cv_cc)
-    wanted = extend_alphas(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
-    return Fit(ridge_alphas, ridge.ridge_alphas, wanted, share["low"])
+    wider = extend_alphas(ridge.ridge_alphas, share, ridge.largest_eigenvalue)
+    return SubsetFit(ridge_alphas, ridge.ridge_alphas, wider, share["low"])
 
 
 def _wider_grids(fits: Fits) -> dict[str, tuple[float, ...]]:
-    """Return, of each subject that asks for more penalties in any subset, all that it asks for."""
-    wanted: dict[str, set[float]] = {}
+    """Return the union of the wider grids of each subject that needs one."""
+    unions: dict[str, set[float]] = {}
     for (subject, _), fit in fits.items():
-        wanted.setdefault(subject, set()).update(fit.wanted or ())
-    return {subject: tuple(sorted(grid)) for subject, grid in wanted.items() if grid}
+        unions.setdefault(subject, set()).update(fit.wider_grid or ())
+    return {subject: tuple(sorted(union)) for subject, union in unions.items() if union}
 
 
-def _score_subject(kept: Kept, subject: str, spaces: Subset, fits: Fits, chance: Chance) -> dict[Subset, NestedScores]:
-    """Score every subset from the predictions kept; those that are not needed again make room."""
-    found = {}
+def _score_subject(
+    cache: PredictionCache, subject: str, spaces: Subset, fits: Fits, permutation: PermutationSettings
+) -> dict[Subset, NestedScores]:
+    """Score every subset from the cached predictions, and delete them as soon as possible."""
+    scores = {}
     for subset in subsets_of(spaces):
-        found[subset] = _score(kept, subset, chance, fits[subject, subset])
+        scores[subset] = _score(cache, subset, permutation, fits[subject, subset])
         if len(subset) < len(spaces) - 1:
-            kept.drop(subset)
-    for space, p in _unique_p(kept, spaces, chance).items() if len(spaces) > 1 else ():
-        found[(space,)] = found[(space,)]._replace(p_unique=p)
+            cache.drop(subset)
+    for space in spaces if len(spaces) > 1 else ():
+        scores[(space,)] = scores[(space,)]._replace(p_unique=_unique_p(cache, spaces, space, permutation))
     for subset in (RESPONSES, *subsets_of(spaces)):
-        kept.drop(subset)
-    return found
+        cache.drop(subset)
+    return scores
 
 
-def _score(kept: Kept, subset: Subset, chance: Chance, fit: Fit) -> NestedScores:
+def _score(cache: PredictionCache, subset: Subset, permutation: PermutationSettings, fit: SubsetFit) -> NestedScores:
     """Score the predictions of one subset, a panel at a time."""
-    stories = [chance.story_of_row == story for story in np.unique(chance.story_of_row)]
+    stories = [permutation.story_of_row == story for story in np.unique(permutation.story_of_row)]
     panels = []
-    for at in range(kept.n_panels(subset)):
-        Y, predicted = kept.load(RESPONSES, at), kept.load(subset, at)
+    for number in range(cache.n_panels(subset)):
+        Y, predicted = cache.load(RESPONSES, number), cache.load(subset, number)
         story_cc = np.stack([correlate(Y[rows], predicted[rows]) for rows in stories])
-        panels.append((correlate(Y, predicted), r2_score(Y, predicted), story_cc, chance.p(Y, predicted)))
+        panels.append((correlate(Y, predicted), r2_score(Y, predicted), story_cc, permutation.p(Y, predicted)))
     cc, r2, story_cc, p = (np.concatenate(part, axis=-1) for part in zip(*panels, strict=True))
     return NestedScores(cc, r2, story_cc, p, fit.ridge_alphas, fit.grid, fit.pressing_low)
 
 
-def _unique_p(kept: Kept, spaces: Subset, chance: Chance) -> dict[str, np.ndarray]:
-    """Return, of each space, p of what it tells beyond all others together."""
-    found = {}
-    for space in spaces:
-        rest = tuple(other for other in spaces if other != space)
-        p = []
-        for at in range(kept.n_panels(spaces)):
-            Y, joint, without = (kept.load(of, at) for of in (RESPONSES, spaces, rest))
-            p.append(unique_p(Y, joint, without, chance))
-        found[space] = np.concatenate(p)
-    return found
+def _unique_p(cache: PredictionCache, spaces: Subset, space: str, permutation: PermutationSettings) -> np.ndarray:
+    """Return p of what one space adds to all others together, (n_voxels,)."""
+    rest = tuple(name for name in spaces if name != space)
+    panels = ([cache.load(key, n) for key in (RESPONSES, spaces, rest)] for n in range(cache.n_panels(spaces)))
+    return np.concatenate([unique_p(*panel, permutation) for panel in panels])

@@ -1,7 +1,4 @@
-"""The command ``partition``: what BERT predicts beyond other features (see ``analyses/variance_partitioning.py``).
-
-Feature spaces are fitted on all stories but the test stories and scored on these: nothing is tuned but penalties.
-"""
+"""The command ``partition``: what BERT predicts beyond other features (see ``analyses/variance_partitioning.py``)."""
 
 import importlib.metadata
 import sys
@@ -29,11 +26,10 @@ from bert_encoding.analyses.partition_tables import (
     table_of,
 )
 from bert_encoding.analyses.variance_partitioning import Subset
-from bert_encoding.core.command_line import Names, Text, Whole, absolute, parse_layer
+from bert_encoding.core.command_line import Names, Text, Whole, absolute, check_absent, parse_layer, refuse_options
 from bert_encoding.core.errors import InputError
-from bert_encoding.core.files import code_fingerprint, write_json
+from bert_encoding.core.files import code_fingerprint, output_file, write_json
 from bert_encoding.core.names import BAG_OF_WORDS, DEMOS, FROZEN, STATIC, WORD_RATE
-from bert_encoding.core.storage import atomic_path
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
 from bert_encoding.datasets.story import TRIMS
@@ -65,69 +61,68 @@ def partition(
     seed: Whole = None,
     to: Text = None,
 ) -> int:
-    """Say which voxels BERT predicts that word rate or static vectors do not, and what they explain in common.
+    """Variance partitioning: what BERT explains beyond word rate or static vectors, and what they share.
 
-    Ridge is fitted on every combination of the feature spaces and scored on the test stories. Nothing is tuned here but
-    penalties, inside the other stories, so the test stories may be read.
+    Ridge is fitted on every combination of the feature spaces and scored on the test stories. Only ridge penalties are
+    tuned here, on the other stories, so scoring the test stories does not bias a later study.
 
     Parameters
     ----------
     path
         'demo', 'demo-null', 'demo-helps', or the folder of your data.
     model
-        minilm, minilm-plain, a checkpoint folder or a hub name; frozen. [default: minilm]
+        The frozen encoder: minilm, minilm-plain, a checkpoint folder or a hub name. [default: minilm]
     layer
         'last', a number from 0 (embeddings), or several to average, as in 4,5,6. [default: last]
     spaces
         Two or three of bert, word_rate, bag_of_words, static. [default: bert word_rate]
     static_vectors
-        File of GloVe or word2vec vectors, for the space static.
+        File of GloVe or word2vec vectors, for the space 'static'.
     subjects
         Whose responses. [default: all]
     test_stories
         Stories to score. [default: the published ones]
     train_stories
-        Fit on so many other stories, a seeded choice. [default: all others]
+        Fit on this many of the other stories, drawn at random (--seed). [default: all]
     trim
         How the responses were cut: published (10 volumes at the start, 5 at the end) or course (5, 10).
         [default: published]
     trust_alignment
-        Go on although word rate lags elsewhere than in aligned data.
+        Continue although the lag of word rate does not look like aligned data.
     banded
-        Give each space a penalty of its own in the joint fits.
+        Use one penalty per space in the joint fits.
     seed
-        Of folds, permutations and the choice of stories. [default: 0]
+        Random seed of folds, permutations and the choice of stories. [default: 0]
     to
         A new folder for partition.json and partition.npz. [default: results/partition/NAME]
     """
     names = _parse_spaces(spaces, static_vectors)
-    folder = _output(to, path)
+    folder = absolute("--to", to) if to else Path("results") / "partition" / (absolute("", path).name or "data")
+    check_absent(folder / JSON_FILE, folder / ARRAYS_FILE)
     base = _base_config(names, model, layer, seed or 0)
+    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
+    configs = {
+        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
+    }
     task = _open_task(path, trim, trust_alignment, subjects, test_stories, train_stories, base.seed)
-    _fit_and_write(base, _configs(base, names, static_vectors), task, banded, folder)
+    test = task.splits[0].test
+    print(f"the test stories are scored ({', '.join(test)}): choose no layer or other setting by the result")
+    with _new_folder(folder):
+        ceilings = noise_ceilings(task.dataset, test)
+        scores, notes = partition_dataset(configs, task, banded, folder)
+    rows = table_of(scores)
+    content = _provenance(base, names, banded, task)
+    content |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
+    content |= {"table": rows, "normalised": normalised_of(scores, ceilings, test), "arrays": ARRAYS}
+    assert task.dataset.voxel_masks is not None
+    _write(folder, arrays_of(scores, ceilings, test, task.dataset.voxel_masks), content)
+    print_tables(content)
+    print(f"{folder}: written")
     return 0
 
 
-def _fit_and_write(
-    base: TrialConfig, configs: Mapping[str, TrialConfig], task: Task, banded: bool, folder: Path
-) -> None:
-    test = task.splits[0].test
-    print(f"test stories are read ({', '.join(test)}): choose no layer or other setting by the result")
-    with _made(folder):
-        ceilings = noise_ceilings(task.dataset, test)
-        found, notes = partition_dataset(configs, task, banded, folder)
-    rows = table_of(found)
-    about = _about(base, tuple(configs), banded, task)
-    about |= {"notes": [*task.dataset.notes, *notes, *doubts(rows)], "ceilings": ceiling_lines(ceilings)}
-    about |= {"table": rows, "normalised": normalised_of(found, ceilings, test), "arrays": ARRAYS}
-    assert task.dataset.voxel_masks is not None
-    _write(folder, arrays_of(found, ceilings, test, task.dataset.voxel_masks), about)
-    print_tables(about)
-    print(f"{folder}: written")
-
-
-def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset:
-    names = [name for value in given or (BERT, WORD_RATE) for part in value.split(",") if (name := part.strip())]
+def _parse_spaces(spaces: list[str] | None, static_vectors: str | None) -> Subset:
+    names = [name for value in spaces or (BERT, WORD_RATE) for part in value.split(",") if (name := part.strip())]
     if static_vectors and STATIC not in names:
         names.append(STATIC)
     for name in names:
@@ -144,9 +139,7 @@ def _parse_spaces(given: list[str] | None, static_vectors: str | None) -> Subset
 
 def _base_config(names: Subset, model: str | None, layer: str | None, seed: int) -> TrialConfig:
     if BERT not in names:
-        for option, value in (("--model", model), ("--layer", layer)):
-            if value is not None:
-                raise InputError(f"{option} {value}: means nothing without the space {BERT}; leave it out")
+        refuse_options(f"not available without the space {BERT}", model=model, layer=layer)
         return TrialConfig(method=WORD_RATE, seed=seed)
     name, layers = model or MINILM, parse_layer(layer)
     check_model_name(name)
@@ -154,30 +147,20 @@ def _base_config(names: Subset, model: str | None, layer: str | None, seed: int)
     return TrialConfig(method=FROZEN, model=name, layer=layers, seed=seed, embed_precision="float32")
 
 
-def _configs(base: TrialConfig, names: Subset, static_vectors: str | None) -> dict[str, TrialConfig]:
-    vectors = str(absolute("--static-vectors", static_vectors)) if static_vectors else ""
-    return {
-        name: replace(base, method=METHODS[name], static_vectors=vectors if name == STATIC else "") for name in names
-    }
-
-
-def _output(to: str | None, path: str) -> Path:
-    folder = absolute("--to", to) if to else Path("results") / "partition" / (absolute("", path).name or "data")
-    for name in (JSON_FILE, ARRAYS_FILE):
-        if (folder / name).exists():
-            raise InputError(f"--to {folder}: holds a {name} already; give another folder, or move it away")
-    return folder
-
-
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make the folder before hours of computing, not after; if these fail, take away what is empty of it."""
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder before hours of computing, not after; if these fail, delete the new folders that are empty."""
     new = [path for path in (folder, *folder.parents) if not _exists(path)]
     try:
-        _make_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
         yield
     except BaseException:
-        with suppress(OSError):  # one that holds something stays, and so do those above it
+        with suppress(OSError):  # a folder with content stays, and so do its parents
             for path in new:
                 path.rmdir()
         raise
@@ -186,17 +169,8 @@ def _made(folder: Path) -> Iterator[None]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # where one may not look there is nothing to take away
+    except OSError:  # no permission to look: then it is not ours to delete
         return True
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
 
 
 def _open_task(
@@ -218,15 +192,15 @@ def _open_task(
     chosen = choose_subjects(dataset, subjects)
     fit, test = choose_stories(dataset, chosen, test_stories, n_train_stories, seed)
     if len(fit) < MIN_FIT_STORIES:
-        raise InputError(f"{dataset.source}: {len(fit)} stories to fit; at least {MIN_FIT_STORIES} are needed")
+        raise InputError(f"{dataset.source}: {len(fit)} stories left to fit; at least {MIN_FIT_STORIES} are needed")
     if path not in DEMOS:
         dataset = inspect_aligned(dataset.only(fit + test, chosen), fit, trust_alignment)
     return Task(dataset, (Split(tuple(fit), (), tuple(test)),), seed)
 
 
-def _about(base: TrialConfig, names: Subset, banded: bool, task: Task) -> dict[str, Any]:
-    """Return what a later reader needs to run it again."""
-    about: dict[str, Any] = {
+def _provenance(base: TrialConfig, names: Subset, banded: bool, task: Task) -> dict[str, Any]:
+    """Return data, settings and versions, enough to run it again."""
+    content: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command_line": sys.argv,
         "code": code_fingerprint(),
@@ -243,15 +217,15 @@ def _about(base: TrialConfig, names: Subset, banded: bool, task: Task) -> dict[s
         assert encoder is not None
         weights = weights_fingerprint(encoder.model)
         settings = {"layer": base.layer, "window_tokens": base.embed_window_tokens, "stride": base.embed_stride}
-        about["model"] = {"name": encoder.name, "weights": weights, **settings}
-    return about
+        content["model"] = {"name": encoder.name, "weights": weights, **settings}
+    return content
 
 
-def _write(folder: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Write both files; the table comes last, so one that exists is complete."""
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> None:
+    """Write both files, the table last: if it exists, the result is complete."""
+    with output_file(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
     try:
-        with atomic_path(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
-        write_json(folder / JSON_FILE, about)
+        write_json(folder / JSON_FILE, content)
     except OSError as error:
-        raise InputError(f"--to {folder}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None

@@ -1,4 +1,4 @@
-"""The doctor: every defect told, the verdict, what it prints, draws and returns; the commands around a study."""
+"""The data check: defects, verdict, printed report, figure and JSON; the commands ``check`` and ``fetch``."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.lab import read_transcripts
-from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.datasets.story import TRIMS
 
 PNG = b"\x89PNG"
 
@@ -71,6 +70,10 @@ def printed(report: Report) -> str:
     return out.getvalue()
 
 
+def as_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out))
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -83,11 +86,13 @@ def test_good_data_are_usable(good: Path) -> None:
     assert report.survey.dataset.fingerprint == inspect(open_dataset(good)).fingerprint
 
 
-def test_masked_voxels_are_left_out(good: Path) -> None:
+def test_masked_voxels_and_regions_are_reported(good: Path) -> None:
     edit(good, "beta", with_nan)
+    (good / "subject2" / "rois.json").write_text('{"[AC]": [1, 2], "V1": [7]}')
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("usable with these masks", 1)
     assert report.survey.left_out == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
+    assert "note: regions of subject2: [AC] (2 voxels), V1 (1 voxels)\n" in printed(report), "brackets are no markup"
 
 
 def test_other_scales_are_a_doubt(good: Path) -> None:
@@ -99,7 +104,7 @@ def test_other_scales_are_a_doubt(good: Path) -> None:
         "subject2: 2 of 7 stories are not z-scored (mean 0 and SD 1 of each voxel in each story are expected, or "
         "differences between stories drown the words): beta, zeta",
     )
-    assert report.doubts[0] in inspect(open_dataset(good)).notes, "a study says so too"
+    assert report.doubts[0] in inspect(open_dataset(good)).notes, "also a note of a study"
 
 
 def test_no_clear_peak_is_a_doubt(good: Path) -> None:
@@ -111,7 +116,7 @@ def test_no_clear_peak_is_a_doubt(good: Path) -> None:
     assert "alignment could not be confirmed" in report.doubts[-1]
 
 
-def test_a_copy_of_a_story_or_of_a_listener_is_not_usable(good: Path) -> None:
+def test_a_copied_subject_is_not_usable(good: Path) -> None:
     shutil.copytree(good / "subject2", good / "subject2_backup")
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("not usable", 2)
@@ -124,25 +129,20 @@ def test_a_copy_of_a_story_or_of_a_listener_is_not_usable(good: Path) -> None:
         inspect(open_dataset(good))
 
 
-def test_the_regions_found_are_told(good: Path) -> None:
-    (good / "subject2" / "rois.json").write_text('{"AC": [1, 2], "V1": [7]}')
-    assert "regions of subject2: AC (2 voxels), V1 (1 voxels)" in check_dataset(open_dataset(good)).notes
-
-
 @pytest.mark.parametrize(
-    ("lost", "value", "complaint"),
+    ("rows", "value", "message"),
     [
         ([4, 7], np.nan, "has no finite voxel: in row 4, 7 no value is finite; interpolate there"),
         (slice(None), 0.0, "has no voxel that is finite and varies; leave the story out or mend the file"),
     ],
     ids=["lost volumes", "zeros"],
 )
-def test_a_story_without_a_valid_voxel_is_named(good: Path, lost: Any, value: float, complaint: str) -> None:
-    rows = np.load(good / "subject2" / "beta.npy")
-    rows[lost] = value
-    np.save(good / "subject2" / "beta.npy", rows)
+def test_a_story_without_a_valid_voxel_is_named(good: Path, rows: Any, value: float, message: str) -> None:
+    responses = np.load(good / "subject2" / "beta.npy")
+    responses[rows] = value
+    np.save(good / "subject2" / "beta.npy", responses)
     (reason,) = check_dataset(open_dataset(good)).reasons
-    assert f"beta.npy: story beta, subject subject2: {complaint}" in reason
+    assert f"beta.npy: story beta, subject subject2: {message}" in reason
 
 
 def test_the_wrong_trim_is_not_usable(good: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_wrong_trim_is_not_usable(good: Path) -> None:
     assert "try --trim published" in reason
 
 
-def test_every_reason_is_told_and_the_other_stories_are_checked(good: Path) -> None:
+def test_all_reasons_are_reported_and_the_other_stories_are_checked(good: Path) -> None:
     (good / "subject2" / "beta.npy").write_bytes(b"\x93NUMPY damaged")
     edit(good, "delta", lambda rows: rows.T)
     report = check_dataset(open_dataset(good))
@@ -173,7 +173,7 @@ def test_every_reason_is_told_and_the_other_stories_are_checked(good: Path) -> N
         assert f"  because {reason}\n" in text
 
 
-def test_nothing_readable_is_a_verdict_and_no_traceback(good: Path) -> None:
+def test_unreadable_files_alone_give_a_verdict(good: Path) -> None:
     for file in (good / "subject2").glob("*.npy"):
         file.write_bytes(b"")
     report = check_dataset(open_dataset(good))
@@ -191,7 +191,7 @@ def test_a_subject_without_a_valid_voxel_is_not_usable(good: Path) -> None:
     assert not report.profiles[0].is_clear
 
 
-def test_only_chosen_subjects_and_stories_that_were_heard(tmp_path: Path) -> None:
+def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path) -> None:
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
     for name in ("alpha", "beta"):
         (lab / "subject3" / f"{name}.npy").unlink()
@@ -211,7 +211,7 @@ def test_only_chosen_subjects_and_stories_that_were_heard(tmp_path: Path) -> Non
         with_responses(open_dataset(lab), ["x"])
 
 
-def test_bad_text_of_a_story_that_nobody_heard_is_no_reason(good: Path) -> None:
+def test_bad_text_of_a_story_without_responses_is_no_reason(good: Path) -> None:
     read = read_transcripts(good / "raw_text.pkl")
     content = {n: LabSequence(list(s.data), np.array(s.data_times), np.array(s.tr_times)) for n, s in read.items()}
     content["unheard"] = LabSequence(["a"], np.array([np.nan]), np.arange(30) * 2.0)
@@ -227,7 +227,7 @@ def a_profile(cc: np.ndarray, floor: float) -> LagProfile:
     return LagProfile("here", "s", SHIFTS, cc, floor, peak, bool(cc.max() > floor), 2.0, TRIMS["published"])
 
 
-def test_the_bars() -> None:
+def test_lag_profile_is_a_bar_chart() -> None:
     cc = np.zeros(21)
     cc[[12, 13, 0, 1]] = 0.05, 0.025, -0.01, 0.001
     lines = lag_lines(a_profile(cc, 0.01))
@@ -237,19 +237,17 @@ def test_the_bars() -> None:
     assert lines[13] == ">  +2 +0.0500 " + "#" * 50
     assert lines[14] == ">  +3 +0.0250 " + "#" * 25
     assert [line[:5].split()[-1] for line in lines[1:]] == [f"{shift:+d}" for shift in range(-10, 11)]
-    assert [line[5 - 1] for line in lines[1:] if line.startswith(">")] == ["1", "2", "3", "4"]
-
-
-def test_bars_below_the_floor_are_not_clear() -> None:
+    assert [line[4] for line in lines[1:] if line.startswith(">")] == ["1", "2", "3", "4"]
     lines = lag_lines(a_profile(np.full(21, -0.01), 0.02))
     assert lines[0].endswith("within the noise")
     assert {line[13:] for line in lines[1:]} == {" " * 51 + ":"}
 
 
-def test_the_table_has_a_line_a_story_with_its_counts(good: Path) -> None:
+def test_table_has_one_row_per_story_with_its_counts(good: Path) -> None:
     edit(good, "beta", with_nan)
     edit(good, "gamma", lambda rows: rows[:-1])
-    lines = {line.split()[0]: line.split() for line in printed(check_dataset(open_dataset(good))).splitlines() if line}
+    text = printed(check_dataset(open_dataset(good)))
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     n_rows = len(np.load(good / "subject2" / "beta.npy"))
     assert lines["beta"][:9] == ["beta", "subject2", "307", "0", "0.0%", str(n_rows), "12", "1", "0"]
     assert lines["beta"][9:] == ["0.00", "1.00-1.00", "-", "ok"]
@@ -257,27 +255,25 @@ def test_the_table_has_a_line_a_story_with_its_counts(good: Path) -> None:
     assert lines["gamma"][5:] == [str(n_rows), "of", str(n_rows + 1), "12", "-", "-", "-", "-", "-", "NOT", "USABLE"]
 
 
-def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
-    lab = make_lab(tmp_path / "[bold]lab", stories=("[red]", "b", "c"))
-    text = printed(check_dataset(open_dataset(lab)))
-    assert "[red]" in text
-
-
-def test_json_holds_the_numbers(good: Path) -> None:
+def test_json_contains_the_numbers(good: Path) -> None:
     edit(good, "beta", with_nan)
     report = check_dataset(open_dataset(good))
-    read = json.loads(json.dumps(to_json(report), allow_nan=False))
-    assert set(read) == set(
+    content = json.loads(json.dumps(to_json(report), allow_nan=False))
+    assert set(content) == set(
         "kind source verdict reasons doubts left_out notes fingerprint trim stories responses voxels lags".split()
     )
-    assert (read["kind"], read["source"], read["verdict"]) == ("responses", str(good), "usable with these masks")
-    assert read["trim"] == [10, 5]
-    assert read["voxels"] == {"subject2": {"all": 12, "valid": 11}}
-    assert read["left_out"] == list(report.survey.left_out)
-    assert [story["story"] for story in read["stories"]] == sorted(report.survey.dataset.stories)
-    beta = next(row for row in read["responses"] if row["story"] == "beta")
+    assert (content["kind"], content["source"], content["verdict"]) == (
+        "responses",
+        str(good),
+        "usable with these masks",
+    )
+    assert content["trim"] == [10, 5]
+    assert content["voxels"] == {"subject2": {"all": 12, "valid": 11}}
+    assert content["left_out"] == list(report.survey.left_out)
+    assert [story["story"] for story in content["stories"]] == sorted(report.survey.dataset.stories)
+    beta = next(row for row in content["responses"] if row["story"] == "beta")
     assert (beta["n_nonfinite"], beta["n_rows"], beta["problems"]) == (1, beta["n_rows_expected"], [])
-    (lag,) = read["lags"]
+    (lag,) = content["lags"]
     assert lag["shifts"] == list(range(-10, 11))
     np.testing.assert_array_equal(lag["cc"], report.profiles[0].cc)
     assert lag["peak_s"] == 2 * lag["peak"]
@@ -312,8 +308,8 @@ def test_check_as_json_prints_one_object(
     edit(good, "beta", with_nan)
     assert run("check", str(good), "--json", "--figure", "mine.png", *options) == code
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert (found["verdict"], found["figure"], err) == (verdict, "mine.png", "")
+    content = json.loads(out)
+    assert (content["verdict"], content["figure"], err) == (verdict, "mine.png", "")
     assert Path("mine.png").read_bytes().startswith(PNG)
 
 
@@ -321,12 +317,12 @@ def test_check_chooses_subjects(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"), n_words=300)
     edit(lab, "beta", with_nan, "subject3")
     assert run("check", str(lab), "--subjects", "subject2", "--json") == 0
-    assert list(json.loads(capsys.readouterr().out)["voxels"]) == ["subject2"]
+    assert list(as_json(capsys)["voxels"]) == ["subject2"]
     assert run("check", str(lab), "--json") == 1
-    assert len(json.loads(capsys.readouterr().out)["lags"]) == 2
+    assert len(as_json(capsys)["lags"]) == 2
 
 
-def test_a_figure_that_cannot_be_written_does_not_cost_the_verdict(
+def test_the_verdict_is_printed_although_the_figure_cannot_be_written(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("results").write_text("a file where the folder should be")
@@ -335,11 +331,11 @@ def test_a_figure_that_cannot_be_written_does_not_cost_the_verdict(
     assert "no figure: results/check/good-lag.png: " in out
     assert out.endswith("verdict: usable\n")
     assert run("check", str(good), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["figure"] is None
+    assert as_json(capsys)["figure"] is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["{lab}", "--trim", "10"], "--trim 10: give published or course"),
         (["{lab}", "--subjects", "nobody"], "no subject nobody; it has subject2"),
@@ -352,13 +348,15 @@ def test_a_figure_that_cannot_be_written_does_not_cost_the_verdict(
         ([], "path"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], said: str, lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_mistakes_in_one_line(
+    arguments: list[str], message: str, lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("check", *(argument.format(lab=lab) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert said.format(lab=lab).lower() in err.lower()
+    assert message.format(lab=lab).lower() in err.lower()
     assert not Path("results").exists()
 
 
@@ -370,9 +368,9 @@ def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert lines[0].startswith(f"{file}: 10 texts, ")
     assert lines[-1] == "verdict: usable"
     assert run("check", str(file), "--clean", "--examples", "4", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["kind"], found["source"], found["verdict"]) == ("text", str(file), "usable")
-    assert found["notes"][0].startswith(f"{file}: 4 texts, ")
+    content = as_json(capsys)
+    assert (content["kind"], content["source"], content["verdict"]) == ("text", str(file), "usable")
+    assert content["notes"][0].startswith(f"{file}: 4 texts, ")
     assert not Path("results").exists()
 
 
@@ -391,16 +389,16 @@ def test_the_demo_is_usable_and_its_trim_matters(
 ) -> None:
     from bert_encoding.demo import stories as demo
 
-    heard: list[Any] = [demo.simulate_listener(demo.demo_stories())]
-    monkeypatch.setattr(demo, "simulate_listener", lambda stories: heard[0])
+    simulated = demo.simulate_listener(demo.demo_stories())
+    monkeypatch.setattr(demo, "simulate_listener", lambda stories: simulated)
     assert run("check", "demo", "--json") == 0
-    (lag,) = json.loads(capsys.readouterr().out)["lags"]
+    (lag,) = as_json(capsys)["lags"]
     assert lag["peak"] in (2, 3)
     assert run("check", "demo", "--trim", "course", "--json") == 2
-    assert "try --trim published" in json.loads(capsys.readouterr().out)["reasons"][0]
+    assert "try --trim published" in as_json(capsys)["reasons"][0]
 
 
-def test_it_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
+def test_check_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-m", "bert_encoding", "check", str(lab), "--trim", "none"],
@@ -417,8 +415,8 @@ def test_it_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What would have been fetched."""
+def fetch_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of downloads that are not made."""
     from bert_encoding.datasets.fetching.lebel2023 import FetchResult
 
     calls: list[dict[str, Any]] = []
@@ -431,9 +429,11 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_fetch_says_where_and_what_next(fetched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_prints_the_folder_and_the_next_command(
+    fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("fetch", "lebel2023", "--subjects", "UTS01", "UTS03", "--to", "stories of [red]") == 0
-    (call,) = fetched
+    (call,) = fetch_calls
     assert isinstance(call.pop("console"), Console)
     assert call == {"subjects": ["UTS01", "UTS03"], "to": Path("stories of [red]"), "stories": None}
     assert capsys.readouterr().out.splitlines() == [
@@ -442,27 +442,27 @@ def test_fetch_says_where_and_what_next(fetched: list[dict[str, Any]], capsys: p
     ]
 
 
-def test_fetch_passes_what_is_given(fetched: list[dict[str, Any]]) -> None:
+def test_fetch_passes_its_options(fetch_calls: list[dict[str, Any]]) -> None:
     options = "--subjects UTS03 --to d --stories life alternateithicatom --base-url https://a/ --keys-url https://b/"
     assert run("fetch", "lebel2023", *options.split()) == 0
-    assert fetched[0]["stories"] == ["life", "alternateithicatom"]
-    assert (fetched[0]["base_url"], fetched[0]["keys_url"]) == ("https://a/", "https://b/")
+    assert fetch_calls[0]["stories"] == ["life", "alternateithicatom"]
+    assert (fetch_calls[0]["base_url"], fetch_calls[0]["keys_url"]) == ("https://a/", "https://b/")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["other", "--subjects", "UTS03", "--to", "d"], "no data set 'other' to fetch; there is lebel2023"),
         (["lebel2023", "--to", "d"], "name the subjects, as in --subjects UTS03"),
         (["lebel2023", "--subjects", "UTS03"], "name the folder, as in --to DIR"),
     ],
 )
-def test_fetch_needs_to_know(
-    arguments: list[str], said: str, fetched: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_fetch_refuses_missing_options(
+    arguments: list[str], message: str, fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("fetch", *arguments) == 2
-    assert said in capsys.readouterr().err
-    assert fetched == []
+    assert message in capsys.readouterr().err
+    assert fetch_calls == []
 
 
 # --- a real listener --------------------------------------------------------------------------------------------------
@@ -487,10 +487,3 @@ def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFi
     assert lines[-2] == "verdict: not usable"
     assert "the best lag is -3 TR (-6 s)" in lines[-1]
     assert "try --trim published" in lines[-1]
-
-
-def test_choosing_leaves_the_data_set_as_it_was(lab: Path) -> None:
-    dataset: Dataset = open_dataset(lab)
-    before = replace(dataset)
-    check_dataset(with_responses(dataset, None))
-    assert dataset == before

@@ -1,4 +1,4 @@
-"""A saved encoding model predicts what its trial predicted, and a damaged or hostile file is refused."""
+"""Saved encoding models predict what their trials predicted; damaged and hostile files are refused."""
 
 import io
 import json
@@ -54,7 +54,7 @@ Trial = tuple[Chain, TrialRecord, Path | None]
 
 @pytest.fixture(scope="module")
 def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trial]:
-    """The frozen encoder, its test stories scored too, and a tuned one, read at two layers."""
+    """The frozen encoder, and a fine-tuned one read at two layers."""
     base = TrialConfig(
         model=tiny_encoder.name, precision="float32", embed_precision="float32", epochs=1, lr=1e-2, warmup_epochs=0.0
     )
@@ -62,7 +62,7 @@ def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathF
     frozen, lora = replace(base, method="frozen"), replace(base, layer=(1, 2))
     folder = tmp_path_factory.mktemp("trial") / "adapter"
     return {
-        "frozen": (Chain(frozen, task), run_trial(frozen, task, score_test=True), None),
+        "frozen": (Chain(frozen, task), run_trial(frozen, task), None),
         "lora": (Chain(lora, task), run_trial(lora, task, adapter_folder=folder), folder),
     }
 
@@ -71,17 +71,17 @@ def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathF
 def saved(
     trials: dict[str, Trial], task: Task, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncodingModel]:
-    """Fit a model on the fit stories alone, once."""
-    done: dict[str, EncodingModel] = {}
+    """Fit a model on the fit stories, once per method."""
+    models: dict[str, EncodingModel] = {}
 
     def fit(method: str) -> EncodingModel:
-        if method not in done:
+        if method not in models:
             chain, record, adapter = trials[method]
             file = tmp_path_factory.mktemp("saved") / "model.npz"
             origin = encoding_model.Origin("study", "0001", record.cc)
             fit_encoding_model(chain, task.splits[0].fit, file, adapter=adapter, origin=origin)
-            done[method] = load_model(file)
-        return done[method]
+            models[method] = load_model(file)
+        return models[method]
 
     return fit
 
@@ -103,37 +103,22 @@ def measured(task: Task, subject: str, stories: tuple[str, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
-def test_validation_cc_is_that_of_the_record(
+def test_validation_cc_equals_the_record(
     method: str, saved: Callable[[str], EncodingModel], trials: dict[str, Trial], task: Task
 ) -> None:
     model, names = saved(method), task.splits[0].validation
-    found = predicted(model, task, names)
+    predictions = predicted(model, task, names)
     for subject in SUBJECTS:
-        whole = np.full(N_VOXELS, np.nan)
-        whole[model.subjects[subject].voxels] = correlate(measured(task, subject, names), found[subject])
-        np.testing.assert_allclose(whole, trials[method][1].cc[subject], rtol=0, atol=2e-5)
-        np.testing.assert_array_equal(model.subjects[subject].cc, trials[method][1].cc[subject][~np.isnan(whole)])
+        part, recorded = model.subjects[subject], trials[method][1].cc[subject]
+        cc = correlate(measured(task, subject, names), predictions[subject])
+        np.testing.assert_allclose(cc, recorded[part.voxels], rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(part.cc, recorded[part.voxels])
     assert model.subjects["a"].voxels.tolist() == [v for v in range(N_VOXELS) if v != BAD]
     assert {part.n_all for part in model.subjects.values()} == {N_VOXELS}
 
 
-def test_the_refitted_model_scores_as_the_record_on_test_stories(
-    trials: dict[str, Trial], task: Task, tmp_path: Path
-) -> None:
-    (chain, record, _), split = trials["frozen"], task.splits[0]
-    fit_encoding_model(chain, split.fit + split.validation, tmp_path / "model.npz")
-    model = load_model(tmp_path / "model.npz")
-    found = predicted(model, task, split.test)
-    for subject in SUBJECTS:
-        cc = correlate(measured(task, subject, split.test), found[subject])
-        np.testing.assert_allclose(cc, record.cc_test[subject][model.subjects[subject].voxels], rtol=0, atol=2e-5)
-    assert np.isnan(model.subjects["a"].cc).all(), "no trial was named"
-    assert model.settings.fit_stories == tuple(sorted(split.fit + split.validation))
-    assert model.settings.test_stories == ("wheretheressmoke",) == split.test
-
-
 @pytest.mark.parametrize("method", ["frozen", "lora"])
-def test_predictions_are_those_of_scikit_learn_on_the_trials_features(
+def test_predictions_equal_scikit_learn_on_the_trials_features(
     method: str, saved: Callable[[str], EncodingModel], trials: dict[str, Trial], task: Task, tiny_encoder: Encoder
 ) -> None:
     (chain, _, adapter), split, model = trials[method], task.splits[0], saved(method)
@@ -144,16 +129,16 @@ def test_predictions_are_those_of_scikit_learn_on_the_trials_features(
     }
     X_fit, X_new = (np.vstack([X[n][10:-5] for n in names]) for names in (sorted(split.fit), split.validation))
     mean, std = X_fit.mean(axis=0), X_fit.std(axis=0)
-    found = predicted(model, task, split.validation)
+    predictions = predicted(model, task, split.validation)
     for subject in SUBJECTS:
         Y = measured(task, subject, tuple(sorted(split.fit))).astype(np.float64)
         Y = (Y - Y.mean(axis=0)) / Y.std(axis=0)
         ridge = Ridge(model.subjects[subject].ridge_alphas, fit_intercept=False).fit((X_fit - mean) / std, Y)
         expected = ridge.predict((X_new - mean) / std)
-        np.testing.assert_allclose(found[subject], expected, rtol=0, atol=2e-3 * expected.std())
+        np.testing.assert_allclose(predictions[subject], expected, rtol=0, atol=2e-3 * expected.std())
 
 
-def test_blocks_and_panels_change_nothing(
+def test_block_and_panel_sizes_have_no_effect(
     trials: dict[str, Trial],
     saved: Callable[[str], EncodingModel],
     task: Task,
@@ -161,19 +146,19 @@ def test_blocks_and_panels_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, (chain, _, _), names = saved("frozen"), trials["frozen"], task.splits[0].validation
-    whole = predicted(model, task, names)
+    expected = predicted(model, task, names)
     monkeypatch.setattr(model_file, "BLOCK_BYTES", 5 * 4 * model.n_features)
     widths = [columns.stop - columns.start for columns, _ in model.weights("b")]
     assert widths == [5, 5, 2]
-    np.testing.assert_allclose(predicted(model, task, names)["b"], whole["b"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(predicted(model, task, names)["b"], expected["b"], rtol=0, atol=1e-5)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 20_000)
     assert len(list(response_panels.panels(task.dataset, "b", (), (), 500))) > 1
     fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz")
     panelled = predicted(load_model(tmp_path / "model.npz"), task, names)
-    np.testing.assert_allclose(panelled["a"], whole["a"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(panelled["a"], expected["a"], rtol=0, atol=1e-4)
 
 
-def test_equal_models_are_equal_bytes_that_numpy_reads(
+def test_equal_models_give_equal_bytes_readable_by_numpy(
     trials: dict[str, Trial], saved: Callable[[str], EncodingModel], task: Task, tmp_path: Path
 ) -> None:
     model, (chain, record, adapter) = saved("lora"), trials["lora"]
@@ -193,7 +178,9 @@ def test_equal_models_are_equal_bytes_that_numpy_reads(
 # --- what must fit ----------------------------------------------------------------------------------------------------
 
 
-def test_the_adapter_must_be_the_models_own(saved: Callable[[str], EncodingModel], task: Task, tmp_path: Path) -> None:
+def test_a_missing_or_changed_adapter_is_refused(
+    saved: Callable[[str], EncodingModel], task: Task, tmp_path: Path
+) -> None:
     source, story = saved("lora"), next(iter(task.dataset.stories.values()))
     file = Path(shutil.copy(source.file, tmp_path / "model.npz"))
     with pytest.raises(InputError, match=r"adapter_config.json: cannot be read"):
@@ -206,7 +193,7 @@ def test_the_adapter_must_be_the_models_own(saved: Callable[[str], EncodingModel
         predict_story(load_model(file), story)
 
 
-def test_an_adapter_that_changes_nothing_is_not_kept(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
+def test_an_adapter_without_effect_is_not_saved(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
     chain, _, adapter = trials["lora"]
     assert adapter is not None
     idle = Path(shutil.copytree(adapter, tmp_path / "idle"))
@@ -217,24 +204,24 @@ def test_an_adapter_that_changes_nothing_is_not_kept(trials: dict[str, Trial], t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["idle"]
 
 
-def test_the_encoder_and_the_clock_must_be_the_models_own(
+def test_another_encoder_or_tr_is_refused(
     saved: Callable[[str], EncodingModel], task: Task, tiny_bert: Path, tmp_path: Path
 ) -> None:
     model, story = saved("frozen"), task.dataset.stories["alpha"]
     with pytest.raises(InputError, match="was fitted with another"):
         predict_story(model, story, str(make_tiny_bert(tmp_path / "other", seed=1)))
     moved = Path(shutil.copytree(tiny_bert, tmp_path / "moved"))
-    for one, other in zip(predict_story(model, story, str(moved))["a"], predict_story(model, story)["a"], strict=True):
-        np.testing.assert_array_equal(one[1], other[1])
+    blocks = [list(predict_story(model, story, name)["a"]) for name in (None, str(moved))]
+    np.testing.assert_array_equal(blocks[0][0][1], blocks[1][0][1])
     slower = replace(story, tr_times_s=story.tr_times_s * 1.05)
     with pytest.raises(InputError, match=r"story alpha: a TR of 2.1 s; the model was fitted at 2 s"):
         predict_story(model, slower)
-    with pytest.raises(InputError, match=r"story alpha: 15 volumes, of which 15 are cut"):
+    with pytest.raises(InputError, match=r"story alpha: 15 volumes, of which the trim cuts 15"):
         predict_story(model, replace(story, tr_times_s=story.tr_times_s[:15]))
 
 
 @pytest.mark.parametrize("failure", ["disk", "writing"])
-def test_nothing_is_left_of_a_model_that_could_not_be_written(
+def test_no_file_is_left_if_the_model_cannot_be_written(
     failure: str, trials: dict[str, Trial], task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*of: object) -> None:
@@ -250,7 +237,7 @@ def test_nothing_is_left_of_a_model_that_could_not_be_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
+def test_no_file_is_overwritten(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
     (tmp_path / "model.npz").write_text("precious")
     for name, message in (("model.npz", "exists already"), ("m.npy", "ends in .npz"), ("no/m.npz", "no such folder")):
         with pytest.raises(InputError, match=message):
@@ -268,7 +255,7 @@ N_FEATURES, N_KEPT = 6, 5
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A small model, made without BERT."""
+    """A small model without BERT."""
     rng = np.random.default_rng(0)
     blocks = [(rng.standard_normal((N_FEATURES, n)).astype(np.float32), np.full(n, 10.0)) for n in (3, 2)]
     part = FittedSubject(9, np.array([0, 2, 3, 7, 8]), np.full(N_KEPT, np.nan, np.float32), blocks)
@@ -303,7 +290,7 @@ def claiming(shape: str, content: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + content
 
 
-def test_the_small_model_comes_back(file: Path) -> None:
+def test_a_written_model_is_read_back(file: Path) -> None:
     model = load_model(file)
     assert model.settings == SETTINGS
     rng = np.random.default_rng(0)
@@ -320,7 +307,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "other order": ({"a/weights.npy": npy(np.ascontiguousarray(WEIGHTS))}, "Fortran"),
     "cut": ({"a/weights.npy": npy(WEIGHTS)[:-4]}, "in 116 bytes"),
     "huge claim": ({"a/weights.npy": claiming("(1099511627776, 1099511627776)")}, "1099511627776"),
-    "claims what is not there": ({"a/weights.npy": claiming("(6, 5)")}, "in 0 bytes"),
+    "claim without content": ({"a/weights.npy": claiming("(6, 5)")}, "in 0 bytes"),
     "objects": ({"mean.npy": claiming("(6,)").replace(b"'<f4'", b"'|O' ")}, "object"),
     "header": ({"mean.npy": claiming("__import__('os')")}, "damaged"),
     "member missing": ({"a/cc.npy": None}, "a/cc.npy is missing"),
@@ -336,7 +323,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_line(damage: str, file: Path) -> None:
+def test_damaged_files_are_refused_in_one_line(damage: str, file: Path) -> None:
     changes, message = DAMAGES[damage]
     rewrite(file, changes)
     assert_refused(file, message)
@@ -360,26 +347,22 @@ def test_damage_is_one_line(damage: str, file: Path) -> None:
         ({"subjects": []}, "settings"),
     ],
 )
-def test_wrong_settings_are_one_line(changes: dict[str, Any], message: str, file: Path) -> None:
+def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], message: str, file: Path) -> None:
     rewrite(file, {"settings.npy": with_settings(file, **changes)})
     assert_refused(file, message)
 
 
-def test_a_flipped_bit_a_cut_file_and_no_file_are_one_line(file: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_and_missing_bytes_are_refused_in_one_line(file: Path, tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as archive:
-        at = archive.getinfo("a/weights.npy").header_offset + 200
-    content[at] ^= 1
-    file.write_bytes(content)
-    assert_refused(file, "Bad CRC-32")
-    file.write_bytes(content[:-300])
-    assert_refused(file, "not a zip file")
-    file.write_bytes(b"")
-    assert_refused(file, "not a zip file")
+        content[archive.getinfo("a/weights.npy").header_offset + 200] ^= 1
+    for remains, message in ((content, "Bad CRC-32"), (content[:-300], "not a zip file"), (b"", "not a zip file")):
+        file.write_bytes(remains)
+        assert_refused(file, message)
     assert_refused(tmp_path / "absent.npz", "no such file")
 
 
-def test_a_bomb_is_refused_before_it_unfolds(file: Path) -> None:
+def test_a_compressed_member_is_refused_before_it_is_read(file: Path) -> None:
     bomb = claiming("(6, 5)", bytes(2**26))
     rewrite(file, {"a/weights.npy": bomb}, zipfile.ZIP_DEFLATED)
     assert file.stat().st_size < 2**20

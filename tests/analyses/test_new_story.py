@@ -1,4 +1,4 @@
-"""Transcripts of stories that are in no data set."""
+"""Transcripts of stories outside any data set."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def write(folder: Path, content: str, name: str = "tale.csv") -> Path:
     return folder / name
 
 
-def test_middles_and_bounds_are_the_same_story(tmp_path: Path) -> None:
+def test_middles_and_bounds_give_the_same_story(tmp_path: Path) -> None:
     middles = read_new_story(write(tmp_path, "word,time_s\nonce,5\n,12\n upon ,29.5\n"), **CLOCK, n_trs=30)
     bounds = write(tmp_path, "\ufeffEnd,Word,Start,who\n10,once,0,x\n14,,10,x\n\n39,upon,20,x\n", "b.CSV")
     grid = read_new_story(write(tmp_path, GRID, "g.TextGrid"), **CLOCK)
@@ -51,7 +51,7 @@ def test_the_rows_cover_the_last_word(end_s: float, last_kept_s: float, tmp_path
     assert story.tr_times_s[CLOCK["trim"].rows(len(story.tr_times_s))][-1] == last_kept_s
 
 
-def test_the_demos_stories_get_the_clock_that_they_have(tmp_path: Path) -> None:
+def test_transcripts_of_the_demo_get_its_tr_times(tmp_path: Path) -> None:
     for known in list(demo_stories().stories.values())[:4]:
         rows = [f"{word},{time_s!r}" for word, time_s in zip(known.words, known.word_times_s.tolist(), strict=True)]
         story = read_new_story(write(tmp_path, "\n".join(["word,time_s", *rows])), **CLOCK)
@@ -62,7 +62,7 @@ def test_the_demos_stories_get_the_clock_that_they_have(tmp_path: Path) -> None:
         np.testing.assert_array_equal(story.tr_times_s[:n], known.tr_times_s[:n])
 
 
-def test_rows_are_told(tmp_path: Path) -> None:
+def test_rows_are_described(tmp_path: Path) -> None:
     story = read_new_story(write(tmp_path, "word,time_s\nonce,5\n"), **CLOCK, n_trs=20)
     expected = "5 rows: volumes 11 to 15 of 20, 11 to 19 s from the story's start"
     assert describe_rows(story, CLOCK["trim"]) == expected
@@ -86,7 +86,7 @@ def test_rows_are_told(tmp_path: Path) -> None:
         ("word,time_s\n\udcff,1\n", "not a readable CSV in UTF-8"),
     ],
 )
-def test_bad_transcripts_are_one_line(content: str, message: str, tmp_path: Path) -> None:
+def test_bad_transcripts_are_refused_in_one_line(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "tale.csv"
     file.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message) as caught:
@@ -94,7 +94,7 @@ def test_bad_transcripts_are_one_line(content: str, message: str, tmp_path: Path
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_transcript_or_no_scan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_and_short_scans_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, "word,time_s\na,1\nb,25\nc,26\n")
     with pytest.raises(InputError, match=r"--trs 15: the model cuts 15 volumes of every story; give more"):
         read_new_story(file, **CLOCK, n_trs=15)
@@ -105,5 +105,5 @@ def test_what_is_no_transcript_or_no_scan_is_refused(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match=r"absent.csv: No such file or directory; to name a story of a data set"):
         read_new_story(tmp_path / "absent.csv", **CLOCK)
     monkeypatch.setattr(new_story, "MAX_BYTES", 10)
-    with pytest.raises(InputError, match="which no transcript of a story takes"):
+    with pytest.raises(InputError, match="too large for a transcript"):
         read_new_story(file, **CLOCK)

@@ -1,7 +1,8 @@
-"""Word vectors for other programs: those of a trial, every occurrence of a word, and files without pickle."""
+"""Exported word vectors: equal to those of a trial, every occurrence of a word, files without pickle."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def embedded(bert: Any, encoder: Encoder, dataset: Dataset, **settings: Any) -> 
     """Return the vectors of all stories, one after the other."""
     tokens = {name: tokenize(story.spoken, encoder.tokenizer) for name, story in dataset.stories.items()}
     settings = {"layer": 2, "window_tokens": 512, "stride": 256, "precision": "float32", "device": CPU} | settings
-    found = embed_stories(bert, tokens, encoder.tokenizer, **settings)
-    return np.concatenate([found[name] for name in dataset.stories])
+    vectors = embed_stories(bert, tokens, encoder.tokenizer, **settings)
+    return np.concatenate([vectors[name] for name in dataset.stories])
 
 
 def plain_word(encoder: Encoder, text: str, start: int, end: int, layer: int) -> np.ndarray:
@@ -105,7 +106,7 @@ def plain_word(encoder: Encoder, text: str, start: int, end: int, layer: int) ->
 
 
 @pytest.mark.parametrize("layer", [None, 1, (0, 2)])
-def test_vectors_are_those_of_the_trial(layer: Any, folder: Path, tiny_bert: Path) -> None:
+def test_vectors_equal_those_of_a_trial(layer: Any, folder: Path, tiny_bert: Path) -> None:
     from bert_encoding.trial.config import TrialConfig
     from bert_encoding.trial.pipeline import Chain, Task
 
@@ -116,69 +117,58 @@ def test_vectors_are_those_of_the_trial(layer: Any, folder: Path, tiny_bert: Pat
     chain = Chain(config, Task(heard, (Split(names[:4], names[4:6], names[6:]),), 0))
     assert chain.encoder is not None
     expected = chain.vectors(chain.encoder.copy_model().bert, names, names[:4])
-    found = export_stories(heard, chain.encoder, layer=layer, window_tokens=64, stride=20)
-    for name, rows in found.groupby("story"):
+    table = export_stories(heard, chain.encoder, layer=layer, window_tokens=64, stride=20)
+    for name, rows in table.groupby("story"):
         np.testing.assert_allclose(stacked(rows), expected[str(name)], rtol=0, atol=1e-6)
-    assert list(found["story"].unique()) == list(names)
+    assert list(table["story"].unique()) == list(names)
 
 
 def test_rows_are_those_of_the_transcript(tiny_encoder: Encoder, dataset: Dataset) -> None:
-    found = export_stories(dataset, tiny_encoder)
+    alpha = dataset.stories["alpha"]
+    silent = replace(alpha, words=("{ns}", *alpha.words[1:5], "", *alpha.words[6:]))
+    dataset = replace(dataset, stories={**dataset.stories, "alpha": silent})
+    table = export_stories(dataset, tiny_encoder)
+    zero_rows = ~stacked(table[table["story"] == "alpha"]).any(axis=1)
+    assert np.flatnonzero(zero_rows).tolist() == [0, 5], "rows without speech keep their place"
     stories = dataset.stories.values()
-    assert found["word"].to_list() == [word for story in stories for word in story.words]
-    assert found["word_index"].to_list() == [at for story in stories for at in range(len(story.words))]
-    np.testing.assert_array_equal(found["time_s"], np.concatenate([story.word_times_s for story in stories]))
-    assert stacked(found).dtype == np.float32
+    assert table["word"].to_list() == [word for story in stories for word in story.words]
+    assert table["word_index"].to_list() == [at for story in stories for at in range(len(story.words))]
+    np.testing.assert_array_equal(table["time_s"], np.concatenate([story.word_times_s for story in stories]))
+    assert stacked(table).dtype == np.float32
     np.testing.assert_allclose(
-        stacked(found), embedded(tiny_encoder.model.bert, tiny_encoder, dataset), rtol=0, atol=1e-5
+        stacked(table), embedded(tiny_encoder.model.bert, tiny_encoder, dataset), rtol=0, atol=1e-5
     )
 
 
-def test_a_row_without_speech_keeps_its_place(tiny_encoder: Encoder, dataset: Dataset) -> None:
-    from dataclasses import replace
-
-    story = dataset.stories["alpha"]
-    words = ("{ns}", *story.words[1:5], "", *story.words[6:])
-    found = export_stories(replace(dataset, stories={"alpha": replace(story, words=words)}), tiny_encoder)
-    assert found["word"].to_list() == list(words)
-    assert [not row.any() for row in stacked(found)] == [at in (0, 5) for at in range(len(words))]
-
-
-def test_an_adapter_is_applied(tiny_encoder: Encoder, dataset: Dataset, adapter: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("weights", ["adapter", "all"])
+def test_fine_tuned_weights_are_applied(
+    weights: str, tiny_encoder: Encoder, dataset: Dataset, adapter: tuple[Path, Any], tmp_path: Path
+) -> None:
     saved, tuned = adapter
-    found = stacked(export_stories(dataset, tiny_encoder, adapter=saved))
-    np.testing.assert_allclose(found, embedded(tuned, tiny_encoder, dataset), rtol=0, atol=1e-5)
-    assert np.abs(found - stacked(export_stories(dataset, tiny_encoder))).max() > 0.1
-
-
-def test_all_weights_of_a_trial_are_applied(tiny_encoder: Encoder, dataset: Dataset, tmp_path: Path) -> None:
-    model = tiny_encoder.copy_model()
-    with torch.no_grad():
-        model.bert.encoder.layer[1].output.dense.weight.mul_(20)
-    save_whole(model, tmp_path)
-    found = stacked(export_stories(dataset, tiny_encoder, adapter=tmp_path))
-    np.testing.assert_allclose(found, embedded(model.bert, tiny_encoder, dataset), rtol=0, atol=1e-5)
-    assert np.abs(found - stacked(export_stories(dataset, tiny_encoder))).max() > 0.1
-
-
-def test_the_pristine_model_stays_so(tiny_encoder: Encoder, dataset: Dataset, adapter: tuple[Path, Any]) -> None:
     before = weights_fingerprint(tiny_encoder.model)
-    export_stories(dataset, tiny_encoder, adapter=adapter[0])
-    export_words(TEXTS, ["house"], tiny_encoder)
-    assert weights_fingerprint(tiny_encoder.model) == before
+    if weights == "all":
+        model = tiny_encoder.copy_model()
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight.mul_(20)
+        save_whole(model, tmp_path)
+        saved, tuned = tmp_path, model.bert
+    vectors = stacked(export_stories(dataset, tiny_encoder, adapter=saved))
+    np.testing.assert_allclose(vectors, embedded(tuned, tiny_encoder, dataset), rtol=0, atol=1e-5)
+    assert np.abs(vectors - stacked(export_stories(dataset, tiny_encoder))).max() > 0.1
+    assert weights_fingerprint(tiny_encoder.model) == before, "the pretrained model is unchanged"
 
 
 def test_texts_become_words_and_marks(tiny_encoder: Encoder) -> None:
     texts = ["The house, don't!", "Night."] * 70  # more than are read at once
-    found = export_stories(texts, tiny_encoder, layer=1)
+    table = export_stories(texts, tiny_encoder, layer=1)
     rows = ["The", "house", ",", "don't", "!", "Night", "."] * 70
-    assert found["word"].to_list() == rows
-    assert found["story"].to_list() == [str(n) for n in range(1, 141) for _ in range(5 if n % 2 else 2)]
-    assert found["word_index"].to_list() == [0, 1, 2, 3, 4, 0, 1] * 70
-    assert found["time_s"].isna().all()
+    assert table["word"].to_list() == rows
+    assert table["story"].to_list() == [str(n) for n in range(1, 141) for _ in range(5 if n % 2 else 2)]
+    assert table["word_index"].to_list() == [0, 1, 2, 3, 4, 0, 1] * 70
+    assert table["time_s"].isna().all()
     expected = [plain_word(tiny_encoder, texts[0], *span, layer=1) for span in ((0, 3), (4, 9), (9, 10), (11, 16))]
-    np.testing.assert_allclose(stacked(found)[:4], expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(stacked(found)[700 // 2 :][:4], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(stacked(table)[:4], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(stacked(table)[700 // 2 :][:4], expected, rtol=0, atol=1e-5)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -186,14 +176,14 @@ def test_texts_become_words_and_marks(tiny_encoder: Encoder) -> None:
 
 def test_every_whole_word_is_found_in_its_sentence(tiny_encoder: Encoder) -> None:
     occurrences, _ = export_words(TEXTS, ["house", "MY"], tiny_encoder)
-    found = [tuple(row) for row in occurrences[["word", "text", "sentence", "position"]].itertuples(index=False)]
-    assert found == [
+    rows = [tuple(row) for row in occurrences[["word", "text", "sentence", "position"]].itertuples(index=False)]
+    assert rows == [
         ("house", 1, "The old house said no.", 2),
         ("MY", 1, "In the garden my HOUSE walked!", 3),
         ("house", 1, "In the garden my HOUSE walked!", 4),
         ("house", 3, "mother's house-train; the houses, unhoused _house_ house1", 1),
     ]
-    for word, _, sentence, position in found:
+    for word, _, sentence, position in rows:
         assert word.lower() in sentence.split()[position].lower()
 
 
@@ -221,7 +211,7 @@ def test_a_word_in_a_long_text_is_averaged_over_windows(tiny_encoder: Encoder) -
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "found"),
+    ("text", "words", "expected"),
     [
         ("Don\u2019t, don't dont DON'T", ["don't"], [("don't", 0), ("don't", 1), ("don't", 3)]),
         ("old houses, old house, house", ["house", "old house"], [("old house", 2), ("house", 4)]),
@@ -236,9 +226,11 @@ def test_a_word_in_a_long_text_is_averaged_over_windows(tiny_encoder: Encoder) -
         ),
     ],
 )
-def test_what_is_a_whole_word(text: str, words: list[str], found: list[tuple[str, int]], tiny_encoder: Encoder) -> None:
+def test_whole_words_are_matched(
+    text: str, words: list[str], expected: list[tuple[str, int]], tiny_encoder: Encoder
+) -> None:
     occurrences, _ = export_words([text], words, tiny_encoder)
-    assert list(zip(occurrences["word"], occurrences["position"], strict=True)) == found
+    assert list(zip(occurrences["word"], occurrences["position"], strict=True)) == expected
 
 
 def test_sentences_end_after_their_marks(tiny_encoder: Encoder) -> None:
@@ -275,16 +267,16 @@ def similarities(encoder: Encoder, layer: int) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.demo
-def test_senses_of_a_word_lie_apart() -> None:
+def test_senses_of_a_word_differ_in_later_layers() -> None:
     encoder = load_encoder("minilm")
-    found = {layer: similarities(encoder, layer) for layer in range(encoder.n_layers + 1)}
+    cosines = {layer: similarities(encoder, layer) for layer in range(encoder.n_layers + 1)}
     for layer in range(1, encoder.n_layers + 1):
-        within, across = found[layer]
+        within, across = cosines[layer]
         assert within > across, (layer, within, across)
-    within, across = found[encoder.n_layers]
+    within, across = cosines[encoder.n_layers]
     assert within - across > 0.1, "clearly so in the last layer"
-    words_alone = found[0]  # word and position alone: no sense to tell apart
-    assert words_alone[0] - words_alone[1] < 0.05
+    within, across = cosines[0]  # word and position: no context
+    assert within - across < 0.05
 
 
 # --- files and the command --------------------------------------------------------------------------------------------
@@ -318,11 +310,11 @@ def test_stories_to_parquet(
     assert [path.name for path in file.parent.iterdir()] == ["vectors.parquet"]
 
 
-def test_the_file_says_how_it_was_made(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+def test_files_contain_the_settings(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    given = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
-    assert run(*given, "--to", tmp_path / "a.parquet") == run(*given, "--to", tmp_path / "a.npz") == 0
+    options = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
+    assert run(*options, "--to", tmp_path / "a.parquet") == run(*options, "--to", tmp_path / "a.npz") == 0
     note = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[b"bert_encoding"])
     assert note == {
         **{"model": str(tiny_bert), "layer": [1, 2], "window_tokens": 60, "adapter": None},
@@ -335,8 +327,8 @@ def test_the_file_says_how_it_was_made(tiny_bert: Path, text_file: Path, tmp_pat
 def test_words_to_parquet_and_to_npz(
     tiny_bert: Path, tiny_encoder: Encoder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--model", tiny_bert, "--text", text_file, "--words", "house, my,river")
-    assert run(*given, "--to", tmp_path / "w.parquet") == run(*given, "--to", tmp_path / "w.npz") == 0
+    options = ("--model", tiny_bert, "--text", text_file, "--words", "house, my,river")
+    assert run(*options, "--to", tmp_path / "w.parquet") == run(*options, "--to", tmp_path / "w.npz") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == ["house: 3 occurrences", "my: 1 occurrences", "river: 0 occurrences"]
     assert printed[3:5] == [f"{tmp_path / 'w.parquet'}: written", f"{tmp_path / 'w-means.parquet'}: written"]
@@ -358,7 +350,7 @@ def test_words_to_parquet_and_to_npz(
         }
 
 
-def test_the_adapter_names_its_model(
+def test_the_model_is_that_of_the_adapter(
     adapter: tuple[Path, Any], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "out.npz"
@@ -367,7 +359,7 @@ def test_the_adapter_names_its_model(
     assert "was trained on" in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+def test_no_file_is_overwritten(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
     for existing, to in (("a.npz", "a.npz"), ("b-means.parquet", "b.parquet")):
         (tmp_path / existing).write_text("mine")
         assert run("--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to) == 2
@@ -408,7 +400,7 @@ OUT = ("--to", "OUT.npz")
         ((*MODEL, *TEXT, "--words", "xylophone", *OUT), "--words xylophone: none of them is in the text"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_export_refuses_mistakes_in_one_line(
     arguments: tuple[str, ...],
     message: str,
     folder: Path,
@@ -419,15 +411,15 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    meant = {"MODEL": tiny_bert, "TEXT": text_file, "DATA": folder}
-    assert run(*(meant.get(argument, argument) for argument in arguments)) == 2
+    values = {"MODEL": tiny_bert, "TEXT": text_file, "DATA": folder}
+    assert run(*(values.get(argument, argument) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [text_file.name]
 
 
-def test_help_says_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_warns_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str]) -> None:
     run("--help")
     printed = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
     assert "BERT's vectors are contextual: the same word has another vector in every sentence" in printed

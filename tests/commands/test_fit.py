@@ -1,4 +1,4 @@
-"""The commands ``fit`` and ``predict`` on a study's folder: which trial, which data, which files."""
+"""The commands ``fit`` and ``predict`` on a study's folder: trials, data and files."""
 
 import csv
 import json
@@ -39,20 +39,26 @@ pytestmark = PEFT_WARNS
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """A study's folder ``s`` beside its data ``lab``, as ``study/run.py`` leaves it, without Ray."""
-    root = tmp_path_factory.mktemp("made")
-    make_lab(root / "lab", subjects=SUBJECTS, n_words=100)
-    given = {"space": "smoke", "data": str(root / "lab"), "model": str(tiny_bert), "epochs": 1, "out": str(root)}
-    given |= {"embed_precision": "float32"}
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A study's folder ``s`` next to its data ``lab``, as written by ``study/run.py``, without Ray."""
+    folder = tmp_path_factory.mktemp("root")
+    make_lab(folder / "lab", subjects=SUBJECTS, n_words=100)
+    options = {
+        "space": "smoke",
+        "data": str(folder / "lab"),
+        "model": str(tiny_bert),
+        "epochs": 1,
+        "embed_precision": "float32",
+        "out": str(folder),
+    }
     space = load_space("smoke")
-    study = prepare(resolve_options(given | {"name": "s"}, {}, space), space)
+    study = prepare(resolve_options(options | {"name": "s"}, {}, space), space)
     task = study.task()
-    (root / "s").mkdir()
-    write_json(root / "s" / "study.json", identify(study, task))
+    (folder / "s").mkdir()
+    write_json(folder / "s" / "study.json", identify(study, task))
     for trial_id, method in TRIALS.items():
-        run(root / "s", trial_id, replace(study.base, method=method, lr=1e-2, precision="float32"), task)
-    return root
+        run(folder / "s", trial_id, replace(study.base, method=method, lr=1e-2, precision="float32"), task)
+    return folder
 
 
 def run(folder: Path, trial_id: str, config: TrialConfig, task: Task) -> None:
@@ -63,10 +69,10 @@ def run(folder: Path, trial_id: str, config: TrialConfig, task: Task) -> None:
 
 
 @pytest.fixture
-def study(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the study's folder, to fit in and to damage; the data stay where they are."""
+def study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the study's folder, to write to and to damage."""
     monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(made / "s", tmp_path / "s"))
+    return Path(shutil.copytree(root / "s", tmp_path / "s"))
 
 
 def command(name: str, *arguments: str | Path) -> int:
@@ -79,32 +85,32 @@ def command(name: str, *arguments: str | Path) -> int:
 # --- both commands ----------------------------------------------------------------------------------------------------
 
 
-def test_the_frozen_model_scores_on_the_test_story_as_its_record(
-    study: Path, made: Path, capsys: pytest.CaptureFixture[str]
+def test_the_frozen_model_scores_a_test_story_as_its_record(
+    study: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("fit", study, "--trial", "baseline-frozen", "--to", "m.npz") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "m.npz: trial baseline-frozen (frozen, validation CC " in captured.out.splitlines()[-1]
-    assert command("predict", "m.npz", "--story", "wheretheressmoke", "--data", made / "lab", "--test") == 0
+    assert command("predict", "m.npz", "--story", "wheretheressmoke", "--data", root / "lab", "--test") == 0
     first, note, *lines = capsys.readouterr().out.splitlines()
     lines = [first, *lines]
-    assert note.startswith("note: wheretheressmoke was a locked test story of the study s, and has now been looked at")
+    assert note.startswith("note: wheretheressmoke was a locked test story of the study s and has now been scored")
     record = read_json(study / "trials" / "baseline-frozen" / "record.json")
     with np.load(study / "trials" / "baseline-frozen" / "cc.npz") as arrays:
         cc = {subject: arrays[f"test/{subject}"] for subject in SUBJECTS}
     assert lines[0].startswith("wheretheressmoke: ") and " rows: volumes 11 to " in lines[0]
     for subject, line in zip(SUBJECTS, lines[1:], strict=True):
-        found = np.load(f"wheretheressmoke-{subject}.npy")
-        responses = np.load(made / "lab" / subject / "wheretheressmoke.npy").astype(np.float32)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(correlate(responses, found), cc[subject], rtol=0, atol=2e-5)
+        predicted = np.load(f"wheretheressmoke-{subject}.npy")
+        responses = np.load(root / "lab" / subject / "wheretheressmoke.npy").astype(np.float32)
+        assert predicted.dtype == np.float32
+        np.testing.assert_allclose(correlate(responses, predicted), cc[subject], rtol=0, atol=2e-5)
         row = next(r for r in record["stories"] if r["role"] == "test" and r["subject"] == subject)
         assert float(line.split("CC ")[1].split(",")[0]) == pytest.approx(row["cc_mean"], abs=1e-4)
 
 
-def test_a_locked_test_story_is_predicted_and_not_scored(
-    study: Path, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_locked_test_story_is_predicted_but_not_scored(
+    study: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert command("fit", study, "--trial", "baseline-frozen", "--to", "m.npz") == 0
     capsys.readouterr()
@@ -112,20 +118,20 @@ def test_a_locked_test_story_is_predicted_and_not_scored(
     def read(*of: object) -> None:
         raise AssertionError("responses to a locked story were read")
 
-    given = ("m.npz", "--data", made / "lab", "--story")
+    given = ("m.npz", "--data", root / "lab", "--story")
     with monkeypatch.context() as patch:
         patch.setattr(Responses, "read", read)
         assert command("predict", *given, "wheretheressmoke") == 0
     out = capsys.readouterr().out
-    assert "note: wheretheressmoke is a locked test story of the study s, so its CC is not computed; --test" in out
+    assert "note: wheretheressmoke is a locked test story of the study s, so its CC is not computed (--test" in out
     assert "; CC " not in out
     for subject in SUBJECTS:
         assert np.isfinite(np.load(f"wheretheressmoke-{subject}.npy")).all()
-    assert command("predict", *given, "beta") == 0, "all other stories are open"
+    assert command("predict", *given, "beta") == 0, "all other stories are scored"
     out = capsys.readouterr().out
     assert "; CC " in out and "locked" not in out
     for options, message in (
-        ((*given, "beta", "--to", "c.npy", "--test"), "--test: beta is no test story of m.npz"),
+        ((*given, "beta", "--to", "c.npy", "--test"), "--test: beta is not a locked test story of m.npz"),
         (("m.npz", "--story", "x.csv", "--test"), "--test: needs --data"),
         (("folder", "text", "--test"), "--test: not available for a classifier"),
     ):
@@ -135,8 +141,8 @@ def test_a_locked_test_story_is_predicted_and_not_scored(
     assert not list(Path().glob("c-*.npy"))
 
 
-def test_by_default_the_best_searched_trial_is_fitted_on_all_but_test_stories(
-    study: Path, made: Path, capsys: pytest.CaptureFixture[str]
+def test_the_best_searched_trial_is_fitted_on_all_but_test_stories_by_default(
+    study: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("fit", study) == 0
     assert f", its adapter in {study / 'model'}" in capsys.readouterr().out
@@ -148,28 +154,28 @@ def test_by_default_the_best_searched_trial_is_fitted_on_all_but_test_stories(
         np.testing.assert_array_equal(model.subjects["a"].cc, arrays["a"])
     assert command("fit", study) == 2
     assert "model.npz: exists already; move it away" in capsys.readouterr().err
-    assert command("predict", study / "model.npz", "--story", "alpha", "--data", made / "lab") == 0
-    assert "note: the model was fitted on alpha too" in capsys.readouterr().out
+    assert command("predict", study / "model.npz", "--story", "alpha", "--data", root / "lab") == 0
+    assert "note: the model was fitted on alpha, so" in capsys.readouterr().out
 
 
-def test_a_transcript_is_predicted_as_the_story_it_copies(
-    study: Path, made: Path, capsys: pytest.CaptureFixture[str]
+def test_a_transcript_is_predicted_as_the_same_story_of_the_data_set(
+    study: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bert_encoding.datasets import open_dataset
 
-    story = open_dataset(made / "lab").stories["wheretheressmoke"]
+    story = open_dataset(root / "lab").stories["wheretheressmoke"]
     with Path("copy.csv").open("w") as file:
         csv.writer(file).writerows([("word", "time_s"), *zip(story.words, story.word_times_s.tolist(), strict=True)])
     keep_voxels_study(study, {"a": [3, 7], "b": [0]})
     assert command("fit", study, "--trial", "baseline-frozen") == 0
     n_trs = str(len(story.tr_times_s))
     assert command("predict", study / "model.npz", "--story", "copy.csv", "--trs", n_trs, "--to", "p.npy") == 0
-    assert command("predict", study / "model.npz", "--story", story.name, "--data", made / "lab", "--to", "q.npy") == 0
+    assert command("predict", study / "model.npz", "--story", story.name, "--data", root / "lab", "--to", "q.npy") == 0
     for subject, voxels in (("a", [3, 7]), ("b", [0])):
-        found, expected = np.load(f"p-{subject}.npy"), np.load(f"q-{subject}.npy")
-        assert found.shape == (len(story.tr_times_s) - 15, 12)
-        np.testing.assert_array_equal(np.flatnonzero(~np.isnan(found).any(axis=0)), voxels)
-        np.testing.assert_array_equal(found, expected)
+        predicted, expected = np.load(f"p-{subject}.npy"), np.load(f"q-{subject}.npy")
+        assert predicted.shape == (len(story.tr_times_s) - 15, 12)
+        np.testing.assert_array_equal(np.flatnonzero(~np.isnan(predicted).any(axis=0)), voxels)
+        np.testing.assert_array_equal(predicted, expected)
     capsys.readouterr()
     assert command("predict", study / "model.npz", "--story", "copy.csv", "--to", "p.npy") == 2
     assert capsys.readouterr().err == ("error: p-a.npy: exists already; move it away, or give another name with --to\n")
@@ -188,9 +194,7 @@ def keep_voxels_study(study: Path, voxels: dict[str, list[int]]) -> None:
     write_json(study / "study.json", about)
 
 
-def test_the_best_trial_is_noted_if_the_frozen_encoder_is_better(
-    study: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_name_a_better_frozen_encoder_and_changed_code(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = study / "trials" / "baseline-frozen" / "record.json"
     content = json.loads(file.read_text())
     content["scores"]["cc_mean"] = 0.9
@@ -215,7 +219,7 @@ def put(folder: Path, trial_id: str, cc_mean: float, keep: bool = True, **values
         (folder / "trials" / trial_id / "adapter" / "adapter_config.json").write_text("{}")
 
 
-def test_the_best_kept_trial_is_chosen(tmp_path: Path) -> None:
+def test_the_best_trial_with_a_saved_adapter_is_chosen(tmp_path: Path) -> None:
     put(tmp_path, "0001", 0.1)
     put(tmp_path, "0002", 0.3)
     put(tmp_path, "0003", 0.9, keep=False)
@@ -230,7 +234,7 @@ def test_the_best_kept_trial_is_chosen(tmp_path: Path) -> None:
     assert (record.trial_id, adapter) == ("0007", None)
 
 
-def test_of_several_outer_folds_the_first_adapter_is_taken(tmp_path: Path) -> None:
+def test_the_adapter_of_the_first_outer_fold_is_used(tmp_path: Path) -> None:
     put(tmp_path, "0001", 0.1)
     folder = tmp_path / "trials" / "0001" / "adapter"
     with pytest.raises(InputError, match="its adapter was not saved"):
@@ -250,7 +254,7 @@ def test_of_several_outer_folds_the_first_adapter_is_taken(tmp_path: Path) -> No
         (None, r"no searched trial has a saved encoder .*give --trial, such as --trial baseline-frozen"),
     ],
 )
-def test_a_trial_that_cannot_be_fitted_is_one_line(trial: str | None, message: str, tmp_path: Path) -> None:
+def test_a_trial_that_cannot_be_fitted_is_refused(trial: str | None, message: str, tmp_path: Path) -> None:
     put(tmp_path, "0003", 0.9, keep=False)
     put(tmp_path, "0004", 0.8, keep=False, method="full")
     put(tmp_path, "0005", 0.7, status="STOPPED")
@@ -285,7 +289,9 @@ BAD_STUDIES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_STUDIES)
-def test_a_study_that_does_not_fit_is_one_line(case: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_or_changed_study_is_refused_in_one_line(
+    case: str, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage, message = BAD_STUDIES[case]
     damage(study)
     assert command("fit", study) == 2
@@ -294,8 +300,8 @@ def test_a_study_that_does_not_fit_is_one_line(case: str, study: Path, capsys: p
     assert not (study / "model.npz").exists() and not (study / "model").exists()
 
 
-def test_data_that_moved_are_found_and_other_data_refused(
-    study: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_moved_data_are_accepted_and_other_data_refused(
+    study: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(options={"data": "/nowhere"})(study)
     other = make_lab(tmp_path / "other", subjects=SUBJECTS, n_words=100, seed=1)
@@ -303,7 +309,7 @@ def test_data_that_moved_are_found_and_other_data_refused(
     for folder, message in ((other, "not the data of this study"), (fewer, "no story delta, which this study uses")):
         assert command("fit", study, "--data", folder) == 2
         assert message in capsys.readouterr().err
-    moved = shutil.copytree(made / "lab", tmp_path / "moved")
+    moved = shutil.copytree(root / "lab", tmp_path / "moved")
     assert command("fit", study, "--data", moved, "--trial", "baseline-frozen") == 0
 
 
@@ -321,7 +327,7 @@ def test_data_that_moved_are_found_and_other_data_refused(
         (["folder", "text", "--trs", "3"], "--trs: not available for a classifier"),
     ],
 )
-def test_bad_arguments_of_predict_are_one_line(
+def test_predict_refuses_bad_arguments_in_one_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

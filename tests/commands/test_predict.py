@@ -1,4 +1,4 @@
-"""A saved classifier says what its trial said, to our own command and to PEFT and transformers alike."""
+"""Saved classifiers predict as in their trial, with the command and with PEFT and transformers."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def settings(bert: Path, changes: dict[str, Any]) -> TrialConfig:
 
 
 class Trained(NamedTuple):
-    """A trial that ended, and what it read last: scores of the classes on held-out texts, the best epoch restored."""
+    """A finished trial, and its logits on held-out texts, of the best epoch."""
 
     folder: Path
     record: TrialRecord
@@ -67,18 +67,18 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(bert: Path, task: TextTask, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """Run one variant, once."""
-    done: dict[str, Trained] = {}
-    read = ClassifyRun._logits
+    """Run each variant once."""
+    trials: dict[str, Trained] = {}
+    compute = ClassifyRun._logits
 
     def run(variant: str) -> Trained:
-        if variant not in done:
-            folder, seen = tmp_path_factory.mktemp("saved") / "adapter", []
+        if variant not in trials:
+            folder, logits = tmp_path_factory.mktemp("saved") / "adapter", []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ClassifyRun, "_logits", lambda *of: seen.append(read(*of)) or seen[-1])
+                patch.setattr(ClassifyRun, "_logits", lambda *of: logits.append(compute(*of)) or logits[-1])
                 record = run_text_trial(settings(bert, VARIANTS[variant]), task, adapter_folder=folder)
-            done[variant] = Trained(folder, record, seen[-1])
-        return done[variant]
+            trials[variant] = Trained(folder, record, logits[-1])
+        return trials[variant]
 
     return run
 
@@ -91,27 +91,25 @@ def copied(trained: Callable[[str], Trained], tmp_path: Path) -> Callable[[str],
 
 def heldout(task: TextTask) -> list[Example]:
     examples = list(task.corpus)
-    return [examples[at] for at in task.heldout]
+    return [examples[index] for index in task.heldout]
 
 
 @pytest.mark.table
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_predictions_are_those_of_the_trial_bit_for_bit(
-    variant: str, trained: Callable[[str], Trained], task: TextTask
-) -> None:
+def test_predictions_equal_those_of_the_trial(variant: str, trained: Callable[[str], Trained], task: TextTask) -> None:
     folder, record, logits = trained(variant)
     texts = [example.text for example in heldout(task)]
     shifted = logits - logits.max(axis=1, keepdims=True)
     expected = np.exp(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-    found = class_probabilities(load_classifier(folder), texts)
+    probabilities = class_probabilities(load_classifier(folder), texts)
     if variant == "pissa":  # saved as a plain LoRA of twice the rank: the same sum, in another order
-        assert np.allclose(found, expected, rtol=0, atol=1e-5)
+        assert np.allclose(probabilities, expected, rtol=0, atol=1e-5)
     else:
-        assert np.array_equal(found, expected)
+        assert np.array_equal(probabilities, expected)
     table = predict_texts(folder, texts)
     hits = [label == example.label for label, example in zip(table["label"], heldout(task), strict=True)]
     assert np.mean(hits) == record.scores["accuracy"]
-    assert np.array_equal(table["probability"], found.max(axis=1))
+    assert np.array_equal(table["probability"], probabilities.max(axis=1))
     assert table["text"].tolist() == texts
 
 
@@ -146,14 +144,14 @@ def test_a_text_alone_has_the_same_probability(trained: Callable[[str], Trained]
     assert class_probabilities(classifier, []).shape == (0, 2)
 
 
-def test_texts_are_cleaned_as_those_trained_on_were(bert: Path, tmp_path: Path) -> None:
+def test_texts_are_cleaned_as_in_training(bert: Path, tmp_path: Path) -> None:
     file = write_texts(tmp_path / "t.csv", [Example(f"{e.text} \U0001f600", e.label) for e in negated_texts(40)])
     for clean in (True, False):
         task = make_text_task(CLASSIFICATION, open_corpus(file, clean=clean), seed=0, max_length=32)
         config = settings(bert, {"method": "frozen", "epochs": 1})
         run_text_trial(config, task, adapter_folder=tmp_path / str(clean))
-        said = [predict_texts(tmp_path / str(clean), [text])["probability"][0] for text in ("good", "good \U0001f600")]
-        assert (said[0] == said[1]) == clean
+        p = [predict_texts(tmp_path / str(clean), [text])["probability"][0] for text in ("good", "good \U0001f600")]
+        assert (p[0] == p[1]) == clean
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ def command(*arguments: str | Path) -> int:
     return run_app(app, ["predict", *map(str, arguments)])
 
 
-def test_the_command_prints_a_line_a_text(
+def test_the_command_prints_one_line_per_text(
     trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = trained("lora").folder
@@ -208,7 +206,7 @@ def test_the_command_reads_files_and_writes_tables(
         (["--file", "absent.csv"], "absent.csv: no such file or folder"),
     ],
 )
-def test_bad_arguments_are_one_line(
+def test_bad_arguments_are_refused_in_one_line(
     arguments: list[str], message: str, trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(trained("full").folder, *arguments) == 2
@@ -261,7 +259,7 @@ def test_damaged_settings_are_refused(copied: Callable[[str], Path]) -> None:
         load_classifier(folder)
 
 
-def test_an_adapter_goes_onto_its_own_base_model_alone(
+def test_an_adapter_is_loaded_only_onto_its_own_base_model(
     copied: Callable[[str], Path], tmp_path: Path, bert: Path
 ) -> None:
     folder, file = copied("lora"), "classifier.json"
