@@ -69,7 +69,19 @@ def map_voxels(
     _check_place(mask, mapper, order, mosaic)
     is_picture = mapper is not None or mosaic or (to is not None and to.lower().endswith(PICTURES))
     _check_target(to, PICTURES if mapper or mosaic else VOLUMES + PICTURES, (mask, mapper, array))
-    voxels = _read_values(study, trial, subject, test, minus, array, to)
+    if array is not None:
+        if test or any(option is not None for option in (study, trial, subject, minus)):
+            raise InputError(
+                "map: --array replaces the study; leave out the study, --trial, --subject, --test and --minus"
+            )
+        if to is None:
+            raise InputError("map: with --array name the output file, as in --to FILE.png")
+        content, name = read_array(array)
+        voxels = Values(check_values(content, array), name, name, name, is_cc=False)
+    elif study is None or trial is None:
+        raise InputError("map: give a study's folder and --trial ID, or --array FILE")
+    else:
+        voxels = read_trial(Path(study), trial, subject, test=test, minus=minus)
     name = f"{voxels.name}{'.png' if is_picture else '.nii.gz'}"
     file = Path(to) if to is not None else Path(study or "") / "maps" / name
     check_absent(file)
@@ -120,24 +132,3 @@ def _summary(voxels: Values) -> str:
     known = voxels.values[np.isfinite(voxels.values)]
     text = f"{voxels.title}: {known.size} of {voxels.values.size} voxels have a value, mean {known.mean():+.4f}"
     return f"{text}, above 0 in {np.mean(known > 0):.1%} of them" if voxels.is_difference else text
-
-
-def _read_values(
-    study: str | None,
-    trial: str | None,
-    subject: str | None,
-    test: bool,
-    minus: str | None,
-    array: str | None,
-    to: str | None,
-) -> Values:
-    if array is None:
-        if study is None or trial is None:
-            raise InputError("map: give a study's folder and --trial ID, or --array FILE")
-        return read_trial(Path(study), trial, subject, test=test, minus=minus)
-    if test or any(option is not None for option in (study, trial, subject, minus)):
-        raise InputError("map: --array replaces the study; leave out the study, --trial, --subject, --test and --minus")
-    if to is None:
-        raise InputError("map: with --array name the output file, as in --to FILE.png")
-    values, name = read_array(array)
-    return Values(check_values(values, array), name, name, name, is_cc=False)

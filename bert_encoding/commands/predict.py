@@ -54,24 +54,11 @@ def predict(
     test
         With --data: compute the CC of a locked test story. Use it only after all choices are final.
     """
-    if Path(model).suffix.lower() == MODEL:
-        return _predict_responses(model, texts, file, to, story, trs, data, encoder, test)
-    reason = f"not available for a classifier (an encoding model is a file, model{MODEL})"
-    refuse_options(reason, story=story, trs=trs, data=data, encoder=encoder, test=test)
-    return _predict_classes(model, texts, file, to)
-
-
-def _predict_responses(
-    model: str,
-    texts: Sequence[str],
-    file: str | None,
-    to: str | None,
-    story: str | None,
-    trs: int | None,
-    data: str | None,
-    encoder: str | None,
-    test: bool,
-) -> int:
+    if Path(model).suffix.lower() != MODEL:
+        reason = f"not available for a classifier (an encoding model is a file, model{MODEL})"
+        refuse_options(reason, story=story, trs=trs, data=data, encoder=encoder, test=test)
+        _predict_classes(Path(model), texts, file, to)
+        return 0
     if texts or file is not None:
         raise InputError("predict: an encoding model reads words with times: give --story FILE and no other texts")
     if story is None:
@@ -87,22 +74,31 @@ def _predict_responses(
     return 0
 
 
-def _predict_classes(folder: str, texts: Sequence[str], file: str | None, to: str | None) -> int:
+def _predict_classes(folder: Path, texts: Sequence[str], file: str | None, to: str | None) -> None:
+    from bert_encoding.core.files import output_file
+    from bert_encoding.datasets import corpus
+
     if to is not None:
         check_ending(Path(to), TABLES)
-    texts = [*texts, *(read_file(Path(file)) if file is not None else [])]
+        check_folder(Path(to))
+    if file is not None:
+        corpus.check_path(Path(file))
+        texts = [*texts, *(row.text for row in corpus.read_rows(Path(file)))]
     if not texts:
         raise InputError("predict: give texts in quotes, or --file FILE")
     if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise InputError(f"predict: text {empty[0]} of {len(texts)} is empty; leave it out")
-    table = predict_texts(Path(folder), texts)
+    table = predict_texts(folder, texts)
     if to is None:
         for row in table.itertuples():
             print(f"{row.label}\t{row.probability:.4f}\t{' '.join(str(row.text).split())}")
-    else:
-        write_table(table, Path(to))
-        print(f"{len(table)} predictions are in {to}")
-    return 0
+        return
+    with output_file(Path(to)) as temporary:
+        if Path(to).suffix.lower() == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+    print(f"{len(table)} predictions are in {to}")
 
 
 def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
@@ -128,29 +124,3 @@ def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
             "probability": probabilities[np.arange(len(best)), best],
         }
     )
-
-
-def read_file(path: Path) -> list[str]:
-    """Return the texts of a file or folder in order.
-
-    Raises
-    ------
-    InputError
-        if it cannot be read.
-    """
-    from bert_encoding.datasets import corpus
-
-    corpus.check_path(path)
-    return [row.text for row in corpus.read_rows(path)]
-
-
-def write_table(table: "pd.DataFrame", path: Path) -> None:
-    """Write a table, whole or not at all."""
-    from bert_encoding.core.storage import atomic_path
-
-    check_folder(path)
-    with atomic_path(path) as temporary:
-        if path.suffix.lower() == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            table.to_parquet(temporary, index=False)

@@ -68,50 +68,26 @@ def parse_layer(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def refuse_options(reason: str, **options: object) -> None:
-    """Refuse options that were given (neither None nor False) where they have no meaning.
-
-    Raises
-    ------
-    InputError
-        naming the first of them.
-    """
+    """Raise InputError if an option is given (neither None nor False) that is not available here."""
     for name, value in options.items():
         if value is not None and value is not False:
             raise InputError(f"--{name}: {reason}; leave the option out")
 
 
 def check_ending(file: Path, endings: tuple[str, ...], option: str = "--to") -> None:
-    """Refuse the name of an output file with another ending.
-
-    Raises
-    ------
-    InputError
-        if it has none of ``endings``, in lower or upper case.
-    """
+    """Raise InputError if the name of an output file has none of these endings, in lower or upper case."""
     if not file.name.lower().endswith(endings):
         raise InputError(f"{option} {file}: give a name that ends in {', '.join(endings)}")
 
 
 def check_folder(file: Path) -> None:
-    """Refuse an output file in a folder that does not exist.
-
-    Raises
-    ------
-    InputError
-        naming the folder.
-    """
+    """Raise InputError if the folder of an output file does not exist."""
     if not file.parent.is_dir():
         raise InputError(f"--to {file}: no such folder {file.parent}; make it first")
 
 
 def check_absent(*files: Path) -> None:
-    """Refuse to overwrite a file.
-
-    Raises
-    ------
-    InputError
-        if one of them exists.
-    """
+    """Raise InputError if an output file exists."""
     for file in files:
         if file.exists():
             raise InputError(f"{file}: exists already; move it away, or give another name with --to")
