@@ -2,9 +2,12 @@
 
 import json as json_format
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bert_encoding.analyses import data_report
+from bert_encoding.analyses.data_report import NOT_USABLE, USABLE
 from bert_encoding.core.command_line import (
     Names,
     Text,
@@ -17,6 +20,8 @@ from bert_encoding.core.command_line import (
 )
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.names import DEMOS
+from bert_encoding.datasets import corpus, lab, open_dataset
+from bert_encoding.datasets.story import TRIMS, Dataset
 
 FIGURES = (".png", ".pdf", ".svg")
 
@@ -53,7 +58,7 @@ def check(
     examples
         Text only: check a random sample of this many texts.
     """
-    if _is_text(path):
+    if path not in DEMOS and corpus.recognises(Path(path)) and not lab.recognises(Path(path)):
         refuse_options(f"{path} is text without responses", trim=trim, subjects=subjects, figure=figure)
         return _check_text(path, clean, examples, json)
     refuse_options(f"{path} is no text corpus", clean=clean, examples=examples)
@@ -61,8 +66,6 @@ def check(
 
 
 def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as_json: bool, figure: str | None) -> int:
-    from bert_encoding.analyses import data_report
-
     default = Path("results") / "check" / f"{absolute('', path).name or 'data'}-lag.png"
     file = default if figure is None else Path(figure)
     check_ending(file, FIGURES, "--figure")
@@ -71,12 +74,15 @@ def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as
         dataset = data_report.with_responses(_open(path, trim), subjects)
     except InputError as error:
         if as_json:
-            verdict = data_report.NOT_USABLE
-            _print_json({"kind": "responses", "source": path, "verdict": verdict, "reasons": [str(error)]})
+            _print_json({"kind": "responses", "source": path, "verdict": NOT_USABLE, "reasons": [str(error)]})
         raise
     with console.status(f"reading {path}") if console.is_terminal and not as_json else nullcontext():
         report = data_report.check_dataset(dataset)
-    failure = _draw(report, file)
+    failure = ""
+    try:
+        data_report.draw_lags(report, file)
+    except OSError as error:  # the verdict is printed all the same
+        failure = f"no figure: {file}: {error.strerror or first_line(error)}"
     if as_json:
         _print_json(data_report.to_json(report) | {"figure": None if failure else str(file)})
     else:
@@ -84,44 +90,19 @@ def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as
     return report.exit_code
 
 
-def _open(path: str, trim: str | None) -> Any:
-    from dataclasses import replace
-
-    from bert_encoding.datasets import open_dataset
-    from bert_encoding.datasets.story import TRIMS
-
+def _open(path: str, trim: str | None) -> Dataset:
     if trim is not None and trim not in TRIMS:
         raise InputError(f"--trim {trim}: give {' or '.join(TRIMS)}")
     chosen = TRIMS[trim or "published"]
     if path in DEMOS:
-        from bert_encoding.demo.stories import demo_stories, simulate_listener
+        from bert_encoding.demo.stories import demo_stories, simulate_listener  # imports torch
 
         return replace(simulate_listener(demo_stories(path))[0], trim=chosen, notes=())
     return open_dataset(Path(path), chosen)
 
 
-def _draw(report: Any, file: Path) -> str:
-    """Save the figure and return what went wrong, if anything: the verdict is printed all the same."""
-    from bert_encoding.analyses.data_report import draw_lags
-
-    try:
-        draw_lags(report, file)
-    except OSError as error:
-        return f"no figure: {file}: {error.strerror or first_line(error)}"
-    return ""
-
-
-def _is_text(path: str) -> bool:
-    from bert_encoding.datasets import corpus, lab
-
-    return path not in DEMOS and corpus.recognises(Path(path)) and not lab.recognises(Path(path))
-
-
 def _check_text(path: str, clean: bool, n_examples: int | None, as_json: bool) -> int:
-    from bert_encoding.analyses.data_report import USABLE
-    from bert_encoding.datasets.corpus import describe, open_corpus
-
-    lines = describe(open_corpus(Path(path), clean=clean, n_examples=n_examples))
+    lines = corpus.describe(corpus.open_corpus(Path(path), clean=clean, n_examples=n_examples))
     if as_json:
         _print_json({"kind": "text", "source": path, "verdict": USABLE, "reasons": [], "notes": lines})
     else:

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bert_encoding.analyses.encoding_model import Origin, check_model_file, fit_encoding_model
 from bert_encoding.core.command_line import Text
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.files import code_fingerprint, read_json
 from bert_encoding.core.names import BASELINE, COMPLETE, DEMOS, ENCODING, FROZEN, LORA, SEARCH, STUDY_FILE
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
+from bert_encoding.datasets.splits import Split
+from bert_encoding.datasets.story import Dataset, Trim
+from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.language_model.encoder import checkpoint_fingerprint
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.record import TrialRecord, adapter_folder, read_cc, read_records, trial_folder
-
-if TYPE_CHECKING:
-    from bert_encoding.datasets.story import Dataset
-    from bert_encoding.trial.pipeline import Task
+from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key
 
 MODEL_FILE, VOXELS_FILE, ALL = "model.npz", "voxels.npz", "all"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,10 +46,6 @@ def fit(study: str, /, *, trial: Text = None, to: Text = None, data: Text = None
     file = folder / MODEL_FILE if to is None else Path(to)
     content = read_study(folder)
     record, adapter = choose_trial(folder, trial, n_splits=len(content["splits"]))
-    from bert_encoding.analyses.encoding_model import Origin, check_model_file, fit_encoding_model
-    from bert_encoding.trial.config import TrialConfig
-    from bert_encoding.trial.pipeline import Chain
-
     check_model_file(file)
     notes = _notes(folder, content, record)
     task = open_task(folder, content, data)
@@ -165,7 +167,7 @@ def _notes(folder: Path, content: dict[str, Any], record: TrialRecord) -> list[s
     return notes
 
 
-def open_task(folder: Path, content: dict[str, Any], data: str | None = None) -> "Task":
+def open_task(folder: Path, content: dict[str, Any], data: str | None = None) -> Task:
     """Return data, voxels and splits of a study.
 
     Parameters
@@ -177,10 +179,6 @@ def open_task(folder: Path, content: dict[str, Any], data: str | None = None) ->
     InputError
         if data, voxels or the pretrained model have changed since the study.
     """
-    from bert_encoding.datasets.splits import Split
-    from bert_encoding.language_model.encoder import checkpoint_fingerprint
-    from bert_encoding.trial.pipeline import Task
-
     file = folder / STUDY_FILE
     try:
         splits = tuple(Split(**{role: tuple(names) for role, names in split.items()}) for split in content["splits"])
@@ -188,7 +186,7 @@ def open_task(folder: Path, content: dict[str, Any], data: str | None = None) ->
         options, recorded = content["options"], content["data"]
         source, voxels, seed = data or options["data"], options["voxels"], int(options["seed"])
         subjects, trim, fingerprint = tuple(recorded["n_voxels"]), recorded["trim_trs"], recorded["fingerprint"]
-        model, weights, voxels_key = content["model"]["name"], content["model"]["weights"], content["voxels"]["key"]
+        model, weights, key = content["model"]["name"], content["model"]["weights"], content["voxels"]["key"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file}: damaged ({error!r:.80}); put back the one that the study wrote") from None
     if checkpoint_fingerprint(model) != weights:
@@ -199,14 +197,10 @@ def open_task(folder: Path, content: dict[str, Any], data: str | None = None) ->
             f"{source}: not the data of this study (their fingerprint is {dataset.fingerprint}, recorded is "
             f"{fingerprint}); give its data with --data"
         )
-    return Task(_keep_voxels(folder, dataset, voxels, voxels_key), splits, seed)
+    return Task(_keep_voxels(folder, dataset, voxels, key), splits, seed)
 
 
-def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], trim: Sequence[int]) -> "Dataset":
-    from bert_encoding.datasets import open_dataset
-    from bert_encoding.datasets.inspect import inspect
-    from bert_encoding.datasets.story import Trim
-    from bert_encoding.demo.stories import demo_stories, simulate_listener
+def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], trim: Sequence[int]) -> Dataset:
 
     if source in DEMOS:
         return simulate_listener(demo_stories(source))[0]
@@ -218,10 +212,8 @@ def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], tri
     return inspect(dataset.only(list(names), subjects))
 
 
-def _keep_voxels(folder: Path, dataset: "Dataset", voxels: str, key: str) -> "Dataset":
+def _keep_voxels(folder: Path, dataset: Dataset, voxels: str, key: str) -> Dataset:
     """Keep the voxels that the study's trials were scored on; ``voxels`` is the study's option."""
-    from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key
-
     if voxels != ALL:
         file = folder / VOXELS_FILE if voxels.isdecimal() else Path(voxels)
         dataset = keep_voxels(dataset, read_voxels(file, dataset))

@@ -15,8 +15,8 @@ import pytest
 from make_data import LabSequence, make_lab, pickle_as_lab
 from project import REAL_DATA, ROOT
 from rich.console import Console
+from run_commands import refusal, run_command
 
-from bert_encoding.__main__ import app
 from bert_encoding.analyses.alignment import SHIFTS, LagProfile
 from bert_encoding.analyses.data_report import (
     Report,
@@ -27,12 +27,12 @@ from bert_encoding.analyses.data_report import (
     to_json,
     with_responses,
 )
-from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.lab import read_transcripts
 from bert_encoding.datasets.story import TRIMS
+from bert_encoding.demo.stories import demo_stories, simulate_listener
 
 PNG = b"\x89PNG"
 
@@ -58,10 +58,6 @@ def edit(lab: Path, story: str, change: Callable[[np.ndarray], np.ndarray], subj
 def with_nan(rows: np.ndarray) -> np.ndarray:
     rows[3, 8] = np.nan
     return rows
-
-
-def run(*arguments: str) -> int:
-    return run_app(app, list(arguments))
 
 
 def printed(report: Report) -> str:
@@ -143,14 +139,6 @@ def test_a_story_without_a_valid_voxel_is_named(good: Path, rows: Any, value: fl
     np.save(good / "subject2" / "beta.npy", responses)
     (reason,) = check_dataset(open_dataset(good)).reasons
     assert f"beta.npy: story beta, subject subject2: {message}" in reason
-
-
-def test_the_wrong_trim_is_not_usable(good: Path) -> None:
-    report = check_dataset(open_dataset(good, TRIMS["course"]))
-    assert (report.verdict, report.exit_code) == ("not usable", 2)
-    (reason,) = report.reasons
-    assert reason.startswith(f"{good}: subject subject2: the best lag is -")
-    assert "try --trim published" in reason
 
 
 def test_all_reasons_are_reported_and_the_other_stories_are_checked(good: Path) -> None:
@@ -291,7 +279,7 @@ def test_the_figure_is_drawn(name: str, begins: bytes, good: Path, tmp_path: Pat
 
 
 def test_check_prints_the_verdict_and_saves_the_figure(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("check", str(good)) == 0
+    assert run_command("check", str(good)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "verdict: usable"
     assert f"figure: {Path('results/check/good-lag.png')}" in out
@@ -306,7 +294,7 @@ def test_check_as_json_prints_one_object(
     options: tuple[str, ...], code: int, verdict: str, good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(good, "beta", with_nan)
-    assert run("check", str(good), "--json", "--figure", "mine.png", *options) == code
+    assert run_command("check", str(good), "--json", "--figure", "mine.png", *options) == code
     out, err = capsys.readouterr()
     content = json.loads(out)
     assert (content["verdict"], content["figure"], err) == (verdict, "mine.png", "")
@@ -316,9 +304,9 @@ def test_check_as_json_prints_one_object(
 def test_check_chooses_subjects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"), n_words=300)
     edit(lab, "beta", with_nan, "subject3")
-    assert run("check", str(lab), "--subjects", "subject2", "--json") == 0
+    assert run_command("check", str(lab), "--subjects", "subject2", "--json") == 0
     assert list(as_json(capsys)["voxels"]) == ["subject2"]
-    assert run("check", str(lab), "--json") == 1
+    assert run_command("check", str(lab), "--json") == 1
     assert len(as_json(capsys)["lags"]) == 2
 
 
@@ -326,11 +314,11 @@ def test_the_verdict_is_printed_although_the_figure_cannot_be_written(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("results").write_text("a file where the folder should be")
-    assert run("check", str(good)) == 0
+    assert run_command("check", str(good)) == 0
     out = capsys.readouterr().out
     assert "no figure: results/check/good-lag.png: " in out
     assert out.endswith("verdict: usable\n")
-    assert run("check", str(good), "--json") == 0
+    assert run_command("check", str(good), "--json") == 0
     assert as_json(capsys)["figure"] is None
 
 
@@ -351,23 +339,19 @@ def test_the_verdict_is_printed_although_the_figure_cannot_be_written(
 def test_check_refuses_mistakes_in_one_line(
     arguments: list[str], message: str, lab: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("check", *(argument.format(lab=lab) for argument in arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message.format(lab=lab).lower() in err.lower()
+    error = refusal(capsys, "check", *(argument.format(lab=lab) for argument in arguments))
+    assert message.format(lab=lab).lower() in error.lower()
     assert not Path("results").exists()
 
 
 def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "films.csv"
     file.write_text("text,label\n" + "a fine film,good\na dull film \N{GRINNING FACE},bad\n" * 5)
-    assert run("check", str(file)) == 0
+    assert run_command("check", str(file)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{file}: 10 texts, ")
     assert lines[-1] == "verdict: usable"
-    assert run("check", str(file), "--clean", "--examples", "4", "--json") == 0
+    assert run_command("check", str(file), "--clean", "--examples", "4", "--json") == 0
     content = as_json(capsys)
     assert (content["kind"], content["source"], content["verdict"]) == ("text", str(file), "usable")
     assert content["notes"][0].startswith(f"{file}: 4 texts, ")
@@ -378,8 +362,7 @@ def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_text_has_no_responses(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "lines.txt"
     file.write_text("one\ntwo\n")
-    assert run("check", str(file), *option) == 2
-    assert capsys.readouterr().err == (f"error: {option[0]}: {file} is text without responses; leave the option out\n")
+    assert f"{option[0]}: {file} is text without responses" in refusal(capsys, "check", file, *option)
 
 
 @pytest.mark.slow
@@ -387,15 +370,13 @@ def test_text_has_no_responses(option: list[str], tmp_path: Path, capsys: pytest
 def test_the_demo_is_usable_and_its_trim_matters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bert_encoding.demo import stories as demo
-
-    simulated = demo.simulate_listener(demo.demo_stories())
-    monkeypatch.setattr(demo, "simulate_listener", lambda stories: simulated)
-    assert run("check", "demo", "--json") == 0
+    simulated = simulate_listener(demo_stories())
+    monkeypatch.setattr("bert_encoding.demo.stories.simulate_listener", lambda stories: simulated)
+    assert run_command("check", "demo", "--json") == 0
     (lag,) = as_json(capsys)["lags"]
     assert lag["peak"] in (2, 3)
-    assert run("check", "demo", "--trim", "course", "--json") == 2
-    assert "try --trim published" in as_json(capsys)["reasons"][0]
+    assert run_command("check", "demo", "--trim", "course", "--json") == 2
+    assert "the best lag is -" in (reason := as_json(capsys)["reasons"][0]) and "try --trim published" in reason
 
 
 def test_check_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
@@ -432,7 +413,7 @@ def fetch_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_fetch_prints_the_folder_and_the_next_command(
     fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("fetch", "lebel2023", "--subjects", "UTS01", "UTS03", "--to", "stories of [red]") == 0
+    assert run_command("fetch", "lebel2023", "--subjects", "UTS01", "UTS03", "--to", "stories of [red]") == 0
     (call,) = fetch_calls
     assert isinstance(call.pop("console"), Console)
     assert call == {"subjects": ["UTS01", "UTS03"], "to": Path("stories of [red]"), "stories": None}
@@ -444,7 +425,7 @@ def test_fetch_prints_the_folder_and_the_next_command(
 
 def test_fetch_passes_its_options(fetch_calls: list[dict[str, Any]]) -> None:
     options = "--subjects UTS03 --to d --stories life alternateithicatom --base-url https://a/ --keys-url https://b/"
-    assert run("fetch", "lebel2023", *options.split()) == 0
+    assert run_command("fetch", "lebel2023", *options.split()) == 0
     assert fetch_calls[0]["stories"] == ["life", "alternateithicatom"]
     assert (fetch_calls[0]["base_url"], fetch_calls[0]["keys_url"]) == ("https://a/", "https://b/")
 
@@ -460,8 +441,7 @@ def test_fetch_passes_its_options(fetch_calls: list[dict[str, Any]]) -> None:
 def test_fetch_refuses_missing_options(
     arguments: list[str], message: str, fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("fetch", *arguments) == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(capsys, "fetch", *arguments)
     assert fetch_calls == []
 
 
@@ -471,19 +451,9 @@ def test_fetch_refuses_missing_options(
 @pytest.mark.slow
 @pytest.mark.data
 def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("check", str(REAL_DATA)) == 0
+    assert run_command("check", str(REAL_DATA)) == 0
     out = capsys.readouterr().out
     assert "lag of uts02: " in out
     assert "best at +2 TR (+4 s), above the noise" in out
     assert out.splitlines()[-1] == "verdict: usable"
     assert sum(line.rstrip().endswith(" ok") for line in out.splitlines()) == 101
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("check", str(REAL_DATA), "--trim", "course") == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "verdict: not usable"
-    assert "the best lag is -3 TR (-6 s)" in lines[-1]
-    assert "try --trim published" in lines[-1]

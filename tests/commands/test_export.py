@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cyclopts
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from make_data import make_lab
+from run_commands import refusal, run_command
 
-from bert_encoding.commands.export import export
-from bert_encoding.core.command_line import parse_layer, run_app
+from bert_encoding.core.command_line import parse_layer
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
@@ -22,7 +21,7 @@ from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.bert_embeddings import embed_stories
 from bert_encoding.features.word_tables import export_stories, export_words
-from bert_encoding.language_model.encoder import Encoder, load_encoder, weights_fingerprint
+from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import add_adapter, masked_lm, save_adapter, save_whole
 from bert_encoding.language_model.windows import tokenize
 
@@ -34,26 +33,6 @@ TEXTS = [
     "Nothing to see here.",
     "mother's house-train; the houses, unhoused _house_ house1",
 ]
-MONEY = """The bank lent him enough money to open a second shop.
-She paid the cheque into the bank on Friday afternoon.
-Our bank charges a fee for every transfer abroad.
-He asked the bank for a mortgage and was refused.
-Interest at the bank has fallen to almost nothing.
-Two clerks at the bank counted the notes again.
-I opened a savings account at the bank next door.
-The bank froze her account after the theft.
-Shares in the bank rose when the profits were published.
-Robbers broke into the bank and emptied the safe.""".splitlines()
-RIVER = """They moored the boat to a willow on the bank.
-The river had burst over its bank after the storm.
-We sat on the grassy bank and watched the ducks swim.
-An otter slid down the muddy bank into the water.
-Fishermen stood along the bank of the stream with their rods.
-Reeds grow thickly on the far bank of the river.
-The canoe drifted towards the left bank and ran aground.
-Cattle came down to the bank to drink from the river.
-The current had eaten away the sandy bank below the bridge.
-Swallows nest in holes in the steep bank above the stream.""".splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -249,43 +228,7 @@ def test_means_are_over_all_occurrences(tiny_encoder: Encoder) -> None:
         assert np.asarray(row.vector).dtype == np.float32
 
 
-def cosine(vectors: np.ndarray) -> np.ndarray:
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit @ unit.T
-
-
-def similarities(encoder: Encoder, layer: int) -> tuple[float, float]:
-    """Return the mean cosine similarity of ``bank`` within its two senses and across them."""
-    occurrences, _ = export_words(MONEY + RIVER, ["bank"], encoder, layer=layer)
-    assert len(occurrences) == 20
-    alike = cosine(stacked(occurrences).astype(np.float64))
-    is_money = np.arange(20) < 10
-    same = is_money[:, None] == is_money
-    others = ~np.eye(20, dtype=bool)
-    return float(alike[same & others].mean()), float(alike[~same].mean())
-
-
-@pytest.mark.slow
-@pytest.mark.demo
-def test_senses_of_a_word_differ_in_later_layers() -> None:
-    encoder = load_encoder("minilm")
-    cosines = {layer: similarities(encoder, layer) for layer in range(encoder.n_layers + 1)}
-    for layer in range(1, encoder.n_layers + 1):
-        within, across = cosines[layer]
-        assert within > across, (layer, within, across)
-    within, across = cosines[encoder.n_layers]
-    assert within - across > 0.1, "clearly so in the last layer"
-    within, across = cosines[0]  # word and position: no context
-    assert within - across < 0.05
-
-
 # --- files and the command --------------------------------------------------------------------------------------------
-
-
-def run(*arguments: object) -> int:
-    app = cyclopts.App(name="test")
-    app.command(export)
-    return run_app(app, ["export", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -299,7 +242,12 @@ def test_stories_to_parquet(
     folder: Path, dataset: Dataset, tiny_bert: Path, tiny_encoder: Encoder, adapter: tuple[Path, Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "new" / "vectors.parquet"
-    assert run("--model", tiny_bert, "--adapter", adapter[0], "--data", folder, "--layer", "1", "--to", file) == 0
+    assert (
+        run_command(
+            "export", "--model", tiny_bert, "--adapter", adapter[0], "--data", folder, "--layer", "1", "--to", file
+        )
+        == 0
+    )
     read = pd.read_parquet(file)
     expected = export_stories(dataset, tiny_encoder, adapter=adapter[0], layer=1)
     assert list(read.columns) == ["story", "word_index", "word", "time_s", "vector"]
@@ -314,7 +262,11 @@ def test_files_contain_the_settings(tiny_bert: Path, text_file: Path, tmp_path: 
     import pyarrow.parquet as pq
 
     options = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
-    assert run(*options, "--to", tmp_path / "a.parquet") == run(*options, "--to", tmp_path / "a.npz") == 0
+    assert (
+        run_command("export", *options, "--to", tmp_path / "a.parquet")
+        == run_command("export", *options, "--to", tmp_path / "a.npz")
+        == 0
+    )
     note = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[b"bert_encoding"])
     assert note == {
         **{"model": str(tiny_bert), "layer": [1, 2], "window_tokens": 60, "adapter": None},
@@ -328,7 +280,11 @@ def test_words_to_parquet_and_to_npz(
     tiny_bert: Path, tiny_encoder: Encoder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--model", tiny_bert, "--text", text_file, "--words", "house, my,river")
-    assert run(*options, "--to", tmp_path / "w.parquet") == run(*options, "--to", tmp_path / "w.npz") == 0
+    assert (
+        run_command("export", *options, "--to", tmp_path / "w.parquet")
+        == run_command("export", *options, "--to", tmp_path / "w.npz")
+        == 0
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == ["house: 3 occurrences", "my: 1 occurrences", "river: 0 occurrences"]
     assert printed[3:5] == [f"{tmp_path / 'w.parquet'}: written", f"{tmp_path / 'w-means.parquet'}: written"]
@@ -354,15 +310,31 @@ def test_the_model_is_that_of_the_adapter(
     adapter: tuple[Path, Any], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "out.npz"
-    assert run("--adapter", adapter[0], "--text", text_file, "--to", file) == 0
-    assert run("--adapter", adapter[0], "--model", "minilm-plain", "--text", text_file, "--to", tmp_path / "b.npz") == 2
+    assert run_command("export", "--adapter", adapter[0], "--text", text_file, "--to", file) == 0
+    assert (
+        run_command(
+            "export",
+            "--adapter",
+            adapter[0],
+            "--model",
+            "minilm-plain",
+            "--text",
+            text_file,
+            "--to",
+            tmp_path / "b.npz",
+        )
+        == 2
+    )
     assert "was trained on" in capsys.readouterr().err
 
 
 def test_no_file_is_overwritten(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
     for existing, to in (("a.npz", "a.npz"), ("b-means.parquet", "b.parquet")):
         (tmp_path / existing).write_text("mine")
-        assert run("--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to) == 2
+        assert (
+            run_command("export", "--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to)
+            == 2
+        )
         assert (tmp_path / existing).read_text() == "mine"
     assert not (tmp_path / "b.parquet").exists()
 
@@ -412,17 +384,8 @@ def test_export_refuses_mistakes_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     values = {"MODEL": tiny_bert, "TEXT": text_file, "DATA": folder}
-    assert run(*(values.get(argument, argument) for argument in arguments)) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refusal(capsys, "export", *(values.get(argument, argument) for argument in arguments))
     assert [path.name for path in tmp_path.iterdir()] == [text_file.name]
-
-
-def test_help_warns_that_vectors_are_contextual(capsys: pytest.CaptureFixture[str]) -> None:
-    run("--help")
-    printed = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
-    assert "BERT's vectors are contextual: the same word has another vector in every sentence" in printed
 
 
 def test_layers_are_parsed() -> None:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from make_data import make_lab
 from make_lebel import make_lebel
+from run_commands import refusal, run_command
 
-from bert_encoding.__main__ import app
 from bert_encoding.analyses.partition_tables import ARRAYS, partition_dataset
 from bert_encoding.analyses.variance_partitioning import partition_variance, subsets_of
 from bert_encoding.commands import partition as partition_module
-from bert_encoding.core.command_line import run_app
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
@@ -89,16 +88,12 @@ def test_units_of_responses_have_no_effect(task: Task, configs: dict[str, TrialC
             np.testing.assert_allclose(rescaled[subject][subset].r2, fit.r2, atol=1e-4)
 
 
-def run(*arguments: object) -> int:
-    return run_app(app, ["partition", *map(str, arguments)])
-
-
 def test_command_writes_table_and_arrays(
     folder: Path, tiny_bert: Path, tmp_path: Path, task: Task, configs: dict[str, TrialConfig],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     to = tmp_path / "out"
-    assert run(folder, "--model", tiny_bert, "--to", to) == 0
+    assert run_command("partition", folder, "--model", tiny_bert, "--to", to) == 0
     printed = capsys.readouterr().out
     about = json.loads((to / "partition.json").read_text())
     with np.load(to / "partition.npz", allow_pickle=False) as file:
@@ -126,8 +121,8 @@ def test_command_writes_table_and_arrays(
     assert "no repeats of the test stories: no noise ceiling" in printed
     assert printed.startswith(f"the test stories are scored ({TEST}): choose no layer or other setting by the result\n")
     assert "1 of 12 voxels left out" in printed
-    assert run(folder, "--model", tiny_bert, "--to", to) == 2
-    assert "partition.json: exists already" in capsys.readouterr().err
+    error = refusal(capsys, "partition", folder, "--model", tiny_bert, "--to", to)
+    assert "partition.json: exists already" in error
 
 
 def test_three_spaces_and_the_noise_ceiling_of_repeats(
@@ -136,7 +131,12 @@ def test_three_spaces_and_the_noise_ceiling_of_repeats(
     data = make_lebel(tmp_path / "ds", n_words=250, subjects=("UTS01",))
     spaces = ("bert", "word_rate", "bag_of_words")
     to = tmp_path / "out"
-    assert run(data, "--model", tiny_bert, "--layer", 1, "--spaces", *spaces, "--train-stories", 4, "--to", to) == 0
+    assert (
+        run_command(
+            "partition", data, "--model", tiny_bert, "--layer", 1, "--spaces", *spaces, "--train-stories", 4, "--to", to
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     about = json.loads((to / "partition.json").read_text())
     rows = about["table"]
@@ -173,7 +173,12 @@ def test_static_vectors_can_be_a_space(folder: Path, tmp_path: Path, capsys: pyt
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("the 0.1 0.2\nriver 1.0 -0.5\nhouse -0.3 0.8\n")
     to = tmp_path / "out"
-    assert run(folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", vectors, "--to", to) == 0
+    assert (
+        run_command(
+            "partition", folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", vectors, "--to", to
+        )
+        == 0
+    )
     about = json.loads((to / "partition.json").read_text())
     assert [row["spaces"] for row in about["table"]] == [["word_rate"], ["static"], ["word_rate", "static"]]
     assert about["model"] is None
@@ -183,7 +188,7 @@ def test_static_vectors_can_be_a_space(folder: Path, tmp_path: Path, capsys: pyt
 def test_short_test_stories_have_no_permutation_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_lab(tmp_path / "lab")  # 4 blocks of 10 TRs have 24 orders
     arguments = ("--spaces", "word_rate,bag_of_words", "--to", tmp_path / "out")
-    assert run(data, *arguments) == 0
+    assert run_command("partition", data, *arguments) == 0
     rows = json.loads((tmp_path / "out" / "partition.json").read_text())["table"]
     assert [row["share_found"] for row in rows] == [None, None, None]
     assert "too short for a permutation test" in capsys.readouterr().out
@@ -223,10 +228,7 @@ def test_mistakes_are_one_line(
     file.write_text("")
     words = [{"DATA": folder, "FILE": file}.get(argument, argument) for argument in arguments]
     model = () if "--model" in arguments or "word_rate" in arguments else ("--model", tiny_bert)
-    assert run(*words, *model) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refusal(capsys, "partition", *words, *model)
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing else is left"
 
 
@@ -238,7 +240,7 @@ def test_new_folders_are_deleted_after_a_failure(
     (tmp_path / "there").mkdir()
     arguments = (folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", "vectors.txt")
     for to in ((), ("--to", "a/b/c"), ("--to", "there"), ("--to", "there/new")):
-        assert run(*arguments, *to) == 2
+        assert run_command("partition", *arguments, *to) == 2
         error = capsys.readouterr().err
         assert "vectors.txt: line 2" in error and error.count("\n") == 1
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["there", "vectors.txt"]

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cyclopts
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from make_texts import make_text_bert, negated_texts, write_texts
 from peft import PeftModel
+from run_commands import refusal, run_command
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
-from bert_encoding.commands.predict import predict, predict_texts
-from bert_encoding.core.command_line import run_app
+from bert_encoding.commands.predict import predict_texts
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import CLASSIFICATION
 from bert_encoding.datasets.corpus import Example, open_corpus
@@ -157,19 +156,13 @@ def test_texts_are_cleaned_as_in_training(bert: Path, tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str | Path) -> int:
-    app = cyclopts.App(name="test")
-    app.command(predict)
-    return run_app(app, ["predict", *map(str, arguments)])
-
-
 def test_the_command_prints_one_line_per_text(
     trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = trained("lora").folder
     file = tmp_path / "texts.txt"
     file.write_text("i think the end was\tweak\n\nthe cast was fine\n")
-    assert command(folder, *TEXTS, "--file", file) == 0
+    assert run_command("predict", folder, *TEXTS, "--file", file) == 0
     table = predict_texts(folder, [*TEXTS, "i think the end was\tweak", "the cast was fine"])
     expected = [f"{r.label}\t{r.probability:.4f}\t{' '.join(r.text.split())}" for r in table.itertuples()]
     captured = capsys.readouterr()
@@ -191,7 +184,7 @@ def test_the_command_reads_files_and_writes_tables(
         pd.DataFrame({"text": TEXTS}).to_parquet(file)
     for ending, read in {".csv": pd.read_csv, ".parquet": pd.read_parquet}.items():
         out = tmp_path / f"out{ending}"
-        assert command(folder, "--file", file, "--to", out) == 0
+        assert run_command("predict", folder, "--file", file, "--to", out) == 0
         pd.testing.assert_frame_equal(read(out), predict_texts(folder, TEXTS), check_exact=True)
         assert capsys.readouterr().out == f"2 predictions are in {out}\n"
 
@@ -209,11 +202,7 @@ def test_the_command_reads_files_and_writes_tables(
 def test_bad_arguments_are_refused_in_one_line(
     arguments: list[str], message: str, trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(trained("full").folder, *arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert message in refusal(capsys, "predict", trained("full").folder, *arguments)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
