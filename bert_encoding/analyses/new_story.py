@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,12 @@ def describe_rows(story: Story, trim: Trim) -> str:
 def _read(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
     """Return words, their middles in s, (n_words,), and the end of the last word in s."""
     check_regular(path)
-    _check_size(path)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"--story {path}: {error.strerror}; to name a story of a data set, give --data too") from None
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: {size / 2**20:.0f} MiB is too large for a transcript")
     if path.suffix.lower() == TEXTGRID:
         tier = word_tier(path)
         words, times_s = spoken_words(path, tier)
@@ -81,58 +86,44 @@ def _read(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
     return _read_csv(path)
 
 
-def _check_size(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"--story {path}: {error.strerror}; to name a story of a data set, give --data too") from None
-    if size > MAX_BYTES:
-        raise InputError(f"{path}: {size / 2**20:.0f} MiB is too large for a transcript")
-
-
 def _read_csv(path: Path) -> tuple[tuple[str, ...], np.ndarray, float]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             names = [name.strip().lower() for name in next(reader, [])]
-            word, times = _columns(path, names)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+            times = _time_columns(path, names)
+            cells = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable CSV in UTF-8 ({first_line(error)})") from None
-    if not rows:
+    if not cells:
         raise InputError(f"{path}: no words in it")
-    words = tuple(_cell(path, line, row, word).strip() for line, row in rows)
-    seconds = [_seconds(path, line, row, times, names) for line, row in rows]
+    rows = [(line, dict(zip(names, row, strict=False))) for line, row in cells]
+    for line, row in rows:
+        if lacking := [name for name in ("word", *times) if name not in row]:
+            raise InputError(f"{path}: line {line} has no {lacking[0]}")
+    seconds = [_seconds(path, line, row, times) for line, row in rows]
+    words = tuple(row["word"].strip() for _, row in rows)
     return words, np.array([sum(s) / len(s) for s in seconds]), max(s[-1] for s in seconds)
 
 
-def _columns(path: Path, names: Sequence[str]) -> tuple[int, tuple[int, ...]]:
-    """Return the column of the words, and the columns of their middles or of their starts and ends."""
+def _time_columns(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the name of the column of words' middles, or of their starts and ends."""
     for times in (("time_s",), ("start", "end"), ("start_s", "end_s")):
         if all(names.count(name) == 1 for name in ("word", *times)):
-            return names.index("word"), tuple(names.index(name) for name in times)
+            return times
     shown = ", ".join(names)[:MAX_SHOWN]
     raise InputError(f"{path}: its columns are {shown or 'none'}; needed are word and time_s, or word, start and end")
 
 
-def _seconds(
-    path: Path, line: int, row: Sequence[str], times: tuple[int, ...], names: Sequence[str]
-) -> tuple[float, ...]:
+def _seconds(path: Path, line: int, row: Mapping[str, str], times: Sequence[str]) -> list[float]:
     seconds = []
-    for column in times:
-        text = _cell(path, line, row, column)
+    for name in times:
         try:
-            seconds.append(float(text))
+            seconds.append(float(row[name]))
         except ValueError:
             seconds.append(math.nan)
         if not math.isfinite(seconds[-1]):
-            raise InputError(f"{path}: line {line}: {names[column]} is {text[:MAX_SHOWN]!r}, not a number of seconds")
+            raise InputError(f"{path}: line {line}: {name} is {row[name][:MAX_SHOWN]!r}, not a number of seconds")
     if seconds[-1] < seconds[0]:
         raise InputError(f"{path}: line {line}: the word ends at {seconds[-1]:g} s, before it starts; correct it")
-    return tuple(seconds)
-
-
-def _cell(path: Path, line: int, row: Sequence[str], column: int) -> str:
-    if column >= len(row):
-        raise InputError(f"{path}: line {line} has {len(row)} columns, fewer than the first line")
-    return row[column]
+    return seconds

@@ -1,7 +1,7 @@
 """The command ``check``: the data check of a data set, or of a text corpus."""
 
 import json as json_format
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ def _check_responses(path: str, trim: str | None, subjects: list[str] | None, as
         if as_json:
             _print_json({"kind": "responses", "source": path, "verdict": NOT_USABLE, "reasons": [str(error)]})
         raise
-    with console.status(f"reading {path}") if console.is_terminal and not as_json else nullcontext():
+    status: AbstractContextManager[object] = nullcontext()
+    if console.is_terminal and not as_json:
+        status = console.status(f"reading {path}")
+    with status:
         report = data_report.check_dataset(dataset)
     failure = ""
     try:

@@ -43,8 +43,8 @@ def fetch(
         raise InputError("fetch: name the subjects, as in --subjects UTS03")
     if to is None:
         raise InputError("fetch: name the folder, as in --to DIR")
-    given: dict[str, Any] = {"base_url": base_url, "keys_url": keys_url}
-    urls = {name: url for name, url in given.items() if url is not None}
+    options: dict[str, Any] = {"base_url": base_url, "keys_url": keys_url}
+    urls = {name: url for name, url in options.items() if url is not None}
     console = console_of_command()
     fetched = fetch_lebel2023(list(subjects), Path(to), list(stories) if stories else None, console=console, **urls)
     print_lines(

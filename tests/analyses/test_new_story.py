@@ -77,7 +77,7 @@ def test_rows_are_described(tmp_path: Path) -> None:
         ("word,time_s\n", "no words in it"),
         ("word,time_s\na,soon\n", "line 2: time_s is 'soon', not a number of seconds"),
         ("word,time_s\na,1\nb,nan\n", "line 3: time_s is 'nan', not a number"),
-        ("word,time_s\na,1\nb\n", "line 3 has 1 columns, fewer"),
+        ("word,time_s\na,1\nb\n", "line 3 has no time_s"),
         ("word,start,end\na,2,1\n", "line 2: the word ends at 1 s, before it starts"),
         ("word,time_s\na,2\nb,1\n", "word times must not decrease, but word 1"),
         ("word,time_s\n,2\n{ns},3\n", "has no spoken word"),

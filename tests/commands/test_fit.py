@@ -109,24 +109,24 @@ def test_a_locked_test_story_is_predicted_but_not_scored(
     def read(*of: object) -> None:
         raise AssertionError("responses to a locked story were read")
 
-    given = ("m.npz", "--data", root / "lab", "--story")
+    options = ("m.npz", "--data", root / "lab", "--story")
     with monkeypatch.context() as patch:
         patch.setattr(Responses, "read", read)
-        assert run_command("predict", *given, "wheretheressmoke") == 0
+        assert run_command("predict", *options, "wheretheressmoke") == 0
     out = capsys.readouterr().out
     assert "note: wheretheressmoke is a locked test story of the study s, so its CC is not computed (--test" in out
     assert "; CC " not in out
     for subject in SUBJECTS:
         assert np.isfinite(np.load(f"wheretheressmoke-{subject}.npy")).all()
-    assert run_command("predict", *given, "beta") == 0, "all other stories are scored"
+    assert run_command("predict", *options, "beta") == 0, "all other stories are scored"
     out = capsys.readouterr().out
     assert "; CC " in out and "locked" not in out
-    for options, message in (
-        ((*given, "beta", "--to", "c.npy", "--test"), "--test: beta is not a locked test story of m.npz"),
+    for arguments, message in (
+        ((*options, "beta", "--to", "c.npy", "--test"), "--test: beta is not a locked test story of m.npz"),
         (("m.npz", "--story", "x.csv", "--test"), "--test: needs --data"),
         (("folder", "text", "--test"), "--test: not available for a classifier"),
     ):
-        assert message in refusal(capsys, "predict", *options)
+        assert message in refusal(capsys, "predict", *arguments)
     assert not list(Path().glob("c-*.npy"))
 
 
@@ -202,8 +202,8 @@ def test_notes_name_a_better_frozen_encoder_and_changed_code(study: Path, capsys
 
 def put(folder: Path, trial_id: str, cc_mean: float, keep: bool = True, **values: Any) -> None:
     config = asdict(TrialConfig(method=values.get("method", "lora")))
-    given = {"status": "COMPLETE", "method": "lora", "phase": "search"} | values
-    write_record(folder, TrialRecord(config=config, trial_id=trial_id, scores={"cc_mean": cc_mean}, **given))
+    fields = {"status": "COMPLETE", "method": "lora", "phase": "search"} | values
+    write_record(folder, TrialRecord(config=config, trial_id=trial_id, scores={"cc_mean": cc_mean}, **fields))
     if keep:
         (folder / "trials" / trial_id / "adapter").mkdir()
         (folder / "trials" / trial_id / "adapter" / "adapter_config.json").write_text("{}")

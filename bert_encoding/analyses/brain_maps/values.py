@@ -79,7 +79,7 @@ def _trials(study: Path) -> str:
     return f"trials with CC are {first_names(names)}" if names else f"{study} has no trial with CC; is it a study?"
 
 
-def read_array(given: str) -> tuple[np.ndarray, str]:
+def read_array(source: str) -> tuple[np.ndarray, str]:
     """Return the array of ``FILE.npy``, ``FILE.npz`` or ``FILE.npz:NAME``, and its name.
 
     Raises
@@ -87,10 +87,10 @@ def read_array(given: str) -> tuple[np.ndarray, str]:
     InputError
         if it is missing or damaged, or the file holds several arrays and no name is given.
     """
-    path, _, member = given.rpartition(":")
-    file, member = (Path(given), "") if Path(given).exists() or not path else (Path(path), member)
+    path, _, member = source.rpartition(":")
+    file, member = (Path(source), "") if Path(source).exists() or not path else (Path(path), member)
     if not file.is_file():
-        raise InputError(f"{given}: no such file")
+        raise InputError(f"{source}: no such file")
     check_regular(file)
     if file.suffix.lower() == ".npz":
         arrays = read_arrays(file)
@@ -107,12 +107,12 @@ def read_array(given: str) -> tuple[np.ndarray, str]:
         raise InputError(f"{file}: not a readable .npy array ({first_line(error)})") from None
 
 
-def check_values(values: np.ndarray, what: str) -> np.ndarray:
+def check_values(values: np.ndarray, name: str) -> np.ndarray:
     """Return (n_voxels,) values as float64, with at least one number and no infinity."""
     if values.ndim != 1 or values.dtype.kind not in "biuf":
-        raise InputError(f"{what}: expected one number per voxel, got {values.dtype} of shape {values.shape}")
+        raise InputError(f"{name}: expected one number per voxel, got {values.dtype} of shape {values.shape}")
     if n_infinite := int(np.isinf(values).sum()):
-        raise InputError(f"{what}: {n_infinite} values are infinite; replace them by numbers or NaN")
+        raise InputError(f"{name}: {n_infinite} values are infinite; replace them by numbers or NaN")
     if not np.isfinite(values).any():
-        raise InputError(f"{what}: no voxel has a value; there is nothing to draw")
+        raise InputError(f"{name}: no voxel has a value; there is nothing to draw")
     return values.astype(np.float64)

@@ -40,7 +40,7 @@ class Mask(NamedTuple):
     space: int = 0
 
 
-def read_mask(given: str, order: str) -> Mask:
+def read_mask(source: str, order: str) -> Mask:
     """Read a mask: NIfTI, or an array (``.npy``, ``.npz``, ``FILE.npz:NAME``) whose axes are already in ``order``.
 
     Raises
@@ -48,17 +48,17 @@ def read_mask(given: str, order: str) -> Mask:
     InputError
         if it cannot be read, or is not a 3-D array of finite numbers that are not all 0.
     """
-    if given.lower().endswith(VOLUMES):
-        values, affine, space = _read_nifti(Path(given))
+    if source.lower().endswith(VOLUMES):
+        values, affine, space = _read_nifti(Path(source))
         values = values.T if order == ZYX else values
     else:
-        (values, _), affine, space = read_array(given), None, 0
+        (values, _), affine, space = read_array(source), None, 0
     if values.ndim != 3 or values.dtype.kind not in "biuf":
-        raise InputError(f"{given}: a mask has three axes, this is {values.dtype} of shape {values.shape}")
+        raise InputError(f"{source}: a mask has three axes, this is {values.dtype} of shape {values.shape}")
     if not np.isfinite(values).all():
-        raise InputError(f"{given}: not a mask: some of its voxels are not finite")
+        raise InputError(f"{source}: not a mask: some of its voxels are not finite")
     if not (values != 0).any():
-        raise InputError(f"{given}: the mask has no voxel inside")
+        raise InputError(f"{source}: the mask has no voxel inside")
     return Mask(values != 0, order, affine, space)
 
 
