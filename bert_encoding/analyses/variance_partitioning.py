@@ -354,5 +354,8 @@ def _score(cache: PredictionCache, subset: Subset, permutation: PermutationSetti
 def _unique_p(cache: PredictionCache, spaces: Subset, space: str, permutation: PermutationSettings) -> np.ndarray:
     """Return p of what one space adds to all others together, (n_voxels,)."""
     rest = tuple(name for name in spaces if name != space)
-    panels = ([cache.load(key, n) for key in (RESPONSES, spaces, rest)] for n in range(cache.n_panels(spaces)))
-    return np.concatenate([unique_p(*panel, permutation) for panel in panels])
+    p = []
+    for number in range(cache.n_panels(spaces)):
+        Y, joint, without = (cache.load(key, number) for key in (RESPONSES, spaces, rest))
+        p.append(unique_p(Y, joint, without, permutation))
+    return np.concatenate(p)
