@@ -1,4 +1,4 @@
-"""What a look at the test stories has shown: finalists and baselines, each with an interval, and paired differences."""
+"""Results of a test-set evaluation: scores of finalists and baselines with intervals, and paired differences."""
 
 import math
 from collections.abc import Sequence
@@ -13,94 +13,103 @@ from bert_encoding.statistics.block_bootstrap import Replicates, difference_inte
 from bert_encoding.statistics.story_intervals import LEVEL, STORIES, TIME, Interval, paired_difference, story_interval
 from bert_encoding.trial.record import read_details, read_record
 from study.results.locked_stories import id_on_test, read_looks
+from study.results.rank_tables import typed_table
+from study.results.standing import baseline_score
 
-FEW_STORIES = 6  # of fewer, a mean over stories tells little
+FEW_STORIES = 6  # with fewer, a note says that other stories are hardly covered
+COLUMNS = (
+    "look trial_id is_winner rank lr cc_searched cc_confirmed n_seeds selection_bias cc_frozen cc_test frozen_test "
+    "gain_test low high unit gain_of_stories test_id frozen_test_id"
+).split()
 
 
-class OnTest(NamedTuple):
-    """A mean CC on the test stories and its interval over time inside them; NaN where there is none."""
+class ScoreOnTest(NamedTuple):
+    """A mean CC on the test stories with its 95% interval over time inside them; NaN if there is none."""
 
     cc: float
     low: float
     high: float
 
 
-class Confirmed(NamedTuple):
-    """A finalist on the test stories, beside the frozen baseline.
+class Finalist(NamedTuple):
+    """A confirmed trial compared with the frozen baseline, as in ``summary.json``.
 
     Attributes
     ----------
-    searched, confirmed : its validation CC when it was searched, and the mean over fresh seeds
-    test : None where that failed
-    gain : less the frozen baseline, with its interval over time inside these stories; None without either
-    gain_of_stories : the same story by story, with its interval over stories
+    searched, confirmed : validation CC in the search, and mean over fresh seeds
+    test : None if scoring failed
+    gain : test CC minus that of the frozen baseline, interval over time inside these stories; None without either
+    gain_of_stories : the same story by story, interval over stories
     """
 
     trial_id: str
     searched: float
     confirmed: float
-    test: OnTest | None
+    test: ScoreOnTest | None
     gain: Interval | None
     gain_of_stories: Interval | None
 
 
-def confirmed_trials(path: str | Place, fixed: dict[str, Any], trials: pd.DataFrame) -> list[Confirmed]:
-    """Return the finalists of one look at the test stories, the winner first, then in the order of the search.
+def confirmed_trials(path: str | Place, look: dict[str, Any], trials: pd.DataFrame) -> list[Finalist]:
+    """Return the finalists of one test-set evaluation, the winner first, then in the order of the search.
+
+    A finalist that failed with every fresh seed is left out.
 
     Parameters
     ----------
-    fixed : content of ``confirm.json``
+    look : content of ``confirm.json``
     trials : of ``load_trials``
     """
-    folder = open_place(path)
-    test = _on_test(trials)
-    frozen = id_on_test(f"baseline-{FROZEN}", fixed["look"])
-    found = []
-    for one in sorted(fixed["finalists"], key=lambda one: one["trial_id"] != fixed["winner"]):
-        if one["cc_confirmed"] is None:
+    folder, scores, number = open_place(path), _scores_on_test(trials), look["look"]
+    frozen = id_on_test(f"baseline-{FROZEN}", number)
+    finalists = []
+    for entry in sorted(look["finalists"], key=lambda entry: entry["trial_id"] != look["winner"]):
+        if entry["cc_confirmed"] is None:
             continue
-        name = id_on_test(one["trial_id"], fixed["look"])
+        name = id_on_test(entry["trial_id"], number)
         over_time = over_stories = None
-        if {name, frozen} <= set(test):
-            bare = Interval(test[name].cc - test[frozen].cc, math.nan, math.nan, LEVEL, 0, TIME)
-            over_time = gain_over_time(folder, name, frozen) or bare
-            over_stories = gain_over_stories(folder, name, frozen)
-        cc = one["cc_searched"], one["cc_confirmed"]
-        found.append(Confirmed(one["trial_id"], *cc, test.get(name), over_time, over_stories))
-    return found
+        if {name, frozen} <= set(scores):
+            without_interval = Interval(scores[name].cc - scores[frozen].cc, math.nan, math.nan, LEVEL, 0, TIME)
+            over_time = _gain_over_time(folder, name, frozen) or without_interval
+            over_stories = _gain_over_stories(folder, name, frozen)
+        cc = entry["cc_searched"], entry["cc_confirmed"]
+        finalists.append(Finalist(entry["trial_id"], *cc, scores.get(name), over_time, over_stories))
+    return finalists
 
 
-def baselines_on_test(fixed: dict[str, Any], trials: pd.DataFrame) -> dict[str, OnTest]:
-    """Return what the baselines reach in one look at the test stories, by method."""
-    known = trials.loc[trials["phase"] == BASELINE, "method"]
-    names = {str(method): id_on_test(f"baseline-{method}", fixed["look"]) for method in known}
-    test = _on_test(trials)
-    return {method: test[name] for method, name in names.items() if name in test}
+def _baselines_on_test(look: dict[str, Any], trials: pd.DataFrame) -> dict[str, ScoreOnTest]:
+    """Return the test scores of the baselines in one evaluation, by method."""
+    methods, scores = trials.loc[trials["phase"] == BASELINE, "method"], _scores_on_test(trials)
+    names = {str(method): id_on_test(f"baseline-{method}", look["look"]) for method in methods}
+    return {method: scores[name] for method, name in names.items() if name in scores}
 
 
-def _on_test(trials: pd.DataFrame) -> dict[str, OnTest]:
+def _scores_on_test(trials: pd.DataFrame) -> dict[str, ScoreOnTest]:
     columns = ["cc_test", "cc_test_low", "cc_test_high"]
     scored = trials[(trials["status"] == COMPLETE) & trials["cc_test"].notna()].set_index("trial_id")
     rows = scored.reindex(columns=columns).astype("float64").itertuples()
-    return {str(name): OnTest(*map(float, values)) for name, *values in rows}
+    return {str(name): ScoreOnTest(*map(float, values)) for name, *values in rows}
 
 
-def gain_over_time(folder: Place, one: str, other: str) -> Interval | None:
-    """Return the test CC of a trial less that of another, with its interval over time inside these stories.
+def _gain_over_time(folder: Place, trial_id: str, frozen_id: str) -> Interval | None:
+    """Return the difference in test CC with its interval over time inside these stories; None without replicates.
 
-    Both were resampled alike (``summaries.voxel_details``), so each resample is a pair. None where nothing is kept.
+    Both trials were resampled alike (``summaries.voxel_details``), so the replicates are paired.
     """
-    both = [_test_replicates(_details(folder, name)) for name in (one, other)]
-    return None if None in both else difference_interval(*[found for found in both if found is not None])
+    pair = [_mean_replicates(_details(folder, name)) for name in (trial_id, frozen_id)]
+    present = [replicates for replicates in pair if replicates is not None]
+    return difference_interval(*present) if len(present) == 2 else None
 
 
-def gain_over_stories(folder: Place, one: str, other: str) -> Interval | None:
-    """Return the test CC inside a story of a trial less that of another, paired by story, with its interval over
-    stories; voxels, then subjects, are averaged inside a story. None where nothing is kept."""
-    mine, theirs = (_cc_of_stories(_details(folder, name)) for name in (one, other))
-    if not mine or mine.keys() != theirs.keys():
+def _gain_over_stories(folder: Place, trial_id: str, frozen_id: str) -> Interval | None:
+    """Return the difference in CC inside test stories, paired by story, with its interval over stories.
+
+    Voxels, then subjects, are averaged within each story. None without stored values.
+    """
+    tuned, frozen = (_cc_of_stories(_details(folder, name)) for name in (trial_id, frozen_id))
+    if not tuned or tuned.keys() != frozen.keys():
         return None
-    of_subject = [np.nanmean(paired_difference(mine[name], theirs[name]).difference, axis=1) for name in sorted(mine)]
+    of_subject = [np.nanmean(paired_difference(tuned[s], frozen[s]).difference, axis=1) for s in sorted(tuned)]
     return story_interval(np.mean(of_subject, axis=0))
 
 
@@ -109,112 +118,109 @@ def _details(folder: Place, trial_id: str) -> dict[str, np.ndarray]:
 
 
 def _cc_of_stories(details: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return subject -> story -> (n_voxels,) CC, NaN where a voxel is masked out."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    """Return subject -> story -> CC, (n_voxels,), NaN for masked voxels."""
+    cc_of: dict[str, dict[str, np.ndarray]] = {}
     for name, cc in details.items():
         if name.startswith("test/story/"):
             story, subject = name.removeprefix("test/story/").rsplit("/", 1)
-            found.setdefault(subject, {})[story] = cc
-    return found
+            cc_of.setdefault(subject, {})[story] = cc
+    return cc_of
 
 
-def _test_replicates(details: dict[str, np.ndarray]) -> Replicates | None:
-    """Return the mean over subjects of the resampled test CCs; the number of blocks is not kept, and is given as 0."""
-    prefix = "test/replicates/"
-    kept = {name: values for name, values in details.items() if name.startswith(prefix)}
-    if not kept:
-        return None
-    return mean_replicates([Replicates(kept[name], np.ones(1, bool), 0, name) for name in sorted(kept)])
+def _mean_replicates(details: dict[str, np.ndarray]) -> Replicates | None:
+    """Return the mean over subjects of the resampled test CCs; the number of blocks is not stored and set to 0."""
+    names = sorted(name for name in details if name.startswith("test/replicates/"))
+    return mean_replicates([Replicates(details[n], np.ones(1, bool), 0, n) for n in names]) if names else None
 
 
 def confirm_summary(path: str | Place, trials: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return what every look at the test stories found, as ``summary.json`` keeps it."""
+    """Return the results of every test-set evaluation, as in ``summary.json``."""
     folder = open_place(path)
     return [
         {
-            "look": fixed["look"],
-            "winner": fixed["winner"],
-            "test_stories": fixed["test_stories"],
-            "baselines": {name: _plain(found) for name, found in baselines_on_test(fixed, trials).items()},
+            "look": look["look"],
+            "winner": look["winner"],
+            "test_stories": look["test_stories"],
+            "baselines": {name: _plain(score) for name, score in _baselines_on_test(look, trials).items()},
             "finalists": [
-                one._asdict() | {name: _plain(getattr(one, name)) for name in ("test", "gain", "gain_of_stories")}
-                for one in confirmed_trials(folder, fixed, trials)
+                finalist._asdict()
+                | {name: _plain(getattr(finalist, name)) for name in ("test", "gain", "gain_of_stories")}
+                for finalist in confirmed_trials(folder, look, trials)
             ],
         }
-        for fixed in read_looks(folder)
+        for look in read_looks(folder)
     ]
 
 
-def _plain(found: OnTest | Interval | None) -> dict[str, Any] | None:
-    """Return named values for JSON, which has no NaN."""
-    if found is None:
+def _plain(score: ScoreOnTest | Interval | None) -> dict[str, Any] | None:
+    """Return the fields for JSON, which has no NaN."""
+    if score is None:
         return None
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found._asdict().items()}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in score._asdict().items()}
 
 
 def confirm_lines(path: str | Place, trials: pd.DataFrame) -> list[str]:
-    """Say what every look at the test stories found; nothing before the first."""
+    """Return the results of every test-set evaluation in words; nothing before the first."""
     folder = open_place(path)
-    return [line for fixed in read_looks(folder) for line in _lines_of_look(fixed, folder, trials)]
+    return [line for look in read_looks(folder) for line in _lines_of(look, folder, trials)]
 
 
-def _lines_of_look(fixed: dict[str, Any], folder: Place, trials: pd.DataFrame) -> list[str]:
-    winner, *others = confirmed_trials(folder, fixed, trials)
-    look = fixed["look"]
-    unseen = "" if fixed["looks"] or fixed.get("test_was_read") else " before a test story was read"
+def _lines_of(look: dict[str, Any], folder: Place, trials: pd.DataFrame) -> list[str]:
+    finalists, stories = confirmed_trials(folder, look, trials), look["test_stories"]
+    winner, number = finalists[0], look["look"]
+    unseen = "" if look["looks"] or look.get("test_was_read") else " before a test story was read"
     lines = [
-        f"Confirmed{f' (look {look})' if look > 1 else ''}: trial {winner.trial_id} wins, fixed by validation{unseen}: "
-        f"CC {winner.confirmed:.4f}, mean over {len(fixed['seeds'])} fresh seeds "
+        f"Confirmed{f' (evaluation {number})' if number > 1 else ''}: trial {winner.trial_id} wins, fixed by validation"
+        f"{unseen}: CC {winner.confirmed:.4f}, mean over {len(look['seeds'])} fresh seeds "
         f"({winner.searched:.4f} when searched, {winner.confirmed - winner.searched:+z.4f})."
     ]
-    if any(one.test is not None for one in (winner, *others)):
-        stories = fixed["test_stories"]
+    if any(finalist.test is not None for finalist in finalists):
         lines.append(f"On {_count(stories)} ({', '.join(stories)}), refitted on fit and validation:")
-    lines += [line for one in (winner, *others) for line in _test_lines(one, is_winner=one is winner)]
-    lines += [f"  {name} baseline: {_told(found)}." for name, found in baselines_on_test(fixed, trials).items()]
-    if len(lines) > 2 and len(fixed["test_stories"]) < FEW_STORIES:
+    lines += [line for finalist in finalists for line in _finalist_lines(finalist, finalist is winner)]
+    lines += [f"  {name} baseline: {_score_text(s)}." for name, s in _baselines_on_test(look, trials).items()]
+    if len(lines) > 2 and len(stories) < FEW_STORIES:
         lines.append(
-            f"note: {_count(fixed['test_stories'])} tell little of other stories: intervals over time speak of more "
-            "listening to just these"
+            f"note: {_count(stories)} {'says' if len(stories) == 1 else 'say'} little about other stories; intervals "
+            "over time cover more recordings of these stories only"
         )
-    lost = [one["trial_id"] for one in fixed["finalists"] if one["cc_confirmed"] is None]
+    lost = [entry["trial_id"] for entry in look["finalists"] if entry["cc_confirmed"] is None]
     lines += [f"Finalist {name} dropped out: it failed with every fresh seed." for name in lost]
     lines += [
-        f"note: {', '.join(one.get('stories') or fixed['test_stories'])} had been read before by study {one['study']} "
-        f"({one['at']}{', its baselines alone' if one.get('baselines_only') else ''})"
-        for one in fixed["looks"]
+        f"note: {', '.join(other.get('stories') or stories)} had been used before by study {other['study']} "
+        f"({other['at']}{', its baselines alone' if other.get('baselines_only') else ''})"
+        for other in look["looks"]
     ]
-    return lines + _note_of_reading(fixed, trials)
+    return lines + _note_of_own_use(look, trials)
 
 
-def _note_of_reading(fixed: dict[str, Any], trials: pd.DataFrame) -> list[str]:
-    """Say how the study itself had read test stories before its first winner was fixed."""
-    if not fixed.get("test_was_read"):
+def _note_of_own_use(look: dict[str, Any], trials: pd.DataFrame) -> list[str]:
+    """Say how the study itself used test stories before its first winner was fixed."""
+    if not look.get("test_was_read"):
         return []
     was_scored = trials.loc[trials["phase"] == BASELINE, "cc_test"].notna().any()
     how = "its baselines were scored on them (--trials 0)" if was_scored else "fine-tuning read their text"
-    return [f"note: this study had read its test stories before the winner was fixed: {how}"]
+    return [f"note: this study had used its test stories before the winner was fixed: {how}"]
 
 
 def _count(stories: Sequence[str]) -> str:
     return "1 test story" if len(stories) == 1 else f"{len(stories)} test stories"
 
 
-def _told(found: OnTest) -> str:
-    if math.isnan(found.low):
-        return f"CC {found.cc:.4f}"
-    return f"CC {found.cc:.4f} ({LEVEL:.0%} interval over {TIME} {found.low:.4f} to {found.high:.4f})"
+def _score_text(score: ScoreOnTest) -> str:
+    if math.isnan(score.low):
+        return f"CC {score.cc:.4f}"
+    return f"CC {score.cc:.4f} ({LEVEL:.0%} interval over {TIME} {score.low:.4f} to {score.high:.4f})"
 
 
-def _test_lines(one: Confirmed, is_winner: bool) -> list[str]:
-    if one.test is None:
-        return [f"  trial {one.trial_id}: not scored."]
-    lines = [f"  trial {one.trial_id}{', the winner' if is_winner else ''}: {_told(one.test)}."]
-    if one.gain is None:
+def _finalist_lines(finalist: Finalist, is_winner: bool) -> list[str]:
+    if finalist.test is None:
+        return [f"  trial {finalist.trial_id}: not scored."]
+    lines = [f"  trial {finalist.trial_id}{', the winner' if is_winner else ''}: {_score_text(finalist.test)}."]
+    if finalist.gain is None:
         return [*lines, "    no frozen baseline to compare with."]
-    lines.append(f"    less frozen {_difference(one.gain)}.")
-    if one.gain_of_stories is not None and one.gain_of_stories.n > 1:
-        lines.append(f"    story by story {_difference(one.gain_of_stories)}.")
+    lines.append(f"    minus frozen {_difference(finalist.gain)}.")
+    if finalist.gain_of_stories is not None and finalist.gain_of_stories.n > 1:
+        lines.append(f"    story by story {_difference(finalist.gain_of_stories)}.")
     return lines
 
 
@@ -225,70 +231,31 @@ def _difference(gain: Interval) -> str:
     return f"{gain.estimate:+z.4f} ({gain.level:.0%} interval over {unit} {gain.low:+z.4f} to {gain.high:+z.4f})"
 
 
-COLUMNS = (
-    "look trial_id is_winner rank lr cc_searched cc_confirmed n_seeds selection_bias cc_frozen cc_test frozen_test "
-    "gain_test low high unit gain_of_stories test_id frozen_test_id"
-).split()
-
-
 def confirmed_table(folder: Place, looks: list[dict[str, Any]], trials: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a look and finalist, the winner first; columns as in ``COLUMNS``.
-
-    A finalist that failed with every fresh seed is left out.
+    """Return one row per test-set evaluation and finalist, the winner first; columns as in ``COLUMNS``.
 
     Parameters
     ----------
     looks : of ``locked_stories.read_looks``
     trials : of ``load_trials``
     """
-    rows = [row for fixed in looks for row in _of_look(folder, fixed, trials)]
-    text = ("trial_id", "unit", "test_id", "frozen_test_id")
-    types = dict.fromkeys(COLUMNS, "float64") | dict.fromkeys(text, "object")
-    return pd.DataFrame(rows, columns=COLUMNS).astype(
-        types | {"look": "int64", "n_seeds": "int64", "is_winner": "bool"}
-    )
-
-
-def _of_look(folder: Place, fixed: dict[str, Any], trials: pd.DataFrame) -> list[dict[str, Any]]:
-    by_id = trials.set_index("trial_id")
-    frozen_id, frozen_test_id = f"baseline-{FROZEN}", id_on_test(f"baseline-{FROZEN}", fixed["look"])
-    n_seeds = {one["trial_id"]: _n_valid(one["cc_of_seed"]) for one in fixed["finalists"]}
-    is_frozen = (trials["phase"] == BASELINE) & (trials["status"] == COMPLETE) & (trials["trial_id"] == frozen_id)
-    frozen = trials.loc[is_frozen, "cc_mean"]
+    by_id = trials.drop_duplicates("trial_id").set_index("trial_id")
+    numbers = by_id[["rank", "lr", "cc_test"]].astype("Float64").astype(float)
     rows = []
-    for one in confirmed_trials(folder, fixed, trials):
-        low, high, unit = (np.nan, np.nan, "") if one.gain is None else (one.gain.low, one.gain.high, one.gain.unit)
-        rows.append(
-            {
-                "look": fixed["look"],
-                "trial_id": one.trial_id,
-                "is_winner": one.trial_id == fixed["winner"],
-                "rank": _number(by_id, one.trial_id, "rank"),
-                "lr": _number(by_id, one.trial_id, "lr"),
-                "cc_searched": one.searched,
-                "cc_confirmed": one.confirmed,
-                "n_seeds": n_seeds[one.trial_id],
-                "selection_bias": one.searched - one.confirmed,
-                "cc_frozen": float(frozen.iloc[0]) if len(frozen) else np.nan,
-                "cc_test": np.nan if one.test is None else one.test.cc,
-                "frozen_test": _number(by_id, frozen_test_id, "cc_test"),
-                "gain_test": np.nan if one.gain is None else one.gain.estimate,
-                "low": low,
-                "high": high,
-                "unit": unit,
-                "gain_of_stories": np.nan if one.gain_of_stories is None else one.gain_of_stories.estimate,
-                "test_id": id_on_test(one.trial_id, fixed["look"]),
-                "frozen_test_id": frozen_test_id,
-            }
-        )
-    return rows
-
-
-def _number(by_id: pd.DataFrame, trial_id: str, column: str) -> float:
-    """Return a trial's value, NaN where there is none."""
-    values = by_id.loc[by_id.index == trial_id, column].dropna()
-    return float(values.iloc[0]) if len(values) else float("nan")
-
-
-def _n_valid(cc_of_seed: dict[str, float | None]) -> int:
-    return sum(value is not None for value in cc_of_seed.values())
+    for look in looks:
+        frozen_id = id_on_test(f"baseline-{FROZEN}", look["look"])
+        n_seeds = {e["trial_id"]: sum(v is not None for v in e["cc_of_seed"].values()) for e in look["finalists"]}
+        for finalist in confirmed_trials(folder, look, trials):
+            name = finalist.trial_id
+            gain = finalist.gain or Interval(math.nan, math.nan, math.nan, LEVEL, 0, "")
+            row = {"look": look["look"], "trial_id": name, "is_winner": name == look["winner"]}
+            row |= {column: numbers[column].get(name, math.nan) for column in ("rank", "lr")}
+            row |= {"cc_searched": finalist.searched, "cc_confirmed": finalist.confirmed, "n_seeds": n_seeds[name]}
+            row |= {"selection_bias": finalist.searched - finalist.confirmed}
+            row |= {"cc_frozen": baseline_score(trials, FROZEN, "cc_mean")}
+            row |= {"cc_test": finalist.test.cc if finalist.test else math.nan}
+            row |= {"frozen_test": numbers["cc_test"].get(frozen_id, math.nan)}
+            row |= {"gain_test": gain.estimate, "low": gain.low, "high": gain.high, "unit": gain.unit}
+            row |= {"gain_of_stories": finalist.gain_of_stories.estimate if finalist.gain_of_stories else math.nan}
+            rows.append(row | {"test_id": id_on_test(name, look["look"]), "frozen_test_id": frozen_id})
+    return typed_table(rows, COLUMNS, "trial_id unit test_id frozen_test_id", "look")

@@ -1,4 +1,4 @@
-"""A study read from its folder, and all of its tables and verdicts made: the one place where they come together."""
+"""Read a study from its folder and make all of its tables and verdicts."""
 
 import ast
 from typing import Any
@@ -6,39 +6,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bert_encoding.core.files import read_json
-from bert_encoding.core.names import (
-    BASELINE,
-    COMPLETE,
-    CONFIRM,
-    ENCODING,
-    FAILED,
-    FROZEN,
-    METRICS,
-    SEARCH,
-    STOPPED,
-    STUDY_FILE,
-    WORD_RATE,
-)
+from bert_encoding.core.names import BASELINE, COMPLETE, ENCODING, FAILED, FROZEN, SEARCH, WORD_RATE
 from bert_encoding.core.storage import Place, open_place
 from bert_encoding.trial.record import TrialRecord, read_cc, read_details
 from bert_encoding.trial.tables import epochs_frame, stories_frame, trials_frame
 from study.results.confirmed import confirmed_table
-from study.results.evidence import Effect, Evidence, Facts, LeftOut, Levels, Verdict
+from study.results.evidence import Evidence, Facts, Levels
 from study.results.importances import importances, varied_parameters
-from study.results.load import ADAPTIVE, forced_lines, load_records
-from study.results.locked_stories import read_looks
-from study.results.rank_tables import best_lr, by_rank, history, rank_by_lr, used_trials
+from study.results.load import forced_lines, is_adaptive, load_records, load_study
+from study.results.locked_stories import id_on_test, read_looks
+from study.results.rank_tables import by_rank, history, rank_by_lr, used_trials
 from study.results.slopes import slope_table
-from study.results.verdicts.next_runs import Further, confirm_command, more_stories, resume_command, which_runs
+from study.results.standing import baseline_score, best_trial, is_confirmed
+from study.results.verdicts.next_runs import confirm_command, more_stories, resume_command, which_runs
 from study.results.verdicts.rank import rank_verdict
+from study.results.verdicts.rules import Effect, NextRuns, Verdict
 from study.results.verdicts.tuning import tuning_verdict
 from study.setup.delta import DELTA
-from study.setup.samplers import NO_SCHEDULER
 
 STORIES = "trial_id phase split role subject story cc_mean".split()
 EPOCHS = "trial_id phase epoch rank lr seed cc_mean mlm_loss_train mlm_loss_heldout seconds is_used".split()
-SECONDS = "seconds_train seconds_embed seconds_ridge seconds_other seconds_total".split()
+VOXELS = "subject voxel frozen best".split()
+STAGES = "seconds_train seconds_embed seconds_ridge".split()
 
 
 def gather(path: str | Place, delta: float = DELTA) -> Evidence:
@@ -47,7 +36,7 @@ def gather(path: str | Place, delta: float = DELTA) -> Evidence:
     Parameters
     ----------
     path : a folder, or the URL of one in object storage
-    delta : CC below which an effect does not matter
+    delta : smallest effect that matters, CC
 
     Raises
     ------
@@ -55,17 +44,13 @@ def gather(path: str | Place, delta: float = DELTA) -> Evidence:
         if no study is there.
     """
     folder = open_place(path)
-    records = load_records(folder)
+    study, records, looks = load_study(folder), load_records(folder), read_looks(folder)
     trials = trials_frame(records)
-    study, looks = read_json(folder / STUDY_FILE), read_looks(folder)
     facts = _facts(study, looks, trials)
-    metric = METRICS[facts.task]
     used, left_out = used_trials(trials)
     stories = _with_columns(stories_frame(records), STORIES)
-    slopes = slope_table(used, stories)
-    confirmed = confirmed_table(folder, looks, trials)
-    best_id, frozen_id = _best(trials, facts), _baseline_id(trials, FROZEN)
-    found = Evidence(
+    best_id, frozen_id = best_trial(trials, facts.task), _frozen_id(trials)
+    evidence = Evidence(
         facts=facts,
         levels=_levels(folder, trials, facts),
         left_out=left_out,
@@ -75,56 +60,40 @@ def gather(path: str | Place, delta: float = DELTA) -> Evidence:
         used=used,
         by_rank=by_rank(used, stories),
         rank_by_lr=rank_by_lr(used),
-        best_lr=best_lr(used),
-        slopes=slopes,
-        importances=importances(records, metric),
-        history=history(trials, metric),
+        slopes=slope_table(used, stories),
+        importances=importances(records, facts.metric),
+        history=history(trials, facts.metric),
         varied=_varied(records),
-        confirmed=confirmed,
-        selection_bias=_selection_bias(confirmed),
+        confirmed=confirmed_table(folder, looks, trials),
         voxels=_voxels(folder, frozen_id, best_id),
         best_id=best_id,
         seconds=_seconds(trials),
         verdicts=(),
         warnings=_warnings(folder, facts, left_out, trials),
     )
-    return found._replace(verdicts=_verdicts(found, folder, frozen_id, delta)) if facts.task == ENCODING else found
+    if facts.task != ENCODING:
+        return evidence
+    return evidence._replace(verdicts=_verdicts(evidence, str(folder), frozen_id, delta))
 
 
 def _facts(study: dict[str, Any], looks: list[dict[str, Any]], trials: pd.DataFrame) -> Facts:
-    options, task = study.get("options", {}), str(study.get("task", ENCODING))
-    searched = trials[trials["phase"] == SEARCH]
-    n = {status: int((searched["status"] == status).sum()) for status in (COMPLETE, STOPPED, FAILED)}
-    sampler, scheduler = str(options.get("sampler", "tpe")), str(options.get("scheduler", NO_SCHEDULER))
-    stories: dict[str, tuple[str, ...]] = {}
-    if task == ENCODING:
-        for role in ("fit", "validation", "test"):
-            stories[role] = tuple(dict.fromkeys(name for split in study.get("splits", []) for name in split[role]))
-    metric = METRICS[task]
+    options, space, task = study.get("options", {}), study.get("space", {}), str(study.get("task", ENCODING))
+    status = trials.loc[trials["phase"] == SEARCH, "status"]
+    roles, splits = ("fit", "validation", "test") if task == ENCODING else (), study.get("splits", [])
     return Facts(
         name=str(study.get("name", "")),
         task=task,
-        question=_question(study.get("space", {}).get("source", "")),
-        data=str(study.get("data", {}).get("source", "")),
-        model=str(study.get("model", {}).get("name", "")),
-        space=str(study.get("space", {}).get("name", "")),
-        sampler=sampler,
-        scheduler=scheduler,
-        is_adaptive=sampler in ADAPTIVE or scheduler != NO_SCHEDULER,
-        metric=metric.column,
-        metric_label=metric.label,
-        is_gain=metric.is_gain,
-        n_asked=int(options.get("trials", len(searched))),
-        n_searched=len(searched),
-        n_complete=n[COMPLETE],
-        n_stopped=n[STOPPED],
-        n_failed=n[FAILED],
-        n_repeats=int(searched["repeat_of"].notna().sum()),
+        question=_question(space.get("source", "")),
+        space=str(space.get("name", "")),
+        sampler=str(options.get("sampler", "tpe")),
+        is_adaptive=is_adaptive(options),
+        n_requested=int(options.get("trials", len(status))),
+        n_searched=len(status),
+        n_complete=int((status == COMPLETE).sum()),
+        n_failed=int((status == FAILED).sum()),
         n_voxels=dict(study.get("data", {}).get("n_voxels", {})),
-        stories=stories,
-        n_folds=max(1, len(study.get("splits", []))),
-        is_confirmed=bool(trials.loc[trials["phase"] == CONFIRM, "cc_test"].notna().any()),
-        forced=list(study.get("forced", [])),
+        stories={role: tuple(dict.fromkeys(name for split in splits for name in split[role])) for role in roles},
+        is_confirmed=is_confirmed(trials),
         looks=looks,
         study=study,
     )
@@ -139,34 +108,33 @@ def _question(source: str) -> str:
 
 
 def _levels(folder: Place, trials: pd.DataFrame, facts: Facts) -> Levels:
-    def score(method: str, column: str) -> float | None:
-        rows = trials[(trials["phase"] == BASELINE) & (trials["method"] == method) & (trials["status"] == COMPLETE)]
-        if column == "cc_test":  # of a study that confirmed, baselines were refitted for the test
-            again = trials[trials["trial_id"] == f"test-baseline-{method}"]
-            rows = again if len(again) else rows
-        values = rows[column].dropna()
-        return float(values.iloc[0]) if len(values) else None
-
-    ids = [f"baseline-{FROZEN}", f"test-baseline-{FROZEN}"]
-    kept: dict[str, np.ndarray] = {}
-    for trial_id in ids:
+    column, details = facts.metric.column, {}
+    for trial_id in (f"baseline-{FROZEN}", id_on_test(f"baseline-{FROZEN}", 1)):
         if facts.task == ENCODING and (trials["trial_id"] == trial_id).any():
-            kept |= read_details(folder, trial_id)
+            details |= read_details(folder, trial_id)
     return Levels(
-        frozen=score(FROZEN, facts.metric),
-        word_rate=score(WORD_RATE, facts.metric),
-        frozen_test=score(FROZEN, "cc_test"),
-        word_rate_test=score(WORD_RATE, "cc_test"),
-        ceiling=_ceiling(kept, "validation"),
-        ceiling_test=_ceiling(kept, "test"),
+        frozen=baseline_score(trials, FROZEN, column),
+        word_rate=baseline_score(trials, WORD_RATE, column),
+        frozen_test=_test_score(trials, FROZEN),
+        word_rate_test=_test_score(trials, WORD_RATE),
+        ceiling=_ceiling(details, "validation"),
+        ceiling_test=_ceiling(details, "test"),
     )
 
 
+def _test_score(trials: pd.DataFrame, method: str) -> float | None:
+    """Return a baseline's test score: refitted for the confirm phase, or in a study of baselines alone."""
+    refitted = trials.loc[trials["trial_id"] == id_on_test(f"baseline-{method}", 1), "cc_test"]
+    if refitted.empty:
+        return baseline_score(trials, method, "cc_test")
+    return float(refitted.iloc[0]) if refitted.notna().any() else None
+
+
 def _ceiling(details: dict[str, np.ndarray], role: str) -> float | None:
-    """Return the mean over stories with repeats, and subjects, of the mean CC_max over voxels; None without repeats."""
-    found = [values for name, values in details.items() if name.startswith(f"{role}/cc_max/")]
-    found = [values[np.isfinite(values)] for values in found]
-    means = [float(values.mean()) for values in found if values.size]
+    """Return the mean noise ceiling over voxels, then over stories with repeats and subjects; None without repeats."""
+    ceilings = [values for name, values in details.items() if name.startswith(f"{role}/cc_max/")]
+    finite = [values[np.isfinite(values)] for values in ceilings]
+    means = [float(values.mean()) for values in finite if values.size]
     return float(np.mean(means)) if means else None
 
 
@@ -176,8 +144,7 @@ def _epochs(records: list[TrialRecord], trials: pd.DataFrame, used: pd.DataFrame
         return pd.DataFrame(columns=EPOCHS)
     of_trial = trials.set_index("trial_id")[["rank", "lr", "seed"]].astype("Float64").astype(float)
     epochs = epochs.drop(columns=["rank", "lr", "seed"], errors="ignore").join(of_trial, on="trial_id")
-    epochs["is_used"] = epochs["trial_id"].isin(used["trial_id"])
-    return _with_columns(epochs, EPOCHS)
+    return _with_columns(epochs.assign(is_used=epochs["trial_id"].isin(used["trial_id"])), EPOCHS)
 
 
 def _with_columns(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -185,124 +152,93 @@ def _with_columns(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def _varied(records: list[TrialRecord]) -> tuple[str, ...]:
-    """Return the columns of the parameters that the search varied; the rank itself instead of its logarithm."""
+    """Return the columns of the parameters that the search varied; rank instead of its logarithm."""
     names = varied_parameters([r.params for r in records if r.phase == SEARCH and r.status == COMPLETE])
     return tuple(dict.fromkeys("rank" if name == "log2_rank" else name for name in names))
 
 
-def _best(trials: pd.DataFrame, facts: Facts) -> str | None:
-    searched = trials[(trials["phase"] == SEARCH) & (trials["status"] == COMPLETE) & trials[facts.metric].notna()]
-    if searched.empty:
-        return None
-    return str(searched.sort_values(facts.metric, ascending=not facts.is_gain, kind="stable").iloc[0]["trial_id"])
-
-
-def _baseline_id(trials: pd.DataFrame, method: str) -> str | None:
-    rows = trials[(trials["phase"] == BASELINE) & (trials["method"] == method) & (trials["status"] == COMPLETE)]
+def _frozen_id(trials: pd.DataFrame) -> str | None:
+    rows = trials[(trials["phase"] == BASELINE) & (trials["method"] == FROZEN) & (trials["status"] == COMPLETE)]
     return str(rows.iloc[0]["trial_id"]) if len(rows) else None
 
 
-def _selection_bias(confirmed: pd.DataFrame) -> float | None:
-    """Return what the best searched trial lost when fresh seeds judged it, in the first look."""
-    first = confirmed[confirmed["look"] == 1].sort_values("cc_searched", ascending=False)
-    return float(first.iloc[0]["selection_bias"]) if len(first) else None
-
-
 def _voxels(folder: Place, frozen_id: str | None, best_id: str | None) -> pd.DataFrame:
-    """Return CC over voxels of the two, of the subjects that both have."""
-    frozen, best = ({} if one is None else read_cc(folder, one) for one in (frozen_id, best_id))
-    parts = [
+    """Return the CC per voxel of both trials, for the subjects that both have."""
+    frozen, best = ({} if trial_id is None else read_cc(folder, trial_id) for trial_id in (frozen_id, best_id))
+    tables = [
         pd.DataFrame({"subject": s, "voxel": np.arange(len(frozen[s])), "frozen": frozen[s], "best": best[s]})
         for s in frozen
         if s in best and not s.startswith("test/")
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns="subject voxel frozen best".split())
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=VOXELS)
 
 
 def _seconds(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return where time went; repeats, which took none, are left out."""
+    """Return the time that each trial took, by stage; repeats, which took none, are left out."""
     ran = trials[trials["repeat_of"].isna()].reset_index(drop=True)
-    table = ran[["trial_id", "phase"]].copy()
-    stages = [name for name in SECONDS if name not in ("seconds_other", "seconds_total")]
-    for name in (*stages, "seconds_total"):
-        table[name] = ran[name].astype("Float64").to_numpy(float, na_value=np.nan)
-    known = table[stages].fillna(0.0).sum(axis="columns")
-    table["seconds_other"] = (table["seconds_total"] - known).clip(lower=0.0)
-    return table[["trial_id", "phase", *SECONDS]]
+    seconds = ran[[*STAGES, "seconds_total"]].astype("Float64").astype(float)
+    other = (seconds["seconds_total"] - seconds[STAGES].fillna(0.0).sum(axis="columns")).clip(lower=0.0)
+    seconds.insert(len(STAGES), "seconds_other", other)
+    return ran[["trial_id", "phase"]].join(seconds)
 
 
-def _verdicts(found: Evidence, folder: Place, frozen_id: str | None, delta: float) -> tuple[Verdict, ...]:
-    facts, used = found.facts, found.used
-    n_failed = facts.n_failed if facts.n_failed == facts.n_searched else None
-    runs = which_runs(facts.study, str(folder), found.slopes, facts.stories, facts.is_finished, delta, n_failed)
-    following = _next_for_tuning(found, runs, str(folder), frozen_id, delta)
+def _verdicts(evidence: Evidence, folder: str, frozen_id: str | None, delta: float) -> tuple[Verdict, ...]:
+    facts, used, slopes = evidence.facts, evidence.used, evidence.slopes
+    runs = which_runs(facts, folder, slopes, delta)
     tuning = tuning_verdict(
         used,
-        found.stories,
+        evidence.stories,
         frozen_id,
-        found.confirmed,
-        found.slopes,
+        evidence.confirmed,
+        slopes,
         delta=delta,
         is_adaptive=facts.is_adaptive,
-        command=following.command,
-        what_would_tell=following.words,
-        frozen_seen=_cc_seen(found.trials, frozen_id),
+        next_runs=_next_for_tuning(evidence, runs, folder, frozen_id, delta),
+        frozen_seen=baseline_score(evidence.trials, FROZEN, "cc_seen"),
     )
     rank = rank_verdict(
-        found.slopes,
-        used,
-        delta=delta,
-        is_adaptive=facts.is_adaptive,
-        left_out=found.left_out,
-        command=runs.command,
-        what_would_tell=runs.words,
+        slopes, used, delta=delta, is_adaptive=facts.is_adaptive, left_out=evidence.left_out, next_runs=runs
     )
     return tuning, rank
 
 
-def _cc_seen(trials: pd.DataFrame, frozen_id: str | None) -> float | None:
-    """Return the CC of the frozen baseline on the fit stories; None if unknown."""
-    values = trials.loc[trials["trial_id"] == frozen_id, "cc_seen"].dropna()
-    return float(values.iloc[0]) if len(values) else None
-
-
-def _next_for_tuning(found: Evidence, runs: Further, folder: str, frozen_id: str | None, delta: float) -> Further:
-    """Return what to run for fine-tuning: what the study lacks, then its confirm phase, then more stories."""
-    facts = found.facts
-    if not facts.is_finished or len(found.used) < 2:
+def _next_for_tuning(evidence: Evidence, runs: NextRuns, folder: str, frozen_id: str | None, delta: float) -> NextRuns:
+    """Return what to run for the verdict on tuning: what the study lacks, its confirm phase, or more stories."""
+    facts = evidence.facts
+    if not facts.is_finished or len(evidence.used) < 2:
         return runs
     if frozen_id is None:
-        return Further(resume_command(folder), "This runs the missing frozen baseline.")
-    if not facts.is_confirmed:
-        return Further(confirm_command(folder), "")
-    return more_stories(facts.study, folder, facts.stories, delta)
+        return NextRuns(resume_command(folder), "The command runs the missing frozen baseline.")
+    return more_stories(facts, folder, delta) if facts.is_confirmed else NextRuns(confirm_command(folder))
 
 
-def _warnings(folder: Place, facts: Facts, left_out: LeftOut, trials: pd.DataFrame) -> tuple[str, ...]:
+def _warnings(folder: Place, facts: Facts, left_out: str, trials: pd.DataFrame) -> tuple[str, ...]:
     lines = []
     if not facts.is_finished:
-        lines.append(f"{facts.n_asked - facts.n_searched} of {facts.n_asked} searched trials have not ended yet")
+        pending = facts.n_requested - facts.n_searched
+        lines.append(f"{pending} of {facts.n_requested} searched trials have not ended yet")
     if facts.n_failed:
         failed = trials.loc[(trials["phase"] == SEARCH) & (trials["status"] == FAILED), "trial_id"]
         lines.append(f"{facts.n_failed} searched trials failed: {', '.join(failed)}")
-    if left_out.n and facts.task == ENCODING:
-        lines.append(f"left out of all that is said of rank: {left_out}")
+    if left_out and facts.task == ENCODING:
+        lines.append(f"excluded from all analyses of rank: {left_out}")
     if facts.is_adaptive and facts.n_searched:
+        scheduler = facts.study.get("options", {}).get("scheduler", "none")
         lines.append(
-            f"sampler {facts.sampler}, scheduler {facts.scheduler}: which settings were tried, or ran to the end, "
-            "depended on earlier scores; what is said of parameters is exploratory"
+            f"sampler {facts.sampler}, scheduler {scheduler}: which settings were tried, or ran to the end, depended "
+            "on earlier scores; conclusions about parameters are exploratory"
         )
     return (*lines, *(line.removeprefix("note: ") for line in forced_lines(folder)))
 
 
 def verdict_record(verdicts: tuple[Verdict, ...]) -> dict[str, Any]:
-    """Return verdicts as plain values for ``summary.json``: ``tuning`` and ``rank``; nothing on text."""
+    """Return verdicts as plain values for ``summary.json``: ``tuning`` and ``rank``; nothing for text-only studies."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Effect | Verdict):
-            return {name: plain(one) for name, one in value._asdict().items()}
+            return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, tuple):
-            return [plain(one) for one in value]
+            return [plain(item) for item in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
 
-    return {name: plain(one) for name, one in zip(("tuning", "rank"), verdicts, strict=False)}
+    return {name: plain(verdict) for name, verdict in zip(("tuning", "rank"), verdicts, strict=False)}

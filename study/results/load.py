@@ -1,4 +1,4 @@
-"""What lies in a study's folder: its records, its task, and whether it was forced to go on."""
+"""Read a study's folder: records, options, task, and whether it was forced to resume."""
 
 from typing import Any
 
@@ -16,30 +16,53 @@ from study.setup.samplers import NO_SCHEDULER
 ADAPTIVE = ("tpe", "gp", "cmaes")
 
 
-def load_trials(path: str | Place) -> pd.DataFrame:
-    """Return the trials of a study, a row each with the documented columns, from its records (also while it runs).
+def load_study(path: str | Place) -> dict[str, Any]:
+    """Return the content of ``study.json``.
 
-    Raises
-    ------
-    InputError
-        if ``path``, a folder or the URL of one in object storage, holds no study.
-    """
-    return trials_frame(load_records(path))
-
-
-def load_options(path: str | Place) -> dict[str, Any]:
-    """Return the options that a study recorded.
+    Parameters
+    ----------
+    path : a folder, or the URL of one in object storage
 
     Raises
     ------
     InputError
         if no study is there.
     """
-    file = open_place(path) / STUDY_FILE
-    if not file.is_file():
-        raise InputError(f"{open_place(path)}: no study here ({STUDY_FILE} is missing)")
-    found: dict[str, Any] = read_json(file).get("options", {})
-    return found
+    folder = open_place(path)
+    if not (folder / STUDY_FILE).is_file():
+        raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing)")
+    study: dict[str, Any] = read_json(folder / STUDY_FILE)
+    return study
+
+
+def load_records(path: str | Place) -> list[TrialRecord]:
+    """Return the records of a study, without CC per voxel; arguments and errors of ``load_study``."""
+    load_study(path)
+    return read_records(open_place(path))
+
+
+def load_trials(path: str | Place) -> pd.DataFrame:
+    """Return the trials of a study, also while it runs, one row per trial with the documented columns.
+
+    Arguments and errors of ``load_study``.
+    """
+    return trials_frame(load_records(path))
+
+
+def load_options(path: str | Place) -> dict[str, Any]:
+    """Return the options that a study recorded; arguments and errors of ``load_study``."""
+    options: dict[str, Any] = load_study(path).get("options", {})
+    return options
+
+
+def load_delta(path: str | Place) -> float:
+    """Return the smallest effect that matters, in CC, as the study recorded it."""
+    return float(load_options(path).get("delta", DELTA))
+
+
+def load_task(path: str | Place) -> str:
+    """Return the task of a study: ``encoding``, or one on text alone."""
+    return str(load_study(path).get("task", ENCODING))
 
 
 def is_adaptive(options: dict[str, Any]) -> bool:
@@ -47,37 +70,13 @@ def is_adaptive(options: dict[str, Any]) -> bool:
     return options.get("sampler", "tpe") in ADAPTIVE or options.get("scheduler", NO_SCHEDULER) != NO_SCHEDULER
 
 
-def load_delta(path: str | Place) -> float:
-    """Return the CC below which, by what was set when the study began or went on, an effect does not matter."""
-    return float(load_options(path).get("delta", DELTA))
-
-
-def load_records(path: str | Place) -> list[TrialRecord]:
-    """Return the records of a study, without their CC.
-
-    Raises
-    ------
-    InputError
-        if ``path``, a folder or the URL of one in object storage, holds no study.
-    """
-    folder = open_place(path)
-    if not (folder / STUDY_FILE).is_file():
-        raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing)")
-    return read_records(folder)
-
-
-def load_task(path: str | Place) -> str:
-    """Return what a study is about: ``encoding``, or a task on text alone."""
-    return str(read_json(open_place(path) / STUDY_FILE).get("task", ENCODING))
-
-
 def forced_lines(path: str | Place) -> list[str]:
-    """Say of a study that was forced to go on which of its trials may not compare."""
+    """Return one line per forced resumption: from which trial on scores may not be comparable."""
     lines = []
-    for forced in read_json(open_place(path) / STUDY_FILE).get("forced", []):
-        names = ", ".join(one["what"] for one in forced["differences"])
+    for forced in load_study(path).get("forced", []):
+        names = ", ".join(difference["what"] for difference in forced["differences"])
         lines.append(
-            f"note: trials from {forced['first_trial']} on may not compare with those before: the study was forced to "
-            f"go on ({forced['at']}) although it differs in {names} ({STUDY_FILE} tells how)"
+            f"note: trials from {forced['first_trial']} on may not be comparable with earlier ones: the study was "
+            f"forced to resume ({forced['at']}) although it differs in {names} (see {STUDY_FILE})"
         )
     return lines

@@ -1,7 +1,7 @@
-"""Who has looked at the locked test stories: ``confirm.json`` of this study, and of its neighbours.
+"""Which studies have used the test stories: ``confirm.json`` of this study and of others in the same place.
 
-The first look of a study is ``confirm.json``, each further one ``confirm-2.json`` and so on. A look is planned in
-``study.json`` (``look_permitted``) when the user forces it, so that a session that goes on need not be told again.
+The first test-set evaluation ("look") of a study is recorded in ``confirm.json``, further ones in ``confirm-2.json``
+and so on. If the user forces one, ``study.json`` records it (``look_permitted``), so a resumed session needs no option.
 """
 
 import functools
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Look(NamedTuple):
-    """A study that has read test stories, when, and which of those that are asked about.
+    """A study that has used test stories, when, and which of the requested ones.
 
     Attributes
     ----------
-    baselines_only : they were scored with baselines alone (``--trials 0``), of which nothing was chosen
+    baselines_only : only baselines were scored (``--trials 0``), so nothing was chosen by these stories
     """
 
     study: str
@@ -43,7 +43,7 @@ class Look(NamedTuple):
 
 
 def heard_by(dataset: Dataset, stories: Sequence[str]) -> Heard:
-    """Return who heard each story; a story goes by its words, as other training stories or voxels do not unlock it."""
+    """Return who heard each story, with a hash of its words: other training stories or voxels do not unlock it."""
     return {
         name: [f"{subject} {content_key(dataset.stories[name].words)}" for subject in dataset.subjects]
         for name in sorted(stories)
@@ -51,17 +51,17 @@ def heard_by(dataset: Dataset, stories: Sequence[str]) -> Heard:
 
 
 def look_file(look: int) -> str:
-    """Return the name of the file of a look, counted from 1."""
+    """Return the file name of a test-set evaluation, numbered from 1."""
     return "confirm.json" if look == 1 else f"confirm-{look}.json"
 
 
 def id_on_test(name: str, look: int) -> str:
-    """Return the id of the trial that scores another one on the test stories."""
+    """Return the id of the trial that scores the trial ``name`` on the test stories."""
     return f"test-{name}" + (f"-look{look}" if look > 1 else "")
 
 
 def read_looks(folder: Place) -> list[dict[str, Any]]:
-    """Return what a study keeps of its looks at the test stories, the first one first."""
+    """Return the test-set evaluations that a study has recorded, in order."""
     looks: list[dict[str, Any]] = []
     while (file := folder / look_file(len(looks) + 1)).is_file():
         looks.append(read_json(file, required=_REQUIRED))
@@ -69,9 +69,9 @@ def read_looks(folder: Place) -> list[dict[str, Any]]:
 
 
 def earlier_looks(options: Options, heard: Heard) -> list[Look]:
-    """Return the looks of this study and of those in the same place at any of these stories in the same subject.
+    """Return the evaluations of any of these stories in the same subject, by this study or others in the same place.
 
-    Of another study that is private or damaged only a warning is given, which names it.
+    A study that cannot be read is named in a warning.
     """
 
     def read(folder: Place) -> list[Look]:
@@ -84,34 +84,34 @@ def earlier_looks(options: Options, heard: Heard) -> list[Look]:
 def earlier_baselines(options: Options, heard: Heard) -> list[Look]:
     """Return the other studies in the same place whose baselines were scored on any of these stories.
 
-    Baselines choose nothing, so that they forbid no look. ``study.json`` does not say what was heard: here a story and
-    its subject go by their names.
+    Baselines choose nothing, so they forbid no evaluation. ``study.json`` holds no hashes of words; story and subject
+    are compared by name.
     """
 
     def read(folder: Place) -> list[Look]:
         if folder.name == options.folder.name or not (folder / STUDY_FILE).is_file():
             return []
-        about = read_json(folder / STUDY_FILE)
-        stories = _shared_by_name(about, heard)
+        study = read_json(folder / STUDY_FILE)
+        stories = _shared_by_name(study, heard)
         if not stories or not any(_has_test_score(folder, f"baseline-{name}") for name in (FROZEN, WORD_RATE)):
             return []
-        return [Look(folder.name, str(about.get("created", "?")), stories, baselines_only=True)]
+        return [Look(folder.name, str(study.get("created", "?")), stories, baselines_only=True)]
 
     return _of_all(options, read)
 
 
 def _of_all(options: Options, read: Callable[[Place], list[Look]]) -> list[Look]:
-    """Return what is read of every study in the same place, in the order of time."""
-    found = []
+    """Return the evaluations of every study in the same place, in the order of time."""
+    looks = []
     for folder in children(open_place(options.out)):
         try:
-            found += read(folder)
+            looks += read(folder)
         except _OF_DAMAGE as error:
             if folder.name == options.folder.name:
                 raise
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            _warn_once(f"whether study {folder} has read these test stories is not known: {why}")
-    return sorted(found, key=lambda look: look.at)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            _warn_once(f"study {folder} cannot be read, so its use of these test stories is unknown: {reason}")
+    return sorted(looks, key=lambda look: look.at)
 
 
 @functools.cache
@@ -123,29 +123,29 @@ def _has_test_score(folder: Place, trial_id: str) -> bool:
     return has_record(folder, trial_id) and "cc_test" in read_record(folder, trial_id).scores
 
 
-def _shared_by_name(about: dict[str, Any], heard: Heard) -> tuple[str, ...]:
-    """Return the test stories that a study, by its ``study.json``, has in common in one subject or more."""
-    if about.get("task", ENCODING) != ENCODING or not about.get("splits"):
+def _shared_by_name(study: dict[str, Any], heard: Heard) -> tuple[str, ...]:
+    """Return the test stories that a study shares in at least one subject, by its ``study.json``."""
+    if study.get("task", ENCODING) != ENCODING or not study.get("splits"):
         return ()
-    subjects, test = set(about["data"]["n_voxels"]), about["splits"][0]["test"]
+    subjects, test = set(study["data"]["n_voxels"]), study["splits"][0]["test"]
     return tuple(name for name in heard if name in test and subjects & {who.rpartition(" ")[0] for who in heard[name]})
 
 
 def _shared(look: dict[str, Any], heard: Heard) -> tuple[str, ...]:
-    """Return the stories that a look has read; one that does not say in whom is taken to have read them in all."""
+    """Return the stories that an evaluation used; without recorded subjects, in all of them."""
     if "heard" not in look:
         return tuple(name for name in heard if name in look["test_stories"])
     return tuple(name for name in heard if set(heard[name]) & set(look["heard"].get(name, ())))
 
 
 def next_look(options: Options, n_searched: int, is_again: bool, is_complete: bool) -> int | None:
-    """Return the number of the look that a session shall end with; None where nothing new is to be confirmed.
+    """Return the number of the evaluation that a session is to end with; None if there is nothing new to confirm.
 
     Parameters
     ----------
     n_searched : searched trials that have ended
-    is_again : the user asks for another look
-    is_complete : the last look has scored all that it is to score
+    is_again : the user requests another evaluation
+    is_complete : the last evaluation has scored all its trials
     """
     if options.confirm == 0:
         return None
@@ -158,25 +158,25 @@ def next_look(options: Options, n_searched: int, is_again: bool, is_complete: bo
 
 
 def check_looks(options: Options, look: int | None, heard: Heard, is_again: bool) -> None:
-    """Refuse to look at the same locked stories a second time; who listens to the demo is simulated, and may.
+    """Refuse to evaluate the same test stories a second time, except those of the simulated demo listeners.
 
     Raises
     ------
     InputError
-        if this study or another in the same place has looked already, and the user does not force it.
+        if this study or another in the same place has done so already, and the user does not force it.
     """
     if look is None or options.data in DEMOS or is_again or _permitted(options.folder) >= look:
         return
-    before = earlier_looks(options, heard)
-    if before:
+    earlier = earlier_looks(options, heard)
+    if earlier:
         raise InputError(
-            f"{options.folder}: the test stories {', '.join(before[-1].stories)} have been read by {before[-1]}; "
-            "search without test scores with --confirm 0, or read them again with --look-again, which is recorded"
+            f"{options.folder}: the test stories {', '.join(earlier[-1].stories)} have been read by {earlier[-1]}; "
+            "search without test scores with --confirm 0, or use them again with --look-again, which is recorded"
         )
 
 
 def permit_look(folder: Place, look: int) -> None:
-    """Note in ``study.json`` that the user wants this look although it is not the first."""
+    """Record in ``study.json`` that the user forces this evaluation."""
     file = folder / STUDY_FILE
     write_json(file, read_json(file) | {PERMITTED: look})
 

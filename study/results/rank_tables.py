@@ -1,6 +1,7 @@
-"""Which trials tell something of rank, and what they show rank by rank."""
+"""The trials that analyses of rank include, and their outcomes rank by rank."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,56 +14,50 @@ OUTCOMES = (
 ).split()
 BY_RANK = "outcome rank n_trials n_seeds n_stories mean low high sd_seeds covers".split()
 RANK_BY_LR = "rank lr n_trials cc_mean".split()
-BEST_LR = "rank lr n_lr n_trials cc_chosen cc_mean".split()
-HISTORY = "number trial_id value best_so_far".split()
-SETTING = "rank lr scaling target_modules optimizer_steps".split()  # one value of each is a setting; seeds repeat it
+SETTING = "rank lr scaling target_modules optimizer_steps".split()  # trials that agree in these differ by seed alone
 NUMBERS = "rank lora_alpha scaling lr optimizer_steps seed".split()
+REASONS = ("failed", "stopped early", "repeats of others", "not LoRA")
 FEW_LEVELS = 4
 LEVEL = 0.95
 
 
-class LeftOut(NamedTuple):
-    """Searched trials that no analysis of rank counts, by the first reason that applies."""
+def typed_table(rows: Iterable[Any], columns: Sequence[str], text: str = "", counts: str = "") -> pd.DataFrame:
+    """Return a table whose types are the same with and without rows.
 
-    n_failed: int
-    n_stopped: int
-    n_repeats: int
-    n_not_lora: int
+    Columns in ``text`` are object, those in ``counts`` and all ``n_...`` int64, ``is_...`` bool, the others float64.
+    """
 
-    @property
-    def n(self) -> int:
-        return sum(self)
+    def type_of(name: str) -> str:
+        if name in text.split():
+            return "object"
+        if name.startswith("n_") or name in counts.split():
+            return "int64"
+        return "bool" if name.startswith("is_") else "float64"
 
-    def __str__(self) -> str:
-        """Say it in words, such as ``2 failed, 1 stopped early``; empty if none was left out."""
-        words = ("failed", "stopped early", "repeats of others", "not LoRA")
-        return ", ".join(f"{n} {word}" for n, word in zip(self, words, strict=True) if n)
+    return pd.DataFrame(rows, columns=list(columns)).astype({name: type_of(name) for name in columns})
 
 
-def used_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, LeftOut]:
-    """Return the trials that analyses of rank count, and how many searched ones they do not.
+def used_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the complete searched LoRA trials that repeat no other, and in words which searched trials are left out.
 
-    Counted are complete searched LoRA trials that repeat no other. Returned with float64 numbers and further columns:
-    ``log2_rank``, ``log10_lr``, ``log2_scaling``, ``scaling_rule``, ``loss_gap`` (held-out less training masked-LM
-    loss, nats) and ``forgetting`` (probe loss after less before, nats).
+    Further columns are ``log2_rank``, ``log10_lr``, ``log2_scaling``, ``scaling_rule``, ``loss_gap`` (held-out minus
+    training masked-LM loss, nats) and ``forgetting`` (probe loss after minus before, nats). Numbers are float64.
 
     Parameters
     ----------
     trials : of ``load_trials``
     """
     searched = trials[trials["phase"] == SEARCH]
-    reasons = [
-        (searched["status"] == FAILED).to_numpy(bool),
-        (searched["status"] == STOPPED).to_numpy(bool),
-        searched["repeat_of"].notna().to_numpy(bool),
-        (searched["method"] != LORA).to_numpy(bool),
-    ]
-    is_out, counts = np.zeros(len(searched), bool), []
-    for reason in reasons:
-        counts.append(int((reason & ~is_out).sum()))
-        is_out |= reason
-    used = searched[~is_out & (searched["status"] == COMPLETE).to_numpy(bool)].reset_index(drop=True)
-    return _with_derived(used), LeftOut(*counts)
+    applies = (
+        searched["status"] == FAILED,
+        searched["status"] == STOPPED,
+        searched["repeat_of"].notna(),
+        searched["method"] != LORA,
+    )
+    reasons = np.select([column.to_numpy(bool) for column in applies], REASONS, "")
+    counts = [(int((reasons == reason).sum()), reason) for reason in REASONS]
+    used = searched[(reasons == "") & (searched["status"] == COMPLETE).to_numpy(bool)].reset_index(drop=True)
+    return _with_derived(used), ", ".join(f"{n} {reason}" for n, reason in counts if n)
 
 
 def _with_derived(used: pd.DataFrame) -> pd.DataFrame:
@@ -79,34 +74,31 @@ def _with_derived(used: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scaling_rules(used: pd.DataFrame) -> list[str]:
-    """Name how the scaling of the update follows from rank: a constant alpha, a constant alpha / r, or rsLoRA.
+    """Name how the scaling of the update follows from rank: constant lora_alpha, constant lora_alpha / r, or rsLoRA.
 
-    Where alpha / r is as constant as alpha, at a single rank, ``alpha = k r`` is preferred if other ranks share k.
+    With a single rank both are constant; ``alpha = k r`` is then preferred if other ranks share k. At rank 1 all rules
+    agree; it counts as standard unless some trial scales by rsLoRA.
     """
-    standard = np.isclose(used["scaling"], used["lora_alpha"] / used["rank"], rtol=1e-6) & (used["rank"] > 1)
     ratios = (used["lora_alpha"] / used["rank"]).round(6)
+    standard = np.isclose(used["scaling"], used["lora_alpha"] / used["rank"], rtol=1e-6) & (used["rank"] > 1)
     n_ranks_of_ratio = used[standard].groupby(ratios[standard])["rank"].nunique()
     n_ranks_of_alpha = used[standard].groupby(used["lora_alpha"][standard])["rank"].nunique()
+    all_standard = not (used["scaling"] != used["lora_alpha"] / used["rank"]).any()
     names = []
-    for is_standard, alpha, ratio in zip(standard, used["lora_alpha"], ratios, strict=True):
-        if not is_standard and not _is_rank_one(used, alpha, ratio):
-            names.append(f"rsLoRA alpha = {alpha:g}")
-        elif n_ranks_of_alpha.get(alpha, 0) > n_ranks_of_ratio.get(ratio, 0):
-            names.append(f"alpha = {alpha:g}")
+    for is_standard, lora_alpha, ratio in zip(standard, used["lora_alpha"], ratios, strict=True):
+        if not is_standard and not (lora_alpha == ratio and all_standard):
+            names.append(f"rsLoRA alpha = {lora_alpha:g}")
+        elif n_ranks_of_alpha.get(lora_alpha, 0) > n_ranks_of_ratio.get(ratio, 0):
+            names.append(f"alpha = {lora_alpha:g}")
         else:
             names.append(f"alpha = {ratio:g} r")
     return names
 
 
-def _is_rank_one(used: pd.DataFrame, alpha: float, ratio: float) -> bool:
-    """At rank 1 all rules are the same; take the standard one unless no other rank has it."""
-    return bool(alpha == ratio and not (used["scaling"] != used["lora_alpha"] / used["rank"]).any())
-
-
 def story_table(stories: pd.DataFrame, trial_ids: list[str], role: str = "validation") -> pd.DataFrame:
-    """Return CC inside each story, a row a trial in the given order and a column a story.
+    """Return the CC inside each story, one row per trial in the given order and one column per story.
 
-    Subjects and outer folds are averaged inside a story first. Stories that a trial lacks are left out.
+    Subjects and outer folds are averaged within each story first. Stories that some trial lacks are left out.
     """
     if stories.empty:
         return pd.DataFrame(index=pd.Index(trial_ids))
@@ -115,35 +107,42 @@ def story_table(stories: pd.DataFrame, trial_ids: list[str], role: str = "valida
     return table.dropna(axis="columns")
 
 
-def by_rank(used: pd.DataFrame, stories: pd.DataFrame) -> pd.DataFrame:
-    """Return mean and 95% interval of each outcome, a row an outcome and rank; columns as in ``BY_RANK``.
+def story_gains(
+    stories: pd.DataFrame, trial_ids: list[str], frozen_id: str | None, role: str = "validation"
+) -> np.ndarray:
+    """Return the CC inside each story minus that of the frozen baseline, (n_trials, n_stories)."""
+    if frozen_id is None:
+        return np.empty((len(trial_ids), 0))
+    table = story_table(stories, [*trial_ids, frozen_id], role)
+    return (table.loc[trial_ids] - table.loc[frozen_id]).to_numpy(float)
 
-    The interval of ``cc_mean`` adds two variances: that between replicates of a setting (seeds), and that between
-    validation stories of what the rank does to a story beside the other ranks. The level of a story is common to all
-    ranks and is taken out, so that intervals of two ranks can be compared; they do not say how well the brain of other
-    stories is predicted. Of other outcomes only seeds enter.
+
+def by_rank(used: pd.DataFrame, stories: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and 95% interval of each outcome, one row per outcome and rank; columns as in ``BY_RANK``.
+
+    The interval of ``cc_mean`` adds two variances: between replicates of a setting (seeds), and between validation
+    stories of the difference from the other ranks. The level of a story, common to all ranks, is removed, so that
+    intervals of two ranks can be compared; they do not cover the CC of other stories. Other outcomes vary by seed only.
     """
-    n_of_stories, story_part = _story_parts(used, stories)
+    n_validation, story_half_widths = _story_half_widths(used, stories)
     rows = []
-    for outcome in OUTCOMES:
-        if outcome not in used:
-            continue
-        having = used[used[outcome].notna()]
-        sd, df = seed_spread(having, outcome)
-        for rank, one in having.groupby("rank"):
-            part = story_part.get(float(rank), 0.0) if outcome == "cc_mean" else 0.0  # type: ignore[arg-type]
-            reach = np.hypot(student.ppf((1 + LEVEL) / 2, df) * sd / np.sqrt(len(one)), part) if df else np.nan
-            mean, n_stories = one[outcome].mean(), n_of_stories if outcome == "cc_mean" else 0
-            covers = f"seeds and {n_stories} validation stories" if n_stories > 1 else "seeds"
-            n_seeds = one["seed"].nunique()
-            rows.append((outcome, rank, len(one), n_seeds, n_stories, mean, mean - reach, mean + reach, sd, covers))
-    return _typed(pd.DataFrame(rows, columns=BY_RANK), "outcome covers")
+    for outcome in (name for name in OUTCOMES if name in used):
+        known = used[used[outcome].notna()]
+        sd, df = seed_spread(known, outcome)
+        n_stories = n_validation if outcome == "cc_mean" else 0
+        covers = f"seeds and {n_stories} validation stories" if n_stories > 1 else "seeds"
+        for rank, trials in known.groupby("rank"):
+            part = story_half_widths.get(rank, 0.0) if outcome == "cc_mean" else 0.0
+            half = np.hypot(student.ppf((1 + LEVEL) / 2, df) * sd / np.sqrt(len(trials)), part) if df else np.nan
+            mean, n_seeds = trials[outcome].mean(), trials["seed"].nunique()
+            rows.append((outcome, rank, len(trials), n_seeds, n_stories, mean, mean - half, mean + half, sd, covers))
+    return typed_table(rows, BY_RANK, "outcome covers")
 
 
 def seed_spread(used: pd.DataFrame, outcome: str = "cc_mean") -> tuple[float, int]:
     """Return the SD of an outcome between seeds of one setting, pooled over settings, and its degrees of freedom.
 
-    NaN and 0 where no setting was run with two seeds.
+    NaN and 0 if no setting was run with two seeds.
     """
     grouped = used.groupby([name for name in SETTING if name in used], dropna=False)[outcome]
     df = len(used) - grouped.ngroups
@@ -153,58 +152,25 @@ def seed_spread(used: pd.DataFrame, outcome: str = "cc_mean") -> tuple[float, in
     return float(np.sqrt((deviations**2).sum() / df)), df
 
 
-def _story_parts(used: pd.DataFrame, stories: pd.DataFrame) -> tuple[int, dict[float, float]]:
-    """Return the number of stories, and by rank half the 95% interval over stories of what the rank adds in a story."""
+def _story_half_widths(used: pd.DataFrame, stories: pd.DataFrame) -> tuple[int, dict[Any, float]]:
+    """Return the number of stories, and by rank half the 95% interval over stories of its difference from the mean."""
     table = story_table(stories, used["trial_id"].tolist())
     n = table.shape[1]
     if n < 2:
         return n, {}
     of_rank = table.groupby(used["rank"].to_numpy()).mean()  # (n_ranks, n_stories)
-    beside = of_rank - of_rank.mean(axis="index")
-    reach = student.ppf((1 + LEVEL) / 2, n - 1) * beside.std(axis="columns", ddof=1) / np.sqrt(n)
-    return n, {float(rank): float(value) for rank, value in reach.items()}
+    difference = of_rank - of_rank.mean(axis="index")
+    return n, dict(student.ppf((1 + LEVEL) / 2, n - 1) * difference.std(axis="columns", ddof=1) / np.sqrt(n))
 
 
 def rank_by_lr(used: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean CC of each rank and learning rate that were tried together; columns as in ``RANK_BY_LR``."""
-    grouped = used.groupby(["rank", "lr"])["cc_mean"].agg(["count", "mean"]).reset_index()
-    grouped.columns = pd.Index(RANK_BY_LR)
-    return _typed(grouped, "")
-
-
-def best_lr(used: pd.DataFrame) -> pd.DataFrame:
-    """Return each rank at its own best learning rate, a row a rank; columns as in ``BEST_LR``.
-
-    The best of several is flattered by the noise that made it best. So each seed is scored at the rate that the *other*
-    seeds choose (``cc_mean``); beside it stands what the same trials say that chose (``cc_chosen``). Only rates that
-    every rank tried with every seed are compared, so that no rank has more tries than another.
-    """
-    cells = used.groupby(["rank", "seed", "lr"])["cc_mean"].mean().unstack("lr")
-    every = len(cells) == used["rank"].nunique() * used["seed"].nunique()
-    cells = cells.dropna(axis="columns")
-    if not every or cells.shape[1] < 2:
-        return _typed(pd.DataFrame(columns=BEST_LR), "")
-    rows = []
-    for rank, of_seed in cells.groupby(level="rank"):
-        values = of_seed.to_numpy(float)  # (n_seeds, n_lr)
-        chosen = int(values.mean(axis=0).argmax())
-        n_trials = int(((used["rank"] == rank) & (used["lr"] == cells.columns[chosen])).sum())
-        fair = _scored_by_others(values)
-        rows.append((rank, cells.columns[chosen], values.shape[1], n_trials, values[:, chosen].mean(), fair))
-    return _typed(pd.DataFrame(rows, columns=BEST_LR), "")
-
-
-def _scored_by_others(values: np.ndarray) -> float:
-    """Return the mean of each row at the column that the other rows' mean chooses; NaN with one row."""
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    others = (values.sum(axis=0) - values) / (n - 1)
-    return float(values[np.arange(n), others.argmax(axis=1)].mean())
+    """Return the mean CC per rank and learning rate; columns as in ``RANK_BY_LR``."""
+    cells = used.groupby(["rank", "lr"])["cc_mean"].agg(n_trials="count", cc_mean="mean").reset_index()
+    return typed_table(cells, RANK_BY_LR)
 
 
 def history(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
-    """Return the complete searched trials in order, and the best so far; columns as in ``HISTORY``."""
+    """Return the complete searched trials in order, with the best score so far."""
     is_complete = (trials["phase"] == SEARCH) & (trials["status"] == COMPLETE)
     searched = trials[is_complete & trials[metric.column].notna()].sort_values("trial_id")
     value = searched[metric.column].to_numpy(float)
@@ -212,10 +178,3 @@ def history(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     number = np.arange(1, len(value) + 1)
     ids = searched["trial_id"].to_numpy(str)
     return pd.DataFrame({"number": number, "trial_id": ids, "value": value, "best_so_far": best})
-
-
-def _typed(frame: pd.DataFrame, text: str) -> pd.DataFrame:
-    """Return numbers as int64 where they count and as float64 elsewhere, also without a row."""
-    whole = [name for name in frame if str(name).startswith("n_")]
-    types = {name: "int64" if name in whole else "object" if name in text.split() else "float64" for name in frame}
-    return frame.astype(types)

@@ -12,6 +12,7 @@ from bert_encoding.trial.record import TrialRecord
 from study.search.job_list import JobList
 from study.search.searcher import StudySearcher
 from study.search.time_limits import RETRIES, died
+from study.wording import duration
 
 EVERY_S = 60.0  # a log file hears at least so often that the study is alive, and at most so often beside its results
 SHOWN = 3  # running trials that are named
@@ -146,7 +147,7 @@ class ProgressLine(tune.Callback):
         if self.n_searched == 0 or self.n_searched < enough:
             return "time left: not known yet"
         left = (self.clock() - self.search_began) / self.n_searched * (self.n_jobs - self.n_done)
-        return f"about {_duration(left)} left"
+        return f"about {duration(left)} left"
 
 
 def _phase(searcher: StudySearcher | JobList) -> str:
@@ -154,9 +155,3 @@ def _phase(searcher: StudySearcher | JobList) -> str:
     if not isinstance(searcher, JobList):
         return "search"
     return "test" if any(job.is_final for job in searcher.waiting) else "confirm"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

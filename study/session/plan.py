@@ -25,7 +25,7 @@ from study.session.confirm import final_jobs, kept, validation_jobs
 from study.session.memory import worker_bytes
 from study.setup.options import Options
 from study.setup.spaces import Space
-from study.wording import counted
+from study.wording import counted, duration
 
 TOKENS_A_WORD = 1.2
 GPU_FLOPS = 1e14  # of one recent data-centre GPU in bfloat16, where it is not idle
@@ -257,8 +257,8 @@ def print_plan(
     add("workers", f"up to {options.max_concurrent} at once, {share} each")
     add(
         "estimate",
-        f"about {_duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
-        f"{_duration(total_seconds(forecast, options, done, confirms))} in all "
+        f"about {duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
+        f"{duration(total_seconds(forecast, options, done, confirms))} in all "
         "(rough: from words, voxels and weights)",
     )
     console.print(table, soft_wrap=True)
@@ -302,9 +302,3 @@ def _flops_a_second(options: Options) -> float:
         a @ a
         seconds.append(time.perf_counter() - began)
     return float(2 * 1024**3 / min(seconds))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

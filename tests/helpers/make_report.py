@@ -13,7 +13,8 @@ from bert_encoding.trial.record import TrialRecord, write_record
 from bert_encoding.trial.tables import trials_frame
 from study.report import html as report
 from study.report.figures.figures import Drawn
-from study.results.evidence import Evidence, Facts, LeftOut, Levels, Verdict
+from study.results.evidence import Evidence, Facts, Levels
+from study.results.verdicts.rules import Verdict
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -76,37 +77,34 @@ def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
     """What is known of a grid of ``n`` complete trials, confirmed, of which nothing is special."""
     stories = {"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}
     return Facts(
-        name="lora_rank", task="encoding", question="Does a higher rank help?", data="demo", model="minilm",
-        space="lora_rank", sampler="grid", scheduler="none", is_adaptive=False, metric="cc_mean", metric_label="CC",
-        is_gain=True, n_asked=n, n_searched=n, n_complete=n, n_stopped=0, n_failed=0, n_repeats=0, n_voxels=n_voxels,
-        stories=stories, n_folds=1, is_confirmed=True, forced=[], looks=[], study={},
+        name="lora_rank", task="encoding", question="Does a higher rank help?", space="lora_rank", sampler="grid",
+        is_adaptive=False, n_requested=n, n_searched=n, n_complete=n, n_failed=0, n_voxels=n_voxels, stories=stories,
+        is_confirmed=True, looks=[], study={},
     )._replace(**changes)  # fmt: skip
 
 
 def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> Evidence:
     """What ``gather`` would find, with empty tables but for the trials."""
     trials, task = trials_frame(records), study["task"]
-    tables = "epochs stories used by_rank rank_by_lr best_lr slopes importances history confirmed voxels seconds"
+    tables = "epochs stories used by_rank rank_by_lr slopes importances history confirmed voxels seconds"
     searched = trials[trials["phase"] == "search"]
     n_of = searched["status"].value_counts()
     metric = {"encoding": "cc_mean", "classification": "accuracy", "adapt": "mlm_loss_heldout"}[task]
     done = searched[searched["status"] == "COMPLETE"].sort_values(metric, ascending=task == "adapt")
     found = facts(
         len(searched), study["data"].get("n_voxels", {}), name=study["name"], task=task,
-        question=study["space"]["source"].split('"""')[1], data=study["data"]["source"], model=study["model"]["name"],
-        space=study["space"]["name"], sampler=study["options"]["sampler"], scheduler=study["options"]["scheduler"],
-        metric=metric, is_gain=task != "adapt", n_asked=study["options"]["trials"],
-        n_complete=int(n_of.get("COMPLETE", 0)), n_stopped=int(n_of.get("STOPPED", 0)),
-        n_failed=int(n_of.get("FAILED", 0)), stories={}, n_folds=len(study["splits"]), is_confirmed=False, study=study,
+        question=study["space"]["source"].split('"""')[1], space=study["space"]["name"],
+        sampler=study["options"]["sampler"], n_requested=study["options"]["trials"],
+        n_complete=int(n_of.get("COMPLETE", 0)), n_failed=int(n_of.get("FAILED", 0)), stories={}, is_confirmed=False,
+        study=study,
     )  # fmt: skip
     made = Evidence(
         facts=found,
-        levels=Levels(0.1, 0.04, None, None, None, None),
-        left_out=LeftOut(0, 0, 0, 0),
+        levels=Levels(0.1, 0.04),
+        left_out="",
         trials=trials,
         **dict.fromkeys(tables.split(), pd.DataFrame()),
         varied=(),
-        selection_bias=None,
         best_id=str(done["trial_id"].iloc[0]) if len(done) else None,
         verdicts=(RANK,) if task == "encoding" else (),
         warnings=(),

@@ -1,11 +1,11 @@
-"""The figures of a study: tables in, pictures out. Nothing is computed here but means of what is drawn.
+"""The figures of a study, drawn from its tables; only means of what is shown are computed here.
 
     from study.results.gather import gather
     from study.report.figures.figures import draw_all
 
     draw_all(gather("results/lora_rank"), Path("figures"))
 
-A figure that a study has no data for is left out, and `left_out` says why.
+A figure without data is left out; `left_out` returns the reason.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from study.report.figures.search import (
     lacks_importances,
     lacks_time,
 )
-from study.report.figures.style import Drawer, Picture, image_of, line, styled
+from study.report.figures.style import Drawer, Picture, image_of, one_line, styled
 from study.report.figures.voxels import draw_histograms, draw_scatter, lacks_voxels
 from study.results.evidence import Evidence
 
@@ -39,10 +39,10 @@ FIGURES = (
     Drawer("confirmed", "The finalists, confirmed", lacks_confirmed, draw_confirmed),
     Drawer("history", "The search, trial by trial", lacks_history, draw_history),
     Drawer("importances", "Which settings matter", lacks_importances, draw_importances),
-    Drawer("parallel", "All trials at once", lacks_parallel, draw_parallel),
+    Drawer("parallel", "All trials and their settings", lacks_parallel, draw_parallel),
     Drawer("voxels", "CC over voxels", lacks_voxels, draw_histograms),
     Drawer("voxel_pairs", "Tuned against frozen, voxel by voxel", lacks_voxels, draw_scatter),
-    Drawer("time", "Where time went", lacks_time, draw_time),
+    Drawer("time", "Time per trial", lacks_time, draw_time),
 )
 
 
@@ -51,10 +51,10 @@ class Drawn(NamedTuple):
 
     Attributes
     ----------
-    name : of both files, before the ending; plain letters
-    title : a few words for a heading; it is not in the picture
-    caption : what is drawn, and n
-    alt : the same in words, with its numbers, for who cannot see it. Caption and alt may hold names that a user chose:
+    name : of both files, without extension
+    title : for a heading; it is not in the figure
+    caption : what is shown, and n
+    alt : the content in words and numbers, for screen readers. Caption and alt may contain names that a user chose:
         escape them in HTML
     """
 
@@ -66,23 +66,14 @@ class Drawn(NamedTuple):
     alt: str
 
 
-class Absent(NamedTuple):
-    """A figure that was left out."""
-
-    name: str
-    title: str
-    reason: str
-
-
 def draw_all(evidence: Evidence, folder: Place, failed: Callable[[str, Exception], None] | None = None) -> list[Drawn]:
-    """Draw every figure that a study has data for, and write each as PNG and SVG.
-
-    The same evidence gives the same bytes.
+    """Draw every figure that has data, and write each as PNG and SVG; equal evidence gives equal bytes.
 
     Parameters
     ----------
-    folder : made where it is missing; files of these names are replaced
-    failed : is told title and error of a figure that cannot be drawn, which is then left out; else the error is raised
+    folder : created if missing; files of these names are replaced
+    failed : called with title and error of a figure that cannot be drawn, which is then left out; without it the error
+        is raised
 
     Raises
     ------
@@ -104,14 +95,13 @@ def draw_all(evidence: Evidence, folder: Place, failed: Callable[[str, Exception
     return drawn
 
 
-def left_out(evidence: Evidence) -> list[Absent]:
-    """Return the figures that `draw_all` leaves out, and why."""
-    reasons = [(drawer, drawer.lacking(evidence)) for drawer in FIGURES]
-    return [Absent(drawer.name, drawer.title, reason) for drawer, reason in reasons if reason]
+def left_out(evidence: Evidence) -> list[tuple[Drawer, str]]:
+    """Return the figures that `draw_all` leaves out, each with the reason."""
+    return [(drawer, reason) for drawer in FIGURES if (reason := drawer.lacking(evidence))]
 
 
 def draw(name: str, evidence: Evidence) -> Picture:
-    """Return one figure, named as in `FIGURES`; a ValueError where there is nothing to draw."""
+    """Return one figure, named as in `FIGURES`; raise ValueError if there is nothing to draw."""
     drawer = next(drawer for drawer in FIGURES if drawer.name == name)
     if reason := drawer.lacking(evidence):
         raise ValueError(f"{name}: {reason}")
@@ -127,4 +117,6 @@ def _write(drawer: Drawer, evidence: Evidence, folder: Place) -> Drawn:
     for ending, file in files.items():
         with atomic_path(file) as temporary:
             temporary.write_bytes(images[ending])
-    return Drawn(drawer.name, files["png"], files["svg"], drawer.title, line(picture.caption), line(picture.alt))
+    return Drawn(
+        drawer.name, files["png"], files["svg"], drawer.title, one_line(picture.caption), one_line(picture.alt)
+    )

@@ -1,4 +1,4 @@
-"""All searched trials at once: a line each through its hyperparameters and its score."""
+"""Parallel coordinates: each searched trial as a line through its hyperparameters and its score."""
 
 from typing import Any, NamedTuple
 
@@ -7,13 +7,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from study.report.figures.style import GREY, INK, SEQUENTIAL, Picture, canvas, cc, floats, known, plain, sample, short
+from study.report.figures import style
 from study.results.evidence import Evidence
 from study.wording import counted, joined
 
-MOST_AXES = 7  # hyperparameters; a screen holds no more names
+MOST_AXES = 7  # hyperparameters; more names would not fit on a screen
 MOST_TICKS = 6
-LOG_FROM = 8  # times its lowest value: a parameter that reaches so far is drawn on a logarithmic scale
+LOG_FROM = 8  # a parameter whose highest value is this many times its lowest gets a logarithmic scale
 
 
 class Scale(NamedTuple):
@@ -21,8 +21,8 @@ class Scale(NamedTuple):
 
     Attributes
     ----------
-    places : (n_trials,) from 0 to 1, NaN where a trial has no value
-    ticks : place and name of what is written beside the axis
+    places : (n_trials,) from 0 to 1, NaN for trials without a value
+    ticks : position and text of each label
     """
 
     name: str
@@ -31,7 +31,7 @@ class Scale(NamedTuple):
 
 
 def lacks_parallel(evidence: Evidence) -> str:
-    """Say why no parallel coordinates can be drawn."""
+    """Return why parallel coordinates cannot be drawn."""
     rows = _rows(evidence)
     if rows.empty:
         return "no searched trial is complete"
@@ -39,28 +39,33 @@ def lacks_parallel(evidence: Evidence) -> str:
 
 
 def _rows(evidence: Evidence) -> pd.DataFrame:
-    """Return the trials to draw: those that analyses of rank use, or without those all complete searched ones."""
-    used = known(evidence.used, evidence.facts.metric)
+    """Return the trials that analyses of rank include, or without those all complete searched trials."""
+    used = style.known(evidence.used, evidence.facts.metric.column)
     if len(used):
         return used
     trials = evidence.trials
-    return known(trials[(trials["phase"] == "search") & (trials["status"] == "COMPLETE")], evidence.facts.metric)
+    return style.known(
+        trials[(trials["phase"] == "search") & (trials["status"] == "COMPLETE")], evidence.facts.metric.column
+    )
 
 
 def _varied(evidence: Evidence, rows: pd.DataFrame) -> list[str]:
     return [name for name in evidence.varied if name in rows and rows[name].notna().any()][:MOST_AXES]
 
 
-def draw_parallel(evidence: Evidence) -> Picture:
-    """Draw parallel coordinates: a line a trial, dark for the worst to bright and thick for the best."""
+def draw_parallel(evidence: Evidence) -> style.Picture:
+    """Draw parallel coordinates: one line per trial, darker for better, thick for the best."""
     facts, rows = evidence.facts, _rows(evidence)
-    rows = rows.sort_values(facts.metric, ascending=facts.is_gain, kind="stable")
-    score = floats(rows[facts.metric])
+    rows = rows.sort_values(facts.metric.column, ascending=facts.metric.is_gain, kind="stable")
+    score = style.floats(rows[facts.metric.column])
     names = _varied(evidence, rows)
-    scales = [*(scale_of(name, rows[name]) for name in names), scale_of(facts.metric_label, rows[facts.metric], True)]
-    figure, axes = canvas(width=max(6.6, 1.35 * len(scales)), height=4.4)
+    scales = [
+        *(scale_of(name, rows[name]) for name in names),
+        scale_of(facts.metric.label, rows[facts.metric.column], True),
+    ]
+    figure, axes = style.canvas(width=max(6.6, 1.35 * len(scales)), height=4.4)
     plot = axes[0, 0]
-    _lines(plot, scales, score if facts.is_gain else -score)
+    _lines(plot, scales, score if facts.metric.is_gain else -score)
     for x, scale in enumerate(scales):
         _axis(plot, x, scale)
     plot.set_xlim(-0.75, len(scales) - 0.9)
@@ -71,31 +76,30 @@ def draw_parallel(evidence: Evidence) -> Picture:
     best = rows.iloc[-1]
     settings = joined([f"{name} {_value(best[name])}" for name in names])
     caption = (
-        f"Every complete searched trial as a line through its hyperparameters to its {facts.metric_label}, each axis "
-        f"on its own scale. Darker lines are better; thick: the best trial.{rest} {sample(evidence, len(rows))}."
+        f"Each complete searched trial as a line through its hyperparameters to its {facts.metric.label}; every axis "
+        f"has its own scale. Darker lines are better; thick: the best trial.{rest} {style.sample(evidence, len(rows))}."
     )
     alt = (
-        f"Parallel coordinates of {counted(len(rows), 'trial')} over {joined(names)}; {facts.metric_label} from "
-        f"{cc(score.min())} to {cc(score.max())}. Best trial {best['trial_id']}: {facts.metric_label} "
-        f"{cc(float(best[facts.metric]))} with {settings}."
+        f"Parallel coordinates of {counted(len(rows), 'trial')} over {joined(names)}; {facts.metric.label} from "
+        f"{style.cc(score.min())} to {style.cc(score.max())}. Best trial {best['trial_id']}: {facts.metric.label} "
+        f"{style.cc(float(best[facts.metric.column]))} with {settings}."
     )
-    return Picture(figure, caption, alt)
+    return style.Picture(figure, caption, alt)
 
 
 def scale_of(name: str, values: pd.Series, is_score: bool = False) -> Scale:
-    """Place values on an axis from 0 to 1: numbers by size or logarithm, everything else side by side."""
-    numbers = (
-        floats(values) if not values.map(lambda one: isinstance(one, bool)).any() else np.full(len(values), np.nan)
-    )
+    """Place values on an axis from 0 to 1: numbers by value or logarithm, other values evenly."""
+    has_flags = values.map(lambda value: isinstance(value, bool)).any()
+    numbers = np.full(len(values), np.nan) if has_flags else style.floats(values)
     if np.isfinite(numbers).any() and np.isfinite(numbers).sum() == values.notna().sum():
         is_log = not is_score and np.nanmin(numbers) > 0 and np.nanmax(numbers) >= LOG_FROM * np.nanmin(numbers)
         return _number_scale(f"{name} (log)" if is_log else name, numbers, is_log, is_score)
     texts = values.astype("string")
     levels = sorted(texts.dropna().unique())
     places = {level: i / (len(levels) - 1) if len(levels) > 1 else 0.5 for i, level in enumerate(levels)}
-    ticks = tuple((place, short(level, 16)) for level, place in places.items())
-    found = np.array([places.get(text, np.nan) if not pd.isna(text) else np.nan for text in texts], float)
-    return Scale(name, found, ticks if len(ticks) <= 2 * MOST_TICKS else (ticks[0], ticks[-1]))
+    ticks = tuple((place, style.short(level, 16)) for level, place in places.items())
+    of_trials = np.array([places.get(text, np.nan) if not pd.isna(text) else np.nan for text in texts], float)
+    return Scale(name, of_trials, ticks if len(ticks) <= 2 * MOST_TICKS else (ticks[0], ticks[-1]))
 
 
 def _number_scale(name: str, numbers: np.ndarray, is_log: bool, is_score: bool) -> Scale:
@@ -104,19 +108,19 @@ def _number_scale(name: str, numbers: np.ndarray, is_log: bool, is_score: bool) 
     span = high - low
     places = (logs - low) / span if span else np.where(np.isfinite(logs), 0.5, np.nan)
     values = np.unique(numbers[np.isfinite(numbers)])
-    at = np.unique(places[np.isfinite(places)])
-    if len(values) > MOST_TICKS or (len(at) > 1 and np.diff(at).min() < 0.07):
+    positions = np.unique(places[np.isfinite(places)])
+    if len(values) > MOST_TICKS or (len(positions) > 1 and np.diff(positions).min() < 0.07):
         middle = np.exp((low + high) / 2) if is_log else (low + high) / 2
-        if (values == np.round(values)).all():  # a rank or a layer between two others is none
+        if (values == np.round(values)).all():  # label an existing rank or layer
             middle = values[np.argmin(np.abs((np.log(values) if is_log else values) - (low + high) / 2))]
         values = np.array([values[0], middle, values[-1]])
-        at = ((np.log(values) if is_log else values) - low) / span
-    write = cc if is_score else plain
-    return Scale(name, places, tuple((float(place), write(value)) for place, value in zip(at, values, strict=True)))
+        positions = ((np.log(values) if is_log else values) - low) / span
+    text = style.cc if is_score else style.plain
+    return Scale(name, places, tuple((float(p), text(value)) for p, value in zip(positions, values, strict=True)))
 
 
 def _lines(axes: Axes, scales: list[Scale], goodness: np.ndarray) -> None:
-    """Draw a line a trial, the best last; it breaks where a trial has no value.
+    """Draw one line per trial, the best last; lines break at missing values.
 
     Parameters
     ----------
@@ -126,25 +130,25 @@ def _lines(axes: Axes, scales: list[Scale], goodness: np.ndarray) -> None:
     for i, good in enumerate(goodness):
         is_best = i == len(goodness) - 1
         y = [scale.places[i] for scale in scales]
-        # Bright for the worst, that the good ones stand out on white
-        colour = INK if is_best else SEQUENTIAL(1 - (good - goodness[0]) / span)
+        # bright for the worst, so that the best stand out on white
+        colour = style.INK if is_best else style.SEQUENTIAL(1 - (good - goodness[0]) / span)
         axes.plot(
             y, color=colour, linewidth=2.4 if is_best else 0.9, alpha=1 if is_best else 0.6, marker=".", markersize=3
         )
 
 
 def _axis(axes: Axes, x: int, scale: Scale) -> None:
-    axes.axvline(x, color=GREY, linewidth=0.8, zorder=0)
+    axes.axvline(x, color=style.GREY, linewidth=0.8, zorder=0)
     for place, text in scale.ticks:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
-        axes.text(x - 0.06, place, text, ha="right", va="center", fontsize=7.5, color=INK, bbox=box, zorder=5)
+        axes.text(x - 0.06, place, text, ha="right", va="center", fontsize=7.5, color=style.INK, bbox=box, zorder=5)
 
 
 def _label(axes: Axes, scales: list[Scale]) -> None:
-    """Write the names below the axes, every other one a line lower: they are longer than the axes are apart."""
+    """Label the axes, every second label one line lower to make room."""
     axes.yaxis.set_major_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(list(range(len(scales)))))
-    axes.xaxis.set_major_formatter(FixedFormatter([short(scale.name, 20) for scale in scales]))
+    axes.xaxis.set_major_formatter(FixedFormatter([style.short(scale.name, 20) for scale in scales]))
     for tick in axes.xaxis.get_major_ticks()[1::2]:
         tick.set_pad(18)
     axes.set_xlabel("hyperparameters, and the score last")
@@ -157,4 +161,4 @@ def _label(axes: Axes, scales: list[Scale]) -> None:
 def _value(value: Any) -> str:
     if pd.isna(value):
         return "none"
-    return plain(float(value)) if isinstance(value, int | float | np.number) else str(value)
+    return style.plain(float(value)) if isinstance(value, int | float | np.number) else str(value)

@@ -1,4 +1,4 @@
-"""Figures of the search: its history, which parameters mattered, all trials at once, the finalists, where time went."""
+"""Figures of the search: history, importances of parameters, finalists, time per trial."""
 
 from typing import Any
 
@@ -7,128 +7,116 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator
 
-from study.report.figures.style import (
-    BEST,
-    GREY,
-    INK,
-    LINES,
-    PLAIN,
-    UNITS,
-    Picture,
-    canvas,
-    cc,
-    floats,
-    known,
-    legend,
-    light_grid,
-    sample,
-    sentence,
-    short,
-    whole_axis,
-)
+from study.report.figures import style
 from study.results.evidence import Evidence
-from study.wording import counted, joined
+from study.wording import capitalised, counted, duration, joined
 
 MOST_BARS = 15  # parameters
-FEW_TRIALS = 30  # fewer cannot order parameters by importance
+FEW_TRIALS = 30  # with fewer, the order of importances is unreliable
 MOST_FINALISTS = 12
 STAGES = {"seconds_train": "training", "seconds_embed": "embedding", "seconds_ridge": "ridge", "seconds_other": "other"}
 STAGE_LOOKS = (("#123f66", ""), ("#d9822b", "//"), ("#8ab6d6", ".."), ("#e3e3e3", "xx"))
-MOST_HATCHED = 60  # bars; thinner ones bear no hatching
+MOST_HATCHED = 60  # bars; with more, no hatching
 
 
 def lacks_history(evidence: Evidence) -> str:
-    """Say why there is no history to draw."""
-    return "" if len(known(evidence.history, "number", "value")) else "no searched trial is complete"
+    """Return why there is no history to draw."""
+    return "" if len(style.known(evidence.history, "number", "value")) else "no searched trial is complete"
 
 
-def draw_history(evidence: Evidence) -> Picture:
+def draw_history(evidence: Evidence) -> style.Picture:
     """Draw the score of each trial in the order of the search, the best so far, and the frozen baseline."""
-    facts, rows = evidence.facts, known(evidence.history, "number", "value").sort_values("number")
-    figure, axes = canvas()
+    facts, rows = evidence.facts, style.known(evidence.history, "number", "value").sort_values("number")
+    figure, axes = style.canvas()
     plot = axes[0, 0]
-    x, y, best = (floats(rows[name]) for name in ("number", "value", "best_so_far"))
-    plot.plot(x, y, "o", color=GREY, markersize=4.5, markerfacecolor="none", label="a trial")
-    plot.step(x, best, where="post", color=BEST, linewidth=2, label="best so far", marker="." if len(x) == 1 else "")
-    if evidence.levels.frozen is not None:
-        plot.axhline(evidence.levels.frozen, color=INK, linestyle="--", linewidth=1.4, label="frozen baseline")
-    whole_axis(plot, "complete trial, in the order of the search")
-    plot.set_ylabel(UNITS.get(facts.metric, facts.metric_label))
-    light_grid(plot)
-    legend(figure, plot, 3)
-    frozen = "" if evidence.levels.frozen is None else f", frozen baseline {cc(evidence.levels.frozen)}"
-    caption = (
-        f"{sentence(facts.metric_label)} of the trials in the order of the search ({facts.sampler}). The best of many "
-        f"noisy trials looks better than it is. {sample(evidence, len(rows))}."
+    x, y, best = (style.floats(rows[name]) for name in ("number", "value", "best_so_far"))
+    plot.plot(x, y, "o", color=style.GREY, markersize=4.5, markerfacecolor="none", label="a trial")
+    plot.step(
+        x, best, where="post", color=style.BEST, linewidth=2, label="best so far", marker="." if len(x) == 1 else ""
     )
-    name = rows["trial_id"].iloc[int((np.argmax if facts.is_gain else np.argmin)(y))]
-    return Picture(
+    if evidence.levels.frozen is not None:
+        plot.axhline(evidence.levels.frozen, color=style.INK, linestyle="--", linewidth=1.4, label="frozen baseline")
+    style.whole_axis(plot, "complete trial, in the order of the search")
+    plot.set_ylabel(style.UNITS.get(facts.metric.column, facts.metric.label))
+    style.light_grid(plot)
+    style.legend(figure, plot, 3)
+    frozen = "" if evidence.levels.frozen is None else f", frozen baseline {style.cc(evidence.levels.frozen)}"
+    caption = (
+        f"{capitalised(facts.metric.label)} of the trials in the order of the search ({facts.sampler}). The best of "
+        f"several noisy trials is biased upwards. {style.sample(evidence, len(rows))}."
+    )
+    name = rows["trial_id"].iloc[int((np.argmax if facts.metric.is_gain else np.argmin)(y))]
+    return style.Picture(
         figure,
         caption,
-        f"{sentence(facts.metric_label)} of {counted(len(rows), 'trial')}, from {cc(y.min())} to {cc(y.max())}; "
-        f"best {cc(best[-1])}, trial {name}{frozen}.",
+        f"{capitalised(facts.metric.label)} of {counted(len(rows), 'trial')}, from {style.cc(y.min())} to "
+        f"{style.cc(y.max())}; best {style.cc(best[-1])}, trial {name}{frozen}.",
     )
 
 
 def lacks_importances(evidence: Evidence) -> str:
-    """Say why there are no importances to draw."""
-    return "" if len(known(evidence.importances, "importance")) else "too few complete trials, or nothing was varied"
+    """Return why there are no importances to draw."""
+    return (
+        "" if len(style.known(evidence.importances, "importance")) else "too few complete trials, or nothing was varied"
+    )
 
 
-def draw_importances(evidence: Evidence) -> Picture:
+def draw_importances(evidence: Evidence) -> style.Picture:
     """Draw the share of the score's variance that each parameter explains, with its interval."""
-    rows = known(evidence.importances, "importance").head(MOST_BARS)
-    shares, low, high = (floats(rows[name]) for name in ("importance", "low", "high"))
-    figure, axes = canvas(height=max(1.9, 0.42 * len(rows) + 1.1))
+    rows = style.known(evidence.importances, "importance").head(MOST_BARS)
+    shares, low, high = (style.floats(rows[name]) for name in ("importance", "low", "high"))
+    figure, axes = style.canvas(height=max(1.9, 0.42 * len(rows) + 1.1))
     plot, at = axes[0, 0], np.arange(len(rows))
-    plot.barh(at, shares, color=BEST, height=0.6)
+    plot.barh(at, shares, color=style.BEST, height=0.6)
     for place, left, right in zip(at, low, high, strict=True):
         if np.isfinite([left, right]).all():
-            plot.errorbar(left, place, xerr=[[0], [right - left]], color=PLAIN, capsize=4, linewidth=2.2, fmt="none")
+            plot.errorbar(
+                left, place, xerr=[[0], [right - left]], color=style.PLAIN, capsize=4, linewidth=2.2, fmt="none"
+            )
     plot.set_ylim(len(rows) - 0.5, -0.5)
     plot.set_xlim(0, max(1.0, float(np.nanmax([shares.max(), *high]))))
     plot.yaxis.set_major_locator(FixedLocator(list(at)))
-    plot.yaxis.set_major_formatter(FixedFormatter([short(name) for name in rows["parameter"]]))
-    plot.set_xlabel(f"share of the variance of {evidence.facts.metric_label} (0 to 1)")
+    plot.yaxis.set_major_formatter(FixedFormatter([style.short(name) for name in rows["parameter"]]))
+    plot.set_xlabel(f"share of the variance of {evidence.facts.metric.label} (0 to 1)")
     plot.set_ylabel("hyperparameter")
-    light_grid(plot, "x")
-    n = int(floats(rows["n_trials"]).max())
-    few = " These are too few trials to order them." if n < FEW_TRIALS else ""
+    style.light_grid(plot, "x")
+    n = int(style.floats(rows["n_trials"]).max())
+    few = " These are too few trials for a reliable order." if n < FEW_TRIALS else ""
     bars = "; lines are 95% intervals, bootstrapped over trials" if np.isfinite(low).any() else ""
     caption = (
-        f"Which hyperparameters the score depends on (fANOVA){bars}. It says nothing of direction.{few} "
+        f"How much of the score's variance each hyperparameter explains (fANOVA){bars}; not in which direction.{few} "
         f"n = {counted(n, 'trial')}."
     )
-    told = [
+    parts = [
         f"{name} {share:.2f}" + (f" ({left:.2f} to {right:.2f})" if np.isfinite([left, right]).all() else "")
         for name, share, left, right in zip(rows["parameter"], shares, low, high, strict=True)
     ]
-    return Picture(figure, caption, f"Importance of hyperparameters: {'; '.join(told)}.")
+    return style.Picture(figure, caption, f"Importance of hyperparameters: {'; '.join(parts)}.")
 
 
 def lacks_confirmed(evidence: Evidence) -> str:
-    """Say why there are no finalists to draw."""
-    return "" if len(known(evidence.confirmed, "cc_searched", "cc_confirmed")) else "no finalist was confirmed"
+    """Return why there are no finalists to draw."""
+    return "" if len(style.known(evidence.confirmed, "cc_searched", "cc_confirmed")) else "no finalist was confirmed"
 
 
-def draw_confirmed(evidence: Evidence) -> Picture:
-    """Draw the finalists: CC when searched and with fresh seeds; and the gain over the frozen baseline on the test."""
-    rows = known(evidence.confirmed, "cc_searched", "cc_confirmed").head(MOST_FINALISTS)
+def draw_confirmed(evidence: Evidence) -> style.Picture:
+    """Draw the finalists: CC when searched and with fresh seeds, and the gain over frozen on the test stories."""
+    rows = style.known(evidence.confirmed, "cc_searched", "cc_confirmed").head(MOST_FINALISTS)
     names = [
-        short(name, 10) + (" (winner)" if won else "")
+        style.short(name, 10) + (" (winner)" if won else "")
         for name, won in zip(rows["trial_id"], rows["is_winner"], strict=True)
     ]
-    tested = len(known(rows, "gain_test")) > 0
-    figure, axes = canvas(2 if tested else 1, height=max(2.4, 0.45 * len(rows) + 1.5))
+    tested = len(style.known(rows, "gain_test")) > 0
+    figure, axes = style.canvas(2 if tested else 1, height=max(2.4, 0.45 * len(rows) + 1.5))
     at = np.arange(len(rows))
     left = axes[0, 0]
-    searched, confirmed = floats(rows["cc_searched"]), floats(rows["cc_confirmed"])
+    searched, confirmed = style.floats(rows["cc_searched"]), style.floats(rows["cc_confirmed"])
     left.hlines(at, np.minimum(searched, confirmed), np.maximum(searched, confirmed), color="#bbbbbb", zorder=1)
-    left.plot(searched, at, "o", color=INK, markerfacecolor="white", label="when searched")
-    left.plot(confirmed, at, "D", color=BEST, label="fresh seeds")
+    left.plot(searched, at, "o", color=style.INK, markerfacecolor="white", label="when searched")
+    left.plot(confirmed, at, "D", color=style.BEST, label="fresh seeds")
     left.set_xlabel("validation CC (correlation)")
     if evidence.levels.frozen is not None:
-        left.axvline(evidence.levels.frozen, color=INK, linestyle="--", linewidth=1.4, label="frozen baseline")
+        left.axvline(evidence.levels.frozen, color=style.INK, linestyle="--", linewidth=1.4, label="frozen baseline")
     if tested:
         _draw_gains(axes[0, 1], rows)
     for plot in axes[0]:
@@ -136,93 +124,95 @@ def draw_confirmed(evidence: Evidence) -> Picture:
         plot.yaxis.set_major_locator(FixedLocator(list(at)))
         plot.yaxis.set_major_formatter(FixedFormatter(names if plot is left else [""] * len(rows)))
         plot.locator_params(axis="x", nbins=4)
-        light_grid(plot, "x")
+        style.light_grid(plot, "x")
     left.set_ylabel("trial")
-    legend(figure, left, 3)
-    return Picture(figure, _confirmed_caption(evidence, rows, tested), _confirmed_told(rows))
+    style.legend(figure, left, 3)
+    return style.Picture(figure, _confirmed_caption(evidence, rows, tested), _confirmed_alt(rows))
 
 
 def _draw_gains(axes: Axes, rows: pd.DataFrame) -> None:
-    gains, low, high = (floats(rows[name]) for name in ("gain_test", "low", "high"))
+    gains, low, high = (style.floats(rows[name]) for name in ("gain_test", "low", "high"))
     for place, (gain, left, right) in enumerate(zip(gains, low, high, strict=True)):
         if np.isfinite([left, right]).all():
-            axes.errorbar(left, place, xerr=[[0], [right - left]], color=INK, capsize=4, linewidth=1.6, fmt="none")
-        axes.plot(gain, place, "s", color=PLAIN, markeredgecolor=INK, zorder=3)
-    axes.axvline(0, color=INK, linestyle="--", linewidth=1.4)
+            axes.errorbar(
+                left, place, xerr=[[0], [right - left]], color=style.INK, capsize=4, linewidth=1.6, fmt="none"
+            )
+        axes.plot(gain, place, "s", color=style.PLAIN, markeredgecolor=style.INK, zorder=3)
+    axes.axvline(0, color=style.INK, linestyle="--", linewidth=1.4)
     axes.set_xlabel("gain in test CC (correlation)")
     axes.set_ylabel("trial (as on the left)")
 
 
 def _confirmed_caption(evidence: Evidence, rows: pd.DataFrame, tested: bool) -> str:
-    seeds = int(floats(rows["n_seeds"]).max())
-    units = sorted({str(one) for one in rows["unit"].dropna()} - {""}) if tested else []
+    seeds = int(style.floats(rows["n_seeds"]).max())
+    units = sorted({str(unit) for unit in rows["unit"].dropna()} - {""}) if tested else []
     right = " Right: gain over the frozen baseline on the test stories" if tested else ""
     bars = f", bars its 95% interval over {units[0]}" if right and len(units) == 1 else ""
     n_test = len(evidence.facts.stories.get("test", ()))
-    beside = f", {counted(n_test, 'test story', 'test stories')}" if tested and n_test else ""
+    of_test = f", {counted(n_test, 'test story', 'test stories')}" if tested and n_test else ""
     return (
-        f"Finalists, with {counted(seeds, 'fresh seed')} each{'; left' if tested else ''}: validation CC as "
-        f"searched, and its mean over fresh seeds.{right}{bars}{'.' if right else ''} "
-        f"{sample(evidence, len(rows))}{beside}."
+        f"Finalists, with {counted(seeds, 'fresh seed')} each{'; left' if tested else ''}: validation CC in the "
+        f"search, and its mean over fresh seeds.{right}{bars}{'.' if right else ''} "
+        f"{style.sample(evidence, len(rows))}{of_test}."
     )
 
 
-def _confirmed_told(rows: pd.DataFrame) -> str:
-    told = []
-    for one in rows.to_dict("records"):
-        won = ", the winner" if one["is_winner"] else ""
-        text = f"trial {one['trial_id']}{won}: searched {cc(one['cc_searched'])}, confirmed {cc(one['cc_confirmed'])}"
-        if not pd.isna(one["gain_test"]):
-            text += f", gain on the test stories {cc(one['gain_test'], sign=True)}"
-        if not pd.isna(one["low"]):
-            text += f" ({cc(one['low'], sign=True)} to {cc(one['high'], sign=True)})"
-        told.append(text)
-    return f"Finalists. {'; '.join(told)}."
+def _confirmed_alt(rows: pd.DataFrame) -> str:
+    parts = []
+    for row in rows.to_dict("records"):
+        won = ", the winner" if row["is_winner"] else ""
+        searched, confirmed = style.cc(row["cc_searched"]), style.cc(row["cc_confirmed"])
+        text = f"trial {row['trial_id']}{won}: searched {searched}, confirmed {confirmed}"
+        if not pd.isna(row["gain_test"]):
+            text += f", gain on the test stories {style.cc(row['gain_test'], sign=True)}"
+        if not pd.isna(row["low"]):
+            text += f" ({style.cc(row['low'], sign=True)} to {style.cc(row['high'], sign=True)})"
+        parts.append(text)
+    return f"Finalists. {'; '.join(parts)}."
 
 
 def lacks_time(evidence: Evidence) -> str:
-    """Say why no times can be drawn."""
-    return "" if len(_timed(evidence)) else "no trial took any time: all were answered from earlier records"
+    """Return why there are no times to draw."""
+    return "" if len(_timed(evidence)) else "no trial took any time: all took the results of earlier records"
 
 
 def _timed(evidence: Evidence) -> pd.DataFrame:
     rows = evidence.seconds
     columns = [name for name in STAGES if name in rows]
-    spent = np.array([np.nan_to_num(floats(rows[name])) for name in columns]).reshape(len(columns), len(rows))
+    spent = np.array([np.nan_to_num(style.floats(rows[name])) for name in columns]).reshape(len(columns), len(rows))
     return rows[spent.sum(axis=0) > 0] if columns else rows.iloc[:0]
 
 
-def draw_time(evidence: Evidence) -> Picture:
-    """Draw the time of each trial, stage on stage, in the order of baselines, search and confirmation."""
+def draw_time(evidence: Evidence) -> style.Picture:
+    """Draw the time of each trial as stacked stages, in the order of baselines, search and confirmation."""
     rows = _timed(evidence)
-    stages = {name: np.nan_to_num(floats(rows[name])) for name in STAGES if name in rows}
+    stages = {name: np.nan_to_num(style.floats(rows[name])) for name in STAGES if name in rows}
     seconds = np.sum(list(stages.values()), axis=0)
     unit, size = ("h", 3600.0) if seconds.max() >= 7200 else ("min", 60.0) if seconds.max() >= 120 else ("s", 1.0)
-    figure, axes = canvas()
+    figure, axes = style.canvas()
     plot = axes[0, 0]
     _bars(plot, {f"{STAGES[name]} {part.sum() / seconds.sum():.0%}": part / size for name, part in stages.items()})
     phases = rows["phase"].astype(str).to_numpy()
     for place in np.flatnonzero(phases[1:] != phases[:-1]):
-        plot.axvline(place + 1.5, color=GREY, linestyle=LINES[2], linewidth=1.4)
-    whole_axis(plot, "trial: baselines, then search, then confirmation" if len(set(phases)) > 1 else "trial")
+        plot.axvline(place + 1.5, color=style.GREY, linestyle=style.LINES[2], linewidth=1.4)
+    style.whole_axis(plot, "trial: baselines, then search, then confirmation" if len(set(phases)) > 1 else "trial")
     plot.set_xlim(0.4, len(rows) + 0.6)
     plot.set_ylabel(f"time of a trial ({unit})")
-    legend(figure, plot, 4)
-    total = f"{seconds.sum() / 3600:.2g} h" if seconds.sum() >= 3600 else f"{seconds.sum() / 60:.2g} min"
-    told = [f"{STAGES[name]} {part.sum():.0f} s ({part.sum() / seconds.sum():.0%})" for name, part in stages.items()]
+    style.legend(figure, plot, 4)
+    parts = [f"{STAGES[name]} {part.sum():.0f} s ({part.sum() / seconds.sum():.0%})" for name, part in stages.items()]
     caption = (
-        f"Where time went: {total} of computing in all, trial by trial; repeats took none. "
+        f"Time per trial, {duration(seconds.sum())} in total; repeats took none. "
         f"n = {counted(len(rows), 'trial')} of all phases."
     )
-    return Picture(figure, caption, f"Time by stage over {counted(len(rows), 'trial')}: {joined(told)}.")
+    return style.Picture(figure, caption, f"Time by stage over {counted(len(rows), 'trial')}: {joined(parts)}.")
 
 
 def _bars(axes: Axes, parts: dict[str, np.ndarray]) -> None:
-    """Draw parts on top of each other, a bar a trial; many bars without gaps and hatching."""
+    """Draw stacked bars, one per trial; many bars without gaps and hatching."""
     below = np.zeros(len(next(iter(parts.values()))))
     for (label, part), (colour, hatch) in zip(parts.items(), STAGE_LOOKS, strict=False):
         if len(part) <= MOST_HATCHED:
-            look: dict[str, Any] = {"hatch": hatch, "edgecolor": INK, "linewidth": 0.4}
+            look: dict[str, Any] = {"hatch": hatch, "edgecolor": style.INK, "linewidth": 0.4}
             axes.bar(np.arange(1, len(part) + 1), part, bottom=below, color=colour, label=label, **look)
         else:
             edges = np.arange(len(part) + 1) + 0.5

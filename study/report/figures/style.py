@@ -1,6 +1,6 @@
-"""How all figures look: size, fonts, colours that everybody can tell apart, axes of rank, legends beside the data.
+"""The style of all figures: size, fonts, colours safe for the colour-blind, rank axes, legends above the data.
 
-No text is read as mathematics: the names of parameters and trials may hold dollar signs.
+Text is never parsed as mathematics: names of parameters and trials may contain dollar signs.
 """
 
 import io
@@ -25,14 +25,14 @@ from study.wording import counted, joined
 
 WIDTH, HEIGHT = 6.6, 4.1  # inches
 DPI = 150
-MOST_NAMED = 8  # ranks; of more only some are named
+MOST_NAMED = 8  # ranks; with more, only some are labelled
 INK, GREY = "#111111", "#6b6b6b"
-BEST, PLAIN = "#0b5394", "#d9822b"  # blue and orange: safe for the colour-blind, and far apart in grey
+BEST, PLAIN = "#0b5394", "#d9822b"  # blue and orange: safe for the colour-blind, and distinct in grey
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 UNITS = {
     "cc_mean": "mean CC over voxels (correlation)",
     "accuracy": "accuracy (share of held-out texts)",
-    "mlm_loss_heldout": "held-out masked-LM loss (nats a token)",
+    "mlm_loss_heldout": "held-out masked-LM loss (nats per token)",
 }
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
 # Dark to bright and legible on white: the last fifth of viridis is too bright for a line.
@@ -56,7 +56,7 @@ _SETTINGS: dict[Any, Any] = {
 
 
 class Picture(NamedTuple):
-    """A figure, its caption with the numbers of trials, stories and voxels, and in words what it shows."""
+    """A figure, its caption with the numbers of trials, stories and voxels, and its content in words."""
 
     figure: Figure
     caption: str
@@ -68,8 +68,8 @@ class Drawer(NamedTuple):
 
     Attributes
     ----------
-    lacking : why a study has nothing to draw here; empty if it has
-    draw : draws what is there, to be called inside `styled`
+    lacking : returns why there is nothing to draw; empty if there is something
+    draw : to be called inside `styled`
     """
 
     name: str
@@ -80,16 +80,18 @@ class Drawer(NamedTuple):
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw and save figures as they all look, whatever the user's own matplotlib settings are."""
+    """Draw and save figures in one style, whatever the user's own matplotlib settings are."""
     with rc_context(), warnings.catch_warnings():
         rcdefaults()
         rcParams.update(_SETTINGS)
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it; the caption names it
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a box is drawn instead; the caption names it
         yield
 
 
 def canvas(n_columns: int = 1, n_rows: int = 1, width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Any]:
-    """Return a figure whose parts make room for each other, and its axes, (n_rows, n_columns)."""
+    """Return a figure with constrained layout, and its axes, (n_rows, n_columns)."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
@@ -100,42 +102,35 @@ def image_of(figure: Figure, ending: str, name: str) -> bytes:
 
     Parameters
     ----------
-    name : salts the names inside an SVG, so that several can stand in one page
+    name : prefix of the ids inside an SVG, so that several can be in one page
     """
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # its parts are where they belong: the second file need not work that out again
-    found = io.BytesIO()
+    figure.set_layout_engine("none")  # the layout is done: the second file need not repeat it
+    buffer = io.BytesIO()
     stamp = {"Software": None} if ending == "png" else {"Date": None, "Creator": None}
     with rc_context({"svg.hashsalt": name}):
-        figure.savefig(found, format=ending, dpi=DPI, metadata=stamp)
-    return found.getvalue() if ending == "png" else _own_names(found.getvalue(), name)
+        figure.savefig(buffer, format=ending, dpi=DPI, metadata=stamp)
+    return buffer.getvalue() if ending == "png" else _own_names(buffer.getvalue(), name)
 
 
 def _own_names(svg: bytes, name: str) -> bytes:
-    """Put the figure's name before every id of an SVG: matplotlib calls its groups ``axes_1`` in every figure."""
-    mark = re.escape(b"#")
-    svg = re.sub(rb'\bid="', b'id="' + name.encode() + b"-", svg)
-    return re.sub(rb'(href="|url\()' + mark, rb"\g<1>#" + name.encode() + b"-", svg)
+    """Put the figure's name before every id of an SVG: matplotlib uses the same ids in every figure."""
+    return re.sub(rb'(\bid="|href="#|url\(#)', rb"\g<1>" + name.encode() + b"-", svg)
 
 
 def short(name: object, length: int = 22) -> str:
-    """Return a name in one line of at most ``length`` characters, its middle left out."""
-    told, head = line(str(name)), (length - 1) // 2
-    return told if len(told) <= length else f"{told[:head]}…{told[len(told) - (length - 1 - head) :]}"
+    """Return a name in one line of at most ``length`` characters, shortened in the middle."""
+    text, head = one_line(str(name)), (length - 1) // 2
+    return text if len(text) <= length else f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
-def sentence(text: str) -> str:
-    """Return a text with a capital at its beginning, the rest as it is."""
-    return text[:1].upper() + text[1:]
-
-
-def line(text: str) -> str:
-    """Return a text, which may hold names that a user chose, in one line."""
+def one_line(text: str) -> str:
+    """Return a text, which may contain names that a user chose, in one line of printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def plain(value: float) -> str:
-    """Return a number in few digits; ``unknown`` where there is none."""
+    """Return a number in few digits; ``unknown`` for NaN."""
     if pd.isna(value):
         return "unknown"
     if 1e3 <= abs(value) < 1e6:
@@ -144,13 +139,8 @@ def plain(value: float) -> str:
 
 
 def cc(value: float, sign: bool = False) -> str:
-    """Return a CC, a loss or an accuracy with four decimals; ``unknown`` where there is none."""
+    """Return a CC, a loss or an accuracy with four decimals; ``unknown`` for NaN."""
     return "unknown" if pd.isna(value) else f"{value:+.4f}" if sign else f"{value:.4f}"
-
-
-def rate(value: float) -> str:
-    """Return a learning rate as 2e-4."""
-    return f"{value:.2g}" if 1e-3 < value < 1e5 else _scientific(value)
 
 
 def _scientific(value: float) -> str:
@@ -159,33 +149,33 @@ def _scientific(value: float) -> str:
 
 
 def floats(values: Any) -> np.ndarray:
-    """Return a column, also a nullable one, as float64 with NaN where nothing is known."""
+    """Return a column, also a nullable one, as float64 with NaN for missing values."""
     return pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=float, na_value=np.nan)
 
 
 def known(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return the rows in which all of some columns hold a finite number; none where a column is absent."""
+    """Return the rows with finite numbers in all of these columns; none if a column is absent."""
     if frame.empty or not set(columns) <= set(frame.columns):
         return frame.iloc[:0]
     return frame[np.all([np.isfinite(floats(frame[name])) for name in columns], axis=0)]
 
 
 def rank_colours(ranks: Sequence[float]) -> dict[float, Any]:
-    """Return a colour a rank, from dark for the lowest to bright for the highest, by the logarithm of the rank."""
+    """Return one colour per rank, from dark for the lowest to bright for the highest, by the logarithm of the rank."""
     logs = np.log2(np.asarray(sorted(set(ranks)), float))
     span = np.ptp(logs) if len(logs) > 1 else 1.0
     return {rank: SEQUENTIAL((log - logs[0]) / span) for rank, log in zip(sorted(set(ranks)), logs, strict=True)}
 
 
 def some_of(ranks: Sequence[float]) -> list[float]:
-    """Return all of a few ranks; of many the first, the last and some between, evenly."""
+    """Return all ranks if they are few, else the first, the last and some evenly between them."""
     if len(ranks) <= MOST_NAMED:
         return list(ranks)
     return [ranks[i] for i in sorted({round(i) for i in np.linspace(0, len(ranks) - 1, MOST_NAMED)})]
 
 
 def rank_axis(axes: Axes, ranks: Sequence[float]) -> None:
-    """Make the x axis one of log2 rank, named by the ranks tried, or by powers of two where those are many."""
+    """Make the x axis log2 rank, labelled by the ranks tried, or by powers of two if there are many."""
     logs = np.log2(np.asarray(ranks, float))
     named = sorted(ranks) if len(ranks) <= MOST_NAMED else _powers(min(ranks), max(ranks))
     axes.set_xlim(logs.min() - 0.6, logs.max() + 0.6)
@@ -200,14 +190,14 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def whole_axis(axes: Axes, label: str) -> None:
-    """Make the x axis one of whole numbers, and name it."""
+    """Make the x axis one of integers, and label it."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(label)
 
 
 def luminance(colour: Any) -> float:
-    """Return the relative luminance of a colour, 0 black to 1 white, by which contrasts are reckoned (WCAG 2)."""
+    """Return the relative luminance of a colour, 0 black to 1 white, from which contrasts are computed (WCAG 2)."""
     parts = np.asarray(to_rgb(colour))
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
@@ -218,14 +208,14 @@ def light_grid(axes: Axes, axis: Any = "y") -> None:
 
 
 def legend(figure: Figure, axes: Axes, n_columns: int = 2, title: str | None = None) -> None:
-    """Put what the data are called above them, where it can cover nothing; nothing if there are no names."""
+    """Put the legend above the axes, where it covers nothing; none without labels."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper left", ncols=min(n_columns, len(labels)), title=title)
 
 
 def sample(evidence: Evidence, n_trials: int, n_stories: int | None = None) -> str:
-    """Return how much a figure goes by: ``n = 18 trials, 4 validation stories, 1,200 voxels of 1 subject``."""
+    """Return the sample of a figure: ``n = 18 trials, 4 validation stories and 1,200 voxels of 1 subject``."""
     facts = evidence.facts
     stories = len(facts.stories.get("validation", ())) if n_stories is None else n_stories
     parts = [counted(n_trials, "trial")] + (

@@ -1,4 +1,4 @@
-"""What fine-tuning did, in words: a paragraph for every way of training, with each setting that matters there."""
+"""The methods section on fine-tuning: one paragraph per method of training, with each setting that applies to it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,44 +7,44 @@ from bert_encoding.core.names import ADAPT, CLASSIFICATION, COMPLETE, ENCODING, 
 from bert_encoding.language_model.lora import ALL_TARGETS, TARGETS
 from bert_encoding.language_model.masking import SHARE_MASK, SHARE_RANDOM
 from bert_encoding.trial.record import TrialRecord
-from study.wording import counted, distinct, joined, number, one_or_several, said
+from study.wording import counted, distinct, joined, number, one_or_several, setting
 
 Configs = Sequence[dict[str, Any]]
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "i": "intermediate", "d": "output"}
 EACH_BASELINE = {
-    ENCODING: "each on the trials' own stories and voxels",
-    CLASSIFICATION: "on the trials' own texts",
-    ADAPT: "on the trials' own texts",
+    ENCODING: "each on the same stories and voxels as the trials",
+    CLASSIFICATION: "on the same texts as the trials",
+    ADAPT: "on the same texts as the trials",
 }
 SCALINGS = {"standard": "lora_alpha / rank", "rslora": "lora_alpha / sqrt(rank) (rsLoRA)"}
 INITS = {
-    "zero": "B zero and A random at the start",
-    "gaussian": "B zero and A Gaussian at the start",
-    "pissa": "A and B from the principal singular vectors of the base weights (PiSSA) at the start",
-    "olora": "A and B from a QR decomposition of the base weights (OLoRA) at the start",
+    "zero": "B initialised to zero and A at random",
+    "gaussian": "B initialised to zero and A from a Gaussian",
+    "pissa": "A and B initialised from the principal singular vectors of the base weights (PiSSA)",
+    "olora": "A and B initialised from a QR decomposition of the base weights (OLoRA)",
 }
 BIASES = {"none": "no biases were trained", "lora_only": "the biases of adapted modules were trained too"}
 MLM_TEXTS = {
     "fit": "the words of the fit stories",
-    "all": "the words of all stories, those of validation and test included",
-    "control": "as many tokens of unrelated text",
+    "all": "the words of all stories, including validation and test stories",
+    "control": "the same number of tokens of unrelated text",
 }
 SCHEDULES = {
     "constant": "a constant learning rate",
     "linear": "a learning rate that fell linearly to 0",
-    "cosine": "a learning rate that fell to 0 as a cosine",
+    "cosine": "a learning rate that fell to 0 along a cosine",
 }
 
 
 def training_paragraphs(study: dict[str, Any], records: Sequence[TrialRecord]) -> list[str]:
-    """Return a paragraph for each method that searched trials trained with, of those that did not fail."""
+    """Return one paragraph per method that searched trials trained with, failed trials excluded."""
     trained = [r for r in records if r.phase == SEARCH and r.status in (COMPLETE, STOPPED) and r.repeat_of is None]
-    told = []
+    paragraphs = []
     for method in (LORA, FULL, PARTIAL):
         configs = [record.config for record in trained if record.method == method]
         if configs:
-            told.append(_training(method, configs, study))
-    return told
+            paragraphs.append(_training(method, configs, study))
+    return paragraphs
 
 
 def _training(method: str, configs: Configs, study: dict[str, Any]) -> str:
@@ -61,25 +61,21 @@ def _training(method: str, configs: Configs, study: dict[str, Any]) -> str:
 
 
 def _what(method: str, configs: Configs) -> str:
-    """Say what was trained."""
     if method == LORA:
         return _adapters(configs)
     if method == FULL:
-        kinds = {True: "all weights", False: "all weights but the embeddings"}
-        return joined([kinds[value] for value in distinct(_each(configs, "train_embeddings"))], "or")
-    return f"all weights but the embeddings and the first {_blocks(configs)}"
-
-
-def _blocks(configs: Configs) -> str:
+        kinds = {True: "all weights", False: "all weights except the embeddings"}
+        return _chosen(configs, "train_embeddings", kinds)
     values = distinct(_each(configs, "frozen_blocks"))
-    return f"{joined([number(value) for value in values], 'or')} {'block' if values == [1] else 'blocks'}"
+    blocks = f"{joined([number(value) for value in values], 'or')} {'block' if values == [1] else 'blocks'}"
+    return f"all weights except the embeddings and the first {blocks}"
 
 
 def _adapters(configs: Configs) -> str:
     kinds = {False: "LoRA adapters", True: "weight-decomposed LoRA (DoRA) adapters"}
     where = joined([_where(value) for value in distinct(_each(configs, "target_modules"))], "or")
     blocks = [
-        "all blocks" if value is None else f"block{'s' * (len(value) > 1)} {said(value)} (from 0)"
+        "all blocks" if value is None else f"block{'s' * (len(value) > 1)} {setting(value)} (from 0)"
         for value in distinct(_each(configs, "lora_layers"))
     ]
     scaling = _chosen(configs, "lora_scaling", SCALINGS)
@@ -107,22 +103,24 @@ def _objective(task: str, configs: Configs) -> str:
 
 
 def _masking(configs: Configs) -> str:
-    units = {False: "tokens", True: "words, with all their tokens,"}
+    units = {False: "tokens", True: "words (with all their tokens)"}
     share = joined([f"{value:.6g}" for value in distinct(_each(configs, "mask_probability"))], "or")
     return (
-        f"A share of {share} of the {_chosen(configs, 'whole_words', units)} was to be predicted; of these tokens "
-        f"{SHARE_MASK:.0%} were replaced by [MASK], {SHARE_RANDOM:.0%} by a random one, and the others were left."
+        f"A share of {share} of the {_chosen(configs, 'whole_words', units)} was predicted; of these "
+        f"tokens, {SHARE_MASK:.0%} were replaced by [MASK], {SHARE_RANDOM:.0%} by a random token, and the rest left "
+        "unchanged."
     )
 
 
 def _optimiser(configs: Configs, task: str) -> str:
     items = "texts" if task == CLASSIFICATION else f"windows of {_of(configs, 'window_tokens')} tokens"
-    stride = f" that begin every {_of(configs, 'stride')} tokens" if task != CLASSIFICATION else ""
+    stride = f" that start every {_of(configs, 'stride')} tokens" if task != CLASSIFICATION else ""
     accumulation = distinct(_each(configs, "accumulation"))
-    gathered = f", the gradients of {_of(configs, 'accumulation')} batches a step" if accumulation != [1] else ""
+    gathered = f", with gradients of {_of(configs, 'accumulation')} batches per step" if accumulation != [1] else ""
     return (
-        f"AdamW took {_epochs(configs)} with {_chosen(configs, 'schedule', SCHEDULES)} of {_of(configs, 'lr')} after a "
-        f"linear warm-up of {_of(configs, 'warmup_epochs')} epochs, weight decay {_of(configs, 'weight_decay')}, "
+        f"AdamW ran for {_epochs(configs)} with {_chosen(configs, 'schedule', SCHEDULES)} of {_of(configs, 'lr')} "
+        f"after a linear warm-up of {_of(configs, 'warmup_epochs')} epochs, with weight decay "
+        f"{_of(configs, 'weight_decay')}, "
         f"gradients clipped to norm {_of(configs, 'max_grad_norm')}, and batches of "
         f"{_of(configs, 'batch_size')} {items}{stride}{gathered}."
     )
@@ -138,28 +136,27 @@ def _dropout(configs: Configs, precision: str | None) -> str:
         name: joined(["the checkpoint's own" if v is None else number(v) for v in distinct(_each(configs, name))], "or")
         for name in ("hidden_dropout", "attention_dropout")
     }
-    asked = distinct(_each(configs, "precision"))
-    used = joined([precision or "the machine's own precision" if value == "auto" else value for value in asked], "or")
+    native = {"auto": precision or "the machine's native precision"}
     return (
         f"Dropout: {rates['hidden_dropout']} on hidden states, {rates['attention_dropout']} on attention "
-        f"probabilities; matrix products were taken in {used}."
+        f"probabilities; matrix products were computed in {_chosen(configs, 'precision', native)}."
     )
 
 
 def _further(configs: Configs, task: str) -> str:
-    """Tell of what is off unless asked for."""
-    told = []
+    """Describe options that are off by default."""
+    sentences = []
     if any(_each(configs, "l2_sp")):
-        told.append(f"A penalty of {_of(configs, 'l2_sp')} / 2 times the squared distance from the start was added.")
+        sentences.append(f"{_of(configs, 'l2_sp')} / 2 times the squared distance from the initial weights was added.")
     if any(_each(configs, "replay")):
-        told.append(f"A share of {_of(configs, 'replay')} of the windows of a step was general text.")
+        sentences.append(f"A share of {_of(configs, 'replay')} of the windows in each step was general text.")
     rarely = [config["score_every"] for config in configs if config.get("score_every", 1) > 1]
     if rarely and task == ENCODING:
-        told.append(f"CC was computed after every {one_or_several(rarely)} epochs and after the last.")
+        sentences.append(f"CC was computed after every {one_or_several(rarely)} epochs and after the last.")
     if any(_each(configs, "match_steps")):
-        which = "" if all(_each(configs, "match_steps")) else "In some trials "
-        told.append(f"{which or 'A'}{'an' if which else 'n'} epoch had as many steps as windows without overlap give.")
-    return " ".join(told)
+        start = "An" if all(_each(configs, "match_steps")) else "In some trials an"
+        sentences.append(f"{start} epoch had the same number of steps as windows without overlap would give.")
+    return " ".join(sentences)
 
 
 def _which_epoch(configs: Configs, task: str) -> str:

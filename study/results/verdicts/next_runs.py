@@ -1,144 +1,139 @@
-"""The runs that would tell what a study could not, ready for a shell."""
+"""The runs that could decide what a study cannot, as shell commands."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bert_encoding.core.storage import is_url, open_place
-from study.results.slopes import ALL, NUISANCE, find_slope
+from study.results.evidence import Facts
+from study.results.slopes import find_slope
 from study.results.verdicts.power import (
-    DESIGNS,
+    GRIDS,
     MAX_FOLDS,
     Runs,
     Spread,
-    command,
     detectable,
-    runs_that_would_tell,
     seeds_needed,
+    smallest_runs,
     upper_sd,
 )
+from study.results.verdicts.rules import NextRuns
+from study.setup.delta import DELTA
 from study.wording import counted, run_command
 
-SD_TRIAL, SD_STORY = 0.002, 0.001  # CC; supposed where a study has not shown its own
-FEW_STORIES = 4  # of fewer, no spread below ``SD_STORY`` is believed
+SD_TRIAL, SD_STORY = 0.002, 0.001  # CC; assumed until a study has shown its own
+FEW_STORIES = 4  # with fewer, the spread between stories is taken as at least ``SD_STORY``
+# Options that a command must repeat to search the same data, with their defaults.
+SAME_DATA: dict[str, Any] = {
+    "data": None,
+    "model": None,
+    "layer": None,
+    "trim": "published",
+    "trust_alignment": False,
+    "subjects": None,
+    "voxels": "all",
+    "train_stories": None,
+    "test_stories": None,
+    "mlm_text": "fit",
+    "embed_precision": "auto",
+    "score_every": 1,
+    "seed": 0,
+}
 
 
-class Further(NamedTuple):
-    """What to run next: ``words`` that say what it would tell, and ``command`` for a shell, None if there is none."""
-
-    command: str | None
-    words: str
-
-
-def which_runs(
-    study: dict[str, Any],
-    folder: str,
-    slopes: pd.DataFrame,
-    stories: dict[str, tuple[str, ...]],
-    is_finished: bool,
-    delta: float,
-    n_failed: int | None = None,
-) -> Further:
-    """Return the runs that would tell whether rank matters.
+def which_runs(facts: Facts, folder: str, slopes: pd.DataFrame, delta: float) -> NextRuns:
+    """Return the runs that could decide whether rank matters.
 
     Parameters
     ----------
-    study : content of ``study.json``
     folder : the study's place
     slopes : of ``slopes.slope_table``
-    stories : by role
-    n_failed : how many searched trials failed, if all did; 0 of a study without a trial; None of others
     """
-    if n_failed and not is_finished:
-        return Further(resume_command(folder), f"{_all_failed(n_failed)}; mend the error, then go on.")
-    if not is_finished:
-        return Further(resume_command(folder), "The study is not finished; this goes on with it.")
-    if n_failed is not None:
-        return _from_the_start(study, folder, delta, n_failed)
-    runs, spread = _runs(study, slopes, stories, delta)
-    words = _words(runs, spread, slopes, delta)
-    is_same = (runs.design.space, runs.n_folds) == (study.get("space", {}).get("name"), _n_folds(study))
-    if is_same:
-        words += " The command runs this design once more, stories split anew, and shows whether the estimate holds."
-        return Further(_repeat(study, folder, runs, delta), words)
-    name, where = _where(folder)
-    space = runs.design.space
-    return Further(command(study.get("options", {}), space, f"{name}-{space}", runs.n_folds, where, delta), words)
+    all_failed = facts.n_failed == facts.n_searched
+    failed = "The only searched trial failed" if facts.n_failed == 1 else f"All {facts.n_failed} searched trials failed"
+    name, out = _name_and_out(folder)
+    n_folds = _n_folds(facts)
+    if not facts.is_finished:
+        text = f"{failed}; fix the error first." if all_failed and facts.n_failed else "The study is not finished."
+        return NextRuns(resume_command(folder), f"{text} Resume the study with the command below.")
+    if all_failed and facts.n_failed:  # a failed trial counts as run and is not tried again
+        text = f"{failed}; fix the error, then run the search again under another name."
+        return NextRuns(_command_for(facts, _space_option(facts), f"{name}-again", n_folds, out, delta), text)
+    if all_failed:
+        small = GRIDS[0]
+        text = f"No trial was searched; {small.space} with {small.n_trials} trials is the cheapest start."
+        return NextRuns(_command_for(facts, small.space, f"{name}-{small.space}", n_folds, out, delta), text)
+    spread = study_spread(slopes)
+    runs = smallest_runs(delta, spread, len(facts.stories.get("validation", ())), _n_rotated(facts), n_folds)
+    space, text = runs.grid.space, _text(runs, spread, slopes, delta)
+    if (space, runs.n_folds) != (facts.study.get("space", {}).get("name"), n_folds):
+        return NextRuns(_command_for(facts, space, f"{name}-{space}", runs.n_folds, out, delta), text)
+    options = facts.study.get("options", {})
+    seed = int(options.get("seed") or 0) + 1
+    text += " The command runs this grid again with another split of the stories and shows whether the estimate holds."
+    command = study_command(options | {"seed": seed}, space, f"{name}-seed{seed}", runs.n_folds, out, delta)
+    return NextRuns(command, text)
 
 
-def more_stories(study: dict[str, Any], folder: str, stories: dict[str, tuple[str, ...]], delta: float) -> Further:
-    """Return the runs that would tell more of fine-tuning where the test stories have been read and could not."""
-    options, n_rotated, n_test = study.get("options", {}), _n_rotated(study, stories), len(stories.get("test", ()))
-    same = f"the same {counted(n_test, 'test story', 'test stories')}" if n_test > 1 else "the same test story"
-    if _n_folds(study) > 1 or n_rotated <= len(stories.get("validation", ())):
-        return Further(None, f"No other folds of these data would tell more beside {same}: only more stories would.")
-    name, where = _where(folder)
+def more_stories(facts: Facts, folder: str, delta: float) -> NextRuns:
+    """Return the runs that could decide on fine-tuning after the test stories have been scored."""
+    n_rotated, n_test = _n_rotated(facts), len(facts.stories.get("test", ()))
+    same = "the same test story" if n_test == 1 else f"the same {counted(n_test, 'test story', 'test stories')}"
+    if _n_folds(facts) > 1 or n_rotated <= len(facts.stories.get("validation", ())):
+        return NextRuns(None, f"Neither other folds of these data nor {same} can decide; only more stories can.")
+    name, out = _name_and_out(folder)
     folds = min(MAX_FOLDS, n_rotated)
-    words = (
-        f"More seeds cannot tell more on {same}, and only more stories there would. The command judges the mean trial "
-        f"on {n_rotated} validation stories in {folds} outer folds instead, so that each trial trains {folds} times."
+    text = (
+        f"More seeds do not help on {same}; only more stories would. Instead, the command evaluates the mean trial on "
+        f"{n_rotated} validation stories in {folds} outer folds, so each trial trains {folds} times."
     )
-    space = str(options.get("space") or study.get("space", {}).get("name"))
-    told = command(options, space, f"{name}-folds", folds, ["--confirm", "0", *where], delta)
-    return Further(told, words)
+    further = ["--confirm", "0", *out]
+    return NextRuns(_command_for(facts, _space_option(facts), f"{name}-folds", folds, further, delta), text)
 
 
-def _from_the_start(study: dict[str, Any], folder: str, delta: float, n_failed: int) -> Further:
-    """Return what to run where no trial has come to anything: a failed one counts as run and is not tried again."""
-    options, (name, where) = study.get("options", {}), _where(folder)
-    if n_failed:
-        space = str(options.get("space") or study.get("space", {}).get("name"))
-        told = f"{_all_failed(n_failed)}; mend the error, then run the search again under another name."
-        return Further(command(options, space, f"{name}-again", _n_folds(study), where, delta), told)
-    small = DESIGNS[0]
-    words = f"Nothing was searched; {small.space}, {small.n_trials} trials, is the cheapest beginning."
-    return Further(command(options, small.space, f"{name}-{small.space}", _n_folds(study), where, delta), words)
+def _space_option(facts: Facts) -> str:
+    study = facts.study
+    return str(study.get("options", {}).get("space") or study.get("space", {}).get("name"))
 
 
-def _all_failed(n: int) -> str:
-    return f"All {n} searched trials failed" if n > 1 else "The one searched trial failed"
+def _command_for(facts: Facts, space: str, name: str, n_folds: int, further: Sequence[str], delta: float) -> str:
+    return study_command(facts.study.get("options", {}), space, name, n_folds, further, delta)
 
 
-def _runs(
-    study: dict[str, Any], slopes: pd.DataFrame, stories: dict[str, tuple[str, ...]], delta: float
-) -> tuple[Runs, Spread]:
-    spread, n_validation = _spread(slopes), len(stories.get("validation", ()))
-    return runs_that_would_tell(delta, spread, n_validation, _n_rotated(study, stories), _n_folds(study)), spread
-
-
-def _words(runs: Runs, spread: Spread, slopes: pd.DataFrame, delta: float) -> str:
-    smallest = detectable(spread, runs.design, runs.n_stories)
-    n, heard = runs.design.n_trials, counted(runs.n_stories, "validation story", "validation stories")
+def _text(runs: Runs, spread: Spread, slopes: pd.DataFrame, delta: float) -> str:
+    smallest = detectable(spread, runs.grid, runs.n_stories)
+    n, stories = runs.grid.n_trials, counted(runs.n_stories, "validation story", "validation stories")
     each = f" in each of {runs.n_folds} outer folds, {n * runs.n_folds:,} trainings in all" if runs.n_folds > 1 else ""
-    can = f"would tell no effect from one of {delta:g} CC" if runs.is_enough else "would come closest"
-    words = (
-        f"By the spreads between trials and stories, {_source(slopes)}, {n} trials ({runs.design.space}){each}, "
-        f"judged on {heard}, {can}: their 95% interval would leave out 0 four times in five at an effect of "
+    can = f"could tell no effect from one of {delta:g} CC" if runs.is_enough else "would come closest to a decision"
+    text = (
+        f"With the spreads between trials and stories {_source(slopes)}, {n} trials ({runs.grid.space}){each}, "
+        f"evaluated on {stories}, {can}: their 95% interval would exclude 0 in four of five studies for an effect of "
         f"{smallest:.4f} CC."
     )
     if runs.is_enough:
-        return words
-    times = seeds_needed(delta, spread, runs.design, runs.n_stories)
+        return text
+    times = seeds_needed(delta, spread, runs.grid, runs.n_stories)
     if times is None:
-        return f"{words} Only more stories would tell."
-    return f"{words} A copy of that space with {times} times as many SEEDS would tell."
+        return f"{text} Only more stories could decide."
+    return f"{text} A copy of that space with {times} times as many SEEDS could decide."
 
 
 def _source(slopes: pd.DataFrame) -> str:
-    """Say whence the spreads are."""
-    row = _shown(slopes)
+    """Return where the spreads come from, in words."""
+    row = _known_spreads(slopes)
     if row is None:
-        return f"supposed, since this study shows none ({SD_TRIAL:g} and {SD_STORY:g} CC)"
+        return f"assumed ({SD_TRIAL:g} and {SD_STORY:g} CC), since this study does not show its own"
     n = int(row["n_stories"])
-    return "with room for their own uncertainty" + (f" (from {n} stories: a guess)" if n < FEW_STORIES else "")
+    return "of this study, at their upper bounds" + (f" (from {n} stories: a guess)" if n < FEW_STORIES else "")
 
 
-def _spread(slopes: pd.DataFrame) -> Spread:
-    """Return the spreads to reckon with: upper bounds of those that a study shows, or what is supposed."""
-    row = _shown(slopes)
+def study_spread(slopes: pd.DataFrame) -> Spread:
+    """Return upper bounds of the spreads that a study shows, or assumed ones."""
+    row = _known_spreads(slopes)
     if row is None:
         return Spread(SD_TRIAL, SD_STORY)
     n = int(row["n_stories"])
@@ -147,29 +142,21 @@ def _spread(slopes: pd.DataFrame) -> Spread:
     return Spread(upper_sd(float(row["sd_trial"]), int(row["df"])), max(of_stories, least))
 
 
-def _shown(slopes: pd.DataFrame) -> pd.Series | None:
-    row = find_slope(slopes, "cc_mean", NUISANCE, ALL)
-    shows = row is not None and np.isfinite(row["sd_trial"]) and np.isfinite(row["se_stories"])
-    return row if shows else None
+def _known_spreads(slopes: pd.DataFrame) -> pd.Series | None:
+    row = find_slope(slopes, "cc_mean")
+    return row if row is not None and np.isfinite(row["sd_trial"]) and np.isfinite(row["se_stories"]) else None
 
 
-def _n_folds(study: dict[str, Any]) -> int:
-    return max(1, len(study.get("splits", [0])))
+def _n_folds(facts: Facts) -> int:
+    return max(1, len(facts.study.get("splits", [0])))
 
 
-def _n_rotated(study: dict[str, Any], stories: dict[str, tuple[str, ...]]) -> int:
-    """Return how many stories outer folds can validate; only those validated now if voxels are chosen by the others."""
-    validation = stories.get("validation", ())
-    if str(study.get("options", {}).get("voxels", "all")).isdecimal():
+def _n_rotated(facts: Facts) -> int:
+    """Return how many stories outer folds can validate: only the present ones if voxels are chosen by the others."""
+    validation = facts.stories.get("validation", ())
+    if str(facts.study.get("options", {}).get("voxels", "all")).isdecimal():
         return len(validation)
-    return len({*stories.get("fit", ()), *validation})
-
-
-def _repeat(study: dict[str, Any], folder: str, runs: Runs, delta: float) -> str:
-    name, where = _where(folder)
-    options = study.get("options", {})
-    seed = int(options.get("seed") or 0) + 1
-    return command(options | {"seed": seed}, runs.design.space, f"{name}-seed{seed}", runs.n_folds, where, delta)
+    return len({*facts.stories.get("fit", ()), *validation})
 
 
 def confirm_command(folder: str) -> str:
@@ -178,13 +165,39 @@ def confirm_command(folder: str) -> str:
 
 
 def resume_command(folder: str) -> str:
-    """Return the shell command that goes on with a study."""
-    name, where = _where(folder)
-    return shlex.join([*run_command().split(), "--resume", "--name", name, *where])
+    """Return the shell command that resumes a study."""
+    name, out = _name_and_out(folder)
+    return shlex.join([*run_command().split(), "--resume", "--name", name, *out])
 
 
-def _where(folder: str) -> tuple[str, list[str]]:
-    """Return the name of a study and the option that leads to where it is kept; nothing if that is the default."""
+def study_command(
+    options: dict[str, Any], space: str, name: str, n_folds: int = 1, further: Sequence[str] = (), delta: float = DELTA
+) -> str:
+    """Return the shell command of a study on the same data.
+
+    Parameters
+    ----------
+    options : of ``study.json``
+    space, name : of the new study
+    n_folds : outer folds
+    further : further arguments, such as where results go
+    delta : smallest effect that matters, CC
+    """
+    words = [*run_command().split(), "--space", space]
+    for option, default in SAME_DATA.items():
+        value = options.get(option, default)
+        if value is None or value == default:
+            continue
+        words.append(f"--{option.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    words += ["--outer-folds", str(n_folds)] if n_folds > 1 else []
+    words += ["--delta", f"{delta:g}"] if delta != DELTA else []
+    return shlex.join([*words, "--name", name, *further])
+
+
+def _name_and_out(folder: str) -> tuple[str, list[str]]:
+    """Return the name of a study and ``--out`` with its parent, without it if that is the default."""
     if is_url(folder):
         place = open_place(folder)
         return place.name, ["--out", str(place.parent)]

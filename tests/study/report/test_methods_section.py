@@ -1,4 +1,4 @@
-"""The methods section: every setting is told, nothing else is, and one is not many."""
+"""The methods section: it names every setting that applies and nothing else, in singular and plural."""
 
 from dataclasses import asdict, fields
 from typing import Any
@@ -17,7 +17,7 @@ from study.results.gather import gather
 from study.wording import counted, joined, number, one_or_several
 
 BASE = {"model": "tiny"}
-NOT_TOLD = {  # of a trial that trains on stories
+NOT_NAMED = {  # of a trial that trains on stories
     "lora": {"train_embeddings", "frozen_blocks"},
     "full": {name for name in OTHER if name.startswith("lora_")} | {"rank", "target_modules", "dora", "frozen_blocks"},
     "partial": {name for name in OTHER if name.startswith("lora_")}
@@ -49,22 +49,22 @@ def study(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def told(records: list[TrialRecord], looks: tuple[dict[str, Any], ...] = (), **changes: Any) -> str:
+def methods(records: list[TrialRecord], looks: tuple[dict[str, Any], ...] = (), **changes: Any) -> str:
     return "\n".join(methods_paragraphs(study(**changes), records, looks))
 
 
-def test_other_values_are_given_for_every_setting() -> None:
+def test_every_setting_has_another_value_to_test() -> None:
     assert set(OTHER) == {field.name for field in fields(TrialConfig)} - NOT_OF_TRAINING
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "partial"])
 @pytest.mark.parametrize("name", sorted(OTHER))
-def test_a_setting_is_told_if_it_matters_and_only_then(name: str, method: str) -> None:
-    """Each setting, changed alone, changes the text, and its new value stands there where it is a number."""
+def test_setting_is_named_if_it_applies_and_only_then(name: str, method: str) -> None:
+    """Each setting, changed alone, changes the text, which names its new value if it is a number."""
     changed = {name: OTHER[name]}
-    before = told([record(method=method)])
-    after = told([record(method=method, **changed)], config=asdict(TrialConfig(**(BASE | changed))))
-    if name in NOT_TOLD[method]:
+    before = methods([record(method=method)])
+    after = methods([record(method=method, **changed)], config=asdict(TrialConfig(**(BASE | changed))))
+    if name in NOT_NAMED[method]:
         assert after == before
         return
     assert after != before
@@ -76,27 +76,29 @@ def test_a_setting_is_told_if_it_matters_and_only_then(name: str, method: str) -
 
 def test_several_values_are_listed_and_many_are_a_range() -> None:
     records = [record(str(at), rank=rank, lr=1e-4 * (at + 1)) for at, rank in enumerate([16, 2, 64, 2] * 3)]
-    text = told(records)
+    text = methods(records)
     assert "12 trials trained LoRA adapters" in text
     assert "rank 2, 16 and 64," in text
     assert "learning rate of 0.0001 to 0.0012 (12 different values)" in text
 
 
-def test_failed_and_repeated_trials_trained_nothing_that_is_told() -> None:
+def test_failed_and_repeated_trials_are_not_described_as_trained() -> None:
     repeat = record("0003", rank=128)
     repeat.repeat_of = "0001"
-    text = told([record("0001", rank=2), record("0002", "FAILED", rank=64), repeat, record("0004", "STOPPED", rank=4)])
+    text = methods(
+        [record("0001", rank=2), record("0002", "FAILED", rank=64), repeat, record("0004", "STOPPED", rank=4)]
+    )
     assert "2 trials trained LoRA adapters" in text
     assert "rank 2 and 4," in text
     assert "4 trials (2 complete, 1 stopped early and 1 failed)" in text
     assert "1 repeated configuration took the result" in text
     assert "64" not in text
     assert "128" not in text
-    assert "trained LoRA" not in told([record("0002", "FAILED", rank=64)])
+    assert "trained LoRA" not in methods([record("0002", "FAILED", rank=64)])
 
 
-def test_one_is_not_many() -> None:
-    one = told(
+def test_singular_and_plural() -> None:
+    single = methods(
         [record(epochs=1, accumulation=1), record("baseline-frozen", phase="baseline", method="frozen")],
         splits=[{"fit": ["a"], "validation": ["v"], "test": ["x"]}],
         data=study()["data"] | {"trim_trs": [1, 0]},
@@ -105,29 +107,29 @@ def test_one_is_not_many() -> None:
     for phrase in (
         "of 1 subject,",
         "to 3 stories",
-        "1 story (a) was fitted, 1 (v) was held out",
+        "1 story (a) was used for fitting, 1 (v) was held out",
         "1 (x) was kept as test story.",
         "The first volume of each scan was left out",
         "delayed by 1 TR inside",
         "over 1 fold of",
         "Baseline: the same encoder",
         "1 trial trained LoRA",
-        "AdamW took 1 epoch with",
+        "AdamW ran for 1 epoch with",
         "1 trial (1 complete) of the search space lora_rank (hash 5face) was run with the random seed 0,",
         "on 1 machine",
     ):
-        assert phrase in one, phrase
-    many = told(
+        assert phrase in single, phrase
+    many = methods(
         [record(epochs=3, seed=1), record("2", epochs=2, seed=4)],
         data=study()["data"] | {"n_voxels": {"s1": 1000, "s2": 1}},
     )
     for phrase in (
         "of 2 subjects, s1 (1,000 voxels) and s2 (1 voxel), to 10 stories",
-        "7 stories (a, b, c, d, e, f, g) were fitted, 1 (v) was held out",
+        "7 stories (a, b, c, d, e, f, g) were used for fitting, 1 (v) was held out",
         "2 (x, y) were kept as test stories.",
         "The first 10 volumes and last 5 volumes of each scan were left out",
         "over 5 folds of",
-        "AdamW took 2 and 3 epochs with",
+        "AdamW ran for 2 and 3 epochs with",
         "with the random seeds 1 and 4",
     ):
         assert phrase in many, phrase
@@ -144,59 +146,63 @@ def look(finalists: int = 1, seeds: tuple[int, ...] = (901,)) -> dict[str, Any]:
     }
 
 
-def test_the_confirm_phase_is_told_as_far_as_it_went() -> None:
-    assert "Afterwards" not in told([record()])
-    one = told([record()], (look(),))
-    assert "Afterwards the best configuration of 12 searched trials was trained again with 1 fresh seed (901)" in one
-    assert "the winner, trial 0001," in one
-    assert "not all there yet" in one
+def test_confirm_phase_is_described_as_far_as_it_went() -> None:
+    assert "Afterwards" not in methods([record()])
+    single = methods([record()], (look(),))
+    assert "Afterwards the best configuration of 12 searched trials was trained again with 1 fresh seed (901)" in single
+    assert "the winner, trial 0001," in single
+    assert "not complete yet" in single
     tested = record("test-0001", phase="confirm")
-    two = told([record(), tested, record("test-0002", phase="confirm")], (look(2, (901, 902)),))
-    assert "the best 2 configurations of 12 searched trials were trained again with 2 fresh seeds (901 and 902)" in two
-    assert "with the seed 901, and scored on the test stories (x, y)." in two
-    assert "not all there yet" not in two
+    several = methods([record(), tested, record("test-0002", phase="confirm")], (look(2, (901, 902)),))
+    assert (
+        "the best 2 configurations of 12 searched trials were trained again with 2 fresh seeds (901 and 902)" in several
+    )
+    assert "with seed 901, and scored on the test stories (x, y)." in several
+    assert "not complete yet" not in several
 
 
-def test_what_was_not_done_is_not_told() -> None:
-    plain = told([record("baseline-frozen", phase="baseline", method="frozen")])
+def test_what_was_not_done_is_not_described() -> None:
+    plain = methods([record("baseline-frozen", phase="baseline", method="frozen")])
     for word in ("LoRA", "AdamW", "seed 0", "permutations", "CC_norm", "Masked-LM", "stopped early", "outer fold"):
         assert word not in plain, word
     assert "Simulated" not in plain
     assert "/home/me" not in plain
     assert "/models" not in plain
-    assert told([], data=study()["data"] | {"source": "demo"}).startswith("Simulated responses")
-    assert told([], data=study()["data"] | {"source": "demo-null"}).startswith("Simulated responses")
+    assert methods([], data=study()["data"] | {"source": "demo"}).startswith("Simulated responses")
+    assert methods([], data=study()["data"] | {"source": "demo-null"}).startswith("Simulated responses")
 
 
-def test_scores_are_told_where_there_are_some() -> None:
+def test_scores_are_described_if_present() -> None:
     scored = record()
     scored.scores |= {"share_significant": 0.1, "cc_norm": None}
-    assert "1,000 permutations of blocks of 10 TRs" in told([scored])
-    assert "CC_norm" not in told([scored])
+    assert "1,000 permutations of blocks of 10 TRs" in methods([scored])
+    assert "CC_norm" not in methods([scored])
     scored.scores |= {"cc_norm": 0.4}
-    assert "CC_norm" in told([scored])
+    assert "CC_norm" in methods([scored])
     scored.notes = ["s1: many voxels wanted a ridge_alpha beyond 100 to 1e+08, so all were fitted with 1 to 1e+08"]
-    assert "fitted once more with a wider grid" in told([scored])
-    assert "wider grid" not in told([record()])
+    assert "were refitted with a wider one" in methods([scored])
+    assert "wider one" not in methods([record()])
 
 
-def test_options_of_a_study_are_told() -> None:
-    assert "the 500 voxels of each subject were kept" in told([], voxels={"asked": "500"})
-    assert "those listed in mine.npy were kept" in told([], voxels={"asked": "/home/me/mine.npy"})
+def test_options_of_a_study_are_described() -> None:
+    assert "the 500 voxels of each subject that the frozen encoder predicted best" in methods(
+        [], voxels={"asked": "500"}
+    )
+    assert "those listed in mine.npy were kept" in methods([], voxels={"asked": "/home/me/mine.npy"})
     folds = [{"fit": list("abc"), "validation": ["d", "e"], "test": ["x"]}] * 3
-    assert "The other 5 stories rotated over 3 outer folds, 2 of them being validated at a time" in told(
+    assert "The other 5 stories were rotated over 3 outer folds, with 2 validation stories at a time" in methods(
         [], splits=folds
     )
-    stopped = told([record()], options={"sampler": "tpe", "scheduler": "asha", "seed": 0})
+    stopped = methods([record()], options={"sampler": "tpe", "scheduler": "asha", "seed": 0})
     assert "could be stopped early by asynchronous successive halving" in stopped
     assert "a tree-structured Parzen estimator" in stopped
-    assert "commit 0123456789 with changes" in told([])
-    assert "commit" not in told([], git=None)
+    assert "commit 0123456789 with uncommitted changes" in methods([])
+    assert "commit" not in methods([], git=None)
 
 
 def test_layers_of_frozen_trials_are_listed() -> None:
     records = [record(str(at), method="frozen", layer=layer) for at, layer in enumerate([3, None, (1, 2)])]
-    assert "last layer, layer 3 or mean of layers 1 and 2" in told(records)
+    assert "last layer, layer 3 or mean of layers 1 and 2" in methods(records)
 
 
 TEXT_DATA = {
@@ -209,9 +215,9 @@ TEXT_DATA = {
 
 
 @pytest.mark.parametrize("task", ["classification", "adapt"])
-def test_studies_on_text_tell_of_no_story_and_no_voxel(task: str) -> None:
+def test_text_only_studies_mention_no_story_and_no_voxel(task: str) -> None:
     trained = record(lr=1e-3)
-    text = told(
+    text = methods(
         [trained, record("baseline-frozen", phase="baseline", method="frozen")],
         task=task,
         data=TEXT_DATA if task == "classification" else TEXT_DATA | {"classes": {}, "max_length": None},
@@ -227,7 +233,7 @@ def test_studies_on_text_tell_of_no_story_and_no_voxel(task: str) -> None:
     assert f"at most {256 if task == 'classification' else 512} tokens" in text
 
 
-def test_phrases() -> None:
+def test_wording_of_counts_lists_and_numbers() -> None:
     counts = [counted(n, "story", "stories") for n in (0, 1, 2, 1200)]
     assert counts == ["0 stories", "1 story", "2 stories", "1,200 stories"]
     assert [joined(list(letters)) for letters in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
@@ -240,25 +246,25 @@ def test_phrases() -> None:
 
 def test_many_stories_are_counted_and_few_are_named() -> None:
     many = [f"s{at}" for at in range(98)]
-    text = told([], splits=[{"fit": many, "validation": ["v"], "test": ["x"]}])
-    assert "98 stories were fitted, 1 (v) was held out" in text
+    text = methods([], splits=[{"fit": many, "validation": ["v"], "test": ["x"]}])
+    assert "98 stories were used for fitting, 1 (v) was held out" in text
     assert "s97" not in text
 
 
-# --- how answers were drawn -------------------------------------------------------------------------------------------
+# --- inference ---
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return gather(write_fake_study(tmp_path_factory.mktemp("inference") / "fake", Truth(), SMALL), 0.002)
 
 
-def inference(found: Evidence, **changes: Any) -> str:
-    return "\n".join(inference_paragraphs(found._replace(**changes)))
+def inference(evidence: Evidence, **changes: Any) -> str:
+    return "\n".join(inference_paragraphs(evidence._replace(**changes)))
 
 
-def test_the_rules_of_the_answers_are_told(found: Evidence) -> None:
-    text = inference(found)
+def test_inference_describes_the_rules_of_the_verdicts(evidence: Evidence) -> None:
+    text = inference(evidence)
     for phrase in (
         "delta, was set in advance as 0.002 CC",
         "within \u00b1delta (two one-sided tests at 5%)",
@@ -266,7 +272,7 @@ def test_the_rules_of_the_answers_are_told(found: Evidence) -> None:
         "adjusted for ",
         "Zou and Donner 2008",
         "the winner's CC on the test stories",
-        f"Student's t over {found.verdicts[0].effect.n_stories} test stories",  # type: ignore[union-attr]
+        f"Student's t over {evidence.verdicts[0].effect.n_stories} test stories",  # type: ignore[union-attr]
         "parabola over log2 rank",
     ):
         assert phrase in text, phrase
@@ -274,32 +280,32 @@ def test_the_rules_of_the_answers_are_told(found: Evidence) -> None:
     assert "chosen after" not in text
 
 
-def test_what_did_not_happen_is_not_told_of_the_answers(found: Evidence) -> None:
-    adaptive = inference(found, facts=found.facts._replace(is_adaptive=True))
+def test_inference_describes_only_what_was_done(evidence: Evidence) -> None:
+    adaptive = inference(evidence, facts=evidence.facts._replace(is_adaptive=True))
     assert "99% intervals" in adaptive
-    unconfirmed = inference(found, confirmed=found.confirmed.iloc[:0])
+    unconfirmed = inference(evidence, confirmed=evidence.confirmed.iloc[:0])
     assert "test stories" not in unconfirmed
-    assert "the CC of the mean trial less that of the frozen encoder" in unconfirmed
+    assert "the CC of the mean trial minus that of the frozen encoder" in unconfirmed
     assert "resamples" not in unconfirmed
-    tuning, rank = found.verdicts
+    tuning, rank = evidence.verdicts
     assert tuning.effect is not None
-    few = inference(found, verdicts=(tuning._replace(effect=tuning.effect._replace(n_stories=2)), rank))
+    few = inference(evidence, verdicts=(tuning._replace(effect=tuning.effect._replace(n_stories=2)), rank))
     assert "2,000 resamples of blocks of 10 TRs" in few
     assert "Student's t over" not in few
     assert "only if the mean trial" in few
-    assert "only if the mean trial" not in inference(found)
-    no_rank = inference(found, verdicts=(tuning, rank._replace(effect=None)))
+    assert "only if the mean trial" not in inference(evidence)
+    no_rank = inference(evidence, verdicts=(tuning, rank._replace(effect=None)))
     assert "least squares" not in no_rank
     shares = pd.DataFrame({"parameter": ["lr"], "importance": [1.0], "low": [0.5], "high": [1.0], "n_trials": [12]})
-    assert "fANOVA" in inference(found, importances=shares)
-    assert "fANOVA" not in inference(found, importances=shares.iloc[:0])
-    assert inference(found, verdicts=(), importances=shares.iloc[:0]) == ""
-    study = found.facts.study
+    assert "fANOVA" in inference(evidence, importances=shares)
+    assert "fANOVA" not in inference(evidence, importances=shares.iloc[:0])
+    assert inference(evidence, verdicts=(), importances=shares.iloc[:0]) == ""
+    study = evidence.facts.study
     later = study | {"options": study["options"] | {"delta": 0.002, "deltas_before": [0.001]}}
-    assert "was chosen after the study had begun" in inference(found, facts=found.facts._replace(study=later))
+    assert "was chosen after the study had begun" in inference(evidence, facts=evidence.facts._replace(study=later))
 
 
-def test_the_paragraph_stands_before_the_software(found: Evidence) -> None:
+def test_inference_comes_before_the_software(evidence: Evidence) -> None:
     paragraphs = methods_paragraphs(study(), [record()], (), ["One."])
     assert paragraphs[-2] == "One."
     assert paragraphs[-1].startswith("Everything was computed")

@@ -1,4 +1,4 @@
-"""The report: escaped, self-contained, right for studies of every kind and state."""
+"""The report: escaped, self-contained, and correct for every kind and state of a study."""
 
 import base64
 import hashlib
@@ -96,7 +96,7 @@ class Reader(HTMLParser):
         assert self.open == [self.root], f"not closed: {self.open[-1].name}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> stands twice"
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
         node = Node(tag, dict(attrs))
         self.open[-1].children.append(node)
         if tag not in self.VOID:
@@ -123,7 +123,7 @@ def table_rows(section: Node) -> list[list[Node]]:
     return [row.children for row in table.all("tr")]
 
 
-def test_no_name_that_a_user_chooses_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_chosen_by_users_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
     html = write_report(folder, evidence).read_text()
     root = parsed(html)
@@ -145,7 +145,7 @@ ALLOWED = set(
 )
 
 
-def test_the_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
     root = parsed(write_report(folder, evidence).read_text())
     (policy,) = (m.attributes["content"] for m in root.all("meta") if m.attributes.get("http-equiv"))
@@ -168,7 +168,7 @@ def digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
-def test_the_page_is_well_formed_for_those_who_cannot_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_is_well_formed_and_accessible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [drawing(tmp_path)])
     records = [*BASELINES, *SEARCHED]
     folder = write_study(tmp_path / "study", study_json(), records)
@@ -185,18 +185,20 @@ def test_the_page_is_well_formed_for_those_who_cannot_see_it(tmp_path: Path, mon
     assert len(set(ids)) == len(ids)
     assert {str(a.attributes["href"]) for a in root.all("a")} == {f"#{name}" for name in ids}
     assert ids == ["verdict", "figures", "trials", "methods", "provenance", "warnings"]
+    (terms,) = (node for node in root.all("details") if node.attributes.get("class") == "terms")
+    assert list(definitions(terms)) == ["CC", "Held-out", "Frozen", "Baseline", "Delta", "Fold", "Noise ceiling"]
     for table in root.all("table"):
         assert len(list(table.all("caption"))) == 1
         assert len({len(row.children) for row in table.all("tr")}) == 1
         assert {node.attributes["scope"] for node in table.all("th")} <= {"col", "row"}
 
 
-def test_a_figure_is_an_image_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = drawing(tmp_path)
-    monkeypatch.setattr(report, "draw_all", lambda *arguments: [one])
+def test_figure_is_embedded_as_svg_or_large_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawing(tmp_path)
+    monkeypatch.setattr(report, "draw_all", lambda *arguments: [figure])
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
     evidence = evidence_of(study_json(), BASELINES)
-    for largest, kind, file in ((10**6, "svg+xml", one.svg), (10, "png", one.png)):
+    for largest, kind, file in ((10**6, "svg+xml", figure.svg), (10, "png", figure.png)):
         monkeypatch.setattr(report, "LARGEST_SVG_BYTES", largest)
         (image,) = parsed(write_report(folder, evidence).read_text()).all("img")
         head, _, content = str(image.attributes["src"]).partition(",")
@@ -205,7 +207,7 @@ def test_a_figure_is_an_image_of_its_own_file(tmp_path: Path, monkeypatch: pytes
         assert image.attributes["alt"] == "Alt rank\"'"
 
 
-def test_the_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
+def test_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
     records = [*BASELINES, *SEARCHED]
     rows = table_rows(section(parsed(page_of(tmp_path / "study", study_json(), records)), "trials"))
     names = [cell.whole_text for cell in rows[0]]
@@ -219,7 +221,7 @@ def test_the_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
     assert "accuracy" not in names
 
 
-def test_what_is_searched_for_is_in_the_order_of_better(tmp_path: Path) -> None:
+def test_trial_table_of_a_loss_is_ascending(tmp_path: Path) -> None:
     frame = trials_frame(
         [replace(record(str(at), 0.1), scores={"mlm_loss_heldout": v}) for at, v in enumerate([3, 1, 2])]
     )
@@ -247,7 +249,7 @@ def test_what_is_searched_for_is_in_the_order_of_better(tmp_path: Path) -> None:
         ((1, 2), "(1, 2)", "(1, 2)"),
     ],
 )
-def test_a_cell_shows_four_decimals_and_sorts_by_all(value: Any, text: str, sort: str) -> None:
+def test_cell_shows_four_decimals_and_sorts_by_the_full_value(value: Any, text: str, sort: str) -> None:
     assert cell(value) == (text, sort)
 
 
@@ -258,12 +260,12 @@ def banner(root: Node) -> str:
     return " ".join(node.whole_text for node in root.all("div") if node.attributes.get("class") == "banner")
 
 
-def test_a_finished_study_says_nothing_of_being_incomplete(tmp_path: Path) -> None:
+def test_finished_study_has_no_banner(tmp_path: Path) -> None:
     assert banner(parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))) == ""
 
 
 @pytest.mark.parametrize(
-    ("options", "records", "said"),
+    ("options", "records", "message"),
     [
         ({"trials": 12}, [*BASELINES, *SEARCHED], "3 of 12 searched trials have ended."),
         ({"trials": 3}, SEARCHED, "There is no baseline yet to compare with."),
@@ -271,31 +273,31 @@ def test_a_finished_study_says_nothing_of_being_incomplete(tmp_path: Path) -> No
         ({"trials": 3, "confirm": 2}, [*BASELINES, *SEARCHED], f"The best 2 configurations are {PENDING}"),
     ],
 )
-def test_a_study_that_still_runs_says_so(
-    tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], said: str
+def test_banner_of_an_unfinished_study(
+    tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], message: str
 ) -> None:
     study = study_json(options=study_json()["options"] | options)
     text = banner(parsed(page_of(tmp_path / "study", study, records)))
-    assert text.strip() == f"This study is incomplete; what follows is provisional.{said}"
+    assert text.strip() == f"This study is incomplete; what follows is provisional.{message}"
 
 
-def test_a_study_whose_finalists_all_failed_is_not_waiting_for_them(tmp_path: Path) -> None:
+def test_study_whose_finalists_all_failed_has_no_banner(tmp_path: Path) -> None:
     study = study_json(options=study_json()["options"] | {"confirm": 1})
     records = [*BASELINES, *SEARCHED, record("confirm-0002-seed9", None, "confirm", rank=16)]
     assert banner(parsed(page_of(tmp_path / "study", study, records))) == ""
 
 
 @pytest.mark.parametrize("records", [[], [record("0001", None)]])
-def test_a_study_without_a_complete_trial_is_one_clear_line(tmp_path: Path, records: list[TrialRecord]) -> None:
+def test_study_without_a_complete_trial_has_one_line(tmp_path: Path, records: list[TrialRecord]) -> None:
     study = study_json(options=study_json()["options"] | {"trials": 5})
-    root = parsed(page_of(tmp_path / "study", study, records, verdicts=(RANK,), levels=Levels(*[None] * 6)))
+    root = parsed(page_of(tmp_path / "study", study, records, verdicts=(RANK,), levels=Levels()))
     verdict = section(root, "verdict")
-    assert [p.whole_text for p in verdict.all("p")] == ["No trial has ended completely: there is nothing to compare."]
+    assert [p.whole_text for p in verdict.all("p")] == ["No trial is complete yet, so there is nothing to compare."]
     assert not list(verdict.all("article", "table"))
     assert f"{len(records)} of 5 searched trials have ended." in banner(root)
 
 
-def test_baselines_alone_are_a_study(tmp_path: Path) -> None:
+def test_report_of_baselines_alone(tmp_path: Path) -> None:
     study = study_json(options=study_json()["options"] | {"trials": 0})
     root = parsed(page_of(tmp_path / "study", study, BASELINES))
     assert banner(root) == ""
@@ -303,7 +305,7 @@ def test_baselines_alone_are_a_study(tmp_path: Path) -> None:
     assert "trained" not in section(root, "methods").whole_text
 
 
-def test_a_study_without_ranks_is_told(tmp_path: Path) -> None:
+def test_report_without_ranks(tmp_path: Path) -> None:
     records = [*BASELINES, record("0001", 0.11, method="full"), record("0002", 0.12, method="full", lr=1e-5)]
     root = parsed(page_of(tmp_path / "study", study_json(options=study_json()["options"] | {"trials": 2}), records))
     assert "all weights" in section(root, "methods").whole_text
@@ -311,12 +313,12 @@ def test_a_study_without_ranks_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "adapt"])
-def test_studies_on_text(tmp_path: Path, task: str) -> None:
+def test_report_of_a_text_only_study(tmp_path: Path, task: str) -> None:
     study = study_json(task=task, **TEXT_STUDY, options=study_json()["options"] | {"trials": 1})
     better, worse = ({"accuracy": a, "mlm_loss_heldout": loss} for a, loss in ((0.9, 2.0), (0.6, 3.0)))
     records = [replace(BASELINES[0], scores=worse), replace(record("0001", 0.5), scores=better)]
     records[1].examples = [{"text": HOSTILE, "label": "pos", "predicted_before": "neg", "predicted_after": "pos"}]
-    levels = Levels(worse["accuracy" if task == "classification" else "mlm_loss_heldout"], None, None, None, None, None)
+    levels = Levels(worse["accuracy" if task == "classification" else "mlm_loss_heldout"])
     html = page_of(tmp_path / "study", study, records, levels=levels)
     root = parsed(html)
     verdict = section(root, "verdict").whole_text
@@ -324,10 +326,10 @@ def test_studies_on_text(tmp_path: Path, task: str) -> None:
     assert not list(section(root, "verdict").all("article"))
     assert (HOSTILE in section(root, "trials").whole_text) == (task == "classification")
     assert HOSTILE not in html
-    assert "voxel" not in section(root, "methods").whole_text.split("Every setting")[0]
+    assert "voxel" not in section(root, "methods").whole_text.split("All settings")[0]
 
 
-def test_the_verdict_comes_first_with_its_runs(tmp_path: Path) -> None:
+def test_verdict_comes_first_with_its_command(tmp_path: Path) -> None:
     root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
     sections = list(root.all("section"))
     assert sections[0].attributes["id"] == "verdict"
@@ -335,12 +337,12 @@ def test_the_verdict_comes_first_with_its_runs(tmp_path: Path) -> None:
     assert [p.whole_text for p in article.all("p")] == [
         "These trials cannot tell. Exploratory: the search was adaptive.",
         "The effect of rank is +0.001 CC (-0.004 to +0.006).",
-        "Runs that would tell:",
+        "Next command:",
     ]
     assert [node.whole_text for node in article.all("li", "code")] == ["It rests on 2 trials.", RANK.command]
 
 
-def test_the_numbers_below_the_verdict(tmp_path: Path) -> None:
+def test_scores_and_finalists_are_below_the_verdict(tmp_path: Path) -> None:
     confirmed = pd.DataFrame({"trial_id": ["0002"], "cc_confirmed": [0.119], "cc_test": [0.21], "low": [pd.NA]})
     levels = Levels(0.1, 0.04, 0.2, None, None, 0.5)
     root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], confirmed=confirmed, levels=levels))
@@ -359,50 +361,53 @@ def test_the_numbers_below_the_verdict(tmp_path: Path) -> None:
     ]
 
 
-def test_every_setting_is_listed_of_trials_and_of_baselines(tmp_path: Path) -> None:
+def test_every_setting_is_listed_for_trials_and_baselines(tmp_path: Path) -> None:
     root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
     rows = table_rows(section(root, "methods"))
     assert [cell.whole_text for cell in rows[0]] == ["setting", "searched trials", "baselines"]
     assert {row[0].whole_text for row in rows[1:]} == {field.name for field in fields(TrialConfig)}
-    told = {row[0].whole_text: [cell.whole_text for cell in row[1:]] for row in rows[1:]}
-    assert told["rank"] == ["2 and 16", "8"]
-    assert told["method"] == ["lora", "frozen and word_rate"]
-    assert told["lr"] == ["0.0002", "0.0002"]
+    settings = {row[0].whole_text: [cell.whole_text for cell in row[1:]] for row in rows[1:]}
+    assert settings["rank"] == ["2 and 16", "8"]
+    assert settings["method"] == ["lora", "frozen and word_rate"]
+    assert settings["lr"] == ["0.0002", "0.0002"]
+
+
+def definitions(section: Node) -> dict[str, str]:
+    terms, meanings = ([node.whole_text for node in section.all(name)] for name in ("dt", "dd"))
+    return dict(zip(terms, meanings, strict=True))
 
 
 def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
     root = parsed(page_of(tmp_path / "study", study_json(), BASELINES))
-    found = section(root, "provenance")
-    told = dict(zip([d.whole_text for d in found.all("dt")], [d.whole_text for d in found.all("dd")], strict=True))
-    assert told["command"] == "study/run.py --space 'lora rank'"
-    assert told["commit"] == "0123456789abcdef"
-    assert told["packages"] == "torch 2.13.0 and numpy 2.4.6"
-    assert told["data"] == "/data/lab (fingerprint f1)"
-    assert told["fit"] == "a, b, c"
-    assert "sampler grid; scheduler none; seed 0" in told["options"]
-    assert told["precision of training"] == study_json()["precision"]
+    rows = definitions(section(root, "provenance"))
+    assert rows["command"] == "study/run.py --space 'lora rank'"
+    assert rows["commit"] == "0123456789abcdef"
+    assert rows["packages"] == "torch 2.13.0 and numpy 2.4.6"
+    assert rows["data"] == "/data/lab (fingerprint f1)"
+    assert rows["fit"] == "a, b, c"
+    assert "sampler grid; scheduler none; seed 0" in rows["options"]
+    assert rows["precision of training"] == study_json()["precision"]
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
-def test_the_precision_of_word_vectors_is_told_beside_that_of_training(
+def test_provenance_names_the_precision_of_word_vectors_and_training(
     asked: str | None, expected: str, tmp_path: Path
 ) -> None:
-    """None: recorded before it could be chosen."""
+    """None: recorded before this setting existed."""
     config = {name: value for name, value in study_json()["config"].items() if name != "embed_precision"}
     study = study_json(config=config | ({} if asked is None else {"embed_precision": asked}), precision="bfloat16")
     root = parsed(page_of(tmp_path / "study", study, BASELINES))
-    found = section(root, "provenance")
-    told = dict(zip([d.whole_text for d in found.all("dt")], [d.whole_text for d in found.all("dd")], strict=True))
-    assert (told["precision of training"], told["precision of word vectors"]) == ("bfloat16", expected)
+    rows = definitions(section(root, "provenance"))
+    assert (rows["precision of training"], rows["precision of word vectors"]) == ("bfloat16", expected)
     assert f"with matrix products in {expected}; a word" in section(root, "methods").whole_text
 
 
 def test_provenance_shows_the_source_of_the_space(tmp_path: Path) -> None:
-    found = section(parsed(page_of(tmp_path / "study", study_json(), BASELINES)), "provenance")
-    assert [code.whole_text for code in found.all("code")] == [study_json()["space"]["source"]]
+    provenance = section(parsed(page_of(tmp_path / "study", study_json(), BASELINES)), "provenance")
+    assert [code.whole_text for code in provenance.all("code")] == [study_json()["space"]["source"]]
 
 
-def test_warnings_tell_what_a_reader_must_know(tmp_path: Path) -> None:
+def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
     forced = {"first_trial": "0002", "at": "2026-02-01", "differences": [{"what": "the code"}]}
     study = study_json(
         forced=[forced],
@@ -410,28 +415,28 @@ def test_warnings_tell_what_a_reader_must_know(tmp_path: Path) -> None:
         git={"commit": "01", "dirty": True},
         data=study_json()["data"] | {"notes": ["1 story lacks responses"]},
     )
-    records = [*BASELINES, *(replace(one, notes=["shared"]) for one in SEARCHED)]
-    evidence = evidence_of(study, records, warnings=("Told by the analysis.", "Told by the analysis."))
+    records = [*BASELINES, *(replace(trial, notes=["shared"]) for trial in SEARCHED)]
+    evidence = evidence_of(study, records, warnings=("A warning.", "A warning."))
     look = {"look": 2, "looks": [{"study": "older", "at": "2026-01-01"}], "n_searched": 3, "winner": "0002"}
     looks = [look | {"seeds": [9], "finalists": [], "test_stories": ["e"]}]
     evidence = evidence._replace(facts=evidence.facts._replace(looks=looks))
     write_study(tmp_path / "study", study, records)
-    page = make_page(tmp_path / "study", evidence, records, troubles=["The figures could not be drawn: x"])
-    assert page.warnings == (
-        "Told by the analysis.",
-        "trials from 0002 on may not compare with those before: the study was forced to go on (2026-02-01) although it "
-        "differs in the code (study.json tells how)",
-        "These test stories had been read before, by study older (2026-01-01).",
+    page = make_page(tmp_path / "study", evidence, records, failures=["The figures could not be drawn: x"])
+    assert page["warnings"] == [
+        "A warning.",
+        "trials from 0002 on may not be comparable with earlier ones: the study was forced to resume (2026-02-01) "
+        "although it differs in the code (see study.json)",
+        "These test stories had been used before by study older (2026-01-01).",
         "Trial 0003 failed: ValueError: loss is nan",
-        "The code had changes that are not committed: its fingerprint identifies it, the commit does not.",
-        "The study was taken over 1 time from a run that seemed to be at work.",
+        "The code had uncommitted changes: its fingerprint identifies it, the commit does not.",
+        "The study was taken over 1 time from a run that seemed to be active.",
         "1 story lacks responses",
         "The figures could not be drawn: x",
-    )
-    assert page.notes == ("shared (trials 0001, 0002 and 0003)",)
+    ]
+    assert page["notes"] == ["shared (trials 0001, 0002 and 0003)"]
 
 
-def test_a_report_that_fails_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -449,13 +454,13 @@ def test_a_report_that_fails_is_one_line_and_loses_nothing(tmp_path: Path, monke
     assert before.items() <= {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}.items()
 
 
-def test_where_no_study_is_there_is_no_report(tmp_path: Path) -> None:
+def test_no_report_without_a_study(tmp_path: Path) -> None:
     (line,) = report_lines(tmp_path)
     assert line.startswith(f"note: no report was written: {tmp_path}: no study here")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_report_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
     (folder / "report.html").write_text("old")
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [])
@@ -469,7 +474,7 @@ def test_an_unfinished_report_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     assert (folder / "report.html").read_text() == "old"
 
 
-def test_a_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = bucket / "out" / "mine"
     write_json(study / "study.json", study_json())
     for one in BASELINES:
@@ -490,19 +495,19 @@ def test_a_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypa
     assert base64.b64decode(content) == (study / "figures" / "one.svg").read_bytes()
 
 
-def test_the_same_page_is_the_same_text(tmp_path: Path) -> None:
+def test_equal_pages_give_equal_text(tmp_path: Path) -> None:
     records = [*BASELINES, *SEARCHED]
     write_study(tmp_path / "study", study_json(), records)
     page = make_page(tmp_path / "study", evidence_of(study_json(), records), records)
     assert render(page) == render(page)
 
 
-def test_every_outcome_of_a_slope_is_said_in_words(tmp_path: Path) -> None:
+def test_every_outcome_of_a_slope_is_shown_in_words(tmp_path: Path) -> None:
     trials, stories = tables(fake_records(Truth(effect=0.005), SMALL, 0))
     used = used_trials(trials)[0]
-    slopes = slope_table(used.assign(scaling_rule=["a", "b"] * (len(used) // 2)), stories, 0)
+    slopes = slope_table(used.assign(scaling_rule=["a", "b"] * (len(used) // 2)), stories)
     assert set(slopes["outcome"]) == set(OUTCOMES)
     root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], slopes=slopes))
-    table = next(node for node in root.all("table") if "Slope a doubling of rank" in node.whole_text)
-    told = {cell.whole_text for cell in table.all("td", "th")}
-    assert set(OUTCOMES.values()) <= told and not set(OUTCOMES) & told
+    table = next(node for node in root.all("table") if "Slope per doubling of rank" in node.whole_text)
+    cells = {cell.whole_text for cell in table.all("td", "th")}
+    assert set(OUTCOMES.values()) <= cells and not set(OUTCOMES) & cells

@@ -1,4 +1,4 @@
-"""A whole study gathered: every table with its columns, verdicts in summary.json, two studies beside each other."""
+"""A gathered study: its tables, verdicts and next commands; the comparison of two studies."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from study.results.verdicts.next_runs import resume_command
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_forests() -> Iterator[None]:
-    """Forests have tests of their own."""
+    """Small forests: importances have their own tests."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(importances, "N_TREES", 2)
         monkeypatch.setattr(gather_module, "importances", partial(importances.importances, n_resamples=0))
@@ -40,88 +40,88 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> Evidence:
+def evidence(folder: Path) -> Evidence:
     return gather(folder)
 
 
-def test_what_study_it_is(found: Evidence) -> None:
-    facts = found.facts
+def test_facts_describe_the_study(evidence: Evidence) -> None:
+    facts = evidence.facts
     assert (facts.name, facts.task, facts.question) == ("fake", "encoding", "Does a higher rank help?")
     assert (facts.sampler, facts.is_adaptive, facts.is_confirmed, facts.is_finished) == ("grid", False, True, True)
-    assert (facts.n_searched, facts.n_complete, facts.n_stopped, facts.n_failed, facts.n_repeats) == (16, 14, 1, 1, 1)
+    assert (facts.n_searched, facts.n_complete, facts.n_failed) == (16, 14, 1)
     assert {role: len(names) for role, names in facts.stories.items()} == {"fit": 12, "validation": 5, "test": 3}
     assert facts.n_voxels == {"s1": 200, "s2": 200}
-    assert found.left_out == (1, 1, 1, 1)
-    assert len(found.used) == 12
+    assert evidence.left_out == "1 failed, 1 stopped early, 1 repeats of others, 1 not LoRA"
+    assert len(evidence.used) == 12
 
 
-def test_levels_are_those_of_the_baselines(folder: Path, found: Evidence) -> None:
+def test_levels_are_the_scores_of_the_baselines(folder: Path, evidence: Evidence) -> None:
     frozen = read_json(folder / "trials" / "baseline-frozen" / "record.json")["scores"]["cc_mean"]
     tested = read_json(folder / "trials" / "test-baseline-frozen" / "record.json")["scores"]["cc_test"]
-    assert (found.levels.frozen, found.levels.frozen_test) == (frozen, tested)
+    assert (evidence.levels.frozen, evidence.levels.frozen_test) == (frozen, tested)
     with np.load(folder / "trials" / "baseline-frozen" / "details.npz") as details:
-        assert found.levels.ceiling == pytest.approx(details["validation/cc_max/story00/s1"].mean(), abs=1e-6)
-    assert found.levels.ceiling_test is None
+        assert evidence.levels.ceiling == pytest.approx(details["validation/cc_max/story00/s1"].mean(), abs=1e-6)
+    assert evidence.levels.ceiling_test is None
 
 
-def test_tables_have_their_documented_columns(found: Evidence) -> None:
-    assert set(gather_module.EPOCHS) <= set(found.epochs)
-    assert set(gather_module.STORIES) == set(found.stories)
-    assert found.epochs.loc[found.epochs["is_used"], "trial_id"].nunique() == 12
-    assert found.varied == ("rank", "lr")
-    assert set(found.varied) <= set(found.used)
-    assert found.importances["parameter"].tolist()[0] == "rank"
-    assert found.history["value"].max() == found.history["best_so_far"].iloc[-1]
-    assert found.best_id == found.history.loc[found.history["value"].idxmax(), "trial_id"]
-    for name in ("by_rank", "rank_by_lr", "best_lr", "slopes"):
-        assert len(getattr(found, name))
+def test_tables_have_their_documented_columns(evidence: Evidence) -> None:
+    assert set(gather_module.EPOCHS) <= set(evidence.epochs)
+    assert set(gather_module.STORIES) == set(evidence.stories)
+    assert evidence.epochs.loc[evidence.epochs["is_used"], "trial_id"].nunique() == 12
+    assert evidence.varied == ("rank", "lr")
+    assert set(evidence.varied) <= set(evidence.used)
+    assert evidence.importances["parameter"].tolist()[0] == "rank"
+    assert evidence.history["value"].max() == evidence.history["best_so_far"].iloc[-1]
+    assert evidence.best_id == evidence.history.loc[evidence.history["value"].idxmax(), "trial_id"]
+    for name in ("by_rank", "rank_by_lr", "slopes"):
+        assert len(getattr(evidence, name))
 
 
-def test_voxels_of_best_and_frozen(folder: Path, found: Evidence) -> None:
-    assert found.voxels.groupby("subject").size().to_dict() == {"s1": 200, "s2": 200}
-    with np.load(folder / "trials" / str(found.best_id) / "cc.npz") as cc:
-        of_one = found.voxels.loc[found.voxels["subject"] == "s2", "best"].to_numpy()
-        np.testing.assert_array_equal(of_one, cc["s2"])
-    assert np.isnan(found.voxels["frozen"].iloc[0])
+def test_voxels_hold_the_cc_of_best_and_frozen(folder: Path, evidence: Evidence) -> None:
+    assert evidence.voxels.groupby("subject").size().to_dict() == {"s1": 200, "s2": 200}
+    with np.load(folder / "trials" / str(evidence.best_id) / "cc.npz") as cc:
+        best = evidence.voxels.loc[evidence.voxels["subject"] == "s2", "best"].to_numpy()
+        np.testing.assert_array_equal(best, cc["s2"])
+    assert np.isnan(evidence.voxels["frozen"].iloc[0])
 
 
-def test_where_time_went(found: Evidence) -> None:
-    assert "0015" not in found.seconds["trial_id"].tolist()  # a repeat took none
-    parts = found.seconds[["seconds_train", "seconds_embed", "seconds_ridge", "seconds_other"]].sum(axis="columns")
-    np.testing.assert_allclose(parts, found.seconds["seconds_total"], rtol=0, atol=1e-9)
+def test_stages_add_up_to_the_total_time(evidence: Evidence) -> None:
+    assert "0015" not in evidence.seconds["trial_id"].tolist()  # a repeat took none
+    parts = evidence.seconds[["seconds_train", "seconds_embed", "seconds_ridge", "seconds_other"]].sum(axis="columns")
+    np.testing.assert_allclose(parts, evidence.seconds["seconds_total"], rtol=0, atol=1e-9)
 
 
-def test_finalists_and_selection_bias(folder: Path, found: Evidence) -> None:
+def test_confirmed_holds_finalists_with_bias_and_gain(folder: Path, evidence: Evidence) -> None:
     fixed = read_json(folder / "confirm.json")
-    assert found.confirmed["is_winner"].tolist() == [True, False]
-    assert found.confirmed["trial_id"].iloc[0] == fixed["winner"]
-    assert found.confirmed["n_seeds"].tolist() == [2, 2]
-    best = max(fixed["finalists"], key=lambda one: one["cc_searched"])
-    assert found.selection_bias == pytest.approx(best["cc_searched"] - best["cc_confirmed"], abs=1e-15)
-    winner = found.confirmed.iloc[0]
+    assert evidence.confirmed["is_winner"].tolist() == [True, False]
+    assert evidence.confirmed["trial_id"].iloc[0] == fixed["winner"]
+    assert evidence.confirmed["n_seeds"].tolist() == [2, 2]
+    bias = {finalist["trial_id"]: finalist["cc_searched"] - finalist["cc_confirmed"] for finalist in fixed["finalists"]}
+    for row in evidence.confirmed.itertuples():
+        assert row.selection_bias == pytest.approx(bias[row.trial_id], abs=1e-15)
+    winner = evidence.confirmed.iloc[0]
     assert winner["gain_test"] == pytest.approx(winner["cc_test"] - winner["frozen_test"], abs=1e-12)
     assert winner["low"] < winner["gain_test"] < winner["high"]
     assert winner["unit"] == "time inside these stories"
-    gains = found.stories[found.stories["role"] == "test"].groupby("trial_id")["cc_mean"].mean()
+    gains = evidence.stories[evidence.stories["role"] == "test"].groupby("trial_id")["cc_mean"].mean()
     expected = gains[winner["test_id"]] - gains[winner["frozen_test_id"]]
     assert winner["gain_of_stories"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_verdicts_are_in_plain_values(found: Evidence) -> None:
-    assert [verdict.answer for verdict in found.verdicts] == ["helps", "helps"]
-    told = json.loads(json.dumps(verdict_record(found.verdicts), allow_nan=False))
-    assert list(told) == ["tuning", "rank"]
-    assert told["rank"]["answer"] == "helps"
-    assert told["rank"]["effect"]["estimate"] == found.verdicts[1].effect.estimate  # type: ignore[union-attr]
-    assert told["rank"]["delta"] == 0.002
-    assert isinstance(told["tuning"]["sentences"], list)
+def test_verdict_record_is_plain_json(evidence: Evidence) -> None:
+    assert [verdict.answer for verdict in evidence.verdicts] == ["helps", "helps"]
+    record = json.loads(json.dumps(verdict_record(evidence.verdicts), allow_nan=False))
+    assert list(record) == ["tuning", "rank"]
+    assert (record["rank"]["answer"], record["rank"]["delta"]) == ("helps", 0.002)
+    assert record["rank"]["effect"]["estimate"] == evidence.verdicts[1].effect.estimate  # type: ignore[union-attr]
+    assert isinstance(record["tuning"]["sentences"], list)
 
 
-def test_a_larger_delta_changes_the_answer(folder: Path) -> None:
+def test_larger_delta_changes_the_answer(folder: Path) -> None:
     assert gather(folder, 0.1).verdicts[1].answer == "no effect"
 
 
-def test_a_study_that_cannot_tell_names_the_runs_that_would(tmp_path: Path) -> None:
+def test_undecided_study_names_the_next_runs(tmp_path: Path) -> None:
     noisy = write_fake_study(
         tmp_path / "noisy", Truth(sd_noise=0.01), replace(SMALL, n_stories=2), confirm=False, odd=False
     )
@@ -133,43 +133,41 @@ def test_a_study_that_cannot_tell_names_the_runs_that_would(tmp_path: Path) -> N
     assert tuning.command == f"python study/run.py --resume --name noisy --out {tmp_path} --confirm 3"
 
 
-def test_an_adaptive_or_stopped_or_unfinished_study_says_so(tmp_path: Path) -> None:
+def test_warnings_of_an_adaptive_or_unfinished_study(tmp_path: Path) -> None:
     folder = write_fake_study(tmp_path / "tpe", Truth(), SMALL, sampler="tpe", confirm=False)
     study = read_json(folder / "study.json")
     study["options"]["trials"] = 40
     write_json(folder / "study.json", study)
-    found = gather(folder)
-    assert found.facts.is_adaptive
-    assert all(verdict.is_exploratory for verdict in found.verdicts)
-    assert found.warnings[0] == "24 of 40 searched trials have not ended yet"
-    assert any("sampler tpe" in line for line in found.warnings)
-    assert found.verdicts[1].command == f"python study/run.py --resume --name tpe --out {tmp_path}"
+    evidence = gather(folder)
+    assert evidence.facts.is_adaptive
+    assert all(verdict.is_exploratory for verdict in evidence.verdicts)
+    assert evidence.warnings[0] == "24 of 40 searched trials have not ended yet"
+    assert any("sampler tpe" in line for line in evidence.warnings)
+    assert evidence.verdicts[1].command == f"python study/run.py --resume --name tpe --out {tmp_path}"
     study["options"] |= {"sampler": "grid", "scheduler": "asha"}
     write_json(folder / "study.json", study)
     assert gather(folder).facts.is_adaptive
 
 
-def test_a_study_without_a_trial_and_one_on_text(tmp_path: Path) -> None:
+def test_study_without_trials_and_text_only_study(tmp_path: Path) -> None:
     folder = write_fake_study(tmp_path / "empty", Truth(), replace(SMALL, seeds=()), confirm=False, odd=False)
-    found = gather(folder)
-    assert (found.best_id, found.selection_bias, len(found.used), len(found.history)) == (None, None, 0, 0)
-    assert [verdict.answer for verdict in found.verdicts] == ["cannot tell", "cannot tell"]
-    assert found.verdicts[0].command == found.verdicts[1].command  # a search, since there is nothing to confirm
+    evidence = gather(folder)
+    assert (evidence.best_id, len(evidence.used), len(evidence.history)) == (None, 0, 0)
+    assert [verdict.answer for verdict in evidence.verdicts] == ["cannot tell", "cannot tell"]
+    assert evidence.verdicts[0].command == evidence.verdicts[1].command  # a search: there is nothing to confirm
     study = read_json(folder / "study.json")
     study |= {"task": "classification", "splits": [{"training": ["10 texts (a)"], "held-out": ["5 texts (b)"]}]}
     write_json(folder / "study.json", study)
     of_text = gather(folder)
-    assert (of_text.verdicts, of_text.facts.stories, of_text.facts.metric) == ((), {}, "accuracy")
-    for name in Evidence._fields:
-        assert getattr(of_text, name) is not None or name in ("best_id", "selection_bias")
+    assert (of_text.verdicts, of_text.facts.stories, of_text.facts.metric.column) == ((), {}, "accuracy")
 
 
-def test_no_study_is_one_line(tmp_path: Path) -> None:
+def test_gather_refuses_a_place_without_a_study(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no study here \(study.json is missing\)"):
         gather(tmp_path)
 
 
-def test_the_largest_study_is_not_told_to_run_itself_again(tmp_path: Path) -> None:
+def test_largest_grid_repeats_with_another_seed(tmp_path: Path) -> None:
     plan = replace(FULL, seeds=(0,), n_stories=2)
     folder = write_fake_study(tmp_path / "large", Truth(sd_trial=0.05), plan, confirm=False, odd=False)
     study = read_json(folder / "study.json")
@@ -181,7 +179,7 @@ def test_the_largest_study_is_not_told_to_run_itself_again(tmp_path: Path) -> No
         "python study/run.py --space lora_rank --data demo --model minilm --seed 1 --outer-folds 5 --name large-seed1 "
         f"--out {tmp_path}"
     )
-    assert "runs this design once more" in rank.sentences[-1]
+    assert "runs this grid again" in rank.sentences[-1]
     assert "trials (lora_rank) in each of 5 outer folds, 810 trainings in all" in rank.sentences[-1]
     assert "(from 2 stories: a guess)" in rank.sentences[-1]
 
@@ -194,7 +192,7 @@ def commands(folder: Path, delta: float = 0.002) -> tuple[str | None, str | None
     return tuning.command, rank.command
 
 
-def test_the_folder_is_named_only_if_it_is_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_command_names_the_folder_only_if_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(SMALL, n_stories=2)
     folder = write_fake_study(tmp_path / "results" / "one", Truth(), plan, name="other", confirm=False, odd=False)
     monkeypatch.chdir(tmp_path)
@@ -208,7 +206,7 @@ def test_the_folder_is_named_only_if_it_is_not_the_default(tmp_path: Path, monke
     assert resume_command("s3://bucket/far/one") == "python study/run.py --resume --name one --out s3://bucket/far"
 
 
-def test_the_confirm_phase_is_offered_while_it_has_not_run_whatever_the_answer(tmp_path: Path) -> None:
+def test_next_command_is_the_pending_confirm_phase_or_missing_baseline(tmp_path: Path) -> None:
     plan = replace(SMALL, n_stories=5)
     folder = write_fake_study(tmp_path / "clear", Truth(tuning=0.02), plan, confirm=False, odd=False)
     tuning = gather(folder).verdicts[0]
@@ -219,7 +217,7 @@ def test_the_confirm_phase_is_offered_while_it_has_not_run_whatever_the_answer(t
     assert tuning.command == f"python study/run.py --resume --name clear --out {tmp_path}"
 
 
-def test_after_the_confirm_phase_more_stories_are_asked(tmp_path: Path) -> None:
+def test_next_command_after_confirm_uses_more_stories(tmp_path: Path) -> None:
     plan = replace(SMALL, n_test=2)
     folder = write_fake_study(tmp_path / "open", Truth(tuning=0.0, sd_noise=0.01), plan, odd=False)
     tuning = gather(folder).verdicts[0]
@@ -230,19 +228,19 @@ def test_after_the_confirm_phase_more_stories_are_asked(tmp_path: Path) -> None:
     )
     assert "15 validation stories in 5 outer folds" in tuning.sentences[-1]
     study = read_json(folder / "study.json")
-    study["options"]["voxels"] = "500"  # chosen by stories, which outer folds would not leave
+    study["options"]["voxels"] = "500"  # voxels were chosen with stories that outer folds would rotate
     write_json(folder / "study.json", study)
     tuning = gather(folder).verdicts[0]
     assert tuning.command is None
     assert "only more stories would" in tuning.sentences[-1]
 
 
-def test_a_study_whose_trials_all_failed_or_that_searched_nothing(tmp_path: Path) -> None:
+def test_next_command_if_all_trials_failed_or_none_was_searched(tmp_path: Path) -> None:
     folder = write_fake_study(tmp_path / "bad", Truth(), SMALL, confirm=False, odd=False)
     for file in sorted(folder.glob("trials/0*/record.json")):
         write_json(file, read_json(file) | {"status": "FAILED", "scores": {}, "stories": [], "epochs": []})
     rank = gather(folder).verdicts[1]
-    assert rank.sentences[-1].startswith("All 12 searched trials failed; mend the error")
+    assert rank.sentences[-1].startswith("All 12 searched trials failed; fix the error")
     assert rank.command == (
         f"python study/run.py --space lora_rank --data demo --model minilm --name bad-again --out {tmp_path}"
     )
@@ -256,7 +254,9 @@ def test_a_study_whose_trials_all_failed_or_that_searched_nothing(tmp_path: Path
 # --- two studies ------------------------------------------------------------------------------------------------------
 
 
-def test_two_studies_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_shows_two_studies_side_by_side(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = write_fake_study(
         tmp_path / "other", Truth(), replace(SMALL, n_stories=5, subjects=("s1", "s2")), confirm=False, odd=False
     )
@@ -270,7 +270,7 @@ def test_two_studies_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "other" in out
 
 
-def test_studies_on_other_stories_or_data_are_not_compared(
+def test_compare_refuses_studies_on_other_data(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fewer = write_fake_study(tmp_path / "fewer", Truth(), SMALL, confirm=False, odd=False)
@@ -291,10 +291,10 @@ def test_studies_on_other_stories_or_data_are_not_compared(
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_verdict(folder: Path, found: Evidence, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_verdicts(folder: Path, evidence: Evidence, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(folder)) == 0
     out = capsys.readouterr().out
-    for verdict in found.verdicts:
+    for verdict in evidence.verdicts:
         assert verdict.question in out
         assert verdict.headline in out
     assert run(str(folder), "--delta", "0") == 2
@@ -308,7 +308,7 @@ def run(*arguments: str) -> int:
 
 
 @pytest.mark.slow
-def test_epochs_that_were_not_scored_cost_no_figure_and_no_verdict(folder: Path, tmp_path: Path) -> None:
+def test_unscored_epochs_change_no_verdict_and_figure(folder: Path, tmp_path: Path) -> None:
     """As ``score_every`` leaves them: losses after every epoch, CC after the last."""
     rare = tmp_path / "rare"
     shutil.copytree(folder, rare)
@@ -319,7 +319,7 @@ def test_epochs_that_were_not_scored_cost_no_figure_and_no_verdict(folder: Path,
         write_json(file, record)
     every, sparse = gather(folder), gather(rare)
     assert sparse.epochs["cc_mean"].notna().sum() < every.epochs["cc_mean"].notna().sum()
-    assert [one.answer for one in sparse.verdicts] == [one.answer for one in every.verdicts]
+    assert [verdict.answer for verdict in sparse.verdicts] == [verdict.answer for verdict in every.verdicts]
     np.testing.assert_array_equal(sparse.epochs["mlm_loss_heldout"], every.epochs["mlm_loss_heldout"])
-    drawn = [one.name for one in draw_all(sparse, tmp_path / "figures")]
+    drawn = [figure.name for figure in draw_all(sparse, tmp_path / "figures")]
     assert {"losses", "score_by_rank", "history"} <= set(drawn)

@@ -20,7 +20,7 @@ def planted(seed: int = 0) -> list[TrialRecord]:
     return fake_records(Truth(effect=0.02, lr_effect=0.002, sd_trial=5e-4, sd_seed=0.0), MIDDLE, seed)
 
 
-def test_the_planted_parameter_explains_nearly_everything() -> None:
+def test_planted_parameter_explains_nearly_all_variance() -> None:
     table = importances(planted(), CC, 8)
     assert table["parameter"].tolist()[0] == "rank"
     first = table.iloc[0]
@@ -31,7 +31,7 @@ def test_the_planted_parameter_explains_nearly_everything() -> None:
     assert table["n_trials"].unique().tolist() == [36]
 
 
-def test_importances_are_those_of_optuna_s_own_function() -> None:
+def test_importances_equal_optunas_own_function() -> None:
     records = planted()
     table = importances(records, CC, 0).set_index("parameter")["importance"]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
@@ -49,12 +49,12 @@ def test_importances_are_those_of_optuna_s_own_function() -> None:
         assert table[name] == pytest.approx(value, abs=0.01)  # choices may be encoded in another order
 
 
-def test_the_same_records_give_the_same_table() -> None:
+def test_equal_records_give_equal_importances() -> None:
     one, other = (importances(planted(), CC, 3) for _ in range(2))
     np.testing.assert_array_equal(one.drop(columns="parameter"), other.drop(columns="parameter"))
 
 
-def test_seeds_conditional_parameters_and_odd_values() -> None:
+def test_seed_and_conditional_parameters_are_left_out_and_lists_accepted() -> None:
     params = [{"rank": 2, "seed": 0, "layers": [1, 2]}, {"rank": 4, "seed": 1, "layers": [3], "blocks": 2}]
     assert varied_parameters(params) == ["rank", "layers"]
     assert varied_parameters([]) == []
@@ -63,7 +63,7 @@ def test_seeds_conditional_parameters_and_odd_values() -> None:
     assert importances(odd, CC, 0)["parameter"].tolist()[0] == "rank"
 
 
-def test_too_few_trials_one_parameter_or_equal_scores_give_no_row() -> None:
+def test_no_row_with_few_trials_one_parameter_or_equal_scores() -> None:
     records = planted()
     assert importances(records[:9], CC, 0).empty
     one = [replace(record, params={"rank": record.params.get("rank")}) for record in records]
@@ -74,13 +74,13 @@ def test_too_few_trials_one_parameter_or_equal_scores_give_no_row() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
-def test_a_score_that_is_no_number_is_left_out(value: float | None) -> None:
+def test_scores_that_are_not_finite_are_left_out(value: float | None) -> None:
     records = planted()
     odd = [*records, replace(records[2], trial_id="9999", scores={"cc_mean": value})]
     np.testing.assert_array_equal(importances(records, CC, 0)["importance"], importances(odd, CC, 0)["importance"])
 
 
-def test_only_complete_searched_trials_that_repeat_nothing_count() -> None:
+def test_importances_use_complete_searched_trials_without_repeats() -> None:
     records = planted()
     extra = [
         replace(records[2], scores={"cc_mean": 9.0}, status="STOPPED"),

@@ -1,4 +1,4 @@
-"""Slopes over rank against the normal equations, a plain-loop bootstrap, and planted truth."""
+"""Slopes over rank against the normal equations and planted truth."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -9,7 +9,6 @@ import pytest
 from fake_study import FULL, RSLORA, SMALL, Truth, draw, fake_records, tables
 from scipy.stats import t as student
 
-from bert_encoding.core.seeds import generator
 from study.results.rank_tables import story_table, used_trials
 from study.results.slopes import (
     ALL,
@@ -20,7 +19,7 @@ from study.results.slopes import (
     NUISANCE,
     PAIR,
     STEP_SIZE,
-    Wanted,
+    SlopeKey,
     find_slope,
     half_width,
     make_design,
@@ -33,6 +32,14 @@ from study.results.slopes import (
 def study_of(truth: Truth | None = None, plan: object = FULL, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     trials, stories = tables(fake_records(truth, plan, seed))  # type: ignore[arg-type]
     return used_trials(trials)[0], stories
+
+
+def slope_row(
+    table: pd.DataFrame, outcome: str = "cc_mean", adjustment: str = NUISANCE, subset: str = ALL
+) -> pd.Series:
+    row = find_slope(table, outcome, adjustment, subset)
+    assert row is not None
+    return row
 
 
 def normal_equations(columns: list[np.ndarray], y: np.ndarray) -> tuple[float, float, int]:
@@ -54,11 +61,10 @@ def nuisances_by_hand(used: pd.DataFrame) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("outcome", ["cc_mean", "mlm_loss_heldout", "adaptation_gap"])
-def test_a_slope_is_that_of_the_normal_equations(outcome: str) -> None:
+def test_slope_equals_the_normal_equations(outcome: str) -> None:
     used, stories = study_of(Truth(effect=0.005, gap=0.003))
     used = used.drop(index=[0, 5, 77]).reset_index(drop=True)  # unbalanced, so that adjustment matters
-    row = find_slope(slope_table(used, stories, 0), outcome, NUISANCE, ALL)
-    assert row is not None
+    row = slope_row(slope_table(used, stories), outcome)
     y, x = used[outcome].to_numpy(float), used["log2_rank"].to_numpy(float)
     slope, se, df = normal_equations([*nuisances_by_hand(used), x], y)
     np.testing.assert_allclose([row["slope"], row["se"]], [slope, se], rtol=1e-9)
@@ -68,20 +74,18 @@ def test_a_slope_is_that_of_the_normal_equations(outcome: str) -> None:
     assert row["adjusted_for"] == "seed, learning rate, scaling rule"
 
 
-def test_without_nuisances_only_seeds_are_adjusted_for() -> None:
+def test_slope_without_nuisances_is_adjusted_for_seeds_only() -> None:
     used, stories = study_of(Truth(effect=0.005))
-    row = find_slope(slope_table(used, stories, 0), "cc_mean", NONE, ALL)
-    assert row is not None
+    row = slope_row(slope_table(used, stories), "cc_mean", NONE)
     columns = [np.ones(162), *[(used["seed"] == seed).to_numpy(float) for seed in (1, 2)], used["log2_rank"].to_numpy()]
     slope, se, df = normal_equations(columns, used["cc_mean"].to_numpy())
     np.testing.assert_allclose([row["slope"], row["se"]], [slope, se], rtol=1e-9)
     assert (row["df"], row["adjusted_for"]) == (df, "seed")
 
 
-def test_the_interval_adds_trials_and_stories_each_with_its_own_t() -> None:
+def test_interval_adds_the_variances_of_trials_and_stories_each_with_its_own_t() -> None:
     used, stories = study_of(Truth(effect=0.005, sd_slope=0.002), replace(SMALL, n_stories=4))
-    row = find_slope(slope_table(used, stories, 0), "cc_mean", NUISANCE, ALL)
-    assert row is not None
+    row = slope_row(slope_table(used, stories))
     columns, x = nuisances_by_hand(used), used["log2_rank"].to_numpy(float)
     table = story_table(stories, used["trial_id"].tolist())
     effects = [4 * normal_equations([*columns, x], table[name].to_numpy(float))[0] for name in table]  # rank 4 to 64
@@ -96,49 +100,26 @@ def test_the_interval_adds_trials_and_stories_each_with_its_own_t() -> None:
     assert (row["n_stories"], row["df"]) == (4, 8)
 
 
-def test_a_width_without_stories_or_degrees_of_freedom() -> None:
+def test_half_width_without_stories_or_degrees_of_freedom() -> None:
     assert half_width(0.001, 8, np.nan, 1, 0.95) == pytest.approx(student.ppf(0.975, 8) * 0.001)
     assert np.isnan(half_width(0.001, 0, 0.001, 5, 0.95))
     assert np.isnan(half_width(np.nan, 5, 0.001, 5, 0.95))
 
 
-def test_the_bootstrap_is_that_of_a_plain_loop() -> None:
-    used, stories = study_of(Truth(effect=0.005), replace(SMALL, n_stories=4))
-    row = find_slope(slope_table(used, stories, 300), "cc_mean", NUISANCE, ALL)
-    assert row is not None
-    x = used["log2_rank"].to_numpy(float)
-    X = np.stack([*nuisances_by_hand(used), x], axis=1)
-    weights = np.linalg.pinv(X)[-1]
-    y = used["cc_mean"].to_numpy()
-    residuals = (y - X @ np.linalg.lstsq(X, y, rcond=None)[0]) * np.sqrt(12 / 8)
-    effects = [4 * weights @ column for column in story_table(stories, used["trial_id"].tolist()).to_numpy().T]
-    rng = generator(0, "slope bootstrap")
-    trials_drawn, stories_drawn = rng.integers(12, size=(300, 12)), rng.integers(4, size=(300, 4))
-    resampled = []
-    for one, other in zip(trials_drawn, stories_drawn, strict=True):
-        noise = 4 * sum(weights[at] * residuals[place] for at, place in enumerate(one))
-        resampled.append(noise + sum(effects[place] for place in other) / 4)
-    np.testing.assert_allclose(
-        row[["boot_low", "boot_high"]].to_numpy(float), np.quantile(resampled, [0.025, 0.975]), rtol=1e-8
-    )
-
-
-def test_a_rank_that_moves_with_the_learning_rate_tells_nothing() -> None:
+def test_effect_is_unknown_if_rank_varies_with_the_learning_rate() -> None:
     points = [
         {"rank": rank, "lr": rank * 1e-5, "seed": seed, "rule": RSLORA} for rank in FULL.ranks for seed in range(3)
     ]
     trials, stories = draw(Truth(lr_effect=0.01), FULL, points, 0)
     used, _ = used_trials(trials)
-    table = slope_table(used, stories, 0)
-    plain, adjusted = (find_slope(table, "cc_mean", adjustment, ALL) for adjustment in (NONE, NUISANCE))
-    assert plain is not None
-    assert adjusted is not None
-    assert plain["low"] > 0  # the learning rate's doing
+    table = slope_table(used, stories)
+    plain, adjusted = (slope_row(table, "cc_mean", adjustment) for adjustment in (NONE, NUISANCE))
+    assert plain["low"] > 0  # the effect of the learning rate
     assert np.isnan(adjusted["effect"])
     assert np.isnan(adjusted["low"])
 
 
-def test_adjusting_takes_out_what_a_learning_rate_does_through_a_correlated_rank() -> None:
+def test_adjustment_removes_the_effect_of_a_correlated_learning_rate() -> None:
     rng, points = np.random.default_rng(0), []
     for _ in range(400):
         rank = int(rng.choice(FULL.ranks))
@@ -147,15 +128,13 @@ def test_adjusting_takes_out_what_a_learning_rate_does_through_a_correlated_rank
     truth = Truth(effect=-0.003, lr_effect=0.01, sd_trial=1e-4, sd_noise=0, sd_slope=0)
     trials, stories = draw(truth, FULL, points, 0)
     used, _ = used_trials(trials)
-    table = slope_table(used, stories, 0)
-    plain, adjusted = (find_slope(table, "cc_mean", adjustment, ALL) for adjustment in (NONE, NUISANCE))
-    assert plain is not None
-    assert adjusted is not None
+    table = slope_table(used, stories)
+    plain, adjusted = (slope_row(table, "cc_mean", adjustment) for adjustment in (NONE, NUISANCE))
     assert plain["effect"] > 0
     assert adjusted["effect"] == pytest.approx(-0.003, abs=1e-4)
 
 
-def test_a_constant_is_not_adjusted_for_and_many_rates_are_a_parabola() -> None:
+def test_constants_are_not_adjusted_for_and_many_rates_enter_as_a_parabola() -> None:
     used, _ = study_of(plan=SMALL)
     assert make_design(used, NUISANCE).adjusted_for == ("seed", "learning rate")
     used["lr"] = np.geomspace(1e-4, 1e-3, 12)
@@ -167,24 +146,20 @@ def test_a_constant_is_not_adjusted_for_and_many_rates_are_a_parabola() -> None:
     assert step.share < 1e-10
 
 
-def test_the_bend_is_the_middle_less_the_mean_of_both_ends() -> None:
+def test_bend_is_the_middle_rank_minus_the_mean_of_both_ends() -> None:
     plan = replace(FULL, ranks=(4, 16, 64))
     used, stories = study_of(Truth(bend=0.004), plan)
-    row = find_slope(slope_table(used, stories, 0), BEND, NUISANCE, ALL)
-    assert row is not None
+    row = slope_row(slope_table(used, stories), BEND)
     of_rank = used.groupby("rank")["cc_mean"].mean()
     assert row["effect"] == pytest.approx(of_rank[16] - (of_rank[4] + of_rank[64]) / 2, abs=1e-12)
-    assert slopes_of(used[used["rank"] != 16], stories, [Wanted(BEND, NUISANCE)]).empty
+    assert slopes_of(used[used["rank"] != 16], stories, [SlopeKey(BEND, NUISANCE)]).empty
 
 
-def test_an_interaction_is_the_difference_of_the_effects_at_the_extreme_rates() -> None:
+def test_interaction_is_the_difference_of_the_effects_at_the_extreme_rates() -> None:
     used, stories = study_of(Truth(by_lr=0.006, sd_slope=0.001), replace(SMALL, n_stories=4))
-    table = slope_table(used, stories, 0)
-    row = find_slope(table, BY_LR, NUISANCE, ALL)
-    at_low, at_high = (find_slope(table, "cc_mean", NUISANCE, rate_name(rate)) for rate in SMALL.lrs)
-    assert row is not None
-    assert at_low is not None
-    assert at_high is not None
+    table = slope_table(used, stories)
+    row = slope_row(table, BY_LR)
+    at_low, at_high = (slope_row(table, "cc_mean", NUISANCE, rate_name(rate)) for rate in SMALL.lrs)
     assert row["effect"] == pytest.approx(at_high["effect"] - at_low["effect"], abs=1e-12)  # a balanced grid
     x, z = used["log2_rank"].to_numpy(float), (used["lr"] == max(SMALL.lrs)).to_numpy(float)
     columns = [*nuisances_by_hand(used), x, x * z]
@@ -195,66 +170,60 @@ def test_an_interaction_is_the_difference_of_the_effects_at_the_extreme_rates() 
     np.testing.assert_allclose([row["low"], row["high"]], [4 * slope - half, 4 * slope + half], rtol=1e-8)
 
 
-def test_of_three_rates_the_interaction_is_from_the_lowest_to_the_highest() -> None:
+def test_interaction_of_three_rates_is_from_the_lowest_to_the_highest() -> None:
     exact = Truth(by_lr=0.006, sd_trial=0, sd_noise=1e-9, sd_slope=0, sd_seed=0)
-    row = find_slope(slope_table(*study_of(exact), 0), BY_LR, NUISANCE, ALL)
-    assert row is not None
+    row = slope_row(slope_table(*study_of(exact)), BY_LR)
     assert row["effect"] == pytest.approx(0.006, abs=1e-8)
 
 
-def test_the_interaction_with_scaling_rules_is_that_of_each_pair() -> None:
+def test_interaction_with_scaling_rules_is_the_difference_of_each_pair() -> None:
     used, stories = study_of(Truth(effect=0.004))
-    table = slope_table(used, stories, 0)
-    rules = {rule: find_slope(table, "cc_mean", NUISANCE, rule) for rule in sorted(used["scaling_rule"].unique())}
+    table = slope_table(used, stories)
+    rules = {rule: slope_row(table, "cc_mean", NUISANCE, rule) for rule in sorted(used["scaling_rule"].unique())}
     for first, second in combinations(rules, 2):
-        row, one, other = find_slope(table, BY_RULE, NUISANCE, PAIR.join((first, second))), rules[first], rules[second]
-        assert row is not None
-        assert one is not None
-        assert other is not None
+        row, one, other = slope_row(table, BY_RULE, NUISANCE, PAIR.join((first, second))), rules[first], rules[second]
         assert row["effect"] == pytest.approx(other["effect"] - one["effect"], abs=1e-12)
         assert row["n_trials"] == 108
 
 
-def test_cc_is_that_inside_stories_and_not_of_joined_rows() -> None:
+def test_slopes_use_cc_inside_stories_not_of_joined_rows() -> None:
     used, stories = study_of(Truth(effect=0.004), SMALL)
-    joined = used.assign(cc_mean=used["cc_mean"] + 0.01 * used["log2_rank"])  # whatever joining them does
-    one, other = (slope_table(table, stories, 0) for table in (used, joined))
+    joined = used.assign(cc_mean=used["cc_mean"] + 0.01 * used["log2_rank"])  # another CC over joined rows
+    one, other = (slope_table(table, stories) for table in (used, joined))
     of_cc = one["outcome"].isin(["cc_mean", BEND, BY_LR]).to_numpy()
     np.testing.assert_array_equal(one.loc[of_cc, "effect"], other.loc[of_cc, "effect"])
 
 
-def test_slopes_within_a_scaling_rule_are_of_its_trials() -> None:
+def test_slope_of_a_scaling_rule_uses_its_trials() -> None:
     used, stories = study_of(Truth(effect=0.004))
-    table = slope_table(used, stories, 0)
+    table = slope_table(used, stories)
     for rule in ("alpha = 18", "alpha = 2 r", "rsLoRA alpha = 6"):
-        row = find_slope(table, "cc_mean", NUISANCE, rule)
-        assert row is not None
+        row = slope_row(table, "cc_mean", NUISANCE, rule)
         one = used[used["scaling_rule"] == rule]
         columns = nuisances_by_hand(one)
         slope, _, _ = normal_equations([*columns, one["log2_rank"].to_numpy()], one["cc_mean"].to_numpy())
         assert row["slope"] == pytest.approx(slope, rel=1e-9)
         assert row["n_trials"] == 54
-    step = find_slope(table, "cc_mean", STEP_SIZE, ALL)
-    assert step is not None
+    step = slope_row(table, "cc_mean", STEP_SIZE)
     assert step["adjusted_for"] == "seed, learning rate, scaling rule, step size"
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Trials and stories both vary; 95% intervals of 120 small studies, whose count has an SD of 2.4."""
+def test_intervals_cover_the_truth_at_the_stated_rate() -> None:
+    """Trials and stories vary; 95% intervals of 120 small studies, whose count has an SD of 2.4."""
     truth = Truth(effect=0.005, sd_slope=0.003, sd_noise=0.001)
     plan = replace(SMALL, n_stories=5)
     held = 0
     for seed in range(120):
         trials, stories = draw(truth, plan, plan.points, seed)
-        row = slopes_of(used_trials(trials)[0], stories, [Wanted("cc_mean", NUISANCE)], 0).iloc[0]
+        row = slopes_of(used_trials(trials)[0], stories, [SlopeKey("cc_mean", NUISANCE)]).iloc[0]
         held += row["low"] <= 0.005 <= row["high"]
     assert held >= 0.95 * 120 - 3 * 2.4
 
 
-def test_nothing_to_fit_is_an_empty_table() -> None:
+def test_slope_table_is_empty_without_two_ranks() -> None:
     used, stories = study_of(plan=SMALL)
     one = used[used["rank"] == 4]
     assert slope_table(one, stories).empty
     assert slope_table(used.iloc[:0], stories).empty
-    assert "boot_low" in slope_table(one, stories)
+    assert "high_90" in slope_table(one, stories)
