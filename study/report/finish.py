@@ -22,10 +22,7 @@ def print_answer(console: Console, study: Place, delta: float | None = None) -> 
     """Print the verdicts, store them in ``summary.json`` if there is one, and write the report.
 
     Any failure here is one printed line: the results are stored, and the answer can be computed from them again.
-
-    Parameters
-    ----------
-    delta : smallest effect that matters, CC; None for the recorded one
+    ``delta`` is the smallest effect that matters, CC; None for the recorded one.
     """
     try:
         evidence = gather(study, load_delta(study) if delta is None else delta)

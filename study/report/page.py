@@ -64,11 +64,7 @@ def make_page(
 ) -> dict[str, Any]:
     """Return the values that the template ``report.html`` shows.
 
-    Parameters
-    ----------
-    records : of ``read_records``
-    not_drawn : figures without data, and why
-    failures : figures that could not be drawn, and why
+    ``not_drawn`` are figures without data, ``failures`` figures that could not be drawn, each with the reason.
     """
     facts, trials = evidence.facts, evidence.trials
     has_result = bool((trials["status"] == COMPLETE).any())

@@ -1,7 +1,6 @@
 """Results of a test-set evaluation: scores of finalists and baselines with intervals, and paired differences."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from bert_encoding.trial.record import read_details, read_record
 from study.results.locked_stories import id_on_test, read_looks
 from study.results.rank_tables import typed_table
 from study.results.standing import baseline_score
+from study.wording import counted
 
 FEW_STORIES = 6  # with fewer, a note says that other stories are hardly covered
 COLUMNS = (
@@ -53,12 +53,7 @@ class Finalist(NamedTuple):
 def confirmed_trials(path: str | Place, look: dict[str, Any], trials: pd.DataFrame) -> list[Finalist]:
     """Return the finalists of one test-set evaluation, the winner first, then in the order of the search.
 
-    A finalist that failed with every fresh seed is left out.
-
-    Parameters
-    ----------
-    look : content of ``confirm.json``
-    trials : of ``load_trials``
+    ``look`` is the content of ``confirm.json``. A finalist that failed with every fresh seed is left out.
     """
     folder, scores, number = open_place(path), _scores_on_test(trials), look["look"]
     frozen = id_on_test(f"baseline-{FROZEN}", number)
@@ -167,7 +162,7 @@ def confirm_lines(path: str | Place, trials: pd.DataFrame) -> list[str]:
 
 def _lines_of(look: dict[str, Any], folder: Place, trials: pd.DataFrame) -> list[str]:
     finalists, stories = confirmed_trials(folder, look, trials), look["test_stories"]
-    winner, number = finalists[0], look["look"]
+    winner, number, n_stories = finalists[0], look["look"], counted(len(stories), "test story", "test stories")
     unseen = "" if look["looks"] or look.get("test_was_read") else " before a test story was read"
     lines = [
         f"Confirmed{f' (evaluation {number})' if number > 1 else ''}: trial {winner.trial_id} wins, fixed by validation"
@@ -175,12 +170,12 @@ def _lines_of(look: dict[str, Any], folder: Place, trials: pd.DataFrame) -> list
         f"({winner.searched:.4f} when searched, {winner.confirmed - winner.searched:+z.4f})."
     ]
     if any(finalist.test is not None for finalist in finalists):
-        lines.append(f"On {_count(stories)} ({', '.join(stories)}), refitted on fit and validation:")
+        lines.append(f"On {n_stories} ({', '.join(stories)}), refitted on fit and validation:")
     lines += [line for finalist in finalists for line in _finalist_lines(finalist, finalist is winner)]
     lines += [f"  {name} baseline: {_score_text(s)}." for name, s in _baselines_on_test(look, trials).items()]
     if len(lines) > 2 and len(stories) < FEW_STORIES:
         lines.append(
-            f"note: {_count(stories)} {'says' if len(stories) == 1 else 'say'} little about other stories; intervals "
+            f"note: {n_stories} {'says' if len(stories) == 1 else 'say'} little about other stories; intervals "
             "over time cover more recordings of these stories only"
         )
     lost = [entry["trial_id"] for entry in look["finalists"] if entry["cc_confirmed"] is None]
@@ -200,10 +195,6 @@ def _note_of_own_use(look: dict[str, Any], trials: pd.DataFrame) -> list[str]:
     was_scored = trials.loc[trials["phase"] == BASELINE, "cc_test"].notna().any()
     how = "its baselines were scored on them (--trials 0)" if was_scored else "fine-tuning read their text"
     return [f"note: this study had used its test stories before the winner was fixed: {how}"]
-
-
-def _count(stories: Sequence[str]) -> str:
-    return "1 test story" if len(stories) == 1 else f"{len(stories)} test stories"
 
 
 def _score_text(score: ScoreOnTest) -> str:
@@ -232,13 +223,7 @@ def _difference(gain: Interval) -> str:
 
 
 def confirmed_table(folder: Place, looks: list[dict[str, Any]], trials: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per test-set evaluation and finalist, the winner first; columns as in ``COLUMNS``.
-
-    Parameters
-    ----------
-    looks : of ``locked_stories.read_looks``
-    trials : of ``load_trials``
-    """
+    """Return one row per test-set evaluation and finalist, the winner first; columns as in ``COLUMNS``."""
     by_id = trials.drop_duplicates("trial_id").set_index("trial_id")
     numbers = by_id[["rank", "lr", "cc_test"]].astype("Float64").astype(float)
     rows = []

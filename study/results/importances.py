@@ -30,15 +30,11 @@ LOG_SPAN = 8  # positive numbers over a wider range than this factor are put on 
 def importances(records: Sequence[TrialRecord], metric: Metric, n_resamples: int = N_RESAMPLES) -> pd.DataFrame:
     """Return the share of the score's variance that each searched parameter explains; columns as in ``COLUMNS``.
 
-    Hutter, Hoos and Leyton-Brown 2014 (fANOVA): a random forest is fitted to the score, and its variance over the space
-    is divided among the parameters; shares of interactions are left out, and the rest is scaled to a sum of 1.
-    The interval is a bootstrap over trials with smaller forests, whose own noise widens it slightly. The seed and
-    parameters that only some trials have are left out. No row with fewer than ``MIN_TRIALS`` trials, a single
-    parameter, or equal scores.
-
-    Parameters
-    ----------
-    records : of a study; complete searched trials with a finite score are used, repeats of others are not
+    Complete searched trials with a finite score are used, repeats of others are not. Hutter, Hoos and Leyton-Brown 2014
+    (fANOVA): a random forest is fitted to the score, and its variance over the space is divided among the parameters;
+    shares of interactions are left out, and the rest is scaled to a sum of 1. The interval is a bootstrap over trials
+    with smaller forests, whose own noise widens it slightly. The seed and parameters that only some trials have are
+    left out. No row with fewer than ``MIN_TRIALS`` trials, a single parameter, or equal scores.
     """
     searched = [r for r in records if r.phase == SEARCH and r.status == COMPLETE and r.repeat_of is None]
     scores = np.array([r.scores.get(metric.column) for r in searched], float)  # NaN for None

@@ -42,10 +42,6 @@ def used_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
     Further columns are ``log2_rank``, ``log10_lr``, ``log2_scaling``, ``scaling_rule``, ``loss_gap`` (held-out minus
     training masked-LM loss, nats) and ``forgetting`` (probe loss after minus before, nats). Numbers are float64.
-
-    Parameters
-    ----------
-    trials : of ``load_trials``
     """
     searched = trials[trials["phase"] == SEARCH]
     applies = (

@@ -75,13 +75,7 @@ class DesignMatrix(NamedTuple):
 
 
 def slope_table(used: pd.DataFrame, stories: pd.DataFrame) -> pd.DataFrame:
-    """Return all slopes, one row per outcome, adjustment and subset; columns as in ``COLUMNS``.
-
-    Parameters
-    ----------
-    used : of ``rank_tables.used_trials``
-    stories : of ``tables.stories_frame``
-    """
+    """Return all slopes, one row per outcome, adjustment and subset; columns as in ``COLUMNS``."""
     keys = [SlopeKey(outcome, adjustment) for adjustment in (NONE, NUISANCE, STEP_SIZE) for outcome in OUTCOMES]
     keys += [SlopeKey(SEEN, NUISANCE), *shapes(used)]
     rules, rates = sorted(used["scaling_rule"].unique()), sorted(used["lr"].unique())
@@ -203,7 +197,6 @@ def make_design(used: pd.DataFrame, adjustment: str, shape: str = "") -> DesignM
 
     Parameters
     ----------
-    used : of ``rank_tables.used_trials``
     adjustment : see ``SlopeKey``
     shape : if given, log2 rank becomes a nuisance and the last column is another one. ``BEND``: a parabola over log2
         rank, 1 in the middle of the range and 0 at its ends; its slope is the middle minus the mean of the ends.

@@ -106,12 +106,7 @@ def cc_by_rank(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict_lines(result: Standing, gain: Interval | None = None) -> list[str]:
-    """Return the comparison with the baselines in words.
-
-    Parameters
-    ----------
-    gain : over validation stories, of ``gain_over_stories``
-    """
+    """Return the comparison with the baselines in words; ``gain`` is of ``gain_over_stories``."""
     if result.frozen is None:
         return ["No frozen baseline yet: nothing to compare with."]
     label, held_out = METRICS[result.task].label, HELD_OUT[result.task]

@@ -120,12 +120,7 @@ def _number_scale(name: str, numbers: np.ndarray, is_log: bool, is_score: bool) 
 
 
 def _lines(axes: Axes, scales: list[Scale], goodness: np.ndarray) -> None:
-    """Draw one line per trial, the best last; lines break at missing values.
-
-    Parameters
-    ----------
-    goodness : (n_trials,) ascending
-    """
+    """Draw one line per trial, the best last (``goodness`` ascends); lines break at missing values."""
     span = np.ptp(goodness) or 1.0
     for i, good in enumerate(goodness):
         is_best = i == len(goodness) - 1

@@ -98,12 +98,7 @@ def canvas(n_columns: int = 1, n_rows: int = 1, width: float = WIDTH, height: fl
 
 
 def image_of(figure: Figure, ending: str, name: str) -> bytes:
-    """Return a figure as ``png`` or ``svg``; the same figure gives the same bytes.
-
-    Parameters
-    ----------
-    name : prefix of the ids inside an SVG, so that several can be in one page
-    """
+    """Return a figure as ``png`` or ``svg``, the same bytes each time; ``name`` prefixes the ids inside an SVG."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is done: the second file need not repeat it
     buffer = io.BytesIO()

@@ -125,18 +125,16 @@ def ridge(study: Study, records: Sequence[TrialRecord]) -> str:
         "Responses were predicted by ridge regression, fitted to the fit stories, with one penalty ridge_alpha per "
         f"voxel (||Xb - y||^2 + ridge_alpha ||b||^2) chosen from {_grid(config['ridge_alphas'])} by cross-validation "
         f"over {counted(min(config['n_folds'], len(fit)), 'fold')} of whole stories inside the fit stories."
-        + (
-            " Where many voxels selected a penalty at an edge of this grid, all were refitted with a wider one."
-            * extended
-        )
+        + " Where many voxels selected a penalty at an edge of it, all were refitted with a wider one."
+        * extended
     )
 
 
-def _grid(alphas: Sequence[float]) -> str:
-    steps = np.diff(np.log10(alphas))
-    if len(alphas) > 2 and np.allclose(steps, steps[0], rtol=0, atol=1e-9):
-        return f"{len(alphas)} values spaced logarithmically from {alphas[0]:g} to {alphas[-1]:g}"
-    return joined([f"{alpha:g}" for alpha in alphas], "or")
+def _grid(ridge_alphas: Sequence[float]) -> str:
+    steps = np.diff(np.log10(ridge_alphas))
+    if len(ridge_alphas) > 2 and np.allclose(steps, steps[0], rtol=0, atol=1e-9):
+        return f"{len(ridge_alphas)} values spaced logarithmically from {ridge_alphas[0]:g} to {ridge_alphas[-1]:g}"
+    return joined([f"{value:g}" for value in ridge_alphas], "or")
 
 
 def scores(records: Sequence[TrialRecord]) -> str:

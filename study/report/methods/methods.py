@@ -64,14 +64,7 @@ RESULTS = {
 def methods_paragraphs(
     study: Study, records: Sequence[TrialRecord], looks: Sequence[dict[str, Any]], inference: Sequence[str] = ()
 ) -> list[str]:
-    """Return the paragraphs of a methods section.
-
-    Parameters
-    ----------
-    study : content of ``study.json``
-    looks : test-set evaluations: contents of ``confirm.json`` and later ones
-    inference : of ``inference_paragraphs``
-    """
+    """Return the paragraphs of a methods section; ``looks`` are the test-set evaluations of ``read_looks``."""
     if study.get("task", ENCODING) == ENCODING:
         data = [stories(study), voxels(study), word_vectors(study, records), ridge(study, records), scores(records)]
     else:

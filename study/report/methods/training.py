@@ -7,7 +7,7 @@ from bert_encoding.core.names import ADAPT, CLASSIFICATION, COMPLETE, ENCODING, 
 from bert_encoding.language_model.lora import ALL_TARGETS, TARGETS
 from bert_encoding.language_model.masking import SHARE_MASK, SHARE_RANDOM
 from bert_encoding.trial.record import TrialRecord
-from study.wording import counted, distinct, joined, number, one_or_several, setting
+from study.wording import counted, distinct, joined, one_or_several, setting
 
 Configs = Sequence[dict[str, Any]]
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "i": "intermediate", "d": "output"}
@@ -66,28 +66,27 @@ def _what(method: str, configs: Configs) -> str:
     if method == FULL:
         kinds = {True: "all weights", False: "all weights except the embeddings"}
         return _chosen(configs, "train_embeddings", kinds)
-    values = distinct(_each(configs, "frozen_blocks"))
-    blocks = f"{joined([number(value) for value in values], 'or')} {'block' if values == [1] else 'blocks'}"
-    return f"all weights except the embeddings and the first {blocks}"
+    n_blocks = f"{_chosen(configs, 'frozen_blocks', {})} {_plural(configs, 'frozen_blocks', 'block')}"
+    return f"all weights except the embeddings and the first {n_blocks}"
 
 
 def _adapters(configs: Configs) -> str:
     kinds = {False: "LoRA adapters", True: "weight-decomposed LoRA (DoRA) adapters"}
-    where = joined([_where(value) for value in distinct(_each(configs, "target_modules"))], "or")
+    targets = joined([_layers(value) for value in distinct(_each(configs, "target_modules"))], "or")
     blocks = [
         "all blocks" if value is None else f"block{'s' * (len(value) > 1)} {setting(value)} (from 0)"
         for value in distinct(_each(configs, "lora_layers"))
     ]
     scaling = _chosen(configs, "lora_scaling", SCALINGS)
     return (
-        f"{_chosen(configs, 'dora', kinds)} on {where} of {joined(blocks, 'or')}: "
+        f"{_chosen(configs, 'dora', kinds)} on {targets} of {joined(blocks, 'or')}: "
         f"rank {_of(configs, 'rank')}, lora_alpha {_of(configs, 'lora_alpha')}, updates scaled by {scaling}, "
         f"adapter dropout {_of(configs, 'lora_dropout')}, {_chosen(configs, 'lora_init', INITS)}, "
         f"{_chosen(configs, 'lora_bias', BIASES)}"
     )
 
 
-def _where(targets: str) -> str:
+def _layers(targets: str) -> str:
     if targets == ALL_TARGETS:
         return f"all {len(TARGETS)} linear layers"
     names = [NAMES[name.strip()] for name in targets.split(",")]
@@ -104,11 +103,10 @@ def _objective(task: str, configs: Configs) -> str:
 
 def _masking(configs: Configs) -> str:
     units = {False: "tokens", True: "words (with all their tokens)"}
-    share = joined([f"{value:.6g}" for value in distinct(_each(configs, "mask_probability"))], "or")
     return (
-        f"A share of {share} of the {_chosen(configs, 'whole_words', units)} was predicted; of these "
-        f"tokens, {SHARE_MASK:.0%} were replaced by [MASK], {SHARE_RANDOM:.0%} by a random token, and the rest left "
-        "unchanged."
+        f"A share of {_chosen(configs, 'mask_probability', {})} of the {_chosen(configs, 'whole_words', units)} was "
+        f"predicted; of these tokens, {SHARE_MASK:.0%} were replaced by [MASK], {SHARE_RANDOM:.0%} by a random token, "
+        "and the rest left unchanged."
     )
 
 
@@ -117,29 +115,22 @@ def _optimiser(configs: Configs, task: str) -> str:
     stride = f" that start every {_of(configs, 'stride')} tokens" if task != CLASSIFICATION else ""
     accumulation = distinct(_each(configs, "accumulation"))
     gathered = f", with gradients of {_of(configs, 'accumulation')} batches per step" if accumulation != [1] else ""
+    epochs = f"{_of(configs, 'epochs')} {_plural(configs, 'epochs', 'epoch')}"
     return (
-        f"AdamW ran for {_epochs(configs)} with {_chosen(configs, 'schedule', SCHEDULES)} of {_of(configs, 'lr')} "
+        f"AdamW ran for {epochs} with {_chosen(configs, 'schedule', SCHEDULES)} of {_of(configs, 'lr')} "
         f"after a linear warm-up of {_of(configs, 'warmup_epochs')} epochs, with weight decay "
-        f"{_of(configs, 'weight_decay')}, "
-        f"gradients clipped to norm {_of(configs, 'max_grad_norm')}, and batches of "
+        f"{_of(configs, 'weight_decay')}, gradients clipped to norm {_of(configs, 'max_grad_norm')}, and batches of "
         f"{_of(configs, 'batch_size')} {items}{stride}{gathered}."
     )
 
 
-def _epochs(configs: Configs) -> str:
-    values = distinct(_each(configs, "epochs"))
-    return f"{one_or_several(values)} {'epoch' if values == [1] else 'epochs'}"
-
-
 def _dropout(configs: Configs, precision: str | None) -> str:
-    rates = {
-        name: joined(["the checkpoint's own" if v is None else number(v) for v in distinct(_each(configs, name))], "or")
-        for name in ("hidden_dropout", "attention_dropout")
-    }
+    own = {None: "the checkpoint's own"}
     native = {"auto": precision or "the machine's native precision"}
     return (
-        f"Dropout: {rates['hidden_dropout']} on hidden states, {rates['attention_dropout']} on attention "
-        f"probabilities; matrix products were computed in {_chosen(configs, 'precision', native)}."
+        f"Dropout: {_chosen(configs, 'hidden_dropout', own)} on hidden states, "
+        f"{_chosen(configs, 'attention_dropout', own)} on attention probabilities; matrix products were "
+        f"computed in {_chosen(configs, 'precision', native)}."
     )
 
 
@@ -147,7 +138,8 @@ def _further(configs: Configs, task: str) -> str:
     """Describe options that are off by default."""
     sentences = []
     if any(_each(configs, "l2_sp")):
-        sentences.append(f"{_of(configs, 'l2_sp')} / 2 times the squared distance from the initial weights was added.")
+        penalty = f"A penalty of {_of(configs, 'l2_sp')} / 2 times the squared distance from the initial weights"
+        sentences.append(f"{penalty} was added to the loss.")
     if any(_each(configs, "replay")):
         sentences.append(f"A share of {_of(configs, 'replay')} of the windows in each step was general text.")
     rarely = [config["score_every"] for config in configs if config.get("score_every", 1) > 1]
@@ -160,17 +152,13 @@ def _further(configs: Configs, task: str) -> str:
 
 
 def _which_epoch(configs: Configs, task: str) -> str:
-    patience = distinct(_each(configs, "patience"))
-    better = "a higher accuracy" if task == CLASSIFICATION else "a lower held-out loss"
-    waits = [value for value in patience if value is not None]
-    if not waits:
+    patience = one_or_several(value for value in _each(configs, "patience") if value is not None)
+    if not patience:
         return "Scores are those after the last epoch." if task == ENCODING else ""
-    some = "In some trials training" if None in patience else "Training"
-    waited = one_or_several(waits)
-    return (
-        f"{some} ended after {waited} {'epoch' if waited == '1' else 'epochs'} without {better}, and the best epoch "
-        "was restored."
-    )
+    start = "In some trials training" if None in _each(configs, "patience") else "Training"
+    epochs = f"{patience} {'epoch' if patience == '1' else 'epochs'}"
+    better = "a higher accuracy" if task == CLASSIFICATION else "a lower held-out loss"
+    return f"{start} ended after {epochs} without {better}, and the best epoch was restored."
 
 
 def _each(configs: Configs, name: str) -> list[Any]:
@@ -181,5 +169,9 @@ def _of(configs: Configs, name: str) -> str:
     return one_or_several(_each(configs, name))
 
 
+def _plural(configs: Configs, name: str, noun: str) -> str:
+    return noun if distinct(_each(configs, name)) == [1] else f"{noun}s"
+
+
 def _chosen(configs: Configs, name: str, words: dict[Any, str]) -> str:
-    return joined([words.get(value, str(value)) for value in distinct(_each(configs, name))], "or")
+    return joined([words.get(value) or setting(value) for value in distinct(_each(configs, name))], "or")

@@ -46,13 +46,7 @@ SAME_DATA: dict[str, Any] = {
 
 
 def which_runs(facts: Facts, folder: str, slopes: pd.DataFrame, delta: float) -> NextRuns:
-    """Return the runs that could decide whether rank matters.
-
-    Parameters
-    ----------
-    folder : the study's place
-    slopes : of ``slopes.slope_table``
-    """
+    """Return the runs that could decide whether rank matters; ``slopes`` is of ``slope_table``."""
     all_failed = facts.n_failed == facts.n_searched
     failed = "The only searched trial failed" if facts.n_failed == 1 else f"All {facts.n_failed} searched trials failed"
     name, out = _name_and_out(folder)
@@ -173,16 +167,7 @@ def resume_command(folder: str) -> str:
 def study_command(
     options: dict[str, Any], space: str, name: str, n_folds: int = 1, further: Sequence[str] = (), delta: float = DELTA
 ) -> str:
-    """Return the shell command of a study on the same data.
-
-    Parameters
-    ----------
-    options : of ``study.json``
-    space, name : of the new study
-    n_folds : outer folds
-    further : further arguments, such as where results go
-    delta : smallest effect that matters, CC
-    """
+    """Return the shell command of a new study on the same data; ``further`` are further arguments."""
     words = [*run_command().split(), "--space", space]
     for option, default in SAME_DATA.items():
         value = options.get(option, default)

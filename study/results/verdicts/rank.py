@@ -35,14 +35,7 @@ def rank_verdict(
     left_out: str = "",
     next_runs: NextRuns = NOTHING_TO_RUN,
 ) -> Verdict:
-    """Return the verdict on rank.
-
-    Parameters
-    ----------
-    slopes : of ``slopes.slope_table``
-    used, left_out : of ``rank_tables.used_trials``
-    next_runs : runs that could decide, for an answer *cannot tell*
-    """
+    """Return the verdict on rank, from the results of ``slope_table`` and ``used_trials``."""
     reason, effect = _missing(slopes, used), _effect(slopes, "cc_mean")
     if reason or effect is None:
         return cannot_tell_verdict(RANK_QUESTION, reason, effect, delta, is_adaptive, next_runs)

@@ -44,12 +44,9 @@ def tuning_verdict(
 
     Parameters
     ----------
-    used : of ``rank_tables.used_trials``
-    stories : of ``tables.stories_frame``
+    used, stories, slopes : of ``used_trials``, ``stories_frame`` and ``slope_table``
     frozen_id : trial of the frozen baseline; None without one
-    confirmed : of ``confirmed.confirmed_table``; without rows before the confirm phase
-    slopes : of ``slopes.slope_table``
-    next_runs : the confirm phase, or runs that could decide
+    confirmed : of ``confirmed_table``; without rows before the confirm phase
     frozen_seen : CC of the frozen baseline on the stories that fine-tuning read; None if unknown
     """
     mean, gap = _mean_gain(used, stories, frozen_id, slopes), mean_gap(used, stories, frozen_id)

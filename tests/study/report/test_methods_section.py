@@ -266,7 +266,7 @@ def inference(evidence: Evidence, **changes: Any) -> str:
 def test_inference_describes_the_rules_of_the_verdicts(evidence: Evidence) -> None:
     text = inference(evidence)
     for phrase in (
-        "delta, was set in advance as 0.002 CC",
+        "smallest effect that matters, was set in advance as 0.002 CC",
         "within \u00b1delta (two one-sided tests at 5%)",
         "ordinary least squares, from rank 4 to 64 (12 trials, ",
         "adjusted for ",

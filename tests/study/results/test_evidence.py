@@ -232,7 +232,7 @@ def test_next_command_after_confirm_uses_more_stories(tmp_path: Path) -> None:
     write_json(folder / "study.json", study)
     tuning = gather(folder).verdicts[0]
     assert tuning.command is None
-    assert "only more stories would" in tuning.sentences[-1]
+    assert "only more stories can" in tuning.sentences[-1]
 
 
 def test_next_command_if_all_trials_failed_or_none_was_searched(tmp_path: Path) -> None:

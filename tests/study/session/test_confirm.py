@@ -364,7 +364,7 @@ def test_a_neighbour_that_cannot_be_read_blocks_nobody(
         refuse_to_open(bad, monkeypatch)
     Play(folder).confirm()
     (said,) = caplog.messages
-    assert said.startswith(f"whether study {bad} has read these test stories is not known: ")
+    assert said.startswith(f"study {bad} cannot be read, so its use of these test stories is unknown: ")
     with pytest.raises(InputError, match="have been read by study s "):
         check_looks(some_options(folder.parent / "t"), 1, HEARD, False)
     (folder / "confirm.json").write_text("{")
@@ -414,7 +414,7 @@ def test_baselines_that_were_scored_beside_a_study_are_told_and_forbid_nothing(
     assert fixed["looks"] == ([told] if is_told else [])
     first, *_, last = confirm_lines(folder, load_trials(folder))
     assert ("before a test story was read" in first) != is_told
-    said = f"note: zeta had been read before by study t ({ABOUT['created']}, its baselines alone)"
+    said = f"note: zeta had been used before by study t ({ABOUT['created']}, its baselines alone)"
     assert (last == said) == is_told
 
 
@@ -752,7 +752,7 @@ def test_what_is_told_of_a_look_against_plain_formulas(looked: Any) -> None:
         "On 2 test stories (zeta, eta), refitted on fit and validation:",
         f"  trial 0004, the winner: CC {winner.test.cc:.4f} (95% interval over time inside these stories "
         f"{winner.test.low:.4f} to {winner.test.high:.4f}).",
-        f"    less frozen {time.estimate:+.4f} (95% interval over time inside these stories {time.low:+.4f} to "
+        f"    minus frozen {time.estimate:+.4f} (95% interval over time inside these stories {time.low:+.4f} to "
         f"{time.high:+.4f}).",
         f"    story by story {stories.estimate:+.4f} (95% interval over 2 stories {stories.low:+.4f} to "
         f"{stories.high:+.4f}).",
@@ -762,7 +762,8 @@ def test_what_is_told_of_a_look_against_plain_formulas(looked: Any) -> None:
         f"  frozen baseline: CC {frozen['cc_test']:.4f} (95% interval over time inside these stories "
         f"{frozen['cc_test_low']:.4f} to {frozen['cc_test_high']:.4f}).",
         "  word_rate baseline: CC 0.3000.",
-        "note: 2 test stories tell little of other stories: intervals over time speak of more listening to just these",
+        "note: 2 test stories say little about other stories; intervals over time cover more recordings of these stories "
+        "only",
     ]
 
 
@@ -783,7 +784,7 @@ def test_a_finalist_without_details_or_baseline_is_told_plainly(folder: Path) ->
     Play(folder, lambda job: 0.31 if "0002" in job.trial_id else 0.3).confirm(confirm=1)
     trials = load_trials(folder)
     first = "  trial 0002, the winner: CC 0.3100."
-    assert confirm_lines(folder, trials)[2:4] == [first, "    less frozen +0.0100."]
+    assert confirm_lines(folder, trials)[2:4] == [first, "    minus frozen +0.0100."]
     without = trials[trials["trial_id"] != "test-baseline-frozen"]
     assert confirm_lines(folder, without)[2:4] == [first, "    no frozen baseline to compare with."]
     failed = trials[trials["trial_id"] != "test-0002"]
