@@ -87,8 +87,8 @@ class Evidence(NamedTuple):
         mlm_loss_heldout, seconds, is_used (included in analyses of rank), and other scores of the epoch
     stories : one row per trial, split, role, subject and story: trial_id, phase, split, role, subject, story, cc_mean
     used : the trials that analyses of rank include: complete searched LoRA trials, no repeats; further columns
-        log2_rank, log10_lr, scaling_rule (``alpha = 2 r``, ``alpha = 16``, ``rsLoRA alpha = 6``), loss_gap (held-out
-        minus training masked-LM loss, nats) and forgetting (probe loss after minus before, nats)
+        log2_rank, log10_lr, scaling_rule (``lora_alpha = 2 r``, ``lora_alpha = 16``, ``rsLoRA lora_alpha = 6``),
+        loss_gap (held-out minus training masked-LM loss, nats) and forgetting (probe loss after minus before, nats)
     by_rank : one row per outcome and rank: outcome, rank, n_trials, n_seeds, n_stories, mean, low, high (95%, NaN where
         unknown), sd_seeds (between seeds of one setting), covers (what the interval includes, in words)
     rank_by_lr : one row per rank and learning rate: rank, lr, n_trials, cc_mean

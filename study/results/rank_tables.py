@@ -72,8 +72,8 @@ def _with_derived(used: pd.DataFrame) -> pd.DataFrame:
 def _scaling_rules(used: pd.DataFrame) -> list[str]:
     """Name how the scaling of the update follows from rank: constant lora_alpha, constant lora_alpha / r, or rsLoRA.
 
-    With a single rank both are constant; ``alpha = k r`` is then preferred if other ranks share k. At rank 1 all rules
-    agree; it counts as standard unless some trial scales by rsLoRA.
+    With a single rank both are constant; ``lora_alpha = k r`` is then preferred if other ranks share k. At rank 1 all
+    rules agree; it counts as standard unless some trial scales by rsLoRA.
     """
     ratios = (used["lora_alpha"] / used["rank"]).round(6)
     standard = np.isclose(used["scaling"], used["lora_alpha"] / used["rank"], rtol=1e-6) & (used["rank"] > 1)
@@ -83,11 +83,11 @@ def _scaling_rules(used: pd.DataFrame) -> list[str]:
     names = []
     for is_standard, lora_alpha, ratio in zip(standard, used["lora_alpha"], ratios, strict=True):
         if not is_standard and not (lora_alpha == ratio and all_standard):
-            names.append(f"rsLoRA alpha = {lora_alpha:g}")
+            names.append(f"rsLoRA lora_alpha = {lora_alpha:g}")
         elif n_ranks_of_alpha.get(lora_alpha, 0) > n_ranks_of_ratio.get(ratio, 0):
-            names.append(f"alpha = {lora_alpha:g}")
+            names.append(f"lora_alpha = {lora_alpha:g}")
         else:
-            names.append(f"alpha = {ratio:g} r")
+            names.append(f"lora_alpha = {ratio:g} r")
     return names
 
 

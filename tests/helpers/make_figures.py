@@ -16,7 +16,7 @@ EPOCHS = 4
 def figure_evidence(
     ranks: tuple[int, ...] = (4, 16, 64),
     rates: tuple[float, ...] = (1e-4, 3e-4),
-    rules: tuple[str, ...] = ("rsLoRA alpha = 6",),
+    rules: tuple[str, ...] = ("rsLoRA lora_alpha = 6",),
     seeds: tuple[int, ...] = (0, 1),
     n_voxels: tuple[int, ...] = (400,),
     **changes: Any,
@@ -124,7 +124,8 @@ def sampled() -> Evidence:
     ranks = tuple(int(rank) for rank in rng.permutation(np.arange(2, 65))[:40])
     made = figure_evidence(ranks, (1e-4,), seeds=(0,))
     used = made.used.assign(
-        lr=10 ** rng.uniform(-4, -3.3, 40), scaling_rule=[f"alpha = {alpha:.2f}" for alpha in rng.uniform(1, 99, 40)]
+        lr=10 ** rng.uniform(-4, -3.3, 40),
+        scaling_rule=[f"lora_alpha = {value:.2f}" for value in rng.uniform(1, 99, 40)],
     )
     rows = used[["rank", "lr", "cc_mean"]].assign(n_trials=1)
     return made._replace(
@@ -187,7 +188,8 @@ def of_text() -> Evidence:
 STUDIES = {
     "a small grid": figure_evidence(),
     "the whole grid": figure_evidence(
-        (2, 4, 8, 16, 32, 64), (1e-4, 2e-4, 5e-4), ("alpha = 2 r", "alpha = 16", "rsLoRA alpha = 6"), (0, 1, 2),
+        (2, 4, 8, 16, 32, 64), (1e-4, 2e-4, 5e-4), ("lora_alpha = 2 r", "lora_alpha = 16", "rsLoRA lora_alpha = 6"),
+        (0, 1, 2),
         (5000, 400, 300),
     ),
     "one trial": figure_evidence((8,), (2e-4,), seeds=(0,), n_voxels=(1,)),

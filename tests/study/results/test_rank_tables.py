@@ -42,10 +42,12 @@ def test_derived_columns() -> None:
 
 def test_scaling_rule_is_named_by_what_is_constant_over_rank() -> None:
     used = used_of(fake_records(plan=FULL))
-    params = used["alpha_rule"].map({RSLORA: "rsLoRA alpha = 6", TWICE: "alpha = 2 r", FIXED: "alpha = 18"})
+    params = used["alpha_rule"].map(
+        {RSLORA: "rsLoRA lora_alpha = 6", TWICE: "lora_alpha = 2 r", FIXED: "lora_alpha = 18"}
+    )
     assert used["scaling_rule"].tolist() == params.tolist()
     alone = used_of(fake_records(plan=Plan(ranks=(1, 2, 4), rules=(RSLORA,))))
-    assert alone["scaling_rule"].unique().tolist() == ["rsLoRA alpha = 6"]
+    assert alone["scaling_rule"].unique().tolist() == ["rsLoRA lora_alpha = 6"]
 
 
 def test_tables_without_trials_keep_their_columns() -> None:

@@ -197,7 +197,7 @@ def test_slopes_use_cc_inside_stories_not_of_joined_rows() -> None:
 def test_slope_of_a_scaling_rule_uses_its_trials() -> None:
     used, stories = study_of(Truth(effect=0.004))
     table = slope_table(used, stories)
-    for rule in ("alpha = 18", "alpha = 2 r", "rsLoRA alpha = 6"):
+    for rule in ("lora_alpha = 18", "lora_alpha = 2 r", "rsLoRA lora_alpha = 6"):
         row = slope_row(table, "cc_mean", NUISANCE, rule)
         one = used[used["scaling_rule"] == rule]
         columns = nuisances_by_hand(one)

@@ -762,8 +762,8 @@ def test_what_is_told_of_a_look_against_plain_formulas(looked: Any) -> None:
         f"  frozen baseline: CC {frozen['cc_test']:.4f} (95% interval over time inside these stories "
         f"{frozen['cc_test_low']:.4f} to {frozen['cc_test_high']:.4f}).",
         "  word_rate baseline: CC 0.3000.",
-        "note: 2 test stories say little about other stories; intervals over time cover more recordings of these stories "
-        "only",
+        "note: 2 test stories say little about other stories; intervals over time cover more recordings of these "
+        "stories only",
     ]
 
 
