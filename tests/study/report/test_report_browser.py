@@ -1,4 +1,4 @@
-"""The report in headless Chromium: nothing fetched, nothing complained of, legible, sortable, by mouse and keyboard."""
+"""The report in headless Chromium: no requests, no errors, legible, sortable by mouse and keyboard."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from study.report.figures.figures import Drawn
 from study.report.html import write_report
 
 pytestmark = pytest.mark.skipif(
-    find_chromium() is None, reason="no Chromium is installed (Debian's package chromium): the report is not looked at"
+    find_chromium() is None, reason="no Chromium is installed (Debian's package chromium): the report is not opened"
 )
 N_TRIALS = 60
 WIDTHS = (1280, 400)
@@ -31,15 +31,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def scores() -> list[float | None]:
     """CC of the searched trials; every seventh failed."""
     drawn = np.random.default_rng(0).normal(0.1, 0.05, N_TRIALS)
-    return [None if at % 7 == 3 else float(cc) for at, cc in enumerate(drawn)]
+    return [None if i % 7 == 3 else float(cc) for i, cc in enumerate(drawn)]
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, scores: list[float | None]) -> Path:
     """A report of many trials, with two figures, one of them wide."""
     folder = tmp_path_factory.mktemp("plain")
-    ranks = [2 ** (1 + at % 6) for at in range(N_TRIALS)]
-    searched = [record(f"{at + 1:04d}", cc, rank=ranks[at], lr=1e-4 * (1 + at % 3)) for at, cc in enumerate(scores)]
+    ranks = [2 ** (1 + i % 6) for i in range(N_TRIALS)]
+    searched = [record(f"{i + 1:04d}", cc, rank=ranks[i], lr=1e-4 * (1 + i % 3)) for i, cc in enumerate(scores)]
     study = study_json(options=study_json()["options"] | {"trials": N_TRIALS})
     records = [*BASELINES, *searched]
     write_study(folder / "study", study, records)
@@ -49,7 +49,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, scores: list[float | None]) 
 
 
 def pixels(folder: Path) -> Drawn:
-    """A figure drawn by matplotlib, as those of a study are."""
+    """A figure drawn by matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4))
@@ -71,8 +71,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(str(write_report(study, evidence)))
 
 
-def complaints(page: Page) -> list[Any]:
-    """What the console says: errors, refusals of the policy, exceptions, dialogs."""
+def console_events(page: Page) -> list[Any]:
+    """Console messages: errors, policy violations, exceptions, dialogs."""
     page.value("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
     kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
     return [event for kind in kinds for event in page.named(kind)]
@@ -80,19 +80,19 @@ def complaints(page: Page) -> list[Any]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["plain", "hostile"])
-def test_it_loads_without_a_request_or_a_complaint(
+def test_page_loads_without_requests_and_errors(
     name: str, width: int, browser: Page, request: pytest.FixtureRequest
 ) -> None:
     file: Path = request.getfixturevalue(name)
     browser.open(file, width)
-    assert complaints(browser) == []
-    asked = [event["request"]["url"] for event in browser.named("Network.requestWillBeSent")]
-    assert asked[0] == file.resolve().as_uri()
-    assert all(url.startswith("data:") for url in asked[1:])
+    assert console_events(browser) == []
+    urls = [event["request"]["url"] for event in browser.named("Network.requestWillBeSent")]
+    assert urls[0] == file.resolve().as_uri()
+    assert all(url.startswith("data:") for url in urls[1:])
 
 
-def test_the_policy_is_in_force(browser: Page, plain: Path) -> None:
-    """What a page like this must not do is refused: so that the test above can fail."""
+def test_policy_is_in_force(browser: Page, plain: Path) -> None:
+    """Forbidden actions are refused, so that the test above can fail."""
     browser.open(plain)
     browser.value("document.body.insertAdjacentHTML('beforeend', '<img src=\"http://127.0.0.1:9/x.png\">')")
     browser.value("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 1'}))")
@@ -100,14 +100,14 @@ def test_the_policy_is_in_force(browser: Page, plain: Path) -> None:
     browser.value("document.body.insertAdjacentHTML('beforeend', '<p onclick=\"window.ran = 2\">')")
     browser.value("document.body.lastChild.click()")
     assert browser.value("window.ran === undefined") is True
-    said = " ".join(event["entry"]["text"] for event in complaints(browser))
+    messages = " ".join(event["entry"]["text"] for event in console_events(browser))
     for rule in ("img-src data:", "script-src", "style-src"):
-        assert rule in said, rule
+        assert rule in messages, rule
     fetched = "fetch('http://127.0.0.1:9/').then(() => 'fetched', error => 'refused')"
     assert browser.value(fetched) == "refused"
 
 
-def test_a_name_that_is_a_script_is_shown_and_does_not_run(browser: Page, hostile: Path) -> None:
+def test_name_with_a_script_is_shown_but_does_not_run(browser: Page, hostile: Path) -> None:
     browser.open(hostile)
     assert browser.value("document.scripts.length") == 1
     assert HOSTILE in browser.value("document.querySelector('h1').textContent")
@@ -121,14 +121,14 @@ def test_only_boxes_scroll_sideways(browser: Page, plain: Path, hostile: Path, w
         browser.open(file, width)
         browser.value("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert browser.value("document.documentElement.scrollWidth") <= width
-        outside = """[...document.querySelectorAll('body *')].filter(one => !one.closest('.box, .canvas, pre')
-            && one.getBoundingClientRect().right > innerWidth + 0.5).map(one => one.outerHTML.slice(0, 90))"""
+        outside = """[...document.querySelectorAll('body *')].filter(node => !node.closest('.box, .canvas, pre')
+            && node.getBoundingClientRect().right > innerWidth + 0.5).map(node => node.outerHTML.slice(0, 90))"""
         assert browser.value(outside) == []
     assert browser.value("document.querySelector('#trials .box').scrollWidth") > 400
 
 
-def test_on_a_small_screen_figures_fit_and_can_be_enlarged(browser: Page, plain: Path) -> None:
-    sizes = "[...document.images].map(one => [one.clientWidth, one.parentElement.clientWidth])"
+def test_figures_fit_a_small_screen_and_can_be_enlarged(browser: Page, plain: Path) -> None:
+    sizes = "[...document.images].map(node => [node.clientWidth, node.parentElement.clientWidth])"
     browser.open(plain, 400)
     assert all(width <= room for width, room in browser.value(sizes))
     label = "getComputedStyle(document.querySelector('.enlarge')).display"
@@ -141,7 +141,7 @@ def test_on_a_small_screen_figures_fit_and_can_be_enlarged(browser: Page, plain:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_long_command_is_seen_whole(browser: Page, plain: Path, width: int) -> None:
+def test_long_command_is_wrapped(browser: Page, plain: Path, width: int) -> None:
     browser.open(plain, width)
     browser.value("document.querySelector('.verdict pre code').textContent += ' --name ' + 'x'.repeat(300)")
     assert browser.value("(b => b.scrollWidth <= b.clientWidth)(document.querySelector('.verdict pre'))") is True
@@ -151,7 +151,7 @@ CONTRAST = """(() => {
   const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const rgba = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-  const behind = one => {
+  const behind = node => {
     for (let e = one; e; e = e.parentElement) {
       const colour = rgba(getComputedStyle(e).backgroundColor);
       if (colour.length < 4 || colour[3] > 0) return colour;
@@ -159,11 +159,11 @@ CONTRAST = """(() => {
     return [255, 255, 255];
   };
   return [...document.querySelectorAll('body *')]
-    .filter(one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim()) && one.checkVisibility())
-    .map(one => {
-      const [a, b] = [light(rgba(getComputedStyle(one).color)), light(behind(one))];
-      return [one.outerHTML.slice(0, 60), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05),
-              parseFloat(getComputedStyle(one).fontSize)];
+    .filter(node => [...node.childNodes].some(t => t.nodeType === 3 && t.data.trim()) && node.checkVisibility())
+    .map(node => {
+      const [a, b] = [light(rgba(getComputedStyle(node).color)), light(behind(node))];
+      return [node.outerHTML.slice(0, 60), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05),
+              parseFloat(getComputedStyle(node).fontSize)];
     });
 })()"""
 
@@ -173,22 +173,22 @@ CONTRAST = """(() => {
 def test_every_text_is_legible(browser: Page, plain: Path, width: int, scheme: str) -> None:
     """Contrast of at least 4.5 (WCAG 2.2, success criterion 1.4.3), and no letters below 13 pixels."""
     browser.open(plain, width, scheme)
-    found = browser.value(CONTRAST)
-    assert len(found) > 200
-    assert [one for one in found if one[1] < 4.5 or one[2] < 13] == []
+    texts = browser.value(CONTRAST)
+    assert len(texts) > 200
+    assert [(html, contrast, size) for html, contrast, size in texts if contrast < 4.5 or size < 13] == []
     page = browser.value("getComputedStyle(document.documentElement).backgroundColor")
     assert (page == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_figures_are_shown_with_their_own_styles_and_words(browser: Page, plain: Path) -> None:
+def test_figures_keep_their_own_styles_and_alternative_texts(browser: Page, plain: Path) -> None:
     browser.open(plain)
-    pictures = browser.value(
-        "[...document.images].map(one => [one.complete, one.naturalWidth > 0, one.clientWidth > 80, one.alt])"
+    images = browser.value(
+        "[...document.images].map(node => [node.complete, node.naturalWidth > 0, node.clientWidth > 80, node.alt])"
     )
-    assert pictures == [[True, True, True, "Alt rank\"'"], [True, True, True, "CC rises, then falls"]]
-    colours = browser.value("""[...document.images].map(one => {
+    assert images == [[True, True, True, "Alt rank\"'"], [True, True, True, "CC rises, then falls"]]
+    colours = browser.value("""[...document.images].map(node => {
       const canvas = document.createElement('canvas');
-      [canvas.width, canvas.height] = [one.naturalWidth, one.naturalHeight];
+      [canvas.width, canvas.height] = [node.naturalWidth, node.naturalHeight];
       const context = canvas.getContext('2d');
       context.drawImage(one, 0, 0);
       const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
@@ -216,13 +216,11 @@ def sorted_by(page: Page) -> list[list[str]]:
     return page.value("[...document.querySelectorAll('#trials [aria-sort]')].map(c => [c.textContent, c.ariaSort])")
 
 
-def test_numbers_sort_as_numbers_and_what_is_empty_stays_last(
-    browser: Page, plain: Path, scores: list[float | None]
-) -> None:
+def test_numbers_sort_as_numbers_and_empty_cells_last(browser: Page, plain: Path, scores: list[float | None]) -> None:
     browser.open(plain)
     assert sorted_by(browser) == [["cc_mean", "descending"]]
-    ids = {f"{at + 1:04d}": cc for at, cc in enumerate(scores)}
-    ids |= {one.trial_id: one.scores["cc_mean"] for one in BASELINES}
+    ids = {f"{i + 1:04d}": cc for i, cc in enumerate(scores)}
+    ids |= {trial.trial_id: trial.scores["cc_mean"] for trial in BASELINES}
     best_first = sorted((name for name in ids if ids[name] is not None), key=lambda name: -(ids[name] or 0.0))
     failed = {name for name, cc in ids.items() if cc is None}
     assert column(browser, "trial_id")[: len(best_first)] == best_first
@@ -252,7 +250,7 @@ def test_words_sort_as_words_and_equal_rows_keep_their_order(browser: Page, plai
     assert column(browser, "trial_id") == sorted(names[-2:]) + names[:-2]
 
 
-def test_the_table_is_sorted_by_the_keyboard(browser: Page, plain: Path) -> None:
+def test_table_can_be_sorted_by_keyboard(browser: Page, plain: Path) -> None:
     browser.open(plain)
     browser.value("document.querySelector('#trials .box').focus()")
     reached = []
@@ -269,14 +267,14 @@ def test_the_table_is_sorted_by_the_keyboard(browser: Page, plain: Path) -> None
     assert sorted_by(browser) == [["status", "descending"]]
 
 
-def test_on_paper_everything_is_open_and_nothing_scrolls(browser: Page, plain: Path) -> None:
+def test_print_opens_everything_and_scrolls_nothing(browser: Page, plain: Path) -> None:
     browser.open(plain)
     browser.value("dispatchEvent(new Event('beforeprint'))")
     browser.media("dark", "print")
     assert browser.value("[...document.querySelectorAll('details')].every(part => part.open)") is True
     assert browser.value("getComputedStyle(document.querySelector('.contents')).display") == "none"
     assert browser.value("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
-    overflow = "[...document.querySelectorAll('.box, pre, .canvas')].map(one => getComputedStyle(one).overflow)"
+    overflow = "[...document.querySelectorAll('.box, pre, .canvas')].map(node => getComputedStyle(node).overflow)"
     assert set(browser.value(overflow)) == {"visible"}
     printed = browser.send("Page.printToPDF", preferCSSPageSize=True)["data"]
     assert len(printed) > 20_000
