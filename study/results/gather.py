@@ -108,7 +108,7 @@ def _question(source: str) -> str:
 
 
 def _levels(folder: Place, trials: pd.DataFrame, facts: Facts) -> Levels:
-    column, details = facts.metric.column, {}
+    column, details = facts.metric.column, dict[str, np.ndarray]()
     for trial_id in (f"baseline-{FROZEN}", id_on_test(f"baseline-{FROZEN}", 1)):
         if facts.task == ENCODING and (trials["trial_id"] == trial_id).any():
             details |= read_details(folder, trial_id)

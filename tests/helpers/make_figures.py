@@ -165,9 +165,9 @@ def wanting() -> Evidence:
     epochs = made.epochs[made.epochs["epoch"] == 1].assign(mlm_loss_heldout=np.nan)
     confirmed = made.confirmed.assign(cc_test=np.nan, gain_test=np.nan, low=np.nan, high=np.nan, unit=None)
     voxels = made.voxels.assign(frozen=made.voxels["frozen"].where(made.voxels["voxel"] % 3 > 0))
-    levels, seconds = Levels(), made.seconds.drop(columns="seconds_other")
+    seconds = made.seconds.assign(seconds_other=np.nan)
     tables = {"by_rank": by_rank, "epochs": epochs, "confirmed": confirmed, "voxels": voxels}
-    return made._replace(used=used, **tables, levels=levels, seconds=seconds)
+    return made._replace(used=used, **tables, levels=Levels(), seconds=seconds)
 
 
 def of_text() -> Evidence:

@@ -32,7 +32,8 @@ def _epochs(evidence: Evidence) -> pd.DataFrame:
 
 def draw_losses(evidence: Evidence) -> style.Picture:
     """Draw training and held-out loss by epoch, coloured by rank, on one scale."""
-    rows = _epochs(evidence).assign(rank=lambda frame: style.floats(frame["rank"]) if "rank" in frame else np.nan)
+    rows = _epochs(evidence)
+    rows = rows.assign(rank=style.floats(rows, "rank")[0])
     pair = next(pair for pair in LOSSES if any(len(style.known(rows, "epoch", name)) for name in pair))
     present = [
         (name, where)
@@ -57,25 +58,19 @@ def draw_losses(evidence: Evidence) -> style.Picture:
     style.legend(figure, axes[0, 0], 4, "rank" if len(groups) > 1 or not np.isnan(next(iter(groups))) else None)
     thick = " Thin lines are trials, thick ones the mean of each rank." if are_many else " Each line is a trial."
     places = " and ".join(where for _, where in present)
-    unmarked = " Learning rates are not marked; lines of one rank differ by them too." * (len(_rates(rows)) > 1)
+    unmarked = " Learning rates are not marked; lines of one rank differ by them too." * (rows["lr"].nunique() > 1)
     caption = f"Loss by epoch ({places}), coloured by rank.{thick}{unmarked} {style.sample(evidence, n_trials)}."
     return style.Picture(
         figure, caption, f"Loss by epoch, mean of each rank from the first to the last epoch; {'; '.join(means)}."
     )
 
 
-def _rates(rows: pd.DataFrame) -> set[float]:
-    """Return the learning rates that are known."""
-    return set(style.floats(style.known(rows, "lr")["lr"])) if "lr" in rows else set()
-
-
 def _groups(rows: pd.DataFrame) -> dict[float, tuple[str, Any]]:
     """Return label and colour of each rank; NaN stands for no rank."""
-    ranks = sorted(set(style.floats(rows["rank"])[np.isfinite(style.floats(rows["rank"]))]))
+    ranks = sorted(rows["rank"].dropna().unique())
     named = style.some_of(ranks)
-    groups = {
-        rank: (f"{rank:g}" if rank in named else "", colour) for rank, colour in style.rank_colours(ranks).items()
-    }
+    colours = style.rank_colours(ranks).items()
+    groups = {rank: (f"{rank:g}" if rank in named else "", colour) for rank, colour in colours}
     return groups | ({float("nan"): ("no rank", style.GREY)} if rows["rank"].isna().any() else {})
 
 
@@ -94,11 +89,8 @@ def _draw_loss(
             "linestyle": style.LINES[i % len(style.LINES)],
             "marker": style.MARKERS[i % len(style.MARKERS)],
         }
-        lines = [
-            np.column_stack([style.floats(trial["epoch"]), style.floats(trial[column])])
-            for _, trial in group.sort_values("epoch").groupby("trial_id")
-        ]
-        mean = group.assign(loss=style.floats(group[column])).groupby(style.floats(group["epoch"]))["loss"].mean()
+        lines = [trial[["epoch", column]].to_numpy() for _, trial in group.sort_values("epoch").groupby("trial_id")]
+        mean = group.groupby("epoch")[column].mean()
         if are_many:
             axes.add_collection(LineCollection(lines, linewidths=0.5, alpha=0.45, colors=[colour]))
             axes.plot(mean.index, mean, **look, linewidth=2.2, markersize=5)

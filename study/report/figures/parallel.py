@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from study.report.figures import style
 from study.results.evidence import Evidence
@@ -57,7 +56,7 @@ def draw_parallel(evidence: Evidence) -> style.Picture:
     """Draw parallel coordinates: one line per trial, darker for better, thick for the best."""
     facts, rows = evidence.facts, _rows(evidence)
     rows = rows.sort_values(facts.metric.column, ascending=facts.metric.is_gain, kind="stable")
-    score = style.floats(rows[facts.metric.column])
+    score = rows[facts.metric.column].to_numpy()
     names = _varied(evidence, rows)
     scales = [
         *(scale_of(name, rows[name]) for name in names),
@@ -90,7 +89,7 @@ def draw_parallel(evidence: Evidence) -> style.Picture:
 def scale_of(name: str, values: pd.Series, is_score: bool = False) -> Scale:
     """Place values on an axis from 0 to 1: numbers by value or logarithm, other values evenly."""
     has_flags = values.map(lambda value: isinstance(value, bool)).any()
-    numbers = np.full(len(values), np.nan) if has_flags else style.floats(values)
+    numbers = np.full(len(values), np.nan) if has_flags else style.floats(values.to_frame(name), name)[0]
     if np.isfinite(numbers).any() and np.isfinite(numbers).sum() == values.notna().sum():
         is_log = not is_score and np.nanmin(numbers) > 0 and np.nanmax(numbers) >= LOG_FROM * np.nanmin(numbers)
         return _number_scale(f"{name} (log)" if is_log else name, numbers, is_log, is_score)
@@ -141,9 +140,8 @@ def _axis(axes: Axes, x: int, scale: Scale) -> None:
 
 def _label(axes: Axes, scales: list[Scale]) -> None:
     """Label the axes, every second label one line lower to make room."""
-    axes.yaxis.set_major_locator(NullLocator())
-    axes.xaxis.set_major_locator(FixedLocator(list(range(len(scales)))))
-    axes.xaxis.set_major_formatter(FixedFormatter([style.short(scale.name, 20) for scale in scales]))
+    axes.set_yticks([])
+    axes.set_xticks(range(len(scales)), [style.short(scale.name, 20) for scale in scales])
     for tick in axes.xaxis.get_major_ticks()[1::2]:
         tick.set_pad(18)
     axes.set_xlabel("hyperparameters, and the score last")

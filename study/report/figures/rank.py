@@ -43,7 +43,7 @@ def draw_ranks(evidence: Evidence) -> style.Picture:
         ("word rate", levels.word_rate, 3),
         ("noise ceiling", levels.ceiling, 2),
     ]
-    _levels(axes[0, 0], lines, style.floats(trials[facts.metric.column]), style.floats(means["mean"]))
+    _levels(axes[0, 0], lines, np.concatenate([trials[facts.metric.column], means["mean"]]))
     axes[0, 0].set_ylabel(style.UNITS.get(facts.metric.column, facts.metric.label))
     style.legend(figure, axes[0, 0], 3)
     label = capitalised(facts.metric.label)
@@ -74,24 +74,20 @@ def _against_rank(axes: Axes, evidence: Evidence, column: str) -> tuple[pd.DataF
     means = style.known(evidence.by_rank[evidence.by_rank["outcome"] == column], "rank", "mean")
     if len(means) > MOST_MEANS:  # a sampler hardly tries the same rank twice
         means = means.iloc[:0]
-    ranks = sorted(set(style.floats(trials["rank"])) | set(style.floats(means["rank"])))
+    ranks = sorted({*trials["rank"], *means["rank"]})
     style.rank_axis(axes, ranks)
     style.light_grid(axes)
-    x = np.log2(style.floats(trials["rank"])) + _shifts(trials, ranks)
-    y, rules = style.floats(trials[column]), _rules(trials)
-    for i, (name, rows) in enumerate(rules.items()):
-        axes.plot(
-            x[rows], y[rows], style.MARKERS[i], color=style.GREY, markersize=4.5, markerfacecolor="none", label=name
-        )
-    at = np.log2(style.floats(means["rank"])) + MEAN_SHIFT * _spacing(ranks)
+    x = np.log2(trials["rank"]) + _shifts(trials, ranks)
+    hollow: dict[str, Any] = {"color": style.GREY, "markersize": 4.5, "markerfacecolor": "none"}
+    for (name, rows), marker in zip(_rules(trials).items(), style.MARKERS, strict=False):
+        axes.plot(x[rows], trials[column][rows], marker, label=name, **hollow)
     if len(means):
-        axes.plot(
-            at, style.floats(means["mean"]), "D", color=style.INK, markersize=6, label=_mean_name(means), zorder=4
-        )
-    low, high = style.floats(means["low"]), style.floats(means["high"])
-    has = np.isfinite(low) & np.isfinite(high)
-    span = (np.zeros(has.sum()), (high - low)[has])
-    axes.errorbar(at[has], low[has], yerr=span, color=style.INK, capsize=4, linewidth=1.6, fmt="none", zorder=3)
+        x_means = np.log2(means["rank"]) + MEAN_SHIFT * _spacing(ranks)
+        axes.plot(x_means, means["mean"], "D", color=style.INK, markersize=6, label=_mean_name(means), zorder=4)
+        bars = style.known(means, "low", "high")
+        reach = (np.zeros(len(bars)), bars["high"] - bars["low"])
+        look: dict[str, Any] = {"color": style.INK, "capsize": 4, "linewidth": 1.6, "fmt": "none", "zorder": 3}
+        axes.errorbar(x_means[bars.index], bars["low"], yerr=reach, **look)
     return trials, means
 
 
@@ -100,11 +96,10 @@ def _shifts(trials: pd.DataFrame, ranks: list[float]) -> np.ndarray:
 
     All are to the left of the mean, so that none hides it.
     """
-    rates = np.log(style.floats(trials["lr"])) if "lr" in trials else np.full(len(trials), np.nan)
-    span = np.ptp(rates[np.isfinite(rates)]) if np.isfinite(rates).any() else 0.0
-    if not span:
+    rates = np.log(style.floats(trials, "lr")[0])
+    if np.unique(rates[np.isfinite(rates)]).size < 2:
         return np.full(len(trials), -MEAN_SHIFT / 2)
-    centred = (rates - np.nanmin(rates)) / span - 0.5
+    centred = (rates - np.nanmin(rates)) / (np.nanmax(rates) - np.nanmin(rates)) - 0.5
     return (0.44 * np.nan_to_num(centred) - 0.12) * _spacing(ranks)
 
 
@@ -115,17 +110,18 @@ def _spacing(ranks: list[float]) -> float:
 
 def _rules(trials: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return the trials of each scaling rule if a few rules were tried, else all trials under one name."""
-    rules = trials["scaling_rule"].astype("string").fillna("another rule") if "scaling_rule" in trials else pd.Series()
+    rules = trials["scaling_rule"].astype("string").fillna("another rule")
     names = sorted({str(name) for name in rules})
     if not 1 < len(names) <= MOST_RULES:
         return {"a trial": np.ones(len(trials), bool)}
     return {style.short(name): (rules == name).to_numpy() for name in names}
 
 
-def _levels(axes: Axes, lines: list[tuple[str, float | None, int]], *values: np.ndarray) -> None:
+def _levels(axes: Axes, lines: list[tuple[str, float | None, int]], values: np.ndarray) -> None:
     """Draw horizontal lines; one so far away that the points would shrink below a third is only in the legend."""
-    data = np.concatenate([*values, *([[lines[0][1]]] if lines[0][1] is not None else [])])
-    low, high = float(np.nanmin(data)), float(np.nanmax(data))
+    frozen = lines[0][1]
+    values = values if frozen is None else np.append(values, frozen)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     reach = 2 * max(high - low, 0.1 * abs(high), 1e-9)
     for name, value, pattern in lines:
         if value is None or not np.isfinite(value):
@@ -139,7 +135,7 @@ def _levels(axes: Axes, lines: list[tuple[str, float | None, int]], *values: np.
 
 def _points(evidence: Evidence, trials: pd.DataFrame, means: pd.DataFrame) -> str:
     """Describe points and bars."""
-    is_spread = "lr" in trials and trials["lr"].nunique() > 1
+    is_spread = trials["lr"].nunique() > 1
     sentences = [f"Points are trials{'; within a rank, learning rate increases to the right' if is_spread else ''}."]
     if len(means):
         covers = _covers(means)
@@ -157,7 +153,7 @@ def _mean_name(means: pd.DataFrame) -> str:
 
 
 def _has_bars(means: pd.DataFrame) -> bool:
-    return bool(np.isfinite(style.floats(means["low"])).any())
+    return len(style.known(means, "low")) > 0
 
 
 def _covers(means: pd.DataFrame) -> list[str]:
@@ -169,13 +165,11 @@ def _covers(means: pd.DataFrame) -> list[str]:
 def _means_text(means: pd.DataFrame, trials: pd.DataFrame, column: str) -> str:
     """Return mean and interval of each rank in words; without means, the range of the trials."""
     if means.empty:
-        values = style.floats(trials[column])
+        values = trials[column]
         return f"{counted(len(values), 'trial')} from {style.cc(values.min())} to {style.cc(values.max())}."
-    rows = means.sort_values("rank")
     parts = []
-    for rank, mean, low, high in zip(
-        *(style.floats(rows[name]) for name in ("rank", "mean", "low", "high")), strict=True
-    ):
+    columns = style.floats(means.sort_values("rank"), "rank", "mean", "low", "high")
+    for rank, mean, low, high in zip(*columns, strict=True):
         interval = f" ({style.cc(low)} to {style.cc(high)})" if np.isfinite([low, high]).all() else ""
         parts.append(f"rank {rank:g}: {style.cc(mean)}{interval}")
     return f"{'; '.join(parts)}."

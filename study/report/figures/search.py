@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator
 
 from study.report.figures import style
 from study.results.evidence import Evidence
@@ -29,11 +28,10 @@ def draw_history(evidence: Evidence) -> style.Picture:
     facts, rows = evidence.facts, style.known(evidence.history, "number", "value").sort_values("number")
     figure, axes = style.canvas()
     plot = axes[0, 0]
-    x, y, best = (style.floats(rows[name]) for name in ("number", "value", "best_so_far"))
+    x, y, best = style.floats(rows, "number", "value", "best_so_far")
     plot.plot(x, y, "o", color=style.GREY, markersize=4.5, markerfacecolor="none", label="a trial")
-    plot.step(
-        x, best, where="post", color=style.BEST, linewidth=2, label="best so far", marker="." if len(x) == 1 else ""
-    )
+    marker = "." if len(x) == 1 else ""
+    plot.step(x, best, where="post", color=style.BEST, linewidth=2, label="best so far", marker=marker)
     if evidence.levels.frozen is not None:
         plot.axhline(evidence.levels.frozen, color=style.INK, linestyle="--", linewidth=1.4, label="frozen baseline")
     style.whole_axis(plot, "complete trial, in the order of the search")
@@ -46,41 +44,33 @@ def draw_history(evidence: Evidence) -> style.Picture:
         f"several noisy trials is biased upwards. {style.sample(evidence, len(rows))}."
     )
     name = rows["trial_id"].iloc[int((np.argmax if facts.metric.is_gain else np.argmin)(y))]
-    return style.Picture(
-        figure,
-        caption,
+    alt = (
         f"{capitalised(facts.metric.label)} of {counted(len(rows), 'trial')}, from {style.cc(y.min())} to "
-        f"{style.cc(y.max())}; best {style.cc(best[-1])}, trial {name}{frozen}.",
+        f"{style.cc(y.max())}; best {style.cc(best[-1])}, trial {name}{frozen}."
     )
+    return style.Picture(figure, caption, alt)
 
 
 def lacks_importances(evidence: Evidence) -> str:
     """Return why there are no importances to draw."""
-    return (
-        "" if len(style.known(evidence.importances, "importance")) else "too few complete trials, or nothing was varied"
-    )
+    rows = style.known(evidence.importances, "importance")
+    return "" if len(rows) else "too few complete trials, or nothing was varied"
 
 
 def draw_importances(evidence: Evidence) -> style.Picture:
     """Draw the share of the score's variance that each parameter explains, with its interval."""
     rows = style.known(evidence.importances, "importance").head(MOST_BARS)
-    shares, low, high = (style.floats(rows[name]) for name in ("importance", "low", "high"))
+    shares, low, high = style.floats(rows, "importance", "low", "high")
     figure, axes = style.canvas(height=max(1.9, 0.42 * len(rows) + 1.1))
-    plot, at = axes[0, 0], np.arange(len(rows))
-    plot.barh(at, shares, color=style.BEST, height=0.6)
-    for place, left, right in zip(at, low, high, strict=True):
-        if np.isfinite([left, right]).all():
-            plot.errorbar(
-                left, place, xerr=[[0], [right - left]], color=style.PLAIN, capsize=4, linewidth=2.2, fmt="none"
-            )
-    plot.set_ylim(len(rows) - 0.5, -0.5)
+    plot = axes[0, 0]
+    plot.barh(range(len(rows)), shares, color=style.BEST, height=0.6)
+    style.draw_intervals(plot, low, high, color=style.PLAIN, linewidth=2.2)
+    style.row_axis(plot, [style.short(name) for name in rows["parameter"]])
     plot.set_xlim(0, max(1.0, float(np.nanmax([shares.max(), *high]))))
-    plot.yaxis.set_major_locator(FixedLocator(list(at)))
-    plot.yaxis.set_major_formatter(FixedFormatter([style.short(name) for name in rows["parameter"]]))
     plot.set_xlabel(f"share of the variance of {evidence.facts.metric.label} (0 to 1)")
     plot.set_ylabel("hyperparameter")
     style.light_grid(plot, "x")
-    n = int(style.floats(rows["n_trials"]).max())
+    n = int(rows["n_trials"].max())
     few = " These are too few trials for a reliable order." if n < FEW_TRIALS else ""
     bars = "; lines are 95% intervals, bootstrapped over trials" if np.isfinite(low).any() else ""
     caption = (
@@ -108,21 +98,18 @@ def draw_confirmed(evidence: Evidence) -> style.Picture:
     ]
     tested = len(style.known(rows, "gain_test")) > 0
     figure, axes = style.canvas(2 if tested else 1, height=max(2.4, 0.45 * len(rows) + 1.5))
-    at = np.arange(len(rows))
-    left = axes[0, 0]
-    searched, confirmed = style.floats(rows["cc_searched"]), style.floats(rows["cc_confirmed"])
-    left.hlines(at, np.minimum(searched, confirmed), np.maximum(searched, confirmed), color="#bbbbbb", zorder=1)
-    left.plot(searched, at, "o", color=style.INK, markerfacecolor="white", label="when searched")
-    left.plot(confirmed, at, "D", color=style.BEST, label="fresh seeds")
+    left, y = axes[0, 0], np.arange(len(rows))
+    searched, confirmed = style.floats(rows, "cc_searched", "cc_confirmed")
+    left.hlines(y, np.minimum(searched, confirmed), np.maximum(searched, confirmed), color="#bbbbbb", zorder=1)
+    left.plot(searched, y, "o", color=style.INK, markerfacecolor="white", label="when searched")
+    left.plot(confirmed, y, "D", color=style.BEST, label="fresh seeds")
     left.set_xlabel("validation CC (correlation)")
     if evidence.levels.frozen is not None:
         left.axvline(evidence.levels.frozen, color=style.INK, linestyle="--", linewidth=1.4, label="frozen baseline")
     if tested:
         _draw_gains(axes[0, 1], rows)
     for plot in axes[0]:
-        plot.set_ylim(len(rows) - 0.4, -0.6)
-        plot.yaxis.set_major_locator(FixedLocator(list(at)))
-        plot.yaxis.set_major_formatter(FixedFormatter(names if plot is left else [""] * len(rows)))
+        style.row_axis(plot, names if plot is left else [""] * len(rows), margin=0.6)
         plot.locator_params(axis="x", nbins=4)
         style.light_grid(plot, "x")
     left.set_ylabel("trial")
@@ -131,20 +118,16 @@ def draw_confirmed(evidence: Evidence) -> style.Picture:
 
 
 def _draw_gains(axes: Axes, rows: pd.DataFrame) -> None:
-    gains, low, high = (style.floats(rows[name]) for name in ("gain_test", "low", "high"))
-    for place, (gain, left, right) in enumerate(zip(gains, low, high, strict=True)):
-        if np.isfinite([left, right]).all():
-            axes.errorbar(
-                left, place, xerr=[[0], [right - left]], color=style.INK, capsize=4, linewidth=1.6, fmt="none"
-            )
-        axes.plot(gain, place, "s", color=style.PLAIN, markeredgecolor=style.INK, zorder=3)
+    gains, low, high = style.floats(rows, "gain_test", "low", "high")
+    style.draw_intervals(axes, low, high, color=style.INK, linewidth=1.6)
+    axes.plot(gains, range(len(gains)), "s", color=style.PLAIN, markeredgecolor=style.INK, zorder=3)
     axes.axvline(0, color=style.INK, linestyle="--", linewidth=1.4)
     axes.set_xlabel("gain in test CC (correlation)")
     axes.set_ylabel("trial (as on the left)")
 
 
 def _confirmed_caption(evidence: Evidence, rows: pd.DataFrame, tested: bool) -> str:
-    seeds = int(style.floats(rows["n_seeds"]).max())
+    seeds = int(rows["n_seeds"].max())
     units = sorted({str(unit) for unit in rows["unit"].dropna()} - {""}) if tested else []
     right = " Right: gain over the frozen baseline on the test stories" if tested else ""
     bars = f", bars its 95% interval over {units[0]}" if right and len(units) == 1 else ""
@@ -178,15 +161,13 @@ def lacks_time(evidence: Evidence) -> str:
 
 def _timed(evidence: Evidence) -> pd.DataFrame:
     rows = evidence.seconds
-    columns = [name for name in STAGES if name in rows]
-    spent = np.array([np.nan_to_num(style.floats(rows[name])) for name in columns]).reshape(len(columns), len(rows))
-    return rows[spent.sum(axis=0) > 0] if columns else rows.iloc[:0]
+    return rows if rows.empty else rows[rows[list(STAGES)].sum(axis="columns") > 0]
 
 
 def draw_time(evidence: Evidence) -> style.Picture:
     """Draw the time of each trial as stacked stages, in the order of baselines, search and confirmation."""
     rows = _timed(evidence)
-    stages = {name: np.nan_to_num(style.floats(rows[name])) for name in STAGES if name in rows}
+    stages = {name: np.nan_to_num(rows[name]) for name in STAGES}
     seconds = np.sum(list(stages.values()), axis=0)
     unit, size = ("h", 3600.0) if seconds.max() >= 7200 else ("min", 60.0) if seconds.max() >= 120 else ("s", 1.0)
     figure, axes = style.canvas()

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from study.results.evidence import Evidence
 from study.wording import counted, joined
@@ -34,6 +34,7 @@ UNITS = {
     "accuracy": "accuracy (share of held-out texts)",
     "mlm_loss_heldout": "held-out masked-LM loss (nats per token)",
 }
+RANK = "rank r of the adapter (inner size of B A)"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
 # Dark to bright and legible on white: the last fifth of viridis is too bright for a line.
 SEQUENTIAL = ListedColormap(colormaps["viridis"](np.linspace(0, 0.82, 256)), "viridis_on_white")
@@ -84,9 +85,8 @@ def styled() -> Iterator[None]:
     with rc_context(), warnings.catch_warnings():
         rcdefaults()
         rcParams.update(_SETTINGS)
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a box is drawn instead; the caption names it
+        # a box is drawn instead; the caption names it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
@@ -143,45 +143,55 @@ def _scientific(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def floats(values: Any) -> np.ndarray:
-    """Return a column, also a nullable one, as float64 with NaN for missing values."""
-    return pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+def floats(frame: pd.DataFrame, *columns: str) -> list[np.ndarray]:
+    """Return columns, also nullable ones, as float64 with NaN for missing values."""
+    numbers = [pd.to_numeric(frame[name], errors="coerce") for name in columns]
+    return [column.to_numpy(dtype=float, na_value=np.nan) for column in numbers]
 
 
 def known(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return the rows with finite numbers in all of these columns; none if a column is absent."""
+    """Return the rows with finite numbers in all of these columns, and these as float64; none if one is absent."""
     if frame.empty or not set(columns) <= set(frame.columns):
         return frame.iloc[:0]
-    return frame[np.all([np.isfinite(floats(frame[name])) for name in columns], axis=0)]
+    frame = frame.assign(**dict(zip(columns, floats(frame, *columns), strict=True)))
+    return frame[np.isfinite(frame[list(columns)].to_numpy(float)).all(axis=1)]
 
 
-def rank_colours(ranks: Sequence[float]) -> dict[float, Any]:
+def rank_colours(ranks: Iterable[float]) -> dict[float, Any]:
     """Return one colour per rank, from dark for the lowest to bright for the highest, by the logarithm of the rank."""
-    logs = np.log2(np.asarray(sorted(set(ranks)), float))
-    span = np.ptp(logs) if len(logs) > 1 else 1.0
-    return {rank: SEQUENTIAL((log - logs[0]) / span) for rank, log in zip(sorted(set(ranks)), logs, strict=True)}
+    ranks = sorted(set(ranks))
+    logs = np.log2(np.asarray(ranks, float))
+    span = np.ptp(logs) or 1.0 if ranks else 1.0
+    return {rank: SEQUENTIAL((log - logs[0]) / span) for rank, log in zip(ranks, logs, strict=True)}
 
 
 def some_of(ranks: Sequence[float]) -> list[float]:
     """Return all ranks if they are few, else the first, the last and some evenly between them."""
-    if len(ranks) <= MOST_NAMED:
-        return list(ranks)
-    return [ranks[i] for i in sorted({round(i) for i in np.linspace(0, len(ranks) - 1, MOST_NAMED)})]
+    return [ranks[round(i)] for i in np.linspace(0, len(ranks) - 1, min(MOST_NAMED, len(ranks)))]
 
 
 def rank_axis(axes: Axes, ranks: Sequence[float]) -> None:
     """Make the x axis log2 rank, labelled by the ranks tried, or by powers of two if there are many."""
     logs = np.log2(np.asarray(ranks, float))
-    named = sorted(ranks) if len(ranks) <= MOST_NAMED else _powers(min(ranks), max(ranks))
+    named = sorted(ranks)
+    if len(ranks) > MOST_NAMED:
+        named = [2.0**power for power in range(math.ceil(logs.min()), math.floor(logs.max()) + 1)]
+    axes.set_xticks(np.log2(named), [f"{rank:g}" for rank in named])
     axes.set_xlim(logs.min() - 0.6, logs.max() + 0.6)
-    axes.xaxis.set_major_locator(FixedLocator(list(np.log2(named))))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{rank:g}" for rank in named]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("rank r of the adapter (inner size of B A)")
+    axes.set_xlabel(RANK)
 
 
-def _powers(low: float, high: float) -> list[float]:
-    return [2.0**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+def row_axis(axes: Axes, names: Sequence[str], margin: float = 0.5) -> None:
+    """Make the y axis one of named rows, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 1 + margin, -margin)
+
+
+def draw_intervals(axes: Axes, low: np.ndarray, high: np.ndarray, **look: Any) -> None:
+    """Draw the finite ones of some horizontal intervals, one per row."""
+    has = np.isfinite(low) & np.isfinite(high)
+    reach = (np.zeros(has.sum()), (high - low)[has])
+    axes.errorbar(low[has], np.flatnonzero(has), xerr=reach, capsize=4, fmt="none", **look)
 
 
 def whole_axis(axes: Axes, label: str) -> None:
@@ -209,13 +219,12 @@ def legend(figure: Figure, axes: Axes, n_columns: int = 2, title: str | None = N
         figure.legend(handles, labels, loc="outside upper left", ncols=min(n_columns, len(labels)), title=title)
 
 
-def sample(evidence: Evidence, n_trials: int, n_stories: int | None = None) -> str:
+def sample(evidence: Evidence, n_trials: int) -> str:
     """Return the sample of a figure: ``n = 18 trials, 4 validation stories and 1,200 voxels of 1 subject``."""
     facts = evidence.facts
-    stories = len(facts.stories.get("validation", ())) if n_stories is None else n_stories
-    parts = [counted(n_trials, "trial")] + (
-        [counted(stories, "validation story", "validation stories")] if stories else []
-    )
+    parts, n_stories = [counted(n_trials, "trial")], len(facts.stories.get("validation", ()))
+    if n_stories:
+        parts.append(counted(n_stories, "validation story", "validation stories"))
     if facts.n_voxels:
         parts.append(f"{counted(sum(facts.n_voxels.values()), 'voxel')} of {counted(len(facts.n_voxels), 'subject')}")
     return f"n = {joined(parts)}"

@@ -25,23 +25,21 @@ def lacks_voxels(evidence: Evidence) -> str:
         return "text-only studies have no voxels"
     if evidence.best_id is None:
         return "no searched trial is complete"
-    return (
-        ""
-        if len(style.known(evidence.voxels, "frozen", "best"))
-        else "best trial and frozen baseline share no scored voxel"
-    )
+    rows = style.known(evidence.voxels, "frozen", "best")
+    return "" if len(rows) else "best trial and frozen baseline share no scored voxel"
 
 
 def draw_histograms(evidence: Evidence) -> style.Picture:
     """Draw the distribution of CC over voxels, best trial and frozen baseline, one panel per subject."""
     subjects = _subjects(evidence)
     figure, panels = _panels(len(subjects), 3.6)
+    names = ("frozen baseline", f"best trial {style.short(evidence.best_id)}")
     for axes, (subject, rows) in zip(panels, subjects.items(), strict=True):
-        both = (style.floats(rows["frozen"]), style.floats(rows["best"]))
+        both = (rows["frozen"], rows["best"])
         edges = _edges(np.concatenate(both))
-        for values, look in zip(both, _looks(evidence), strict=True):
-            axes.hist(values, edges, histtype="step", linewidth=1.8, **look)
-            axes.axvline(values.mean(), linewidth=1.0, **{k: v for k, v in look.items() if k != "label"})
+        for values, name, colour, line in zip(both, names, (style.PLAIN, style.BEST), ("--", "-"), strict=True):
+            axes.hist(values, edges, histtype="step", linewidth=1.8, color=colour, linestyle=line, label=name)
+            axes.axvline(values.mean(), linewidth=1.0, color=colour, linestyle=line)
         _dress(axes, subject, len(subjects))
         axes.set_xlabel(UNIT)
         axes.set_ylabel(f"voxels (in bins of {edges[1] - edges[0]:.2g})")
@@ -92,13 +90,6 @@ def _panels(n: int, height: float, width: float = style.WIDTH) -> tuple[Figure, 
     return figure, axes.flat[:n]
 
 
-def _looks(evidence: Evidence) -> tuple[dict[str, Any], dict[str, Any]]:
-    return (
-        {"color": style.PLAIN, "linestyle": style.LINES[1], "label": "frozen baseline"},
-        {"color": style.BEST, "linestyle": style.LINES[0], "label": f"best trial {style.short(evidence.best_id)}"},
-    )
-
-
 def _edges(values: np.ndarray) -> np.ndarray:
     """Return bin edges of one round width that cover all values; more bins for more values."""
     width = max(float(np.ptp(values)) / np.clip(np.sqrt(values.size), 10, 50), 1e-3)
@@ -115,14 +106,13 @@ def _dress(axes: Axes, subject: str, n: int) -> None:
 
 
 def _draw_pairs(axes: Axes, rows: pd.DataFrame, is_dense: bool) -> Any:
-    x, y = style.floats(rows["frozen"]), style.floats(rows["best"])
+    x, y = rows["frozen"], rows["best"]
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     edge = 0.04 * (high - low) or 0.01
     limits = (low - edge, high + edge)
     if is_dense:
-        drawn: Any = axes.hexbin(
-            x, y, gridsize=40, mincnt=1, cmap=style.SEQUENTIAL.reversed(), extent=(*limits, *limits)
-        )
+        colours = style.SEQUENTIAL.reversed()
+        drawn: Any = axes.hexbin(x, y, gridsize=40, mincnt=1, cmap=colours, extent=(*limits, *limits))
     else:
         drawn = axes.plot(x, y, "o", markersize=3, markerfacecolor="none", color=style.BEST, markeredgewidth=0.7)
     axes.plot(limits, limits, color=style.INK, linestyle="--", linewidth=1.2, label="no difference")
@@ -142,7 +132,7 @@ def _size(evidence: Evidence, subjects: dict[str, pd.DataFrame]) -> str:
 def _alt(subjects: dict[str, pd.DataFrame]) -> str:
     parts = []
     for subject, rows in subjects.items():
-        frozen, best = style.floats(rows["frozen"]), style.floats(rows["best"])
+        frozen, best = rows["frozen"], rows["best"]
         parts.append(
             f"{subject}, {counted(len(rows), 'voxel')}: mean {style.cc(frozen.mean())} frozen, "
             f"{style.cc(best.mean())} best; highest {style.cc(frozen.max())} frozen, {style.cc(best.max())} best; "

@@ -8,7 +8,6 @@ import pandas as pd
 
 from bert_encoding.statistics.block_bootstrap import BLOCK_TRS
 from bert_encoding.statistics.story_intervals import N_RESAMPLES, TIME
-from study.report.figures.style import floats
 from study.results.evidence import Evidence
 from study.results.slopes import BEND, find_slope
 from study.results.verdicts.rules import MIN_STORIES, Verdict
@@ -85,7 +84,7 @@ def _rank(evidence: Evidence) -> str:
     row = find_slope(evidence.slopes, "cc_mean")
     if row is None or not np.isfinite(row["low"]) or not _has_interval(evidence.verdicts[-1]):
         return ""
-    ranks, bend = floats(evidence.used["rank"]), find_slope(evidence.slopes, BEND)
+    ranks, bend = evidence.used["rank"], find_slope(evidence.slopes, BEND)
     adjusted = f", adjusted for {joined(str(row['adjusted_for']).split(', '))}" if row["adjusted_for"] else ""
     over_trials = "its interval is over trials only, from the residuals"
     text = (
@@ -106,9 +105,9 @@ def _importances(evidence: Evidence) -> str:
     rows = evidence.importances
     if not len(rows):
         return ""
-    bars = ", with 95% intervals from a bootstrap over trials" if np.isfinite(floats(rows["low"])).any() else ""
+    bars = ", with 95% intervals from a bootstrap over trials" if rows["low"].notna().any() else ""
     return (
         f"Importances of hyperparameters are shares of the variance of {evidence.facts.metric.label} over "
-        f"{counted(int(floats(rows['n_trials']).max()), 'trial')} by functional ANOVA of a random forest (fANOVA; "
+        f"{counted(int(rows['n_trials'].max()), 'trial')} by functional ANOVA of a random forest (fANOVA; "
         f"Hutter, Hoos and Leyton-Brown 2014){bars}."
     )

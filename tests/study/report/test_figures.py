@@ -207,8 +207,9 @@ def test_time_stacks_the_stages(study: str) -> None:
 
 @pytest.mark.parametrize(("seconds", "unit"), [(100, "(s)"), (1000, "(min)"), (10_000, "(h)")])
 def test_time_has_a_suitable_unit(seconds: float, unit: str) -> None:
-    table = pd.DataFrame({"trial_id": ["1"], "phase": ["search"], "seconds_train": [seconds], "seconds_total": seconds})
-    assert draw("time", STUDIES["one trial"]._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
+    made = STUDIES["one trial"]
+    table = made.seconds.tail(1).assign(seconds_train=seconds)
+    assert draw("time", made._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
 
 
 def test_histograms_count_each_voxel_once_per_model() -> None:
