@@ -260,10 +260,6 @@ def banner(root: Node) -> str:
     return " ".join(node.whole_text for node in root.all("div") if node.attributes.get("class") == "banner")
 
 
-def test_finished_study_has_no_banner(tmp_path: Path) -> None:
-    assert banner(parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))) == ""
-
-
 @pytest.mark.parametrize(
     ("options", "records", "message"),
     [
@@ -271,20 +267,17 @@ def test_finished_study_has_no_banner(tmp_path: Path) -> None:
         ({"trials": 3}, SEARCHED, "There is no baseline yet to compare with."),
         ({"trials": 3, "confirm": 1}, [*BASELINES, *SEARCHED], f"The best configuration is {PENDING}"),
         ({"trials": 3, "confirm": 2}, [*BASELINES, *SEARCHED], f"The best 2 configurations are {PENDING}"),
+        ({"trials": 3}, [*BASELINES, *SEARCHED], ""),
+        ({"trials": 3, "confirm": 1}, [*BASELINES, *SEARCHED, record("confirm-0002-seed9", None, "confirm")], ""),
     ],
 )
-def test_banner_of_an_unfinished_study(
+def test_banner_names_what_an_unfinished_study_lacks(
     tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], message: str
 ) -> None:
     study = study_json(options=study_json()["options"] | options)
     text = banner(parsed(page_of(tmp_path / "study", study, records)))
-    assert text.strip() == f"This study is incomplete; what follows is provisional.{message}"
-
-
-def test_study_whose_finalists_all_failed_has_no_banner(tmp_path: Path) -> None:
-    study = study_json(options=study_json()["options"] | {"confirm": 1})
-    records = [*BASELINES, *SEARCHED, record("confirm-0002-seed9", None, "confirm", rank=16)]
-    assert banner(parsed(page_of(tmp_path / "study", study, records))) == ""
+    start = "This study is incomplete; what follows is provisional."
+    assert text.strip() == (f"{start}{message}" if message else "")
 
 
 @pytest.mark.parametrize("records", [[], [record("0001", None)]])
@@ -379,7 +372,9 @@ def definitions(section: Node) -> dict[str, str]:
 
 def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
     root = parsed(page_of(tmp_path / "study", study_json(), BASELINES))
-    rows = definitions(section(root, "provenance"))
+    provenance = section(root, "provenance")
+    rows = definitions(provenance)
+    assert [code.whole_text for code in provenance.all("code")] == [study_json()["space"]["source"]]
     assert rows["command"] == "study/run.py --space 'lora rank'"
     assert rows["commit"] == "0123456789abcdef"
     assert rows["packages"] == "torch 2.13.0 and numpy 2.4.6"
@@ -400,11 +395,6 @@ def test_provenance_names_the_precision_of_word_vectors_and_training(
     rows = definitions(section(root, "provenance"))
     assert (rows["precision of training"], rows["precision of word vectors"]) == ("bfloat16", expected)
     assert f"with matrix products in {expected}; a word" in section(root, "methods").whole_text
-
-
-def test_provenance_shows_the_source_of_the_space(tmp_path: Path) -> None:
-    provenance = section(parsed(page_of(tmp_path / "study", study_json(), BASELINES)), "provenance")
-    assert [code.whole_text for code in provenance.all("code")] == [study_json()["space"]["source"]]
 
 
 def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
@@ -437,41 +427,24 @@ def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
 
 
 def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_study(tmp_path / "study", study_json(), BASELINES)
+    (line,) = report_lines(tmp_path)
+    assert line.startswith(f"note: no report was written: {tmp_path}: no study here")
+    folder, evidence = write_study(tmp_path / "study", study_json(), BASELINES), evidence_of(study_json(), BASELINES)
+    (folder / "report.html").write_text("old")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError("no\nfigure")
 
-    monkeypatch.setattr(report, "gather", fail)
-    assert report_lines(folder) == ["note: no report was written: ZeroDivisionError: no"]
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "render", fail)
+        patch.setattr(report, "draw_all", lambda *arguments: [])
+        assert report_lines(folder, evidence) == ["note: no report was written: ZeroDivisionError: no"]
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    monkeypatch.setattr(report, "gather", lambda study, delta: evidence_of(study_json(), BASELINES))
     monkeypatch.setattr(report, "draw_all", fail)
-    assert report_lines(str(folder)) == [f"report: {folder / 'report.html'}"]
+    assert report_lines(str(folder), evidence) == [f"report: {folder / 'report.html'}"]
     warnings = section(parsed((folder / "report.html").read_text()), "warnings").whole_text
     assert "The figures could not be drawn: ZeroDivisionError: no" in warnings
-    assert before.items() <= {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}.items()
-
-
-def test_no_report_without_a_study(tmp_path: Path) -> None:
-    (line,) = report_lines(tmp_path)
-    assert line.startswith(f"note: no report was written: {tmp_path}: no study here")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failing_report_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_study(tmp_path / "study", study_json(), BASELINES)
-    (folder / "report.html").write_text("old")
-    monkeypatch.setattr(report, "draw_all", lambda *arguments: [])
-
-    def break_off(page: object) -> str:
-        raise KeyError("template")
-
-    monkeypatch.setattr(report, "render", break_off)
-    monkeypatch.setattr(report, "gather", lambda study, delta: evidence_of(study_json(), BASELINES))
-    assert report_lines(folder) == ["note: no report was written: KeyError: 'template'"]
-    assert (folder / "report.html").read_text() == "old"
 
 
 def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

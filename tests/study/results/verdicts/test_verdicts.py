@@ -31,9 +31,6 @@ def an_effect(low: float, high: float, narrower: float = 0.8, wider: float = 1.3
     return Effect(middle, low, high, *bounds[narrower], 100, 5, "these", *bounds[wider])
 
 
-# --- the rules --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("cc", "gap", "answer"),
     [
@@ -50,6 +47,7 @@ def an_effect(low: float, high: float, narrower: float = 0.8, wider: float = 1.3
 )
 def test_decide_follows_the_rules(cc: tuple[float, float], gap: tuple[float, float] | None, answer: str) -> None:
     assert decide(an_effect(*cc), None if gap is None else an_effect(*gap), 0.002) == answer
+    assert decide(an_effect(*cc), None, 0.01) == NO_EFFECT  # with a larger delta
 
 
 def test_decide_needs_99_percent_with_and_without_adjustment_for_an_adaptive_search() -> None:
@@ -61,13 +59,6 @@ def test_decide_needs_99_percent_with_and_without_adjustment_for_an_adaptive_sea
     falls, gap = an_effect(-0.006, -0.003), an_effect(0.003, 0.006)
     assert decide(falls, gap, 0.002, True, falls) == OVERFITS
     assert decide(falls, slight, 0.002, True, falls) == CANNOT_TELL
-
-
-def test_decide_calls_more_effects_none_with_a_larger_delta() -> None:
-    assert decide(an_effect(0.001, 0.006), None, 0.01) == NO_EFFECT
-
-
-# --- synthetic studies ------------------------------------------------------------------------------------------------
 
 
 def small_study(truth: Truth, plan: Plan = SMALL_OF_FIVE, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -153,9 +144,9 @@ def test_too_few_trials_cannot_tell() -> None:
     for truth in (Truth(), Truth(effect=0.005), Truth(effect=-0.005, gap=0.005)):
         assert grid_answers(truth, few, 40)[CANNOT_TELL] == 40
     assert "3 degrees of freedom" in verdict_of(*grid(Truth(), replace(few, lrs=(2e-4, 6e-4)))(0)).headline
-    alone = replace(SMALL, ranks=(16,))
-    trials, stories = tables(fake_records(Truth(), alone))
+    trials, stories = tables(fake_records(Truth(), replace(SMALL, ranks=(16,))))
     assert "4 LoRA trials of 1 rank, and at least 2 ranks are needed" in verdict_of(trials, stories).headline
+    assert "no LoRA trial has finished yet" in verdict_of(trials.iloc[:2], stories).headline
 
 
 def test_small_grid_is_rarely_wrong() -> None:
@@ -195,9 +186,6 @@ def test_larger_effects_are_detected_more_often(capsys: pytest.CaptureFixture[st
             assert shares[3] >= 95
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
 def test_text_of_the_verdict_on_rank() -> None:
     trials, stories = tables(fake_records(Truth(effect=0.005), FIVE_STORIES))
     used, _ = used_trials(trials)
@@ -218,14 +206,6 @@ def test_text_of_the_verdict_on_rank() -> None:
     undecided = rank_verdict(slopes, used[used["rank"] == 4], next_runs=NextRuns("python run", "This could."))
     assert (undecided.answer, undecided.command, undecided.sentences) == (CANNOT_TELL, "python run", ("This could.",))
 
-
-def test_single_validation_story_cannot_tell() -> None:
-    verdict = verdict_of(*grid(Truth(effect=0.01), replace(FULL, n_stories=1))(0))
-    assert verdict.answer == CANNOT_TELL
-    assert "1 validation story" in verdict.headline
-
-
-# --- tuning -----------------------------------------------------------------------------------------------------------
 
 NO_CONFIRM = pd.DataFrame(columns=COLUMNS).astype({"is_winner": bool, "gain_test": float})
 
@@ -259,22 +239,6 @@ def test_gain_of_the_mean_trial_equals_hand_computed_value() -> None:
     expected = cc[[name for name in cc.index if name.startswith("00")]].mean() - cc["baseline-frozen"]
     assert verdict.effect.estimate == pytest.approx(expected, abs=1e-12)
     assert verdict.effect.n_stories == stories["story"].nunique() == STORIES
-
-
-def test_verdict_on_tuning_needs_a_baseline_and_trials() -> None:
-    used, stories = small_study(Truth(), SMALL)
-    slopes = slopes_of(used, stories, NEEDED)
-    for chosen, frozen in ((used, None), (used.iloc[:0], "baseline-frozen")):
-        verdict = tuning_verdict(chosen, stories, frozen, NO_CONFIRM, slopes.iloc[:0], next_runs=NextRuns("run it"))
-        assert (verdict.answer, verdict.effect, verdict.command) == (CANNOT_TELL, None, "run it")
-
-
-def test_five_trials_are_too_few_for_the_mean_trial() -> None:
-    used, stories = small_study(Truth(sd_trial=1e-5, tuning=0.01))
-    few = used.iloc[:5]
-    verdict = tuning_verdict(few, stories, "baseline-frozen", NO_CONFIRM, slopes_of(few, stories, NEEDED))
-    assert verdict.answer == CANNOT_TELL
-    assert "5 trials are too few to estimate the average effect of fine-tuning; at least 6" in verdict.headline
 
 
 def confirmed_on(gains: list[float], cc_confirmed: float = 0.2) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -333,17 +297,37 @@ def test_few_test_stories_show_no_effect_or_harm_only_with_the_mean_trial() -> N
     assert "on just this 1 test story" in few_test_stories([0.003], 0.006).headline
 
 
-def test_single_trial_cannot_tell() -> None:
-    used, stories = small_study(Truth())
-    single = used.iloc[:1]
-    slopes = slopes_of(single, stories, NEEDED)
-    verdict = tuning_verdict(single, stories, "baseline-frozen", NO_CONFIRM, slopes)
-    assert verdict.headline.startswith("Cannot tell from these trials: a single trial does not show")
-    assert "1 LoRA trial of 1 rank" in rank_verdict(slopes, single).headline
-    assert "no LoRA trial has finished yet" in rank_verdict(slopes, used.iloc[:0]).headline
+@pytest.mark.parametrize(
+    ("n_trials", "frozen_id", "reason"),
+    [
+        (12, None, "there is no frozen baseline"),
+        (0, "baseline-frozen", "no LoRA trial has finished yet"),
+        (1, "baseline-frozen", "a single trial does not show"),
+        (5, "baseline-frozen", "5 trials are too few to estimate the average effect of fine-tuning; at least 6"),
+    ],
+)
+def test_verdict_on_tuning_names_the_missing_condition(n_trials: int, frozen_id: str | None, reason: str) -> None:
+    used, stories = small_study(Truth(sd_trial=1e-5, tuning=0.01))
+    few = used.iloc[:n_trials]
+    runs = NextRuns("run it")
+    verdict = tuning_verdict(few, stories, frozen_id, NO_CONFIRM, slopes_of(few, stories, NEEDED), next_runs=runs)
+    assert verdict.headline.startswith(f"Cannot tell from these trials: {reason}")
+    assert (verdict.answer, verdict.command) == (CANNOT_TELL, "run it")
 
 
-# --- the gap ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("n_stories", "words"),
+    [
+        (1, "1 validation story, and at least 2 are needed"),
+        (2, "2 validation stories cannot show that rank has no effect; at least 3 are needed"),
+        (3, "No detectable effect of rank within +-0.002 CC"),
+    ],
+)
+def test_verdict_on_rank_needs_validation_stories(n_stories: int, words: str) -> None:
+    truth = Truth(sd_trial=1e-4, sd_noise=1e-4, sd_slope=1e-5)
+    verdict = verdict_of(*grid(truth, replace(FULL, n_stories=n_stories))(0))
+    assert words in verdict.headline
+    assert verdict.answer == (NO_EFFECT if n_stories == 3 else CANNOT_TELL)
 
 
 def test_mean_gap_equals_hand_computed_value() -> None:
@@ -381,9 +365,6 @@ def test_seen_gain_equals_the_t_interval() -> None:
     assert seen_gain(used, None) is None
 
 
-# --- what a mean effect hides -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_opposite_effects_at_two_rates_are_not_called_no_effect() -> None:
     truth = Truth(by_lr=0.008)
@@ -400,12 +381,3 @@ def test_verdict_names_the_effect_at_each_learning_rate() -> None:
     assert line.startswith("By learning rate the effect is -0.0040 at 0.0002 and +0.0040 at 0.0006; from a rate of ")
     assert "0.0002 to 0.0006 it changes by +0.0080" in line
     assert rate_name(6e-4) == "lr 0.0006"
-
-
-def test_two_validation_stories_cannot_show_no_effect() -> None:
-    truth = Truth(sd_trial=1e-4, sd_noise=1e-4, sd_slope=1e-5)
-    trials, stories = grid(truth, replace(FULL, n_stories=2))(0)
-    verdict = verdict_of(trials, stories)
-    assert verdict.answer == CANNOT_TELL
-    assert "2 validation stories cannot show that rank has no effect; at least 3" in verdict.headline
-    assert verdict_of(*grid(truth, replace(FULL, n_stories=3))(0)).answer == NO_EFFECT
