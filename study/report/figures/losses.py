@@ -35,11 +35,8 @@ def draw_losses(evidence: Evidence) -> style.Picture:
     rows = _epochs(evidence)
     rows = rows.assign(rank=style.floats(rows, "rank")[0])
     pair = next(pair for pair in LOSSES if any(len(style.known(rows, "epoch", name)) for name in pair))
-    present = [
-        (name, where)
-        for name, where in zip(pair, ("training", "held-out"), strict=True)
-        if len(style.known(rows, name))
-    ]
+    named = zip(pair, ("training", "held-out"), strict=True)
+    present = [(name, where) for name, where in named if len(style.known(rows, name))]
     figure, axes = style.canvas(len(present))
     unit = "masked-LM loss (nats per token)" if pair == LOSSES[0] else "loss (nats per text)"
     groups = _groups(rows)
@@ -60,9 +57,8 @@ def draw_losses(evidence: Evidence) -> style.Picture:
     places = " and ".join(where for _, where in present)
     unmarked = " Learning rates are not marked; lines of one rank differ by them too." * (rows["lr"].nunique() > 1)
     caption = f"Loss by epoch ({places}), coloured by rank.{thick}{unmarked} {style.sample(evidence, n_trials)}."
-    return style.Picture(
-        figure, caption, f"Loss by epoch, mean of each rank from the first to the last epoch; {'; '.join(means)}."
-    )
+    alt = f"Loss by epoch, mean of each rank from the first to the last epoch; {'; '.join(means)}."
+    return style.Picture(figure, caption, alt)
 
 
 def _groups(rows: pd.DataFrame) -> dict[float, tuple[str, Any]]:
@@ -84,11 +80,8 @@ def _draw_loss(
         group = rows[rows["rank"].isna() if np.isnan(rank) else rows["rank"] == rank]
         if group.empty:
             continue
-        look: dict[str, Any] = {
-            "color": colour,
-            "linestyle": style.LINES[i % len(style.LINES)],
-            "marker": style.MARKERS[i % len(style.MARKERS)],
-        }
+        line, marker = style.LINES[i % len(style.LINES)], style.MARKERS[i % len(style.MARKERS)]
+        look: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker}
         lines = [trial[["epoch", column]].to_numpy() for _, trial in group.sort_values("epoch").groupby("trial_id")]
         mean = group.groupby("epoch")[column].mean()
         if are_many:

@@ -65,21 +65,21 @@ def rank_verdict(
 
 def _missing(slopes: pd.DataFrame, used: pd.DataFrame) -> str:
     """Return which condition for an answer is not met, in words; empty if all are."""
-    n, n_ranks = len(used), used["rank"].nunique()
+    n = len(used)
     if not n:
         return "no LoRA trial has finished yet"
-    if n_ranks < 2:
-        return f"{counted(n, 'LoRA trial')} of {counted(n_ranks, 'rank')}, and at least 2 ranks are needed"
+    if used["rank"].nunique() < 2:
+        return f"only one rank was tried ({counted(n, 'LoRA trial')}); at least 2 are needed"
     row = find_slope(slopes, "cc_mean")
     if row is None or not np.isfinite(row["effect"]):
         others = "" if row is None else joined([name for name in str(row["adjusted_for"]).split(", ") if name])
         return f"rank and {others or 'other settings'} varied together, so their effects cannot be separated"
     if row["df"] < MIN_DF:
         left = f"{counted(n, 'trial')} leave {counted(int(row['df']), 'degree')} of freedom"
-        return f"{left}, and at least {MIN_DF} are needed to estimate the noise"
+        return f"{left}; at least {MIN_DF} are needed to estimate the noise"
     if row["n_stories"] < 2:
         stories = counted(int(row["n_stories"]), "validation story", "validation stories")
-        return f"{stories}, and at least 2 are needed to estimate how much stories differ"
+        return f"only {stories}; at least 2 are needed to estimate how much stories differ"
     return ""
 
 

@@ -145,7 +145,7 @@ def test_too_few_trials_cannot_tell() -> None:
         assert grid_answers(truth, few, 40)[CANNOT_TELL] == 40
     assert "3 degrees of freedom" in verdict_of(*grid(Truth(), replace(few, lrs=(2e-4, 6e-4)))(0)).headline
     trials, stories = tables(fake_records(Truth(), replace(SMALL, ranks=(16,))))
-    assert "4 LoRA trials of 1 rank, and at least 2 ranks are needed" in verdict_of(trials, stories).headline
+    assert "only one rank was tried (4 LoRA trials); at least 2 are needed" in verdict_of(trials, stories).headline
     assert "no LoRA trial has finished yet" in verdict_of(trials.iloc[:2], stories).headline
 
 
@@ -318,7 +318,7 @@ def test_verdict_on_tuning_names_the_missing_condition(n_trials: int, frozen_id:
 @pytest.mark.parametrize(
     ("n_stories", "words"),
     [
-        (1, "1 validation story, and at least 2 are needed"),
+        (1, "only 1 validation story; at least 2 are needed"),
         (2, "2 validation stories cannot show that rank has no effect; at least 3 are needed"),
         (3, "No detectable effect of rank within +-0.002 CC"),
     ],
