@@ -39,7 +39,7 @@ TERMS = {
     "Frozen": "BERT as published, without fine-tuning.",
     "Baseline": "what trials are compared with: the frozen encoder, and word rate (the number of words per scan).",
     "Delta": "the smallest difference in CC that matters, {delta}.",
-    "Fold": "one of several ways to split the stories into those that are fitted and those that are predicted.",
+    "Fold": "one of several groups of stories; each is predicted once by a model fitted to the other groups.",
     "Noise ceiling": "the highest CC that the reliability of the responses allows, estimated from repeated scans.",
 }
 TEXT_TERMS = {

@@ -18,7 +18,7 @@ from study.results.locked_stories import id_on_test, read_looks
 from study.results.rank_tables import by_rank, history, rank_by_lr, used_trials
 from study.results.slopes import slope_table
 from study.results.standing import baseline_score, best_trial, is_confirmed
-from study.results.verdicts.next_runs import confirm_command, more_stories, resume_command, which_runs
+from study.results.verdicts.next_runs import more_stories, resume_command, which_runs
 from study.results.verdicts.rank import rank_verdict
 from study.results.verdicts.rules import Effect, NextRuns, Verdict
 from study.results.verdicts.tuning import tuning_verdict
@@ -209,7 +209,9 @@ def _next_for_tuning(evidence: Evidence, runs: NextRuns, folder: str, frozen_id:
         return runs
     if frozen_id is None:
         return NextRuns(resume_command(folder), "The command runs the missing frozen baseline.")
-    return more_stories(facts, folder, delta) if facts.is_confirmed else NextRuns(confirm_command(folder))
+    if facts.is_confirmed:
+        return more_stories(facts, folder, delta)
+    return NextRuns(f"{resume_command(folder)} --confirm 3")
 
 
 def _warnings(folder: Place, facts: Facts, left_out: str, trials: pd.DataFrame) -> tuple[str, ...]:

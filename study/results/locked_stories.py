@@ -93,7 +93,8 @@ def earlier_baselines(options: Options, heard: Heard) -> list[Look]:
             return []
         study = read_json(folder / STUDY_FILE)
         stories = _shared_by_name(study, heard)
-        if not stories or not any(_has_test_score(folder, f"baseline-{name}") for name in (FROZEN, WORD_RATE)):
+        ids = [trial_id for trial_id in (f"baseline-{FROZEN}", f"baseline-{WORD_RATE}") if has_record(folder, trial_id)]
+        if not stories or not any("cc_test" in read_record(folder, trial_id).scores for trial_id in ids):
             return []
         return [Look(folder.name, str(study.get("created", "?")), stories, baselines_only=True)]
 
@@ -117,10 +118,6 @@ def _of_all(options: Options, read: Callable[[Place], list[Look]]) -> list[Look]
 @functools.cache
 def _warn_once(message: str) -> None:
     _log.warning("%s", message)
-
-
-def _has_test_score(folder: Place, trial_id: str) -> bool:
-    return has_record(folder, trial_id) and "cc_test" in read_record(folder, trial_id).scores
 
 
 def _shared_by_name(study: dict[str, Any], heard: Heard) -> tuple[str, ...]:

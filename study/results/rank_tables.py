@@ -16,7 +16,7 @@ BY_RANK = "outcome rank n_trials n_seeds n_stories mean low high sd_seeds covers
 RANK_BY_LR = "rank lr n_trials cc_mean".split()
 SETTING = "rank lr scaling target_modules optimizer_steps".split()  # trials that agree in these differ by seed alone
 NUMBERS = "rank lora_alpha scaling lr optimizer_steps seed".split()
-REASONS = ("failed", "stopped early", "repeats of others", "not LoRA")
+REASONS = ("failed", "stopped early", "repeated", "not LoRA")
 FEW_LEVELS = 4
 LEVEL = 0.95
 

@@ -105,12 +105,10 @@ def image_of(figure: Figure, ending: str, name: str) -> bytes:
     stamp = {"Software": None} if ending == "png" else {"Date": None, "Creator": None}
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format=ending, dpi=DPI, metadata=stamp)
-    return buffer.getvalue() if ending == "png" else _own_names(buffer.getvalue(), name)
-
-
-def _own_names(svg: bytes, name: str) -> bytes:
-    """Put the figure's name before every id of an SVG: matplotlib uses the same ids in every figure."""
-    return re.sub(rb'(\bid="|href="#|url\(#)', rb"\g<1>" + name.encode() + b"-", svg)
+    if ending == "png":
+        return buffer.getvalue()
+    # matplotlib uses the same ids in every figure
+    return re.sub(rb'(\bid="|href="#|url\(#)', rb"\g<1>" + name.encode() + b"-", buffer.getvalue())
 
 
 def short(name: object, length: int = 22) -> str:
@@ -128,19 +126,15 @@ def plain(value: float) -> str:
     """Return a number in few digits; ``unknown`` for NaN."""
     if pd.isna(value):
         return "unknown"
-    if 1e3 <= abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e3 else _scientific(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def cc(value: float, sign: bool = False) -> str:
     """Return a CC, a loss or an accuracy with four decimals; ``unknown`` for NaN."""
     return "unknown" if pd.isna(value) else f"{value:+.4f}" if sign else f"{value:.4f}"
-
-
-def _scientific(value: float) -> str:
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def floats(frame: pd.DataFrame, *columns: str) -> list[np.ndarray]:

@@ -4,7 +4,6 @@ Only what was done in this study is described: test stories only with finalists,
 """
 
 import numpy as np
-import pandas as pd
 
 from bert_encoding.statistics.block_bootstrap import BLOCK_TRS
 from bert_encoding.statistics.story_intervals import N_RESAMPLES, TIME
@@ -52,7 +51,7 @@ def _rules(evidence: Evidence, delta: float) -> str:
 
 def _tuning(evidence: Evidence) -> str:
     """Describe the effect of fine-tuning and its interval."""
-    effect, tested = evidence.verdicts[0].effect, _tested(evidence.confirmed)
+    effect, tested = evidence.verdicts[0].effect, evidence.confirmed[evidence.confirmed["gain_test"].notna()]
     if effect is None or not np.isfinite(effect.low):
         return ""
     if tested.empty:
@@ -65,18 +64,13 @@ def _tuning(evidence: Evidence) -> str:
     is_few = effect.n_stories < MIN_STORIES
     if not is_few:
         text += f", with an interval from Student's t over {counted(effect.n_stories, 'test story', 'test stories')}"
-    if is_few or ("unit" in tested and (tested["unit"] == TIME).any()):
+    if is_few or (tested["unit"] == TIME).any():
         text += (
             f". Intervals over time inside the test stories are from {N_RESAMPLES:,} resamples of blocks of "
             f"{BLOCK_TRS} TRs, the same ones for both models; they cover these stories only"
         )
     few = " With so few stories an answer stands only if the mean trial on the validation stories points the same way."
     return f"{text}.{few * is_few}"
-
-
-def _tested(confirmed: pd.DataFrame) -> pd.DataFrame:
-    """Return the finalists that were scored on the test stories."""
-    return confirmed[confirmed["gain_test"].notna()] if "gain_test" in confirmed else confirmed.iloc[:0]
 
 
 def _rank(evidence: Evidence) -> str:

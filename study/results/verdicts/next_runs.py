@@ -56,7 +56,7 @@ def which_runs(facts: Facts, folder: str, slopes: pd.DataFrame, delta: float) ->
         return NextRuns(resume_command(folder), f"{text} Resume the study with the command below.")
     if all_failed and facts.n_failed:  # a failed trial counts as run and is not tried again
         text = f"{failed}; fix the error, then run the search again under another name."
-        return NextRuns(_command_for(facts, _space_option(facts), f"{name}-again", n_folds, out, delta), text)
+        return NextRuns(_command_for(facts, None, f"{name}-again", n_folds, out, delta), text)
     if all_failed:
         small = GRIDS[0]
         text = f"No trial was searched; {small.space} with {small.n_trials} trials is the cheapest start."
@@ -86,16 +86,14 @@ def more_stories(facts: Facts, folder: str, delta: float) -> NextRuns:
         f"{n_rotated} validation stories in {folds} outer folds, so each trial trains {folds} times."
     )
     further = ["--confirm", "0", *out]
-    return NextRuns(_command_for(facts, _space_option(facts), f"{name}-folds", folds, further, delta), text)
+    return NextRuns(_command_for(facts, None, f"{name}-folds", folds, further, delta), text)
 
 
-def _space_option(facts: Facts) -> str:
-    study = facts.study
-    return str(study.get("options", {}).get("space") or study.get("space", {}).get("name"))
-
-
-def _command_for(facts: Facts, space: str, name: str, n_folds: int, further: Sequence[str], delta: float) -> str:
-    return study_command(facts.study.get("options", {}), space, name, n_folds, further, delta)
+def _command_for(facts: Facts, space: str | None, name: str, n_folds: int, further: Sequence[str], delta: float) -> str:
+    """Return the command of a new study on the same data; None stands for the same space."""
+    options = facts.study.get("options", {})
+    same = str(options.get("space") or facts.study.get("space", {}).get("name"))
+    return study_command(options, space or same, name, n_folds, further, delta)
 
 
 def _text(runs: Runs, spread: Spread, slopes: pd.DataFrame, delta: float) -> str:
@@ -151,11 +149,6 @@ def _n_rotated(facts: Facts) -> int:
     if str(facts.study.get("options", {}).get("voxels", "all")).isdecimal():
         return len(validation)
     return len({*facts.stories.get("fit", ()), *validation})
-
-
-def confirm_command(folder: str) -> str:
-    """Return the shell command of a study's confirm phase."""
-    return f"{resume_command(folder)} --confirm 3"
 
 
 def resume_command(folder: str) -> str:

@@ -51,7 +51,7 @@ def test_facts_describe_the_study(evidence: Evidence) -> None:
     assert (facts.n_searched, facts.n_complete, facts.n_failed) == (16, 14, 1)
     assert {role: len(names) for role, names in facts.stories.items()} == {"fit": 12, "validation": 5, "test": 3}
     assert facts.n_voxels == {"s1": 200, "s2": 200}
-    assert evidence.left_out == "1 failed, 1 stopped early, 1 repeats of others, 1 not LoRA"
+    assert evidence.left_out == "1 failed, 1 stopped early, 1 repeated, 1 not LoRA"
     assert len(evidence.used) == 12
 
 

@@ -28,7 +28,7 @@ def test_used_trials_are_complete_searched_lora_trials_without_repeats() -> None
     records[6] = replace(records[6], phase="confirm")
     used, left_out = used_trials(trials_frame(records))
     assert used["trial_id"].tolist() == [record.trial_id for record in records[7:]]
-    assert left_out == "1 failed, 1 stopped early, 1 repeats of others, 1 not LoRA"
+    assert left_out == "1 failed, 1 stopped early, 1 repeated, 1 not LoRA"
     assert n - 2 == 12
 
 
