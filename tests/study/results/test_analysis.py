@@ -250,9 +250,6 @@ def test_command_names_a_damaged_record(tmp_path: Path, capsys: pytest.CaptureFi
     assert error.count("\n") == 1
 
 
-# --- the whole command, on a study with planted truth -----------------------------------------------------------------
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no figures; they have their own tests."""
@@ -283,22 +280,18 @@ def test_delta_chosen_later_is_noted_in_print_and_report(
 
 
 @pytest.mark.slow
-def test_command_creates_no_summary(tmp_path: Path, quick: None) -> None:
-    folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
-    assert exit_code(str(folder)) == 0
-    assert not (folder / "summary.json").exists()
-    assert (folder / "report.html").is_file()
-
-
-@pytest.mark.slow
-def test_damaged_summary_does_not_prevent_verdict_and_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_missing_or_damaged_summary_does_not_prevent_verdict_and_report(
+    is_damaged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
     folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
-    (folder / "summary.json").write_text("{")
+    summary = folder / "summary.json"
+    if is_damaged:
+        summary.write_text("{")
     assert exit_code(str(folder)) == 0
     out = capsys.readouterr().out
-    assert f"note: the verdicts are not in summary.json: {folder / 'summary.json'}: damaged" in out
+    assert (f"note: the verdicts are not in summary.json: {summary}: damaged" in out) == is_damaged
+    assert summary.exists() == is_damaged
     assert out.endswith(f"report: {folder / 'report.html'}\n")
 
 
