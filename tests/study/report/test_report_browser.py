@@ -152,7 +152,7 @@ CONTRAST = """(() => {
   const rgba = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
   const behind = node => {
-    for (let e = one; e; e = e.parentElement) {
+    for (let e = node; e; e = e.parentElement) {
       const colour = rgba(getComputedStyle(e).backgroundColor);
       if (colour.length < 4 || colour[3] > 0) return colour;
     }
@@ -190,7 +190,7 @@ def test_figures_keep_their_own_styles_and_alternative_texts(browser: Page, plai
       const canvas = document.createElement('canvas');
       [canvas.width, canvas.height] = [node.naturalWidth, node.naturalHeight];
       const context = canvas.getContext('2d');
-      context.drawImage(one, 0, 0);
+      context.drawImage(node, 0, 0);
       const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
       const seen = new Set();
       for (let at = 0; at < data.length; at += 4) seen.add(data.slice(at, at + 4).join());

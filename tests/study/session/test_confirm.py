@@ -429,7 +429,7 @@ def test_a_winner_is_not_called_unseen_where_the_study_had_read_its_test_stories
     first, *_, last = confirm_lines(folder, load_trials(folder))
     assert "fixed by validation: CC" in first
     why = {"baselines": "its baselines were scored on them (--trials 0)", "text": "fine-tuning read their text"}[how]
-    assert last == f"note: this study had read its test stories before the winner was fixed: {why}"
+    assert last == f"note: this study had used its test stories before the winner was fixed: {why}"
 
 
 def test_when_a_session_wants_a_look(folder: Path) -> None:
