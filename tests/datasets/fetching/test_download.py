@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_server import (
+from faulty_server import (
     Act,
-    BadServer,
+    FaultyServer,
+    another_file,
     answer,
     corrupt,
     cut,
     drop,
     hang,
     hang_after,
+    ignore_range,
+    ignore_range_then_cut,
     misplaced,
-    other,
     short,
     unbounded,
-    whole,
-    whole_then_cut,
 )
 from project import ROOT
 from rich.console import Console
@@ -60,13 +60,13 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[BadServer]:
-    with BadServer() as bad:
-        bad.files = {"a.bin": content(N, 0), "b.bin": content(3000, 1), "empty.bin": b""}
-        yield bad
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer() as faulty:
+        faulty.files = {"a.bin": content(N, 0), "b.bin": content(3000, 1), "empty.bin": b""}
+        yield faulty
 
 
-def remote_files(server: BadServer, folder: Path, algorithm: str = "md5") -> list[RemoteFile]:
+def remote_files(server: FaultyServer, folder: Path, algorithm: str = "md5") -> list[RemoteFile]:
     return [
         RemoteFile(
             server.url + name, folder / "in" / name, len(body), algorithm, hashlib.new(algorithm, body).hexdigest()
@@ -75,24 +75,24 @@ def remote_files(server: BadServer, folder: Path, algorithm: str = "md5") -> lis
     ]
 
 
-def run(server: BadServer, folder: Path, n_at_once: int = 2, algorithm: str = "md5") -> int:
+def run(server: FaultyServer, folder: Path, n_at_once: int = 2, algorithm: str = "md5") -> int:
     with http_client.Client(n_at_once) as client:
         return download(client, remote_files(server, folder, algorithm), folder, Console(file=io.StringIO()))
 
 
-def assert_complete(server: BadServer, folder: Path) -> None:
+def assert_complete(server: FaultyServer, folder: Path) -> None:
     on_disk = {path.name: path.read_bytes() for path in (folder / "in").iterdir()}
     assert on_disk == server.files
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_files_arrive_once(server: BadServer, tmp_path: Path, algorithm: str) -> None:
+def test_files_arrive_once(server: FaultyServer, tmp_path: Path, algorithm: str) -> None:
     assert run(server, tmp_path, algorithm=algorithm) == 0
     assert server.sent == {"a.bin": N, "b.bin": 3000}
     assert_complete(server, tmp_path)
     server.behave()
     assert run(server, tmp_path, algorithm=algorithm) == 3
-    assert server.asked == []
+    assert server.requests == []
 
 
 TEMPORARY_FAULTS: dict[str, tuple[list[Act], int]] = {  # responses for the first file, and bytes of it that are sent
@@ -105,7 +105,7 @@ TEMPORARY_FAULTS: dict[str, tuple[list[Act], int]] = {  # responses for the firs
     "503 with Retry-After of nonsense": ([answer(503, Retry_After="soon")], N),
     "503 with Retry-After of too many digits": ([answer(503, Retry_After="9" * 5000)], N),
     "429 with a date": ([answer(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")], N),
-    "range ignored": ([cut(4000), whole], 4000 + N),
+    "range ignored": ([cut(4000), ignore_range], 4000 + N),
     "short length": ([short(4000)], N),
     "corrupt once": ([corrupt(5000)], 2 * N),
     "corrupt first part": ([lambda *a: _corrupt_then_cut(*a)], 4000 + (N - 4000) + N),
@@ -114,8 +114,8 @@ TEMPORARY_FAULTS: dict[str, tuple[list[Act], int]] = {  # responses for the firs
     "wrong total": ([cut(4000), misplaced("bytes 4000-9999/12345")], 2 * N),
     "416 once": ([cut(4000), answer(416)], 4000 + N),
     "page of a proxy instead of the rest": ([cut(4000), short(31)], N + 31),
-    "another file once": ([other(b"sign in to this network, please")], 2 * N),
-    "a longer file once": ([other(content(2 * N, 9))], 3 * N),
+    "another file once": ([another_file(b"sign in to this network, please")], 2 * N),
+    "a longer file once": ([another_file(content(2 * N, 9))], 3 * N),
     "silent": ([hang_after(4000)], N),
     "silent from the start": ([hang], N),
 }
@@ -126,7 +126,7 @@ def _corrupt_then_cut(handler: object, body: bytes, start: int) -> None:
 
 
 @pytest.mark.parametrize("fault", TEMPORARY_FAULTS)
-def test_download_survives_a_temporary_fault(server: BadServer, tmp_path: Path, fault: str) -> None:
+def test_download_survives_a_temporary_fault(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     acts, n_sent = TEMPORARY_FAULTS[fault]
     server.acts["a.bin"] = list(acts)
     start_s = time.monotonic()
@@ -143,12 +143,12 @@ LASTING_FAULTS: dict[str, tuple[Act, str]] = {
     "500": (answer(500), "failed 4 times in a row: the server answered 500 Internal Server Error"),
     "drop": (drop, "failed 4 times in a row"),
     "corrupt": (corrupt(5000), "expected 10000 bytes with md5"),
-    "cut from the start": (whole_then_cut(4000), "failed 4 times in a row"),
+    "cut from the start": (ignore_range_then_cut(4000), "failed 4 times in a row"),
     "416": (answer(416), "nothing after byte 0"),
-    "longer": (other(content(N + 1, 3)), "got 10001 bytes, twice"),
+    "longer": (another_file(content(N + 1, 3)), "got 10001 bytes, twice"),
     "longer, unannounced": (unbounded(content(N + 1, 3)), "got more than 10000 bytes, twice"),
-    "shorter": (other(content(N - 1, 3)), "nothing after byte 9999 (bytes */9999)"),
-    "another": (other(content(N, 3)), f"got {hashlib.md5(content(N, 3)).hexdigest()}, twice"),
+    "shorter": (another_file(content(N - 1, 3)), "nothing after byte 9999 (bytes */9999)"),
+    "another": (another_file(content(N, 3)), f"got {hashlib.md5(content(N, 3)).hexdigest()}, twice"),
     "to a file": (answer(302, Location="file:///etc/passwd"), "redirected to file://, which is not https"),
     "to http": (answer(302, Location="http://example.com/a"), "redirected to http://example.com, which is not https"),
     "to ftp": (answer(307, Location="ftp://127.0.0.1/a"), "which is not https"),
@@ -159,7 +159,7 @@ LASTING_FAULTS: dict[str, tuple[Act, str]] = {
 
 
 @pytest.mark.parametrize("fault", LASTING_FAULTS)
-def test_a_lasting_fault_is_one_line_and_spares_the_others(server: BadServer, tmp_path: Path, fault: str) -> None:
+def test_a_lasting_fault_is_one_line_and_spares_the_others(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     act, reason = LASTING_FAULTS[fault]
     server.always["a.bin"] = act
     with pytest.raises(InputError) as caught:
@@ -175,25 +175,25 @@ def test_a_lasting_fault_is_one_line_and_spares_the_others(server: BadServer, tm
     assert server.sent["b.bin"] == 0
 
 
-def test_redirects_on_this_machine_are_followed_from_http(server: BadServer, tmp_path: Path) -> None:
+def test_redirects_on_this_machine_are_followed_from_http(server: FaultyServer, tmp_path: Path) -> None:
     server.files["elsewhere"] = server.files["a.bin"]
     server.always["a.bin"] = answer(302, Location="/elsewhere")
     run(server, tmp_path)
     assert_complete(server, tmp_path)
 
 
-def test_a_later_run_resumes(server: BadServer, tmp_path: Path) -> None:
+def test_a_later_run_resumes(server: FaultyServer, tmp_path: Path) -> None:
     server.acts["a.bin"] = [cut(6000)] + [drop] * 4
     with pytest.raises(InputError, match="4 times in a row"):
         run(server, tmp_path)
     assert (tmp_path / "in" / ".a.bin.part").read_bytes() == server.files["a.bin"][:6000]
     server.behave()
     assert run(server, tmp_path) == 2
-    assert (server.asked, server.sent["a.bin"]) == ([("a.bin", 6000)], 4000)
+    assert (server.requests, server.sent["a.bin"]) == ([("a.bin", 6000)], 4000)
     assert_complete(server, tmp_path)
 
 
-def test_a_reset_connection_keeps_what_arrived_before(server: BadServer, tmp_path: Path) -> None:
+def test_a_reset_connection_keeps_what_arrived_before(server: FaultyServer, tmp_path: Path) -> None:
     server.acts["a.bin"] = [cut(4321, hard=True)]
     server.always["a.bin"] = answer(403)
     with pytest.raises(InputError, match="403"):
@@ -204,7 +204,9 @@ def test_a_reset_connection_keeps_what_arrived_before(server: BadServer, tmp_pat
 
 @pytest.mark.parametrize("n_bytes", [N, N + 7])
 @pytest.mark.parametrize("right", [False, True])
-def test_parts_as_long_as_the_file_are_verified(server: BadServer, tmp_path: Path, n_bytes: int, right: bool) -> None:
+def test_parts_as_long_as_the_file_are_verified(
+    server: FaultyServer, tmp_path: Path, n_bytes: int, right: bool
+) -> None:
     body = server.files["a.bin"] if right else content(N, 8)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / ".a.bin.part").write_bytes((body + b"?" * 9)[:n_bytes])
@@ -213,7 +215,7 @@ def test_parts_as_long_as_the_file_are_verified(server: BadServer, tmp_path: Pat
     assert server.sent["a.bin"] == (0 if right and n_bytes == N else N)
 
 
-def test_a_wrong_file_is_set_aside(server: BadServer, tmp_path: Path) -> None:
+def test_a_wrong_file_is_set_aside(server: FaultyServer, tmp_path: Path) -> None:
     run(server, tmp_path)
     wrong = bytearray(server.files["b.bin"])
     wrong[17] ^= 1
@@ -226,27 +228,27 @@ def test_a_wrong_file_is_set_aside(server: BadServer, tmp_path: Path) -> None:
         assert (tmp_path / "in" / name).read_bytes() == body
 
 
-def test_dangling_links_of_a_clone_are_replaced(server: BadServer, tmp_path: Path) -> None:
+def test_dangling_links_of_a_clone_are_replaced(server: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.bin").symlink_to(tmp_path / "annex" / "objects" / "MD5E-s1--0")
     run(server, tmp_path)
     assert_complete(server, tmp_path)
 
 
-def test_a_folder_in_the_way_is_named(server: BadServer, tmp_path: Path) -> None:
+def test_a_folder_in_the_way_is_named(server: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.bin").mkdir(parents=True)
     with pytest.raises(InputError, match=r"a\.bin: a folder where a file should be"):
         run(server, tmp_path)
 
 
 def test_too_little_space_is_refused_before_the_first_byte(
-    server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = type("Usage", (), {"free": N + 2999})
     monkeypatch.setattr(download_module.shutil, "disk_usage", lambda folder: free)
     with pytest.raises(InputError, match=r"13\.0 kB to download, but only 13\.0 kB free; make room"):
         run(server, tmp_path)
-    assert server.asked == []
+    assert server.requests == []
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / ".a.bin.part").write_bytes(server.files["a.bin"][:1])
     run(server, tmp_path)  # existing bytes need no space
@@ -255,7 +257,7 @@ def test_too_little_space_is_refused_before_the_first_byte(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
 def test_a_full_disk_keeps_the_part(
-    server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -271,18 +273,18 @@ def test_a_full_disk_keeps_the_part(
     assert_complete(server, tmp_path)
 
 
-def test_a_lost_server_is_not_asked_for_every_file(server: BadServer, tmp_path: Path) -> None:
+def test_a_lost_server_is_not_asked_for_every_file(server: FaultyServer, tmp_path: Path) -> None:
     server.files = {f"{index}.bin": content(10, index) for index in range(9)}
     server.always = {name: answer(503) for name in server.files}
     with pytest.raises(InputError, match=r"0\.bin: failed 4 times.*503 Service Unavailable; 8 not tried; run the same"):
         run(server, tmp_path, n_at_once=1)
-    assert server.asked == [("0.bin", 0)] * 4
+    assert server.requests == [("0.bin", 0)] * 4
     with pytest.raises(InputError, match=r"0\.bin: failed 4 times.*; [12] more failed; [67] not tried; run the same"):
         run(server, tmp_path, n_at_once=2)
 
 
-def test_a_server_that_does_not_listen(server: BadServer, tmp_path: Path) -> None:
-    with BadServer() as gone:
+def test_a_server_that_does_not_listen(server: FaultyServer, tmp_path: Path) -> None:
+    with FaultyServer() as gone:
         gone.files = {"a.bin": b"abc"}
     with pytest.raises(InputError, match=r"a\.bin: failed 4 times in a row: .*Connection refused"):
         run(gone, tmp_path)
@@ -308,12 +310,12 @@ def test_threads_keep_the_order_and_count_failures() -> None:
         map_in_threads(work, range(5), http_client.Client(3))
 
 
-def test_files_are_downloaded_at_the_same_time(server: BadServer, tmp_path: Path) -> None:
+def test_files_are_downloaded_at_the_same_time(server: FaultyServer, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=5)
 
     def together(handler: object, body: bytes, start: int) -> None:
         both.wait()
-        whole(handler, body, start)  # type: ignore[arg-type]
+        ignore_range(handler, body, start)  # type: ignore[arg-type]
 
     server.acts = {"a.bin": [together], "b.bin": [together]}
     run(server, tmp_path)
@@ -422,7 +424,7 @@ except KeyboardInterrupt:
 """
 
 
-def start(server: BadServer, folder: Path, limit: int = 0) -> subprocess.Popen[str]:
+def start(server: FaultyServer, folder: Path, limit: int = 0) -> subprocess.Popen[str]:
     body = server.files["a.bin"]
     arguments = [server.url + "a.bin", str(folder), str(len(body)), hashlib.md5(body).hexdigest(), str(limit)]
     return subprocess.Popen(
@@ -442,7 +444,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits of file sizes")
-def test_a_limit_on_file_size_keeps_the_part(server: BadServer, tmp_path: Path) -> None:
+def test_a_limit_on_file_size_keeps_the_part(server: FaultyServer, tmp_path: Path) -> None:
     with start(server, tmp_path, limit=5500) as process:
         output = process.communicate(timeout=30)[0]
     assert process.returncode == 2
@@ -452,7 +454,7 @@ def test_a_limit_on_file_size_keeps_the_part(server: BadServer, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_loses_at_most_a_block(server: BadServer, tmp_path: Path, sign: int) -> None:
+def test_a_killed_run_loses_at_most_a_block(server: FaultyServer, tmp_path: Path, sign: int) -> None:
     server.acts["a.bin"] = [hang_after(6000)]
     part = tmp_path / ".a.bin.part"
     with start(server, tmp_path) as process:
@@ -471,10 +473,10 @@ def test_a_killed_run_loses_at_most_a_block(server: BadServer, tmp_path: Path, s
     assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"]
 
 
-def test_an_interrupt_before_the_response_ends_the_program(server: BadServer, tmp_path: Path) -> None:
+def test_an_interrupt_before_the_response_ends_the_program(server: FaultyServer, tmp_path: Path) -> None:
     server.always["a.bin"] = hang
     with start(server, tmp_path) as process:
-        wait_until(lambda: server.n_asked("a.bin") == 1)
+        wait_until(lambda: server.n_requests("a.bin") == 1)
         start_s = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

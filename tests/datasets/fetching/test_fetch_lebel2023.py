@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from bad_server import BadServer, answer, corrupt, cut, drop, hang_after, other
+from faulty_server import FaultyServer, another_file, answer, corrupt, cut, drop, hang_after
 from rich.console import Console
 
 from bert_encoding.core.errors import InputError
@@ -52,12 +52,12 @@ def tree() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def server(tree: dict[str, bytes]) -> Iterator[BadServer]:
-    with BadServer() as bad:
-        bad.files = {f"content/{path}": body for path, body in tree.items() if path != RESPDICT}
-        bad.files |= {f"keys/{path}": link(path, body) for path, body in tree.items() if path != RESPDICT}
-        bad.files[f"keys/{RESPDICT}"] = tree[RESPDICT]
-        yield bad
+def server(tree: dict[str, bytes]) -> Iterator[FaultyServer]:
+    with FaultyServer() as faulty:
+        faulty.files = {f"content/{path}": body for path, body in tree.items() if path != RESPDICT}
+        faulty.files |= {f"keys/{path}": link(path, body) for path, body in tree.items() if path != RESPDICT}
+        faulty.files[f"keys/{RESPDICT}"] = tree[RESPDICT]
+        yield faulty
 
 
 def link(path: str, body: bytes) -> bytes:
@@ -67,7 +67,7 @@ def link(path: str, body: bytes) -> bytes:
     return f"../../.git/annex/objects/km/k1/{key}/{key}".encode()
 
 
-def fetch(server: BadServer, folder: Path, subjects: tuple[str, ...] = ("UTS03",), **more: object) -> FetchResult:
+def fetch(server: FaultyServer, folder: Path, subjects: tuple[str, ...] = ("UTS03",), **more: object) -> FetchResult:
     more = {"base_url": server.url + "content", "keys_url": server.url + "keys/", **more}
     return fetch_lebel2023(list(subjects), folder, console=Console(file=io.StringIO()), **more)  # type: ignore[arg-type]
 
@@ -77,18 +77,18 @@ def on_disk(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_subject_with_all_its_stories(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_subject_with_all_its_stories(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     fetched = fetch(server, tmp_path / "new" / "data")
     expected = {path: body for path, body in tree.items() if "UTS04" not in path}
     assert on_disk(tmp_path / "new" / "data") == expected
     assert fetched == FetchResult(7, 0)
     server.behave()
     assert fetch(server, tmp_path / "new" / "data") == FetchResult(7, 7)
-    assert not any(path.startswith("content/") for path, _ in server.asked)
+    assert not any(path.startswith("content/") for path, _ in server.requests)
 
 
 def test_a_story_that_a_subject_did_not_hear_is_no_error(
-    server: BadServer, tree: dict[str, bytes], tmp_path: Path
+    server: FaultyServer, tree: dict[str, bytes], tmp_path: Path
 ) -> None:
     fetch(server, tmp_path, ("UTS04", "UTS04"))
     assert on_disk(tmp_path) == {path: tree[path] for path in tree if "UTS03" not in path and "life" not in path}
@@ -96,14 +96,14 @@ def test_a_story_that_a_subject_did_not_hear_is_no_error(
     assert on_disk(tmp_path) == tree
 
 
-def test_named_stories(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_named_stories(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     assert fetch(server, tmp_path, stories=["souls", "souls"]).n_files == 3
     assert on_disk(tmp_path) == {
         path: tree[path] for path in (RESPDICT, text_path("souls"), response_path("UTS03", "souls"))
     }
 
 
-def test_a_story_without_words_is_left_out_unless_named(server: BadServer, tmp_path: Path) -> None:
+def test_a_story_without_words_is_left_out_unless_named(server: FaultyServer, tmp_path: Path) -> None:
     del server.files["keys/" + text_path("souls")]
     fetch(server, tmp_path)
     assert not any("souls" in path for path in on_disk(tmp_path))
@@ -126,13 +126,13 @@ def test_a_story_without_words_is_left_out_unless_named(server: BadServer, tmp_p
     ],
 )
 def test_what_cannot_be_fetched_is_named(
-    server: BadServer, tmp_path: Path, subjects: tuple[str, ...], more: dict[str, object], reason: str
+    server: FaultyServer, tmp_path: Path, subjects: tuple[str, ...], more: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(InputError) as caught:
         fetch(server, tmp_path, subjects, **more)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert set(on_disk(tmp_path)) <= {RESPDICT}
-    assert not any(path.startswith("content/") for path, _ in server.asked)
+    assert not any(path.startswith("content/") for path, _ in server.requests)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_cannot_be_fetched_is_named(
         (b" " * (2**20 + 1), "larger than 1048576 bytes"),
     ],
 )
-def test_a_wrong_table_of_stories(server: BadServer, tmp_path: Path, text: bytes, reason: str) -> None:
+def test_a_wrong_table_of_stories(server: FaultyServer, tmp_path: Path, text: bytes, reason: str) -> None:
     server.files[f"keys/{RESPDICT}"] = text
     with pytest.raises(InputError, match=r"keys/derivative/respdict\.json: ") as caught:
         fetch(server, tmp_path)
@@ -156,12 +156,12 @@ def test_a_wrong_table_of_stories(server: BadServer, tmp_path: Path, text: bytes
     assert on_disk(tmp_path) == {}
 
 
-def test_no_table_of_stories(server: BadServer, tmp_path: Path) -> None:
+def test_no_table_of_stories(server: FaultyServer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/derivative/respdict\.json: no such file.*branch"):
         fetch(server, tmp_path, keys_url=server.url + "nowhere/")
 
 
-def test_an_edited_table_is_set_aside(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_edited_table_is_set_aside(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     fetch(server, tmp_path)
     (tmp_path / RESPDICT).write_text('{"souls": 7}')
     assert fetch(server, tmp_path) == FetchResult(7, 6)
@@ -185,7 +185,7 @@ MD5, SHA256 = (lambda body: hashlib.md5(body).hexdigest()), (lambda body: hashli
         ".git/annex/objects/X/Y/SHA256E-s{n}--{sha256}.TextGrid/SHA256E-s{n}--{sha256}.TextGrid",
     ],
 )
-def test_keys_of_git_annex(server: BadServer, tree: dict[str, bytes], tmp_path: Path, form: str) -> None:
+def test_keys_of_git_annex(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path, form: str) -> None:
     body = tree[SOULS]
     server.files["keys/" + SOULS] = form.format(n=len(body), md5=MD5(body), sha256=SHA256(body)).encode()
     fetch(server, tmp_path, stories=["souls"])
@@ -208,14 +208,14 @@ def test_keys_of_git_annex(server: BadServer, tree: dict[str, bytes], tmp_path: 
         b"",
     ],
 )  # fmt: skip
-def test_answers_that_are_no_key(server: BadServer, tmp_path: Path, text: bytes) -> None:
+def test_answers_that_are_no_key(server: FaultyServer, tmp_path: Path, text: bytes) -> None:
     server.files["keys/" + SOULS] = text
     with pytest.raises(InputError, match=r"keys/derivative/TextGrids/souls\.TextGrid: expected a git-annex link"):
         fetch(server, tmp_path)
     assert set(on_disk(tmp_path)) == {RESPDICT}
 
 
-def test_lookups_survive_temporary_faults(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_lookups_survive_temporary_faults(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     key = "keys/" + response_path("UTS03", "souls")
     server.acts = {
         f"keys/{RESPDICT}": [cut(10), drop],
@@ -224,12 +224,12 @@ def test_lookups_survive_temporary_faults(server: BadServer, tree: dict[str, byt
     }
     fetch(server, tmp_path)
     assert (tmp_path / SOULS).read_bytes() == tree[SOULS]
-    assert server.n_asked(key) == 4
+    assert server.n_requests(key) == 4
 
 
 @pytest.mark.parametrize("path", [RESPDICT, SOULS])
 @pytest.mark.parametrize(("act", "reason"), [(answer(403), "answered 403"), (drop, "4 times in a row")])
-def test_lookups_that_fail(server: BadServer, tmp_path: Path, path: str, act: object, reason: str) -> None:
+def test_lookups_that_fail(server: FaultyServer, tmp_path: Path, path: str, act: object, reason: str) -> None:
     server.always[f"keys/{path}"] = act  # type: ignore[assignment]
     with pytest.raises(
         InputError, match=rf"keys/{path}: .*{reason}.*; run the same command again to resume$"
@@ -240,9 +240,9 @@ def test_lookups_that_fail(server: BadServer, tmp_path: Path, path: str, act: ob
     assert fetch(server, tmp_path).n_files == 7
 
 
-def test_a_file_that_fails_spares_the_others(server: BadServer, tree: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_file_that_fails_spares_the_others(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
     bad = [response_path("UTS03", story) for story in ("life", "souls")]
-    server.always = {f"content/{bad[0]}": corrupt(99), f"content/{bad[1]}": other(b"<html>")}
+    server.always = {f"content/{bad[0]}": corrupt(99), f"content/{bad[1]}": another_file(b"<html>")}
     with pytest.raises(InputError, match=rf"content/{bad[0]}: expected 4000 bytes with md5 .*; 1 more failed; run"):
         fetch(server, tmp_path)
     assert set(tree) - set(on_disk(tmp_path)) == {*bad, *(path for path in tree if "UTS04" in path)}
@@ -250,13 +250,13 @@ def test_a_file_that_fails_spares_the_others(server: BadServer, tree: dict[str, 
     assert fetch(server, tmp_path) == FetchResult(7, 5)
 
 
-def test_two_fetches_into_one_folder(server: BadServer, tmp_path: Path) -> None:
+def test_two_fetches_into_one_folder(server: FaultyServer, tmp_path: Path) -> None:
     with filelock.FileLock(tmp_path / LOCK), pytest.raises(InputError, match="another fetch is running"):
         fetch(server, tmp_path)
     fetch(server, tmp_path)
 
 
-def test_a_file_where_the_folder_should_be(server: BadServer, tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be(server: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "derivative").write_text("")
     with pytest.raises(InputError, match=r"derivative.*cannot be read or written"):
         fetch(server, tmp_path)
@@ -264,7 +264,7 @@ def test_a_file_where_the_folder_should_be(server: BadServer, tmp_path: Path) ->
         fetch(server, tmp_path / "derivative")
 
 
-def test_a_folder_that_may_not_be_written(server: BadServer, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written(server: FaultyServer, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
@@ -281,13 +281,13 @@ def test_certificates_are_verified(tmp_path: Path) -> None:
     subprocess.run([openssl, "req", *options, "-keyout", pem[0], "-out", pem[1]], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem[1], pem[0])
-    with BadServer() as bad:
-        bad.server.socket = context.wrap_socket(bad.server.socket, server_side=True)
-        url = bad.url.replace("http:", "https:")
+    with FaultyServer() as faulty:
+        faulty.server.socket = context.wrap_socket(faulty.server.socket, server_side=True)
+        url = faulty.url.replace("http:", "https:")
         error = r"the server's certificate is not valid \("
         with http_client.Client(1) as client, pytest.raises(http_client.PermanentError, match=error):
             http_client.read_small(client, url)
-    assert bad.asked == []
+    assert faulty.requests == []
 
 
 def test_the_addresses_are_those_of_the_data_set() -> None:
@@ -296,7 +296,7 @@ def test_the_addresses_are_those_of_the_data_set() -> None:
     assert KEYS_URL.startswith("https://raw.githubusercontent.com/OpenNeuroDatasets/ds003020/")
 
 
-def test_no_thread_is_left(server: BadServer, tmp_path: Path) -> None:
+def test_no_thread_is_left(server: FaultyServer, tmp_path: Path) -> None:
     before = set(threading.enumerate())
     fetch(server, tmp_path)
     ours = [thread for thread in set(threading.enumerate()) - before if "process_request" not in thread.name]

@@ -12,13 +12,13 @@ from typing import Any
 Act = Callable[["Handler", bytes, int], None]  # handler, whole body, first requested byte
 
 
-class BadServer:
+class FaultyServer:
     """Serves ``files`` (path -> bytes) with ranges; the acts of a path come first, one per request, then ``always``.
 
     Attributes
     ----------
     sent : path -> bytes of body sent so far
-    asked : (path, first requested byte) of every request
+    requests : (path, first requested byte) of every request
     go : ends the waiting of a server that hangs
     """
 
@@ -27,12 +27,12 @@ class BadServer:
         self.acts: dict[str, list[Act]] = {}
         self.always: dict[str, Act] = {}
         self.sent: Counter[str] = Counter()
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
         self.go = threading.Event()
         self.lock = threading.Lock()
 
-    def __enter__(self) -> "BadServer":
-        self.server = _Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"bad": self}))
+    def __enter__(self) -> "FaultyServer":
+        self.server = _Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"faulty": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
@@ -49,10 +49,10 @@ class BadServer:
         self.acts.clear()
         self.always.clear()
         self.sent.clear()
-        self.asked.clear()
+        self.requests.clear()
 
-    def n_asked(self, path: str) -> int:
-        return sum(asked == path for asked, _ in self.asked)
+    def n_requests(self, path: str) -> int:
+        return sum(requested == path for requested, _ in self.requests)
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -68,17 +68,17 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    bad: BadServer
+    faulty: FaultyServer
 
     def do_GET(self) -> None:
-        bad, path = self.bad, self.path.lstrip("/")
-        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(found[1]) if found else 0
-        with bad.lock:
-            bad.asked.append((path, start))
-            acts = bad.acts.get(path)
-            act = acts.pop(0) if acts else bad.always.get(path, serve)
-        body = bad.files.get(path)
+        faulty, path = self.faulty, self.path.lstrip("/")
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(requested[1]) if requested else 0
+        with faulty.lock:
+            faulty.requests.append((path, start))
+            acts = faulty.acts.get(path)
+            act = acts.pop(0) if acts else faulty.always.get(path, serve)
+        body = faulty.files.get(path)
         if body is None and act is serve:
             act = answer(404)
         act(self, body or b"", start)
@@ -90,8 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def body(self, content: bytes) -> None:
-        with self.bad.lock:
-            self.bad.sent[self.path.lstrip("/")] += len(content)
+        with self.faulty.lock:
+            self.faulty.sent[self.path.lstrip("/")] += len(content)
         self.wfile.write(content)
 
     def drop(self, hard: bool = False) -> None:
@@ -157,13 +157,13 @@ def short(n_bytes: int) -> Act:
     return act
 
 
-def whole(handler: Handler, body: bytes, start: int) -> None:
+def ignore_range(handler: Handler, body: bytes, start: int) -> None:
     """Ignore the requested range."""
     handler.head(200, Content_Length=len(body))
     handler.body(body)
 
 
-def whole_then_cut(n_bytes: int) -> Act:
+def ignore_range_then_cut(n_bytes: int) -> Act:
     """Ignore the requested range, and drop the connection after some bytes."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
@@ -181,7 +181,7 @@ def corrupt(index: int) -> Act:
     )
 
 
-def other(content: bytes) -> Act:
+def another_file(content: bytes) -> Act:
     """Serve another file."""
     return lambda handler, body, start: serve(handler, content, start)
 
@@ -213,7 +213,7 @@ def hang_after(n_bytes: int) -> Act:
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.body((_begin(handler, body, start) or b"")[:n_bytes])
         handler.wfile.flush()
-        handler.bad.go.wait(60)
+        handler.faulty.go.wait(60)
         handler.drop()
 
     return act
@@ -221,5 +221,5 @@ def hang_after(n_bytes: int) -> Act:
 
 def hang(handler: Handler, body: bytes, start: int) -> None:
     """Send nothing until ``go``; then drop the connection."""
-    handler.bad.go.wait(60)
+    handler.faulty.go.wait(60)
     handler.drop()
