@@ -147,27 +147,18 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
         (["--trials", "-1"], ["--trials -1: must be at least 0"]),
         (["--trials", "1.5"], ["--trials", "1.5"]),
         (["--trials"], ["--trials"]),
-        (["--epochs", "0"], ["--epochs 0: must be at least 1"]),
         (["--epochs", "1001"], ["epochs 1001: must be a number from 1 to 1000"]),
         (["--layer", "99"], ["--layer 99", "layers 0 (embeddings) to 2"]),
         (["--layer", "3"], ["--layer 3", "to 2"]),
         (["--layer", "-1"], ["--layer -1", "to 2"]),
-        (["--layer", "foo"], ["--layer foo: give 'last', a number"]),
         (["--train-stories", "0"], ["--train-stories 0", "has 6 that are not test stories"]),
         (["--train-stories", "7"], ["--train-stories 7", "has 6 that are not test stories"]),
         (["--train-stories", "2"], ["too few stories to split: 2 training stories"]),
-        (["--outer-folds", "0"], ["--outer-folds 0: must be at least 1"]),
         (["--outer-folds", "7"], ["--outer-folds 7: must be 1 to 6"]),
         (["--mlm-text", "some"], ["--mlm-text", "some", "fit", "all"]),
         (["--mlm-text", "none"], ["--mlm-text", "none", "fit", "all"]),
         (["--trials", "none"], ["--trials", "none"]),
-        (["--seed", "-1"], ["--seed -1: must be at least 0"]),
         (["--seed", str(2**63)], ["seed 9223372036854775808: must be"]),
-        (["--name", "a/b"], ["--name 'a/b': must be a plain folder name"]),
-        (["--cpus-per-trial", "10000"], ["--cpus-per-trial 10000: this machine has"]),
-        (["--gpus-per-trial", "10000"], ["--gpus-per-trial 10000: this machine has"]),
-        (["--max-concurrent", "0"], ["--max-concurrent 0: must be at least 1"]),
-        (["--keep-adapters", "-1"], ["--keep-adapters -1: must be at least 0"]),
         (["--address", "ray://head:10001"], ["--address ray://head:10001: a Ray Client cannot run a study"]),
         (["--address", "head"], ["--address head: must be HOST:PORT"]),
         (["--rank", "8"], ["--rank"]),
@@ -178,6 +169,7 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
 def test_an_invalid_option_is_one_line_that_names_it(
     arguments: list[str], parts: list[str], command: Command, tmp_path: Path
 ) -> None:
+    """``test_options.py`` tests the ranges of values."""
     assert_refused(command("--dry-run", *arguments), *parts)
     assert not (tmp_path / "out").exists()
 
@@ -190,27 +182,9 @@ def test_the_script_itself_ends_in_one_line(tmp_path: Path) -> None:
     assert ended.out == ""
 
 
-def test_an_empty_data_folder_is_refused(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert_refused(command("--data", str(tmp_path / "empty")), f"{tmp_path / 'empty'}: no known format", "raw_text.pkl")
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (None, "holds no config.json"),
-        ('{"model_type": "gpt2"}', "a gpt2 model; only BERT is supported"),
-        ('{"model_type": "never heard of"}', "never heard of"),
-        ('{"model_type": "be', "not a valid JSON file"),
-        ("{}", "model_type"),
-    ],
-)
-def test_a_folder_without_bert_is_refused(config: str | None, reason: str, command: Command, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    if config is not None:
-        (folder / "config.json").write_text(config)
-    assert_refused(command("--model", str(folder)), f"--model {folder}: ", reason)
+def test_a_folder_with_another_model_is_refused(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "never heard of"}')
+    assert_refused(command("--model", str(tmp_path)), f"--model {tmp_path}: ", "never heard of")
 
 
 @pytest.mark.demo

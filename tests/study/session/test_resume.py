@@ -204,8 +204,7 @@ def test_a_study_that_another_run_holds_is_refused(study: FinishedStudy, resume:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("trials/0001/record.json", content) for content in (b"", b'{"status": "COMP', b"[]")]
-    + [("study.json", content) for content in (b"", b'{"options": {"spa', b"{}", b"[]")],
+    [("trials/0001/record.json", content) for content in (b"", b'{"status": "COMP', b"[]")] + [("study.json", b"{}")],
 )
 def test_a_damaged_file_is_named_and_not_changed(
     name: str, content: bytes, study: FinishedStudy, resume: Resume
