@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
+from scipy.special import log_softmax
 from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 from transformers.models.bert.modeling_bert import BertPooler
 
@@ -209,12 +210,6 @@ def _head(model: BertForSequenceClassification, vectors: torch.Tensor) -> torch.
     return logits
 
 
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return log softmax over the classes, (n_texts, n_labels)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return ``accuracy``, ``macro_f1`` and ``loss`` (mean cross-entropy in nats).
 
@@ -226,5 +221,5 @@ def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     hits = [int(((predicted == c) & (labels == c)).sum()) for c in classes]
     sizes = [int((predicted == c).sum() + (labels == c).sum()) for c in classes]  # 2 TP + FP + FN
     f1 = [2 * hit / size if size else 0.0 for hit, size in zip(hits, sizes, strict=True)]
-    loss = -log_probabilities(logits)[np.arange(len(labels)), labels].mean()
+    loss = -log_softmax(logits, axis=1)[np.arange(len(labels)), labels].mean()
     return {"accuracy": sum(hits) / len(labels), "macro_f1": float(np.mean(f1)), "loss": float(loss)}

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.special import log_softmax
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
 from bert_encoding.core.devices import pick_device
@@ -18,14 +19,7 @@ from bert_encoding.core.files import read_json, write_json
 from bert_encoding.datasets.corpus import clean_text
 from bert_encoding.language_model.encoder import Encoder, checkpoint_fingerprint, load_encoder, quiet
 from bert_encoding.language_model.lora import save_adapter, share_like
-from bert_encoding.text_tasks.classifier import (
-    Prepared,
-    assemble,
-    log_probabilities,
-    read_logits,
-    read_vectors,
-    text_window,
-)
+from bert_encoding.text_tasks.classifier import Prepared, assemble, read_logits, read_vectors, text_window
 from bert_encoding.text_tasks.task import tokenize_texts
 
 SETTINGS_FILE = "classifier.json"
@@ -148,4 +142,4 @@ def class_probabilities(classifier: Classifier, texts: Sequence[str]) -> np.ndar
     texts = [clean_text(text) for text in texts] if reading.clean else texts
     windows = [text_window(tokens, reading.max_length, tokenizer) for tokens in tokenize_texts(texts, tokenizer)]
     vectors = read_vectors(model, windows, tokenizer.pad_token_id, reading.precision, device)
-    return np.exp(log_probabilities(read_logits(model, vectors, device)))
+    return np.exp(log_softmax(read_logits(model, vectors, device), axis=1))

@@ -10,18 +10,8 @@ from bert_encoding.core.storage import Place, atomic_path, naming_full_disk
 from bert_encoding.trial.record import TrialRecord, read_records
 
 # The documented columns of trials.parquet, in order; null if a column does not apply.
-_TEXT = ("trial_id", "phase", "status", "error", "repeat_of", "method", "target_modules", "mlm_text", "node")
-_WHOLE = (
-    "seed",
-    "rank",
-    "stride",
-    "epochs_done",
-    "optimizer_steps",
-    "tokens_seen",
-    "n_trainable",
-    "layer",
-    "epoch_best",
-)
+_TEXT = "trial_id phase status error repeat_of method target_modules mlm_text node".split()
+_WHOLE = "seed rank stride epochs_done optimizer_steps tokens_seen n_trainable layer epoch_best".split()
 COLUMNS = (
     "trial_id phase status error seed repeat_of method rank lora_alpha scaling target_modules lr stride epochs_done "
     "optimizer_steps tokens_seen n_trainable layer mlm_text mlm_loss_train mlm_loss_heldout probe_loss_before "
