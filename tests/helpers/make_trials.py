@@ -46,6 +46,13 @@ OTHER_SETTINGS: dict[
 }
 
 
+def quick_config(encoder: Encoder, **changes: Any) -> TrialConfig:
+    """Settings with which a trial of the tiny BERT takes a second."""
+    settings = {"epochs": 2, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
+    settings |= {"model": encoder.name, "precision": "float32", "embed_precision": "float32"}
+    return TrialConfig(**settings | changes)
+
+
 def make_task(dataset: Dataset, n_outer_folds: int = 1) -> Task:
     """Inspect a data set and split all of its stories as a study does."""
     inspected = inspect(dataset)

@@ -1,4 +1,4 @@
-"""The stages without training: which words may settle a vocabulary, and where plain vectors go."""
+"""The stages after training: vocabularies, plain vectors, and the ridge that scores share."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_data import make_lab
-from make_trials import design_of_words, make_task
+from make_trials import design_of_words
 
-from bert_encoding.datasets import open_dataset
 from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.trial import pipeline as chain_module
 from bert_encoding.trial.config import TrialConfig
@@ -20,11 +18,6 @@ from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.scoring import prepare_ridge, score_subject
 
 SUBJECT = "subject2"
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return make_task(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
 
 
 def frequent(task: Task, names: tuple[str, ...], n: int) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from make_data import make_lab
 from make_trials import PEFT_WARNS, make_task
+from make_trials import quick_config as config
 from peft import PeftModel
 from plain_chain import SUBJECT, PlainChain
 from project import ROOT
@@ -40,16 +41,6 @@ METHODS = ("word_rate", "frozen", "lora")
 N_SPECIAL = 5  # [PAD] [UNK] [CLS] [SEP] [MASK], the first ids of the tiny vocabulary
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
-
-
-@pytest.fixture(scope="module")
-def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_lab(tmp_path_factory.mktemp("data") / "lab")
-
-
-@pytest.fixture(scope="module")
-def task(lab_folder: Path) -> Task:
-    return make_task(open_dataset(lab_folder))
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +76,6 @@ def uneven_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
         words[5], words[6], words[60] = "", "{cg}", "--"
         stories[name] = replace(stories[name], words=tuple(words))
     return make_task(replace(dataset, stories=stories))
-
-
-def config(encoder: Encoder, **changes: Any) -> TrialConfig:
-    settings = {"epochs": 2, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
-    return TrialConfig(
-        **{"model": encoder.name, "precision": "float32", "embed_precision": "float32"} | settings | changes
-    )
 
 
 def assert_same_bits(first: TrialRecord, second: TrialRecord) -> None:

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from make_data import make_lab
+from make_trials import make_task
 
 from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.statistics.block_bootstrap import Replicates
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord, read_cc, read_details, read_record, write_record
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.scoring import PredictionTests, SubjectScores
@@ -219,8 +218,7 @@ def test_notes_count_the_voxels_of_cc_norm(
 
 @pytest.fixture(scope="module")
 def record(dataset: Dataset) -> TrialRecord:
-    splits = split_stories(*choose_stories(dataset, SUBJECTS, None, None, 0), 0, 1)
-    record = run_trial(TrialConfig(method="word_rate"), Task(dataset, splits, 0), score_test=True)
+    record = run_trial(TrialConfig(method="word_rate"), make_task(dataset), score_test=True)
     return replace(record, trial_id="baseline-word_rate", phase="baseline")
 
 
@@ -267,9 +265,7 @@ def test_the_share_of_a_trial_follows_from_its_p(record: TrialRecord) -> None:
 def test_no_file_of_a_record_holds_nan(record: TrialRecord, dataset: Dataset, tmp_path: Path) -> None:
     """Also where stories are too short for p values: there the share is absent, and null in the table."""
     folder = make_lab(tmp_path / "lab", n_words=100)
-    short = inspect(open_dataset(folder))
-    splits = split_stories(*choose_stories(short, short.subjects, None, None, 0), 0, 1)
-    brief = run_trial(TrialConfig(method="word_rate"), Task(short, splits, 0), score_test=True)
+    brief = run_trial(TrialConfig(method="word_rate"), make_task(open_dataset(folder)), score_test=True)
     assert np.isnan(brief.details["test/p/subject2"]).all()
     brief = replace(brief, trial_id="0001", phase="search")
     for one in (record, brief):

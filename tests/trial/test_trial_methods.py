@@ -1,4 +1,4 @@
-"""Every way of adapting BERT, through the whole chain of a trial."""
+"""Every method of adapting BERT, in a whole trial."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_data import make_lab
-from make_trials import make_task
+from make_trials import quick_config
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import STOPPED
 from bert_encoding.core.worker_cache import WorkerCache
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.splits import split_stories
 from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import load_adapter
@@ -27,20 +25,11 @@ from bert_encoding.trial.training_data import TrainingData
 SUBJECT = "subject2"
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return make_task(open_dataset(make_lab(tmp_path_factory.mktemp("data") / "lab")))
-
-
 def config(encoder: Encoder, **changes: Any) -> TrialConfig:
-    settings = {"epochs": 1, "lr": 1e-2, "rank": 4, "warmup_epochs": 0.0, "window_tokens": 64, "stride": 40}
-    settings |= {"frozen_blocks": 1, "probe_tokens": 200}
-    return TrialConfig(
-        **{"model": encoder.name, "precision": "float32", "embed_precision": "float32"} | settings | changes
-    )
+    return quick_config(encoder, **{"epochs": 1, "frozen_blocks": 1, "probe_tokens": 200} | changes)
 
 
-WAYS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"dora": True, "lora_scaling": "rslora"},
     "pissa": {"lora_init": "pissa"},
@@ -56,7 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("changes", list(WAYS.values()), ids=list(WAYS))
+@pytest.mark.parametrize("changes", list(METHODS.values()), ids=list(METHODS))
 def test_every_method_changes_the_vectors_and_leaves_the_cached_encoder_unchanged(
     task: Task, tiny_encoder: Encoder, changes: dict[str, Any]
 ) -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_data import make_lab
+from make_trials import make_task
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
-from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task
+from bert_encoding.trial.pipeline import Chain
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.voxel_selection import choose_voxels, keep_voxels, read_voxels, voxels_key, write_voxels
 
@@ -30,11 +30,6 @@ def dataset(tmp_path: Path) -> Dataset:
     responses[3, BAD] = np.nan
     np.save(folder / "a" / "beta.npy", responses)
     return inspect(open_dataset(folder))
-
-
-def make_task(dataset: Dataset) -> Task:
-    train, test = choose_stories(dataset, dataset.subjects, None, None, 0)
-    return Task(dataset, split_stories(train, test, 0, 1), 0)
 
 
 def frozen(encoder: Encoder) -> TrialConfig:
