@@ -26,6 +26,10 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import Design, SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
 
 
+Names = tuple[str, ...]  # of stories
+Vectors = dict[str, np.ndarray]  # story -> (n_words or n_trs, n_hidden)
+
+
 class Task(NamedTuple):
     """The data that all trials of a study share.
 
@@ -54,7 +58,7 @@ class Chain:
         self.device = pick_device()
         self.seconds = {"train": 0.0, "embed": 0.0, "ridge": 0.0}
         self.notes: list[str] = []
-        self._latest: dict[tuple[str, ...], tuple[dict[str, np.ndarray], CrossValidatedRidge]] = {}
+        self._latest: dict[Names, tuple[Vectors, CrossValidatedRidge]] = {}
         self.encoder = cached_encoder(config.model, self.cache) if config.method in BERT_METHODS else None
         if self.encoder is not None:
             _check_fits(config, self.encoder)
@@ -69,7 +73,7 @@ class Chain:
     def layer(self) -> int | tuple[int, ...]:
         return self.bert_encoder.n_layers if self.config.layer is None else self.config.layer
 
-    def tokens(self, names: tuple[str, ...]) -> dict[str, Tokens]:
+    def tokens(self, names: Names) -> dict[str, Tokens]:
         return {name: self._tokens(name) for name in names}
 
     def _tokens(self, name: str) -> Tokens:
@@ -83,9 +87,7 @@ class Chain:
         yield
         self.seconds[stage] += time.perf_counter() - began
 
-    def downsampled(
-        self, bert: BertModel | None, names: tuple[str, ...], fit: tuple[str, ...]
-    ) -> dict[str, np.ndarray]:
+    def downsampled(self, bert: BertModel | None, names: Names, fit: Names) -> Vectors:
         """Return downsampled word vectors, story -> (n_trs, n_hidden).
 
         Parameters
@@ -101,7 +103,7 @@ class Chain:
         with self.timed("embed"):
             return {name: downsample_story(vectors[name], stories[name]) for name in names}
 
-    def vectors(self, bert: BertModel | None, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def vectors(self, bert: BertModel | None, names: Names, fit: Names) -> Vectors:
         """Return word vectors, story -> (n_words, n_hidden); parameters as ``downsampled``."""
         with self.timed("embed"):
             if self.encoder is None:
@@ -132,7 +134,7 @@ class Chain:
         vectors = embed_layers(bert, self.tokens((name,)), encoder.tokenizer, layers=indices, **self._windows)
         return np.stack([downsample_story(vectors[index][name], story) for index in indices]).astype(np.float32)
 
-    def _plain_vectors(self, names: tuple[str, ...], fit: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def _plain_vectors(self, names: Names, fit: Names) -> Vectors:
         dataset = self.task.dataset
         spoken = {name: dataset.stories[name].spoken for name in names}
         if self.config.method == WORD_RATE:
@@ -155,12 +157,7 @@ class Chain:
         )
 
     def score(
-        self,
-        downsampled: dict[str, np.ndarray],
-        fit: tuple[str, ...],
-        scored: tuple[str, ...],
-        *,
-        with_tests: bool = False,
+        self, downsampled: Vectors, fit: Names, scored: Names, *, with_tests: bool = False
     ) -> dict[str, SubjectScores]:
         """Fit ridge on some stories and score others."""
         with self.timed("ridge"):
@@ -176,10 +173,7 @@ class Chain:
             }
 
     def score_seen(
-        self,
-        downsampled: dict[str, np.ndarray],
-        fit: tuple[str, ...],
-        grids: Mapping[str, tuple[float, ...]] | None = None,
+        self, downsampled: Vectors, fit: Names, grids: Mapping[str, tuple[float, ...]] | None = None
     ) -> dict[str, np.ndarray]:
         """Return the cross-validated CC inside the fit stories, subject -> (n_valid,).
 
@@ -202,9 +196,7 @@ class Chain:
         """Free the decompositions of the last ``score``, which ``score_seen`` would reuse."""
         self._latest.clear()
 
-    def _ridge(
-        self, downsampled: dict[str, np.ndarray], fit: tuple[str, ...], scored: tuple[str, ...]
-    ) -> tuple[Design, CrossValidatedRidge]:
+    def _ridge(self, downsampled: Vectors, fit: Names, scored: Names) -> tuple[Design, CrossValidatedRidge]:
         self._latest.pop(fit, None)
         design = make_design(downsampled, self.task.dataset, fit, scored, self.config, self.task.split_seed)
         return design, prepare_ridge(design, self.config, self.device)
