@@ -25,7 +25,6 @@ from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import Design, SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
 
-
 Names = tuple[str, ...]  # of stories
 Vectors = dict[str, np.ndarray]  # story -> (n_words or n_trs, n_hidden)
 
