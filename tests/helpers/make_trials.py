@@ -1,4 +1,4 @@
-"""What tests of training and of whole trials share."""
+"""Settings, data and reference fits for tests of training and of whole trials."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.scoring import Design, make_design
 
-# PEFT asks transformers for an attribute by an older name; nothing here can mend that.
+# PEFT reads an attribute of transformers by its older name.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-LAYER_OF = {  # of a target, written by hand from the names in transformers' modeling_bert.py
+LAYER_OF = {  # target -> layer, from the names in transformers' modeling_bert.py
     **{"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"},
     **{"o": "attention.output.dense", "i": "intermediate.dense", "d": "output.dense"},
 }
@@ -31,9 +31,8 @@ TRAINING = Training(
     lr=1e-2, epochs=1, batch_size=4, accumulation=1, weight_decay=0.0, warmup_epochs=0.0, schedule="constant",
     max_grad_norm=1e9, precision="float32",
 )  # fmt: skip
-OTHER_SETTINGS: dict[
-    str, Any
-] = {  # for every setting of a trial that trains on stories a value that is not the default
+# for every setting of a trial that trains on stories a value that is not the default
+OTHER_SETTINGS: dict[str, Any] = {
     **{"layer": 4, "seed": 7, "rank": 64, "lora_alpha": 99.0, "target_modules": "q,d", "lora_dropout": 0.37},
     **{"lora_scaling": "rslora", "lora_init": "pissa", "lora_bias": "lora_only", "lora_layers": (1, 3), "dora": True},
     **{"train_embeddings": False, "frozen_blocks": 2, "objective": "mlm_nsp", "whole_words": True, "lr": 3.3e-4},
@@ -54,7 +53,7 @@ def quick_config(encoder: Encoder, **changes: Any) -> TrialConfig:
 
 
 def make_task(dataset: Dataset, n_outer_folds: int = 1) -> Task:
-    """Inspect a data set and split all of its stories as a study does."""
+    """Inspect a data set and split its stories as a study does."""
     inspected = inspect(dataset)
     train, test = choose_stories(inspected, inspected.subjects, None, None, seed=0)
     return Task(inspected, split_stories(train, test, 0, n_outer_folds), 0)
@@ -67,7 +66,7 @@ def some_windows(encoder: Encoder, n_words: int = 295, window_tokens: int = 32, 
 
 
 def without_dropout(model: torch.nn.Module) -> Any:
-    """Return the model, no longer dropping anything."""
+    """Return the model without dropout."""
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
