@@ -122,65 +122,75 @@ def sampled() -> Evidence:
     """A search by TPE: 40 different ranks and rates."""
     rng = np.random.default_rng(1)
     ranks = tuple(int(rank) for rank in rng.permutation(np.arange(2, 65))[:40])
-    made = figure_evidence(ranks, (1e-4,), seeds=(0,))
-    used = made.used.assign(
+    evidence = figure_evidence(ranks, (1e-4,), seeds=(0,))
+    used = evidence.used.assign(
         lr=10 ** rng.uniform(-4, -3.3, 40),
         scaling_rule=[f"lora_alpha = {value:.2f}" for value in rng.uniform(1, 99, 40)],
     )
     rows = used[["rank", "lr", "cc_mean"]].assign(n_trials=1)
-    return made._replace(
-        used=used, rank_by_lr=rows, varied=("rank", "lr", "scaling_rule"), facts=made.facts._replace(is_adaptive=True)
+    return evidence._replace(
+        used=used,
+        rank_by_lr=rows,
+        varied=("rank", "lr", "scaling_rule"),
+        facts=evidence.facts._replace(is_adaptive=True),
     )
 
 
 def long_names() -> Evidence:
     """Long names with special characters."""
-    made = figure_evidence(
+    evidence = figure_evidence(
         (4, 16), rules=("a rule of scaling, at great length, and longer yet", "$\\frac{x_1$ <script>")
     )
     names = {name: f"{name}_of_the_adapter_that_$\\alpha$_{'very_' * 9}long" for name in ("lr", "seed")}
-    trial = {name: f"<script>alert(1)</script>-->{name}-\n嗨-{'x' * 60}" for name in made.used["trial_id"]}
+    trial = {name: f"<script>alert(1)</script>-->{name}-\n嗨-{'x' * 60}" for name in evidence.used["trial_id"]}
     tables = {
         name: table.assign(trial_id=table["trial_id"].map(lambda name: trial.get(name, name)))
-        for name, table in made._asdict().items()
+        for name, table in evidence._asdict().items()
         if isinstance(table, pd.DataFrame) and "trial_id" in table
     }
     used = tables.pop("used").rename(columns=names)
-    used = used.assign(lr=made.used["lr"], **{f"extra_{i}_{'y' * 30}": np.arange(len(used)) for i in range(9)})
-    voxels = made.voxels.replace("UTS01", f"$subject$ {'z' * 50} </svg>")
+    used = used.assign(lr=evidence.used["lr"], **{f"extra_{i}_{'y' * 30}": np.arange(len(used)) for i in range(9)})
+    voxels = evidence.voxels.replace("UTS01", f"$subject$ {'z' * 50} </svg>")
     parameters = [f"{i} {'parameter ' * 8}$" for i in range(20)]
     importances = _importances(parameters, np.linspace(0.5, 0, 20), np.nan, np.nan, 8)
     varied = tuple(name for name in used if str(name).startswith("extra")) + tuple(names.values())
-    return made._replace(
-        **tables, used=used, voxels=voxels, importances=importances, varied=varied, best_id=trial[made.best_id or ""]
+    return evidence._replace(
+        **tables,
+        used=used,
+        voxels=voxels,
+        importances=importances,
+        varied=varied,
+        best_id=trial[evidence.best_id or ""],
     )
 
 
 def wanting() -> Evidence:
     """Missing values wherever possible; one epoch; no baseline."""
-    made = figure_evidence((4, 16), seeds=(0, 1, 2))
-    used = made.used.assign(lr=[np.nan, *made.used["lr"][1:]], scaling_rule=[None, *made.used["scaling_rule"][1:]])
+    evidence = figure_evidence((4, 16), seeds=(0, 1, 2))
+    used = evidence.used.assign(
+        lr=[np.nan, *evidence.used["lr"][1:]], scaling_rule=[None, *evidence.used["scaling_rule"][1:]]
+    )
     used.loc[[1, 5], ["cc_mean", "adaptation_gap"]] = pd.NA
-    by_rank = made.by_rank.assign(low=np.nan, high=np.nan, covers=None)
-    epochs = made.epochs[made.epochs["epoch"] == 1].assign(mlm_loss_heldout=np.nan)
-    confirmed = made.confirmed.assign(cc_test=np.nan, gain_test=np.nan, low=np.nan, high=np.nan, unit=None)
-    voxels = made.voxels.assign(frozen=made.voxels["frozen"].where(made.voxels["voxel"] % 3 > 0))
-    seconds = made.seconds.assign(seconds_other=np.nan)
+    by_rank = evidence.by_rank.assign(low=np.nan, high=np.nan, covers=None)
+    epochs = evidence.epochs[evidence.epochs["epoch"] == 1].assign(mlm_loss_heldout=np.nan)
+    confirmed = evidence.confirmed.assign(cc_test=np.nan, gain_test=np.nan, low=np.nan, high=np.nan, unit=None)
+    voxels = evidence.voxels.assign(frozen=evidence.voxels["frozen"].where(evidence.voxels["voxel"] % 3 > 0))
+    seconds = evidence.seconds.assign(seconds_other=np.nan)
     tables = {"by_rank": by_rank, "epochs": epochs, "confirmed": confirmed, "voxels": voxels}
-    return made._replace(used=used, **tables, levels=Levels(), seconds=seconds)
+    return evidence._replace(used=used, **tables, levels=Levels(), seconds=seconds)
 
 
 def of_text() -> Evidence:
     """A study of a classifier: accuracy, no voxels, losses of another name."""
-    made = figure_evidence()
-    used = made.used.rename(columns={"cc_mean": "accuracy"}).assign(accuracy=lambda rows: rows["accuracy"] * 10)
+    evidence = figure_evidence()
+    used = evidence.used.rename(columns={"cc_mean": "accuracy"}).assign(accuracy=lambda rows: rows["accuracy"] * 10)
     used = used.drop(columns="adaptation_gap")
-    nothing = {name: made._asdict()[name].iloc[:0] for name in ("by_rank", "rank_by_lr", "confirmed", "voxels")}
+    nothing = {name: evidence._asdict()[name].iloc[:0] for name in ("by_rank", "rank_by_lr", "confirmed", "voxels")}
     of_study = facts(len(used), {}, task="classification", stories={})
-    epochs = made.epochs.rename(columns={"mlm_loss_train": "loss_train", "mlm_loss_heldout": "loss_heldout"})
+    epochs = evidence.epochs.rename(columns={"mlm_loss_train": "loss_train", "mlm_loss_heldout": "loss_heldout"})
     levels = Levels(0.5)
-    history = made.history.assign(value=used["accuracy"], best_so_far=used["accuracy"].cummax())
-    return made._replace(
+    history = evidence.history.assign(value=used["accuracy"], best_so_far=used["accuracy"].cummax())
+    return evidence._replace(
         history=history, facts=of_study, used=used, trials=used, epochs=epochs, levels=levels, **nothing
     )
 

@@ -36,9 +36,9 @@ def all_figures() -> list[Any]:
     """Each figure of each study."""
     return [
         pytest.param(study, drawer.name, marks=[pytest.mark.slow] * (drawer.name in SIMILAR.get(study, ())))
-        for study, made in STUDIES.items()
+        for study, evidence in STUDIES.items()
         for drawer in FIGURES
-        if not drawer.lacking(made)
+        if not drawer.lacking(evidence)
     ]
 
 
@@ -64,10 +64,10 @@ def test_no_text_overlaps_or_leaves_the_figure(study: str, name: str, texts: Any
     figure = picture.figure
     written = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
     assert len(written) >= 4
-    whole = figure.bbox
+    frame = figure.bbox
     for text, box in written:
-        assert whole.x0 - 0.5 <= box.x0 and box.x1 <= whole.x1 + 0.5, f"{text!r} leaves the figure sideways"
-        assert whole.y0 - 0.5 <= box.y0 and box.y1 <= whole.y1 + 0.5, f"{text!r} leaves the figure"
+        assert frame.x0 - 0.5 <= box.x0 and box.x1 <= frame.x1 + 0.5, f"{text!r} leaves the figure sideways"
+        assert frame.y0 - 0.5 <= box.y0 and box.y1 <= frame.y1 + 0.5, f"{text!r} leaves the figure"
     for i, (text, box) in enumerate(written):
         for other_text, other_box in written[:i]:
             common = Bbox.intersection(box, other_box)
@@ -136,10 +136,10 @@ def test_equal_studies_give_equal_bytes_with_any_user_settings(files: list[Drawn
         assert again[figure.name].svg.read_bytes() == figure.svg.read_bytes()
 
 
-def _only(made: Evidence) -> Evidence:
+def _only(evidence: Evidence) -> Evidence:
     """The tables of two figures: drawing all takes seconds."""
-    keep = {name: getattr(made, name) for name in ("facts", "levels", "used", "rank_by_lr")}
-    by_rank = made.by_rank[made.by_rank["outcome"] == "cc_mean"]
+    keep = {name: getattr(evidence, name) for name in ("facts", "levels", "used", "rank_by_lr")}
+    by_rank = evidence.by_rank[evidence.by_rank["outcome"] == "cc_mean"]
     return empty()._replace(**keep, by_rank=by_rank)
 
 

@@ -28,13 +28,13 @@ def drawn_points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "column"), [("score_by_rank", "cc_mean"), ("gap_by_rank", "adaptation_gap")])
 def test_rank_figures_show_points_means_and_intervals_of_the_tables(name: str, column: str) -> None:
-    made = STUDIES["a small grid"]
-    picture = draw(name, made)
+    evidence = STUDIES["a small grid"]
+    picture = draw(name, evidence)
     points = drawn_points(picture.figure, "a trial")
-    np.testing.assert_allclose(points[:, 1], made.used[column].astype(float), rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(np.round(points[:, 0]), made.used["log2_rank"])
-    assert (points[made.used["lr"] == 3e-4, 0] > points[made.used["lr"] == 1e-4, 0]).all()
-    means = made.by_rank[made.by_rank["outcome"] == column]
+    np.testing.assert_allclose(points[:, 1], evidence.used[column].astype(float), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(np.round(points[:, 0]), evidence.used["log2_rank"])
+    assert (points[evidence.used["lr"] == 3e-4, 0] > points[evidence.used["lr"] == 1e-4, 0]).all()
+    means = evidence.by_rank[evidence.by_rank["outcome"] == column]
     drawn = drawn_points(picture.figure, "mean of a rank")
     np.testing.assert_allclose(drawn[:, 1], means["mean"].astype(float), rtol=0, atol=1e-12)
     assert (drawn[:, 0] > points[:, 0].reshape(3, -1).max(axis=1)).all(), "a point hides a mean"
@@ -48,8 +48,8 @@ def test_rank_figures_show_points_means_and_intervals_of_the_tables(name: str, c
 
 
 def test_baselines_and_ceiling_are_lines_or_in_the_legend_if_far_away() -> None:
-    made = STUDIES["a small grid"]
-    near = made._replace(levels=Levels(0.051, 0.049, ceiling=0.06))
+    evidence = STUDIES["a small grid"]
+    near = evidence._replace(levels=Levels(0.051, 0.049, ceiling=0.06))
     axes = draw("score_by_rank", near).figure.axes[0]
     level = {line.get_label(): set(np.asarray(line.get_ydata())) for line in axes.get_lines()}
     assert (level["frozen baseline"], level["word rate"], level["noise ceiling"]) == ({0.051}, {0.049}, {0.06})
@@ -57,7 +57,7 @@ def test_baselines_and_ceiling_are_lines_or_in_the_legend_if_far_away() -> None:
     assert low < 0.049 and high > 0.06
     looks = {line.get_label(): line.get_linestyle() for line in axes.get_lines()}
     assert len({looks[name] for name in ("frozen baseline", "word rate", "noise ceiling")}) == 3
-    far = draw("score_by_rank", made)
+    far = draw("score_by_rank", evidence)
     assert far.figure.axes[0].get_ylim()[1] < 0.1
     names = [text.get_text() for text in far.figure.legends[0].get_texts()]
     assert "noise ceiling 0.3100, above" in names
@@ -77,46 +77,46 @@ def test_figure_of_a_sampler_is_exploratory_and_has_no_means() -> None:
 
 
 def test_scaling_rules_have_different_markers() -> None:
-    made = STUDIES["the whole grid"]
-    figure = draw("score_by_rank", made).figure
+    evidence = STUDIES["the whole grid"]
+    figure = draw("score_by_rank", evidence).figure
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
-    rules = sorted(set(made.used["scaling_rule"]))
+    rules = sorted(set(evidence.used["scaling_rule"]))
     assert len({lines[rule].get_marker() for rule in rules}) == 3
     for rule in rules:
-        expected = made.used.loc[made.used["scaling_rule"] == rule, "cc_mean"].astype(float)
+        expected = evidence.used.loc[evidence.used["scaling_rule"] == rule, "cc_mean"].astype(float)
         np.testing.assert_allclose(np.asarray(lines[rule].get_ydata()), expected, rtol=0, atol=1e-12)
 
 
 def test_losses_of_few_trials_are_one_line_each() -> None:
-    made = STUDIES["a small grid"]
-    figure = draw("losses", made).figure
+    evidence = STUDIES["a small grid"]
+    figure = draw("losses", evidence).figure
     assert [axes.get_title() for axes in figure.axes] == ["training", "held-out"]
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     for axes, column in zip(figure.axes, ("mlm_loss_train", "mlm_loss_heldout"), strict=True):
         lines = [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if len(np.asarray(line.get_ydata()))]
-        expected = [rows[column].to_numpy() for _, rows in made.epochs.groupby("trial_id")]
+        expected = [rows[column].to_numpy() for _, rows in evidence.epochs.groupby("trial_id")]
         assert len(lines) == len(expected) == 12
         assert {tuple(line) for line in lines} == {tuple(line) for line in expected}
 
 
 def test_captions_name_limits_of_a_figure() -> None:
-    made = STUDIES["a small grid"]
-    assert "Learning rates are not marked" in draw("losses", made).caption
-    assert "are not marked" not in draw("losses", made._replace(epochs=made.epochs.assign(lr=1e-4))).caption
-    shares = made.importances.assign(n_trials=12)
-    few = draw("importances", made._replace(importances=shares))
+    evidence = STUDIES["a small grid"]
+    assert "Learning rates are not marked" in draw("losses", evidence).caption
+    assert "are not marked" not in draw("losses", evidence._replace(epochs=evidence.epochs.assign(lr=1e-4))).caption
+    shares = evidence.importances.assign(n_trials=12)
+    few = draw("importances", evidence._replace(importances=shares))
     assert "too few trials for a reliable order. n = 12 trials" in few.caption
-    thirty = made._replace(importances=shares.assign(n_trials=30))
+    thirty = evidence._replace(importances=shares.assign(n_trials=30))
     assert "too few" not in draw("importances", thirty).caption
-    of_seeds = draw("gap_by_rank", made._replace(by_rank=made.by_rank.assign(covers="seeds")))
+    of_seeds = draw("gap_by_rank", evidence._replace(by_rank=evidence.by_rank.assign(covers="seeds")))
     assert "bars its 95% interval (seeds only, not stories)" in of_seeds.caption
     labels = [text.get_text() for text in of_seeds.figure.legends[0].get_texts()]
     assert "mean of a rank (bars: seeds only)" in labels
 
 
 def test_losses_of_many_trials_show_the_mean_of_each_rank() -> None:
-    made = STUDIES["the whole grid"]
-    picture = draw("losses", made)
+    evidence = STUDIES["the whole grid"]
+    picture = draw("losses", evidence)
     axes = picture.figure.axes[1]
     thick = [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if len(np.asarray(line.get_ydata()))]
     thin = sum(len(item.get_segments()) for item in axes.collections if isinstance(item, LineCollection))
@@ -124,7 +124,7 @@ def test_losses_of_many_trials_show_the_mean_of_each_rank() -> None:
     for line, rank in zip(thick, (2, 4, 8, 16, 32, 64), strict=True):
         expected = []
         for epoch in range(1, EPOCHS + 1):
-            rows = made.epochs[(made.epochs["rank"] == rank) & (made.epochs["epoch"] == epoch)]
+            rows = evidence.epochs[(evidence.epochs["rank"] == rank) & (evidence.epochs["epoch"] == epoch)]
             expected.append(sum(rows["mlm_loss_heldout"]) / len(rows))
         np.testing.assert_allclose(line, expected, rtol=0, atol=1e-12)
         assert f"rank {rank} " in picture.alt
@@ -132,28 +132,28 @@ def test_losses_of_many_trials_show_the_mean_of_each_rank() -> None:
 
 
 def test_losses_leave_out_trials_excluded_from_rank_analyses() -> None:
-    made = STUDIES["a small grid"]
-    stopped = made.epochs["trial_id"] == "0003"
-    rows = made.epochs.assign(is_used=~stopped)
-    assert "n = 11 trials" in draw("losses", made._replace(epochs=rows)).caption
-    none = made.epochs.assign(is_used=False, rank=pd.NA)
-    picture = draw("losses", made._replace(epochs=none))
+    evidence = STUDIES["a small grid"]
+    stopped = evidence.epochs["trial_id"] == "0003"
+    rows = evidence.epochs.assign(is_used=~stopped)
+    assert "n = 11 trials" in draw("losses", evidence._replace(epochs=rows)).caption
+    none = evidence.epochs.assign(is_used=False, rank=pd.NA)
+    picture = draw("losses", evidence._replace(epochs=none))
     assert "n = 12 trials" in picture.caption
     assert "no rank 2." in picture.alt
 
 
 def test_heat_map_shows_means_and_scatter_every_trial() -> None:
-    made = STUDIES["the whole grid"]
-    picture = draw("rank_by_lr", made)
+    evidence = STUDIES["the whole grid"]
+    picture = draw("rank_by_lr", evidence)
     image = np.asarray(picture.figure.axes[0].images[0].get_array(), float)
-    expected = made.rank_by_lr.pivot_table(index="lr", columns="rank", values="cc_mean").to_numpy(float)
+    expected = evidence.rank_by_lr.pivot_table(index="lr", columns="rank", values="cc_mean").to_numpy(float)
     np.testing.assert_allclose(image, expected, rtol=0, atol=1e-12)
     written = [text.get_text() for text in picture.figure.axes[0].texts]
     assert written == [f"{value:.4f}" for value in expected.ravel()]
     for text in picture.figure.axes[0].texts:
         behind = figure_style.SEQUENTIAL(picture.figure.axes[0].images[0].norm(float(text.get_text())))
         assert contrast(text.get_color(), behind) > 3.5
-    hollow = made._replace(rank_by_lr=made.rank_by_lr.iloc[1:])
+    hollow = evidence._replace(rank_by_lr=evidence.rank_by_lr.iloc[1:])
     assert np.isnan(np.asarray(draw("rank_by_lr", hollow).figure.axes[0].images[0].get_array(), float)).sum() == 1
     sampled = STUDIES["a sampler"]
     (dots,) = draw("rank_by_lr", sampled).figure.axes[0].collections
@@ -164,21 +164,23 @@ def test_heat_map_shows_means_and_scatter_every_trial() -> None:
 
 
 def test_history_finalists_and_importances_show_the_tables() -> None:
-    made = STUDIES["the whole grid"]
-    picture = draw("history", made)
+    evidence = STUDIES["the whole grid"]
+    picture = draw("history", evidence)
     points, best = drawn_points(picture.figure, "a trial"), drawn_points(picture.figure, "best so far")
-    np.testing.assert_allclose(points, made.history[["number", "value"]].astype(float), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(best[:, 1], made.history["best_so_far"].astype(float), rtol=0, atol=1e-12)
-    assert f"best {made.history['value'].max():.4f}, trial {made.best_id}, frozen baseline 0.0510." in picture.alt
-    losing = made._replace(facts=made.facts._replace(task="adapt"))
-    lowest = made.history.loc[made.history["value"].astype(float).idxmin(), "trial_id"]
+    np.testing.assert_allclose(points, evidence.history[["number", "value"]].astype(float), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(best[:, 1], evidence.history["best_so_far"].astype(float), rtol=0, atol=1e-12)
+    assert (
+        f"best {evidence.history['value'].max():.4f}, trial {evidence.best_id}, frozen baseline 0.0510." in picture.alt
+    )
+    losing = evidence._replace(facts=evidence.facts._replace(task="adapt"))
+    lowest = evidence.history.loc[evidence.history["value"].astype(float).idxmin(), "trial_id"]
     assert f"trial {lowest}," in draw("history", losing).alt
-    finalists = draw("confirmed", made)
+    finalists = draw("confirmed", evidence)
     confirmed = drawn_points(finalists.figure, "fresh seeds")
-    np.testing.assert_allclose(confirmed[:, 0], made.confirmed["cc_confirmed"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(confirmed[:, 0], evidence.confirmed["cc_confirmed"], rtol=0, atol=1e-12)
     assert "gain on the test stories +0.0020 (-0.0010 to +0.0050)" in finalists.alt
-    assert f"trial {made.confirmed['trial_id'][0]}, the winner" in finalists.alt
-    importances = draw("importances", made)
+    assert f"trial {evidence.confirmed['trial_id'][0]}, the winner" in finalists.alt
+    importances = draw("importances", evidence)
     widths = [patch.get_width() for patch in importances.figure.axes[0].patches]
     np.testing.assert_allclose(widths, [0.6, 0.3, 0.1], rtol=0, atol=1e-12)
     assert importances.alt.endswith("rank 0.60 (0.40 to 0.80); lr 0.30 (0.10 to 0.50); seed 0.10 (0.00 to 0.20).")
@@ -207,28 +209,30 @@ def test_time_stacks_the_stages(study: str) -> None:
 
 @pytest.mark.parametrize(("seconds", "unit"), [(100, "(s)"), (1000, "(min)"), (10_000, "(h)")])
 def test_time_has_a_suitable_unit(seconds: float, unit: str) -> None:
-    made = STUDIES["one trial"]
-    table = made.seconds.tail(1).assign(seconds_train=seconds, seconds_embed=0.0, seconds_ridge=0.0, seconds_other=0.0)
-    assert draw("time", made._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
+    evidence = STUDIES["one trial"]
+    table = evidence.seconds.tail(1).assign(
+        seconds_train=seconds, seconds_embed=0.0, seconds_ridge=0.0, seconds_other=0.0
+    )
+    assert draw("time", evidence._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
 
 
 def test_histograms_count_each_voxel_once_per_model() -> None:
-    made = STUDIES["the whole grid"]
-    picture = draw("voxels", made)
+    evidence = STUDIES["the whole grid"]
+    picture = draw("voxels", evidence)
     for axes, n in zip(picture.figure.axes, (5000, 400, 300), strict=True):
         heights = [shape.get_xy()[:, 1] for shape in axes.patches]
         assert len(heights) == 2
         for height in heights:
             assert height[1:-1:2].sum() == n
-    frozen = made.voxels.loc[made.voxels["subject"] == "UTS02", "frozen"]
+    frozen = evidence.voxels.loc[evidence.voxels["subject"] == "UTS02", "frozen"]
     assert f"UTS02, 400 voxels: mean {frozen.mean():.4f} frozen" in picture.alt
     assert "n = 266 voxels of UTS01" in draw("voxels", STUDIES["missing values"]).caption
 
 
 def test_few_voxels_are_points_and_many_a_density() -> None:
-    made = STUDIES["a small grid"]
-    points = draw("voxel_pairs", made).figure.axes[0].get_lines()[0].get_xydata()
-    np.testing.assert_allclose(np.asarray(points), made.voxels[["frozen", "best"]], rtol=0, atol=1e-12)
+    evidence = STUDIES["a small grid"]
+    points = draw("voxel_pairs", evidence).figure.axes[0].get_lines()[0].get_xydata()
+    np.testing.assert_allclose(np.asarray(points), evidence.voxels[["frozen", "best"]], rtol=0, atol=1e-12)
     dense = draw("voxel_pairs", STUDIES["the whole grid"]).figure
     counts = [int(np.asarray(axes.collections[0].get_array()).sum()) for axes in dense.axes[:3]]
     assert counts == [5000, 400, 300]
@@ -242,11 +246,11 @@ def test_further_subjects_are_counted_but_not_drawn() -> None:
 
 
 def test_parallel_coordinates_break_at_missing_values() -> None:
-    made = STUDIES["missing values"]
-    picture = draw("parallel", made)
+    evidence = STUDIES["missing values"]
+    picture = draw("parallel", evidence)
     drawn = [np.asarray(line.get_ydata(), float) for line in picture.figure.axes[0].get_lines()]
     lines = [line for line in drawn if len(line) == 4]
-    used = known(made.used, "cc_mean")
+    used = known(evidence.used, "cc_mean")
     assert len(lines) == len(used) == 10
     np.testing.assert_allclose(sorted(line[-1] for line in lines)[-1], 1)
     assert sum(np.isnan(line).any() for line in lines) == 1

@@ -75,7 +75,7 @@ def test_setting_is_named_if_it_applies_and_only_then(name: str, method: str) ->
 
 
 def test_several_values_are_listed_and_many_are_a_range() -> None:
-    records = [record(str(at), rank=rank, lr=1e-4 * (at + 1)) for at, rank in enumerate([16, 2, 64, 2] * 3)]
+    records = [record(str(i), rank=rank, lr=1e-4 * (i + 1)) for i, rank in enumerate([16, 2, 64, 2] * 3)]
     text = methods(records)
     assert "12 trials trained LoRA adapters" in text
     assert "rank 2, 16 and 64," in text
@@ -142,7 +142,7 @@ def look(finalists: int = 1, seeds: tuple[int, ...] = (901,)) -> dict[str, Any]:
         "n_searched": 12,
         "winner": "0001",
         "test_stories": ["x", "y"],
-        "finalists": [{"trial_id": f"000{at + 1}", "cc_confirmed": 0.1} for at in range(finalists)],
+        "finalists": [{"trial_id": f"000{i + 1}", "cc_confirmed": 0.1} for i in range(finalists)],
     }
 
 
@@ -201,7 +201,7 @@ def test_options_of_a_study_are_described() -> None:
 
 
 def test_layers_of_frozen_trials_are_listed() -> None:
-    records = [record(str(at), method="frozen", layer=layer) for at, layer in enumerate([3, None, (1, 2)])]
+    records = [record(str(i), method="frozen", layer=layer) for i, layer in enumerate([3, None, (1, 2)])]
     assert "last layer, layer 3 or mean of layers 1 and 2" in methods(records)
 
 
@@ -245,7 +245,7 @@ def test_wording_of_counts_lists_and_numbers() -> None:
 
 
 def test_many_stories_are_counted_and_few_are_named() -> None:
-    many = [f"s{at}" for at in range(98)]
+    many = [f"s{i}" for i in range(98)]
     text = methods([], splits=[{"fit": many, "validation": ["v"], "test": ["x"]}])
     assert "98 stories were used for fitting, 1 (v) was held out" in text
     assert "s97" not in text

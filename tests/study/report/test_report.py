@@ -384,13 +384,15 @@ def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
     assert rows["precision of training"] == study_json()["precision"]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
+@pytest.mark.parametrize(("requested", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
 def test_provenance_names_the_precision_of_word_vectors_and_training(
-    asked: str | None, expected: str, tmp_path: Path
+    requested: str | None, expected: str, tmp_path: Path
 ) -> None:
     """None: recorded before this setting existed."""
     config = {name: value for name, value in study_json()["config"].items() if name != "embed_precision"}
-    study = study_json(config=config | ({} if asked is None else {"embed_precision": asked}), precision="bfloat16")
+    study = study_json(
+        config=config | ({} if requested is None else {"embed_precision": requested}), precision="bfloat16"
+    )
     root = parsed(page_of(tmp_path / "study", study, BASELINES))
     rows = definitions(section(root, "provenance"))
     assert (rows["precision of training"], rows["precision of word vectors"]) == ("bfloat16", expected)
@@ -450,8 +452,8 @@ def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypa
 def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = bucket / "out" / "mine"
     write_json(study / "study.json", study_json())
-    for one in BASELINES:
-        write_record(study, one)
+    for trial in BASELINES:
+        write_record(study, trial)
 
     def draw_there(evidence: Evidence, folder: Place, failed: object) -> list[Drawn]:
         here = drawing(tmp_path)

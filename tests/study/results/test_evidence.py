@@ -265,13 +265,13 @@ def test_compare_refuses_studies_on_other_data(
     assert captured.err.startswith("error: fake and fewer: cannot be compared, since their ")
     assert (captured.out, captured.err.count("\n")) == ("", 1)
     study = read_json(folder / "study.json")
-    for other, what in (
+    for other, message in (
         (study | {"data": study["data"] | {"fingerprint": "x"}}, "their data differ: abc and x"),
         (study | {"data": study["data"] | {"trim_trs": [5, 10]}}, "their trims differ"),
         (study | {"voxels": {"key": "other"}}, "their voxels differ"),
         (study | {"splits": [study["splits"][0] | {"test": ["else"]}]}, "their test stories differ"),
     ):
-        with pytest.raises(InputError, match=what):
+        with pytest.raises(InputError, match=message):
             check_comparable(study, other)
     check_comparable(study, study | {"name": "again"})
 

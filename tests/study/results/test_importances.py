@@ -50,8 +50,8 @@ def test_importances_equal_optunas_own_function() -> None:
 
 
 def test_equal_records_give_equal_importances() -> None:
-    one, other = (importances(planted(), CC, 3) for _ in range(2))
-    np.testing.assert_array_equal(one.drop(columns="parameter"), other.drop(columns="parameter"))
+    first, second = (importances(planted(), CC, 3) for _ in range(2))
+    np.testing.assert_array_equal(first.drop(columns="parameter"), second.drop(columns="parameter"))
 
 
 def test_seed_and_conditional_parameters_are_left_out_and_lists_accepted() -> None:
@@ -66,8 +66,8 @@ def test_seed_and_conditional_parameters_are_left_out_and_lists_accepted() -> No
 def test_no_row_with_few_trials_one_parameter_or_equal_scores() -> None:
     records = planted()
     assert importances(records[:9], CC, 0).empty
-    one = [replace(record, params={"rank": record.params.get("rank")}) for record in records]
-    assert importances(one, CC, 0).empty
+    first = [replace(record, params={"rank": record.params.get("rank")}) for record in records]
+    assert importances(first, CC, 0).empty
     assert importances([replace(r, scores={"cc_mean": 0.1}) for r in records], CC, 0).empty
     failed = [replace(record, status="FAILED", scores={}) for record in records]
     assert importances(failed, CC, 0).columns.tolist() == "parameter importance low high n_trials".split()
@@ -87,5 +87,5 @@ def test_importances_use_complete_searched_trials_without_repeats() -> None:
         replace(records[3], scores={"cc_mean": 9.0}, repeat_of="0001"),
         replace(records[4], scores={"cc_mean": 9.0}, phase="confirm"),
     ]
-    one, other = importances(records, CC, 0), importances(records + extra, CC, 0)
-    np.testing.assert_array_equal(one["importance"], other["importance"])
+    first, second = importances(records, CC, 0), importances(records + extra, CC, 0)
+    np.testing.assert_array_equal(first["importance"], second["importance"])

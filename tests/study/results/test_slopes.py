@@ -181,17 +181,21 @@ def test_interaction_with_scaling_rules_is_the_difference_of_each_pair() -> None
     table = slope_table(used, stories)
     rules = {rule: slope_row(table, "cc_mean", NUISANCE, rule) for rule in sorted(used["scaling_rule"].unique())}
     for first, second in combinations(rules, 2):
-        row, one, other = slope_row(table, BY_RULE, NUISANCE, PAIR.join((first, second))), rules[first], rules[second]
-        assert row["effect"] == pytest.approx(other["effect"] - one["effect"], abs=1e-12)
+        row, first, second = (
+            slope_row(table, BY_RULE, NUISANCE, PAIR.join((first, second))),
+            rules[first],
+            rules[second],
+        )
+        assert row["effect"] == pytest.approx(second["effect"] - first["effect"], abs=1e-12)
         assert row["n_trials"] == 108
 
 
 def test_slopes_use_cc_inside_stories_not_of_joined_rows() -> None:
     used, stories = study_of(Truth(effect=0.004), SMALL)
     joined = used.assign(cc_mean=used["cc_mean"] + 0.01 * used["log2_rank"])  # another CC over joined rows
-    one, other = (slope_table(table, stories) for table in (used, joined))
-    of_cc = one["outcome"].isin(["cc_mean", BEND, BY_LR]).to_numpy()
-    np.testing.assert_array_equal(one.loc[of_cc, "effect"], other.loc[of_cc, "effect"])
+    first, second = (slope_table(table, stories) for table in (used, joined))
+    of_cc = first["outcome"].isin(["cc_mean", BEND, BY_LR]).to_numpy()
+    np.testing.assert_array_equal(first.loc[of_cc, "effect"], second.loc[of_cc, "effect"])
 
 
 def test_slope_of_a_scaling_rule_uses_its_trials() -> None:
@@ -199,9 +203,9 @@ def test_slope_of_a_scaling_rule_uses_its_trials() -> None:
     table = slope_table(used, stories)
     for rule in ("lora_alpha = 18", "lora_alpha = 2 r", "rsLoRA lora_alpha = 6"):
         row = slope_row(table, "cc_mean", NUISANCE, rule)
-        one = used[used["scaling_rule"] == rule]
-        columns = nuisances_by_hand(one)
-        slope, _, _ = normal_equations([*columns, one["log2_rank"].to_numpy()], one["cc_mean"].to_numpy())
+        first = used[used["scaling_rule"] == rule]
+        columns = nuisances_by_hand(first)
+        slope, _, _ = normal_equations([*columns, first["log2_rank"].to_numpy()], first["cc_mean"].to_numpy())
         assert row["slope"] == pytest.approx(slope, rel=1e-9)
         assert row["n_trials"] == 54
     step = slope_row(table, "cc_mean", STEP_SIZE)
@@ -223,7 +227,7 @@ def test_intervals_cover_the_truth_at_the_stated_rate() -> None:
 
 def test_slope_table_is_empty_without_two_ranks() -> None:
     used, stories = study_of(plan=SMALL)
-    one = used[used["rank"] == 4]
-    assert slope_table(one, stories).empty
+    first = used[used["rank"] == 4]
+    assert slope_table(first, stories).empty
     assert slope_table(used.iloc[:0], stories).empty
-    assert "high_90" in slope_table(one, stories)
+    assert "high_90" in slope_table(first, stories)

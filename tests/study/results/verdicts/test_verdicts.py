@@ -126,8 +126,8 @@ def confounded(seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng, points = np.random.default_rng(seed), []
     for _ in range(162):
         rank = int(rng.choice(FULL.ranks))
-        at = int(np.clip(round(0.4 * np.log2(rank) - 0.4 + rng.normal(0, 0.5)), 0, 2))
-        points.append({"rank": rank, "lr": FULL.lrs[at], "seed": int(rng.integers(3)), "rule": RSLORA})
+        i = int(np.clip(round(0.4 * np.log2(rank) - 0.4 + rng.normal(0, 0.5)), 0, 2))
+        points.append({"rank": rank, "lr": FULL.lrs[i], "seed": int(rng.integers(3)), "rule": RSLORA})
     return draw(Truth(lr_effect=0.01), FIVE_STORIES, points, seed)
 
 
@@ -245,8 +245,8 @@ def confirmed_on(gains: list[float], cc_confirmed: float = 0.2) -> tuple[pd.Data
     row = {"look": 1, "trial_id": "0001", "is_winner": True, "cc_confirmed": cc_confirmed, "cc_frozen": 0.19}
     row |= {"gain_test": float(np.mean(gains)), "low": 0.001, "high": 0.005, "test_id": "t", "frozen_test_id": "f"}
     rows = []
-    for at, gain in enumerate(gains):
-        base = {"split": 0, "role": "test", "subject": "s", "story": f"test{at}"}
+    for i, gain in enumerate(gains):
+        base = {"split": 0, "role": "test", "subject": "s", "story": f"test{i}"}
         rows += [base | {"trial_id": "t", "cc_mean": 0.3 + gain}, base | {"trial_id": "f", "cc_mean": 0.3}]
     return pd.DataFrame([row], columns=COLUMNS), pd.DataFrame(rows)
 
