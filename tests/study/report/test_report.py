@@ -212,23 +212,23 @@ def test_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
     rows = table_rows(section(parsed(page_of(tmp_path / "study", study_json(), records)), "trials"))
     names = [cell.whole_text for cell in rows[0]]
     assert names[:6] == ["trial_id", "phase", "status", "method", "cc_mean", "rank"]
-    at = names.index("cc_mean")
+    column = names.index("cc_mean")
     assert [row[0].whole_text for row in rows[1:]] == ["0002", "0001", "baseline-frozen", "baseline-word_rate", "0003"]
-    assert [row[at].whole_text for row in rows[1:]] == ["0.1235", "0.1200", "0.1000", "0.0400", ""]
-    assert [row[at].attributes["data-sort"] for row in rows[1:]] == ["0.1234567", "0.12", "0.1", "0.04", ""]
-    assert rows[0][at].attributes == {"scope": "col", "class": "number", "aria-sort": "descending"}
+    assert [row[column].whole_text for row in rows[1:]] == ["0.1235", "0.1200", "0.1000", "0.0400", ""]
+    assert [row[column].attributes["data-sort"] for row in rows[1:]] == ["0.1234567", "0.12", "0.1", "0.04", ""]
+    assert rows[0][column].attributes == {"scope": "col", "class": "number", "aria-sort": "descending"}
     assert [row[names.index("rank")].whole_text for row in rows[1:]] == ["16", "2", "", "", "64"]
     assert "accuracy" not in names
 
 
 def test_trial_table_of_a_loss_is_ascending(tmp_path: Path) -> None:
     frame = trials_frame(
-        [replace(record(str(at), 0.1), scores={"mlm_loss_heldout": v}) for at, v in enumerate([3, 1, 2])]
+        [replace(record(str(i), 0.1), scores={"mlm_loss_heldout": v}) for i, v in enumerate([3, 1, 2])]
     )
     table = trial_sheet(frame, "adapt")
-    at = [column.name for column in table.columns].index("mlm_loss_heldout")
-    assert [row[at].text for row in table.rows] == ["1", "2", "3"]
-    assert table.columns[at].sorted == "ascending"
+    column = [item.name for item in table.columns].index("mlm_loss_heldout")
+    assert [row[column].text for row in table.rows] == ["1", "2", "3"]
+    assert table.columns[column].sorted == "ascending"
 
 
 @pytest.mark.parametrize(

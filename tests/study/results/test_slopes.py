@@ -181,12 +181,9 @@ def test_interaction_with_scaling_rules_is_the_difference_of_each_pair() -> None
     table = slope_table(used, stories)
     rules = {rule: slope_row(table, "cc_mean", NUISANCE, rule) for rule in sorted(used["scaling_rule"].unique())}
     for first, second in combinations(rules, 2):
-        row, first, second = (
-            slope_row(table, BY_RULE, NUISANCE, PAIR.join((first, second))),
-            rules[first],
-            rules[second],
-        )
-        assert row["effect"] == pytest.approx(second["effect"] - first["effect"], abs=1e-12)
+        row = slope_row(table, BY_RULE, NUISANCE, PAIR.join((first, second)))
+        expected = rules[second]["effect"] - rules[first]["effect"]
+        assert row["effect"] == pytest.approx(expected, abs=1e-12)
         assert row["n_trials"] == 108
 
 
@@ -203,9 +200,9 @@ def test_slope_of_a_scaling_rule_uses_its_trials() -> None:
     table = slope_table(used, stories)
     for rule in ("lora_alpha = 18", "lora_alpha = 2 r", "rsLoRA lora_alpha = 6"):
         row = slope_row(table, "cc_mean", NUISANCE, rule)
-        first = used[used["scaling_rule"] == rule]
-        columns = nuisances_by_hand(first)
-        slope, _, _ = normal_equations([*columns, first["log2_rank"].to_numpy()], first["cc_mean"].to_numpy())
+        trials = used[used["scaling_rule"] == rule]
+        columns = [*nuisances_by_hand(trials), trials["log2_rank"].to_numpy()]
+        slope, _, _ = normal_equations(columns, trials["cc_mean"].to_numpy())
         assert row["slope"] == pytest.approx(slope, rel=1e-9)
         assert row["n_trials"] == 54
     step = slope_row(table, "cc_mean", STEP_SIZE)
@@ -227,7 +224,7 @@ def test_intervals_cover_the_truth_at_the_stated_rate() -> None:
 
 def test_slope_table_is_empty_without_two_ranks() -> None:
     used, stories = study_of(plan=SMALL)
-    first = used[used["rank"] == 4]
-    assert slope_table(first, stories).empty
+    single = used[used["rank"] == 4]
+    assert slope_table(single, stories).empty
     assert slope_table(used.iloc[:0], stories).empty
-    assert "high_90" in slope_table(first, stories)
+    assert "high_90" in slope_table(single, stories)
