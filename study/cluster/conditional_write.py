@@ -5,8 +5,6 @@ Cloud Storage (``ifGenerationMatch``). Both services decide such a write atomica
 """
 
 import json
-import time
-from abc import ABC, abstractmethod
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
@@ -18,8 +16,7 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.storage import ObjectPath, arrow_path, explain
 
 CLUSTER_EXTRA = "pip install 'bert-encoding-study[cluster]'"
-PRECONDITION_FAILED, CONFLICT, NOT_FOUND = 412, 409, 404
-N_TRIES = 4  # of a write that collides with another one (409)
+PRECONDITION_FAILED, CONFLICT, NOT_FOUND = 412, 409, 404  # conflict: another write at the same time
 
 
 class StoredVersion(NamedTuple):
@@ -30,49 +27,17 @@ class StoredVersion(NamedTuple):
     age_s: float
 
 
-class ConditionalObject(ABC):
-    """One object in storage."""
+class _StoredObject:
+    """Bucket, key and settings of a place."""
 
     def __init__(self, place: ObjectPath) -> None:
         self.place = place
         self.bucket, _, self.key = arrow_path(place).partition("/")
         self.settings = {name: values[-1] for name, values in parse_qs(place.query).items()}
 
-    def write(self, content: bytes, tag: str | None) -> str | None:
-        """Replace the version with this tag (None: create the object), and return the new tag, or None on failure."""
-        for _ in range(N_TRIES):
-            status, new_tag = self._put(content, tag)
-            if status != CONFLICT:
-                break
-            time.sleep(0.2)
-        return new_tag
 
-    @abstractmethod
-    def read(self) -> StoredVersion | None:
-        """Return the object, None if there is none."""
-
-    @abstractmethod
-    def delete(self, tag: str) -> None:
-        """Delete the object if it still has this tag."""
-
-    @abstractmethod
-    def _put(self, content: bytes, tag: str | None) -> tuple[int, str | None]:
-        """Send one conditional write; return the HTTP status and, on success, the new tag."""
-
-
-def conditional_object(place: ObjectPath) -> ConditionalObject:
-    """Return the object at a place.
-
-    Raises
-    ------
-    InputError
-        if the package that it needs is not installed.
-    """
-    return S3Object(place) if place.bucket.startswith("s3:") else GcsObject(place)
-
-
-class S3Object(ConditionalObject):
-    """An object on S3, or on a service with the same interface; the tag is its ETag."""
+class S3Object(_StoredObject):
+    """An object on S3, or on a service with the same interface; the tag of a version is its ETag."""
 
     def __init__(self, place: ObjectPath) -> None:
         super().__init__(place)
@@ -91,40 +56,42 @@ class S3Object(ConditionalObject):
             "s3", endpoint_url=endpoint, region_name=self.settings.get("region"), config=Config(**options)
         )
 
+    def write(self, content: bytes, tag: str | None) -> str | None:
+        """Replace the version with this tag (None: create the object); return the new tag, or None without success."""
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+        response = self._request("put_object", Body=content, **condition)
+        return str(response["ETag"]) if response else None
+
     def read(self) -> StoredVersion | None:
-        status, response = self._request("get_object")
-        if status == NOT_FOUND:
+        """Return the object, None if there is none."""
+        response = self._request("get_object")
+        if response is None:
             return None
         now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
         age_s = (now - response["LastModified"]).total_seconds()
         return StoredVersion(response["Body"].read(), response["ETag"], age_s)
 
     def delete(self, tag: str) -> None:
+        """Delete the object if it still has this tag."""
         self._request("delete_object", IfMatch=tag)
 
-    def _put(self, content: bytes, tag: str | None) -> tuple[int, str | None]:
-        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
-        status, response = self._request("put_object", Body=content, **condition)
-        return status, str(response["ETag"]) if response else None
-
-    def _request(self, operation: str, **arguments: Any) -> tuple[int, Any]:
-        """Return status and response; the latter is None if a condition was not met or there is no object."""
+    def _request(self, operation: str, **arguments: Any) -> Any:
+        """Return the response, None if a condition was not met or there is no object."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            response = getattr(self.client, operation)(Bucket=self.bucket, Key=self.key, **arguments)
+            return getattr(self.client, operation)(Bucket=self.bucket, Key=self.key, **arguments)
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             code = error.response["Error"]["Code"]
             if code == "NoSuchBucket" or status not in (PRECONDITION_FAILED, CONFLICT, NOT_FOUND):
                 raise explain(self.place, f"{code}: {error}") from error
-            return status, None
+            return None
         except BotoCoreError as error:
             raise explain(self.place, f"{type(error).__name__}: {error}") from error
-        return response["ResponseMetadata"]["HTTPStatusCode"], response
 
 
-class GcsObject(ConditionalObject):
+class GcsObject(_StoredObject):
     """An object on Google Cloud Storage; the tag is its generation, which is 0 if there is none."""
 
     def __init__(self, place: ObjectPath) -> None:
@@ -135,7 +102,18 @@ class GcsObject(ConditionalObject):
         self.pool = urllib3.PoolManager(retries=urllib3.Retry(5, backoff_factor=0.5, raise_on_status=False))
         self.credentials = None if place.bucket.startswith("gs://anonymous@") else _google_credentials(place)
 
+    def write(self, content: bytes, tag: str | None) -> str | None:
+        """Do as `S3Object.write`."""
+        parts = (json.dumps({"name": self.key}).encode(), content)
+        body = b"".join(b"--part\r\nContent-Type: application/json\r\n\r\n" + part + b"\r\n" for part in parts)
+        url = f"{self.host}/upload/storage/v1/b/{self.bucket}/o?uploadType=multipart&ifGenerationMatch={tag or 0}"
+        response = self._request("POST", url, body + b"--part--\r\n")
+        if response.status == NOT_FOUND:
+            raise explain(self.place, "NO_SUCH_BUCKET")
+        return str(response.json()["generation"]) if response.status < 300 else None
+
     def read(self) -> StoredVersion | None:
+        """Return the object, None if there is none."""
         response = self._request("GET", self.url)
         if response.status == NOT_FOUND:
             return None
@@ -147,16 +125,8 @@ class GcsObject(ConditionalObject):
         return StoredVersion(content.data, str(metadata["generation"]), age.total_seconds())
 
     def delete(self, tag: str) -> None:
+        """Delete the object if it still has this tag."""
         self._request("DELETE", f"{self.url}?ifGenerationMatch={tag}")
-
-    def _put(self, content: bytes, tag: str | None) -> tuple[int, str | None]:
-        parts = (json.dumps({"name": self.key}).encode(), content)
-        body = b"".join(b"--part\r\nContent-Type: application/json\r\n\r\n" + part + b"\r\n" for part in parts)
-        url = f"{self.host}/upload/storage/v1/b/{self.bucket}/o?uploadType=multipart&ifGenerationMatch={tag or 0}"
-        response = self._request("POST", url, body + b"--part--\r\n")
-        if response.status == NOT_FOUND:
-            raise explain(self.place, "NO_SUCH_BUCKET")
-        return response.status, str(response.json()["generation"]) if response.status < 300 else None
 
     def _request(self, method: str, url: str, body: bytes | None = None) -> Any:
         headers = {"Content-Type": "multipart/related; boundary=part"} if body else {}
@@ -178,6 +148,20 @@ class GcsObject(ConditionalObject):
 
             self.credentials.before_request(Request(self.pool), "GET", self.url, headers)
         return headers
+
+
+ConditionalObject = S3Object | GcsObject
+
+
+def conditional_object(place: ObjectPath) -> ConditionalObject:
+    """Return the object at a place.
+
+    Raises
+    ------
+    InputError
+        if the package that it needs is not installed.
+    """
+    return S3Object(place) if place.bucket.startswith("s3:") else GcsObject(place)
 
 
 def _google_credentials(place: ObjectPath) -> Any:
