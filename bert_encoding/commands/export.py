@@ -81,7 +81,11 @@ def export(
     if chosen is not None:
         check_words(chosen)
     layers = parse_layer(layer)
-    source = _open_stories(data) if data is not None else _open_texts(Path(str(text)))
+    source: Dataset | Iterable[str]
+    if data is not None:
+        source = _open_stories(data)
+    else:
+        source = (example.text for example in corpus.open_corpus(Path(str(text))))
     encoder = load_encoder(_model_name(model, adapter))
     longest = min(WINDOW_TOKENS, encoder.max_tokens) if window_tokens is None else window_tokens
     settings: dict[str, Any] = {"layer": layers, "window_tokens": longest, "adapter": adapter and Path(adapter)}
@@ -93,9 +97,13 @@ def export(
         counts = dict(zip(tables[1]["word"], tables[1]["n"], strict=True))
         for word in chosen:
             print(f"{word}: {counts.get(word, 0)} occurrences")
-    _write(tables, files, {"model": encoder.name, **settings, "adapter": adapter, "source": data or text})
-    for path in files:
-        print(f"{path}: written")
+    note = json.dumps({"model": encoder.name, **settings, "adapter": adapter, "source": data or text}, default=str)
+    if file.suffix.lower() == NPZ:
+        _write_npz(tables, file, note)
+    else:
+        for table, path in zip(tables, files, strict=True):
+            _write_parquet(table, path, note)
+    print(*(f"{path}: written" for path in files), sep="\n")
     return 0
 
 
@@ -108,11 +116,6 @@ def _open_stories(data: str) -> Dataset:
     return open_dataset(path)
 
 
-def _open_texts(path: Path) -> Iterable[str]:
-    opened = corpus.open_corpus(path)
-    return (example.text for example in opened)
-
-
 def _model_name(model: str | None, adapter: str | None) -> str:
     """Return the model to load, and refuse an adapter that was trained on another one."""
     config = Path(adapter) / "adapter_config.json" if adapter is not None else None
@@ -122,16 +125,6 @@ def _model_name(model: str | None, adapter: str | None) -> str:
     if model and base and model != base and not Path(model).is_dir():  # a folder may have moved since
         raise InputError(f"--model {model}: the adapter {adapter} was trained on {base}; leave --model out")
     return str(model or base)
-
-
-def _write(tables: Sequence[pd.DataFrame], files: Sequence[Path], settings: dict[str, Any]) -> None:
-    """Write one table per file, or both into one ``.npz``."""
-    note = json.dumps(settings, default=str)
-    if files[0].suffix.lower() == NPZ:
-        _write_npz(tables, files[0], note)
-    else:
-        for table, file in zip(tables, files, strict=True):
-            _write_parquet(table, file, note)
 
 
 def _write_parquet(table: pd.DataFrame, file: Path, note: str) -> None:

@@ -66,7 +66,12 @@ def map_voxels(
     to
         The file: .nii.gz or .nii (with --mask), or a picture: .png, .svg, .pdf. [default: in maps/ of the study]
     """
-    _check_place(mask, mapper, order, mosaic)
+    if (mask is None) == (mapper is None):
+        raise InputError("map: give --mask FILE or --mapper FILE, one of the two")
+    if mapper is not None and (order is not None or mosaic):
+        raise InputError("map: --order and --mosaic are options of --mask; a mapper file has its own order")
+    if order not in (None, ZYX, XYZ):
+        raise InputError(f"--order {order}: give {ZYX} or {XYZ}")
     is_picture = mapper is not None or mosaic or (to is not None and to.lower().endswith(PICTURES))
     _check_target(to, PICTURES if mapper or mosaic else VOLUMES + PICTURES, (mask, mapper, array))
     if array is not None:
@@ -108,15 +113,6 @@ def _map_volume(voxels: Values, mask: Mask, mask_file: str, file: Path, is_pictu
         content = nifti_bytes(volume, mask, voxels.title)
         with output_file(file) as temporary:
             temporary.write_bytes(gzip.compress(content, mtime=0) if file.suffix == ".gz" else content)
-
-
-def _check_place(mask: str | None, mapper: str | None, order: str | None, mosaic: bool) -> None:
-    if (mask is None) == (mapper is None):
-        raise InputError("map: give --mask FILE or --mapper FILE, one of the two")
-    if mapper is not None and (order is not None or mosaic):
-        raise InputError("map: --order and --mosaic are options of --mask; a mapper file has its own order")
-    if order not in (None, ZYX, XYZ):
-        raise InputError(f"--order {order}: give {ZYX} or {XYZ}")
 
 
 def _check_target(to: str | None, endings: tuple[str, ...], sources: tuple[str | None, ...]) -> None:

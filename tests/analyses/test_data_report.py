@@ -96,11 +96,9 @@ def test_other_scales_are_a_doubt(good: Path) -> None:
     edit(good, "zeta", lambda rows: rows + 100)
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("usable, with doubts", 1)
-    assert report.doubts == (
-        "subject2: 2 of 7 stories are not z-scored (mean 0 and SD 1 of each voxel in each story are expected, or "
-        "differences between stories drown the words): beta, zeta",
-    )
-    assert report.doubts[0] in inspect(open_dataset(good)).notes, "also a note of a study"
+    (doubt,) = report.doubts
+    assert doubt.startswith("subject2: 2 of 7 stories are not z-scored") and doubt.endswith("beta, zeta")
+    assert doubt in inspect(open_dataset(good)).notes, "also a note of a study"
 
 
 def test_no_clear_peak_is_a_doubt(good: Path) -> None:
@@ -117,19 +115,17 @@ def test_a_copied_subject_is_not_usable(good: Path) -> None:
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == ("not usable", 2)
     assert len(report.reasons) == 7
-    assert report.reasons[0] == (
-        f"{good}: subject subject2_backup's responses to alpha are those of subject subject2 to alpha, number for "
-        "number; take out the copy"
-    )
-    with pytest.raises(InputError, match="subject2_backup's responses to alpha are those of subject subject2"):
+    with pytest.raises(
+        InputError, match=r"good: subject subject2_backup's responses to alpha are .* subject2 to alpha"
+    ):
         inspect(open_dataset(good))
 
 
 @pytest.mark.parametrize(
     ("rows", "value", "message"),
     [
-        ([4, 7], np.nan, "has no finite voxel: in row 4, 7 no value is finite; interpolate there"),
-        (slice(None), 0.0, "has no voxel that is finite and varies; leave the story out or mend the file"),
+        ([4, 7], np.nan, "has no finite voxel: in row 4, 7"),
+        (slice(None), 0.0, "has no voxel that is finite and varies"),
     ],
     ids=["lost volumes", "zeros"],
 )
@@ -146,19 +142,14 @@ def test_all_reasons_are_reported_and_the_other_stories_are_checked(good: Path) 
     edit(good, "delta", lambda rows: rows.T)
     report = check_dataset(open_dataset(good))
     assert report.verdict == "not usable"
-    assert [("beta.npy: not a readable" in r, "looks transposed" in r) for r in report.reasons] == [
-        (True, False),
-        (False, True),
-    ]
+    beta, delta = report.reasons
+    assert "beta.npy: not a readable" in beta and "looks transposed" in delta
     assert report.profiles[0].peak in (2, 3)
     text = printed(report)
-    lines = {line.split()[0]: line.rstrip() for line in text.splitlines() if line}
-    assert lines["beta"].endswith("NOT USABLE")
-    assert lines["delta"].endswith("NOT USABLE")
-    assert lines["gamma"].endswith("ok")
+    states = {line.split()[0]: line.rstrip()[-10:] for line in text.splitlines() if line}
+    assert (states["beta"], states["delta"], states["gamma"][-2:]) == ("NOT USABLE", "NOT USABLE", "ok")
     assert text.count("NOT USABLE") == 2
-    for reason in report.reasons:
-        assert f"  because {reason}\n" in text
+    assert f"  because {beta}\n  because {delta}\n" in text
 
 
 def test_unreadable_files_alone_give_a_verdict(good: Path) -> None:

@@ -43,10 +43,15 @@ def read_mapper(file: Path) -> Mapper:
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
+    try:
+        with h5py.File(file, "r") as content:
+            has_curvature = "flatmap_curvature" in content
+    except Exception as error:  # a damaged file raises almost anything
+        raise InputError(f"{file}: not a readable HDF5 file ({first_line(error)}); download it again") from None
     names = [f"voxel_to_flatmap_{part}" for part in ("data", "indices", "indptr", "shape")]
     *parts, shape = (_read_hdf5(file, name) for name in names)
     inside = _read_hdf5(file, "flatmap_mask") != 0
-    curvature = _read_hdf5(file, "flatmap_curvature") if _has(file, "flatmap_curvature") else None
+    curvature = _read_hdf5(file, "flatmap_curvature") if has_curvature else None
     try:
         n_pixels, n_voxels = (int(n) for n in shape)
         weights = scipy.sparse.csr_matrix(tuple(parts), shape=(n_pixels, n_voxels), dtype=np.float64)
@@ -66,14 +71,6 @@ def read_mapper(file: Path) -> Mapper:
             f"{file}: flatmap_curvature is {curvature.shape}, flatmap_mask {inside.shape}; download it again"
         )
     return Mapper(weights, inside, curvature)
-
-
-def _has(file: Path, key: str) -> bool:
-    try:
-        with h5py.File(file, "r") as content:
-            return key in content
-    except Exception as error:  # a damaged file raises almost anything
-        raise InputError(f"{file}: not a readable HDF5 file ({first_line(error)}); download it again") from None
 
 
 def _read_hdf5(file: Path, key: str) -> np.ndarray:
