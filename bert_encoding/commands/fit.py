@@ -44,11 +44,15 @@ def fit(study: str, /, *, trial: Text = None, to: Text = None, data: Text = None
     """
     folder = Path(study)
     file = folder / MODEL_FILE if to is None else Path(to)
-    content = read_study(folder)
+    if not (folder / STUDY_FILE).is_file():
+        raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing); give a folder such as results/NAME")
+    content = read_json(folder / STUDY_FILE, required=NEEDED)
+    if content["task"] != ENCODING:
+        raise InputError(f"{folder}: a text-only study; its trials predict no responses")
     record, adapter = choose_trial(folder, trial, n_splits=len(content["splits"]))
     check_model_file(file)
     notes = _notes(folder, content, record)
-    task = open_task(folder, content, data)
+    task = _open_task(folder, content, data)
     origin = Origin(folder.resolve().name, record.trial_id, _validation_cc(folder, record))
     config = replace(TrialConfig.from_dict(record.config), embed_precision="float32")  # as for new stories
     split = task.splits[0]
@@ -69,22 +73,6 @@ def _validation_cc(folder: Path, record: TrialRecord) -> dict[str, Any]:
         file = trial_folder(folder, record.trial_id) / "cc.npz"
         raise InputError(f"{file}: damaged ({first_line(error)}); move it away to go on without it") from None
     return {name: values for name, values in cc.items() if "/" not in name}
-
-
-def read_study(folder: Path) -> dict[str, Any]:
-    """Return the content of ``study.json``.
-
-    Raises
-    ------
-    InputError
-        if it is missing or damaged, or the study is a text-only one.
-    """
-    if not (folder / STUDY_FILE).is_file():
-        raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing); give a folder such as results/NAME")
-    content = read_json(folder / STUDY_FILE, required=NEEDED)
-    if content["task"] != ENCODING:
-        raise InputError(f"{folder}: a text-only study; its trials predict no responses")
-    return content
 
 
 def choose_trial(folder: Path, trial_id: str | None, n_splits: int = 1) -> tuple[TrialRecord, Path | None]:
@@ -167,18 +155,8 @@ def _notes(folder: Path, content: dict[str, Any], record: TrialRecord) -> list[s
     return notes
 
 
-def open_task(folder: Path, content: dict[str, Any], data: str | None = None) -> Task:
-    """Return data, voxels and splits of a study.
-
-    Parameters
-    ----------
-    content : of its ``study.json``
-
-    Raises
-    ------
-    InputError
-        if data, voxels or the pretrained model have changed since the study.
-    """
+def _open_task(folder: Path, content: dict[str, Any], data: str | None = None) -> Task:
+    """Return data, voxels and splits of a study, and refuse data, voxels or a pretrained model that have changed."""
     file = folder / STUDY_FILE
     try:
         splits = tuple(Split(**{role: tuple(names) for role, names in split.items()}) for split in content["splits"])
