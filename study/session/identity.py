@@ -19,7 +19,7 @@ from bert_encoding.core.storage import Place, open_place
 from bert_encoding.language_model.encoder import BUNDLED, checkpoint_fingerprint
 from bert_encoding.trial.config import OLDER_SETTINGS
 from study.setup.encoding_study import Study
-from study.setup.options import options_record
+from study.setup.resolve import options_record
 from study.setup.text_study import TextStudy
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "optuna", "numpy", "scipy", "pandas")

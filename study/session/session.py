@@ -24,7 +24,7 @@ from study.session.confirm import confirm, is_complete, is_lacking
 from study.session.identity import AnyStudy, Difference, differences, identify, read_identity, resumed, settle_precision
 from study.session.voxel_choice import on_chosen_voxels
 from study.setup.encoding_study import Study
-from study.setup.options import KEEP_ADAPTERS, Options
+from study.setup.options import Options
 
 _UNFINISHED = rf"\.({re.escape(STUDY_FILE)}|{re.escape(OWNER_FILE)})\.\d+\.tmp"  # as ``atomic_path`` names them
 
@@ -64,7 +64,7 @@ def run_session(
                 _tidy(folder, METRICS[study.space.task], not resume, study.options.keep_adapters)
 
 
-def _tidy(folder: Place, metric: Metric, is_new: bool, n_adapters: int = KEEP_ADAPTERS) -> None:
+def _tidy(folder: Place, metric: Metric, is_new: bool, n_adapters: int) -> None:
     """Keep the best adapters and write the tables; remove a new study that has come to nothing."""
     records = read_records(folder)
     if any(record.status == COMPLETE for record in records):

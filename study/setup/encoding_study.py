@@ -19,7 +19,8 @@ from bert_encoding.language_model.encoder import MINILM_PLAIN, check_layer, chec
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key
-from study.setup.options import ALL, Options, check_meaning
+from study.setup.options import ALL, Options
+from study.setup.resolve import check_task
 from study.setup.spaces import Space, rehearse
 
 
@@ -75,7 +76,7 @@ def prepare(options: Options, space: Space) -> Study:
     InputError
         if anything asked for does not exist or does not fit.
     """
-    check_meaning(options, is_text=False)
+    check_task(options, is_text=False)
     check_model_name(options.model)
     base = base_config(options)
     trains = rehearse(space, base)

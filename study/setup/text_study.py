@@ -14,7 +14,8 @@ from bert_encoding.language_model.encoder import MINILM_PLAIN, check_model_name
 from bert_encoding.text_tasks.task import TextTask, make_text_task
 from bert_encoding.trial.config import TrialConfig
 from study.setup.encoding_study import base_config, general_text, given_files
-from study.setup.options import Options, check_meaning
+from study.setup.options import Options
+from study.setup.resolve import check_task
 from study.setup.spaces import Space, rehearse
 
 
@@ -58,7 +59,7 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
     InputError
         if anything asked for does not exist or does not fit.
     """
-    check_meaning(options, is_text=True)
+    check_task(options, is_text=True)
     check_model_name(options.model)
     if space.task == ADAPT and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to adapt; use minilm")

@@ -27,7 +27,7 @@ from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.voxel_selection import keep_voxels, voxels_key, write_voxels
 from study.session.identity import identify
 from study.setup.encoding_study import prepare
-from study.setup.options import resolve_options
+from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
 SUBJECTS = ("a", "b")

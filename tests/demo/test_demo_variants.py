@@ -30,7 +30,7 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.run import run_trial
 from study.results.locked_stories import check_looks
-from study.setup.options import model_of
+from study.setup.resolve import model_of
 
 LANGUAGE, OTHERS = slice(0, N_LANGUAGE), slice(N_LANGUAGE, N_VOXELS)
 N_LOWER = 64  # language voxels of demo-null that follow a lower layer

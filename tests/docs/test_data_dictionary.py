@@ -36,7 +36,7 @@ from study.results.standing import Standing
 from study.session.confirm import fix_winner, validation_jobs
 from study.session.identity import identify
 from study.setup.encoding_study import prepare
-from study.setup.options import resolve_options
+from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
 PAGE = ROOT / "docs" / "results.md"

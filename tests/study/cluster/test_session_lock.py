@@ -441,10 +441,10 @@ def test_a_driver_that_lost_its_study_does_not_end_the_session_of_the_new_owner(
 def test_tidy_deletes_an_empty_study_and_keeps_records(study: ObjectPath) -> None:
     metric = session.METRICS[session.ENCODING]
     with session._open_folder(study, IDENTITY, False):
-        session._tidy(study, metric, is_new=True)
+        session._tidy(study, metric, is_new=True, n_adapters=5)
     assert [key for key in keys(study) if not key.endswith("/")] == []
     with session._open_folder(study, IDENTITY, False):
         write_record(study, TrialRecord("COMPLETE", "lora", {"rank": 1, "lora_alpha": 1}, "0001", "search"))
-        session._tidy(study, metric, is_new=True)
+        session._tidy(study, metric, is_new=True, n_adapters=5)
     assert "out/study/trials.parquet" in keys(study)
     assert session.n_searched(study) == 1

@@ -40,7 +40,7 @@ from study.session import session
 from study.session.baselines import key_maker
 from study.session.session import in_key
 from study.setup.encoding_study import prepare
-from study.setup.options import resolve_options
+from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
 __all__ = ["bucket", "s3_endpoint"]  # fixtures

@@ -48,7 +48,7 @@ from study.search.worker import Job, run_job
 from study.session.confirm import choose_finalists, confirm, fresh_seeds, is_complete, is_lacking
 from study.session.session import _confirm, check_look
 from study.setup.encoding_study import Study
-from study.setup.options import options_record, resolve_options
+from study.setup.resolve import options_record, resolve_options
 from study.setup.spaces import load_space
 from study.setup.text_study import TextStudy
 
@@ -530,7 +530,7 @@ def test_options_of_the_confirm_phase() -> None:
     assert resolve(recorded={"confirm": 1}).confirm == 1
     assert options_record(resolve(trials=0))["confirm"] is None, "a search that is added later has its own default"
     for named, space, given in (
-        ("--confirm 2: means nothing in a study of text alone", text, {"confirm": 2}),
+        ("--confirm 2: not available for text-only studies", text, {"confirm": 2}),
         ("--confirm 2: with --trials 0 nothing is searched", smoke, {"confirm": 2, "trials": 0}),
         ("--confirm -1: must be at least 0", smoke, {"confirm": -1}),
         ("--confirm-seeds 0: must be at least 1", smoke, {"confirm_seeds": 0}),

@@ -23,7 +23,8 @@ from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.run import run_trial
 from study.session import memory
 from study.session.memory import check_memory, free_bytes, worker_bytes
-from study.setup.options import Options, resolve_options
+from study.setup.options import Options
+from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
 BASE_SHAPE = {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}

@@ -195,5 +195,5 @@ def test_an_interruption_is_said_once(
     given = SimpleNamespace(folder=tmp_path)
     monkeypatch.setattr(run, "run_session", interrupt)
     study: Any = SimpleNamespace(options=given)
-    assert run._run(study, run.How(False, False, False, False), run._console()) is is_kept
+    assert run._run(study, run.ResumePolicy(), run._console()) is is_kept
     assert capsys.readouterr().out == said

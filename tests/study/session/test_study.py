@@ -76,7 +76,7 @@ def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_
     assert cc.shape == (12,)
     assert np.nanmean(cc) == pytest.approx(trials.loc["0001", "cc_mean"], abs=1e-6)
     assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
-    for line in ("[search 5/5] 0003: CC", f"everything lies in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
+    for line in ("[search 5/5] 0003: CC", f"results are in {study}", "trial 0002 FAILED", "frozen baseline: CC"):
         assert line in done.stdout
     assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
 
@@ -206,7 +206,7 @@ def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_be
     finally:
         driver.kill()
     assert driver.returncode == 130, out + error
-    assert "\ninterrupted\n" in out and "go on with: python study/run.py --resume" in out
+    assert "\ninterrupted\n" in out and "resume with: python study/run.py --resume" in out
     assert "Traceback" not in out + error
     assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
     assert (study / "trials.parquet").exists()

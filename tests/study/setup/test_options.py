@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,11 @@ from bert_encoding.core.files import write_json
 from bert_encoding.trial.config import OLDER_SETTINGS
 from study.cluster.machines import Machines, Node
 from study.session.identity import differences
-from study.setup import options as shares
+from study.setup import machine_share
 from study.setup.delta import delta_note
 from study.setup.encoding_study import base_config
-from study.setup.options import (
-    SCIENCE,
-    Options,
-    check_meaning,
-    check_take_over,
-    options_record,
-    read_recorded,
-    resolve_options,
-)
+from study.setup.options import MEANINGS, STUDY, Options, ResumePolicy
+from study.setup.resolve import check_take_over, check_task, options_record, read_recorded, resolve_options
 from study.setup.spaces import Space, load_space
 
 NAN, INF = math.nan, math.inf
@@ -48,7 +41,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
-    monkeypatch.setattr(shares, "find_machines", lambda address: machines)
+    monkeypatch.setattr(machine_share, "find_machines", lambda address: machines)
 
 
 def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
@@ -95,7 +88,7 @@ def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
     assert {name: getattr(found, name) for name in OLDER_SETTINGS} == {"embed_precision": "float32", "score_every": 1}
     text = replace(smoke, task="classification")
     on_text = resolve_options({}, older | {"confirm": 0}, text)
-    check_meaning(on_text, is_text=True)  # where word vectors mean nothing, the option must not seem to be given
+    check_task(on_text, is_text=True)  # where word vectors mean nothing, the option must not seem to be given
     identity = {"config": asdict(found), "splits": [], "space": {"name": "s", "hash": "h"}, "precision": "float32"}
     identity |= {"data": {"source": "d", "fingerprint": "f"}, "voxels": {"asked": "all", "key": "k"}, "code": "c"}
     identity |= {"model": {"name": "m", "weights": "w"}, "versions": {}}
@@ -108,7 +101,7 @@ def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
 def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
     found = resolve(smoke, score_every=3)
     assert base_config(found).score_every == options_record(found)["score_every"] == 3
-    with pytest.raises(InputError, match="--score-every 3: --scheduler asha goes by the CC of every epoch"):
+    with pytest.raises(InputError, match="--score-every 3: --scheduler asha needs the CC of every epoch"):
         resolve(smoke, score_every=3, scheduler="asha")
 
 
@@ -212,8 +205,8 @@ def test_layers(given: str | int | None, layer: int | tuple[int, ...] | None, sm
         *(({"test_stories": names}, "name at least one") for names in ([], [""], [" ,"])),
         *(({"layer": layer}, f"--layer {layer}: give 'last', a number") for layer in ("foo", "", "1.5", "first")),
         ({"name": ""}, "--name '': must be a plain folder name"),
-        ({"name": "a/b"}, "--name 'a/b': must be a plain folder name"),
-        ({"name": ".."}, r"--name '\.\.': must be a plain folder name"),
+        ({"name": "a/b"}, "--name a/b: must be a plain folder name"),
+        ({"name": ".."}, r"--name \.\.: must be a plain folder name"),
         ({"name": ".hidden"}, "must be a plain folder name"),
     ],
 )
@@ -312,7 +305,7 @@ def test_what_another_machine_lacks_falls_back_with_a_note(
     machine(monkeypatch, n_cpus, 0)
     resumed = resolve(smoke, recorded)
     assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == expected
-    notes = [f"the {one} of the study does not fit here; the default is taken" for one in noted]
+    notes = [f"the {one} of the study does not fit here; the default is used instead" for one in noted]
     assert sorted(resumed.machines.notes) == notes
     assert options_record(resumed) == recorded, "where it was begun it is wanted still"
     with pytest.raises(InputError, match=r"--gpus-per-trial 0\.5: this machine has 0"):
@@ -334,17 +327,17 @@ def test_tensorboard_needs_a_folder(out: str, smoke: Space) -> None:
 @pytest.mark.parametrize(
     ("out", "resume", "said"),
     [
-        ("s3://bucket/prefix", False, "--take-over: goes with --resume"),
-        ("results", True, "--take-over: means nothing for a folder"),
-        ("results", False, "--take-over: goes with --resume"),
+        ("s3://bucket/prefix", False, "--take-over: add --resume"),
+        ("results", True, "--take-over: not available in a folder"),
+        ("results", False, "--take-over: add --resume"),
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(out: str, resume: bool, said: str, smoke: Space) -> None:
     options = resolve(smoke, out=out)
     with pytest.raises(InputError, match=f"^{said}"):
-        check_take_over(options, resume, take_over=True)
-    check_take_over(options, resume, take_over=False)
-    check_take_over(resolve(smoke, out="s3://bucket/prefix"), resume=True, take_over=True)
+        check_take_over(options, ResumePolicy(resume=resume, take_over=True))
+    check_take_over(options, ResumePolicy(resume=resume))
+    check_take_over(resolve(smoke, out="s3://bucket/prefix"), ResumePolicy(resume=True, take_over=True))
 
 
 def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
@@ -354,7 +347,7 @@ def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
     assert read_recorded(str(tmp_path), "study", False) == {}, "without --resume"
     recorded = read_recorded(str(tmp_path), "study", True)
     assert resolve_options({"space": "smoke", "name": "study", "out": str(tmp_path)}, recorded, smoke) == options
-    assert set(options_record(options)) == set(SCIENCE) <= {field.name for field in fields(Options)}
+    assert set(options_record(options)) == {name for name, meaning in MEANINGS.items() if meaning.scope == STUDY}
 
 
 def test_resume_takes_the_latest_study_by_default(tmp_path: Path) -> None:
@@ -405,22 +398,22 @@ def test_options_that_would_do_nothing_are_refused(
     smoke: Space, given: dict[str, Any], is_text: bool, named: str
 ) -> None:
     options = resolve(smoke, **given)
-    with pytest.raises(InputError, match=f"{named}: means nothing in a study of"):
-        check_meaning(options, is_text)
-    check_meaning(options, not is_text)
+    with pytest.raises(InputError, match=f"{named}: not available for"):
+        check_task(options, is_text)
+    check_task(options, not is_text)
 
 
 @pytest.mark.parametrize("is_text", [True, False])
 def test_defaults_mean_something_everywhere(smoke: Space, is_text: bool) -> None:
-    check_meaning(resolve(smoke), is_text)
+    check_task(resolve(smoke), is_text)
 
 
 def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("the same words\n")
-    with pytest.raises(InputError, match="what is trained on cannot be the probe"):
+    with pytest.raises(InputError, match="text to train on cannot be the probe"):
         resolve(smoke, probe="a.txt", control_text="b.txt")
-    with pytest.raises(InputError, match=r"--probe .*a\.txt: is the text to learn"):
+    with pytest.raises(InputError, match=r"--probe .*a\.txt: is the text to train on"):
         resolve(smoke, probe="a.txt", data="a.txt")
 
 
@@ -489,7 +482,7 @@ def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: 
         asked.append(address)
         return Machines(None, "x", (Node(4, 0),))
 
-    monkeypatch.setattr(shares, "find_machines", find)
+    monkeypatch.setattr(machine_share, "find_machines", find)
     resolve(smoke)
     resolve(smoke, address="10.0.0.5:6379")
     resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))
