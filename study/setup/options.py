@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 from cyclopts import Group, Parameter
 
-from bert_encoding.core.command_line import Names, Number, Text, Whole, strictly
+from bert_encoding.core.command_line import Names, Number, Text, Whole
 from bert_encoding.core.devices import PRECISIONS
 from bert_encoding.core.names import ENCODING
 from bert_encoding.core.storage import Place, open_place
@@ -21,9 +21,16 @@ ALL = "all"
 STUDY, MACHINES, SESSION = "study", "machines", "session"
 TEXT_ONLY = "text only"
 
-RequiredText = Annotated[str, Parameter(converter=strictly(str))]
-RequiredWhole = Annotated[int, Parameter(converter=strictly(int))]
-RequiredNumber = Annotated[float, Parameter(converter=strictly(float))]
+if TYPE_CHECKING:  # resolved options have a value
+    ResolvedText: TypeAlias = str
+    ResolvedWhole: TypeAlias = int
+    ResolvedNumber: TypeAlias = float
+    ResolvedNames: TypeAlias = list[str]
+    ResolvedLayer: TypeAlias = int | tuple[int, ...] | None
+    ResolvedMachines: TypeAlias = Machines
+else:  # on the command line an option may be absent
+    ResolvedText, ResolvedWhole, ResolvedNumber, ResolvedNames = Text, Whole, Number, Names
+    ResolvedLayer, ResolvedMachines = Text, Machines | None
 
 
 def _group(name: str, position: int) -> Parameter:
@@ -65,8 +72,10 @@ class Meaning(NamedTuple):
 
 
 def option(default: Any = None, scope: str = STUDY, task: str | None = None, check: Check | None = None) -> Any:
-    """Return a dataclass field that is None until its option is set or resolved."""
-    return field(default=None, metadata={"meaning": Meaning(default, scope, task, check)})
+    """Return a dataclass field that is None, or False for a flag, until its option is set or resolved."""
+    return field(
+        default=False if default is False else None, metadata={"meaning": Meaning(default, scope, task, check)}
+    )
 
 
 def at_least(lowest: int) -> Check:
@@ -90,83 +99,83 @@ def _folder_name(value: str) -> str | None:
 class Options:
     """The options of ``study/run.py``.
 
-    The command line leaves an option that is not set at None; ``resolve_options`` fills in all of them. The text below
-    an option is its help.
+    The command line leaves an option that is not set at None, and a flag at False; ``resolve_options`` fills in all of
+    them. The text below an option is its help.
     """
 
-    space: Annotated[RequiredText, THE_STUDY] = option()
+    space: Annotated[ResolvedText, THE_STUDY] = option()
     """Search space: a bundled one (lora_rank_small, lora_rank, lora_full, full_vs_lora, layers, nsp, sentiment_lora,
     smoke) or the path of your own FILE.py. [default: lora_full]"""
-    data: Annotated[RequiredText, THE_STUDY] = option()
+    data: Annotated[ResolvedText, THE_STUDY] = option()
     """Data set: 'demo', 'demo-null', 'demo-helps', or the folder of your data, whose format is recognised.
     [default: demo]"""
-    model: Annotated[RequiredText, THE_STUDY] = option()
+    model: Annotated[ResolvedText, THE_STUDY] = option()
     """BERT model: minilm, minilm-plain, a checkpoint folder or a name on the Hugging Face hub. [default: minilm for
     the demo, else bert-base-uncased]"""
-    trials: Annotated[RequiredWhole, THE_STUDY] = option(check=at_least(0))
+    trials: Annotated[ResolvedWhole, THE_STUDY] = option(check=at_least(0))
     """Number of trials to search; 0 runs only the baselines, with their test scores. [default: the space's]"""
-    epochs: Annotated[RequiredWhole, THE_STUDY] = option(check=at_least(1))
+    epochs: Annotated[ResolvedWhole, THE_STUDY] = option(check=at_least(1))
     """Number of epochs of fine-tuning. [default: the space's]"""
-    seed: Annotated[RequiredWhole, THE_STUDY] = option(0, check=at_least(0))
+    seed: Annotated[ResolvedWhole, THE_STUDY] = option(0, check=at_least(0))
     """Random seed of the study. [default: 0]"""
 
-    trim: Annotated[RequiredText, DATA] = option("published", task=ENCODING, check=one_of(TRIMS))
+    trim: Annotated[ResolvedText, DATA] = option("published", task=ENCODING, check=one_of(TRIMS))
     """Volumes that the responses lack: 'published' (10 at the start, 5 at the end) or 'course' (5, 10).
     [default: published]"""
     trust_alignment: Annotated[bool, DATA] = option(False, task=ENCODING)
     """Run the study although the data check found that word rate predicts the responses best at an impossible lag."""
     subjects: Annotated[Names, DATA] = option(task=ENCODING)
     """Subjects whose responses are predicted. [default: all]"""
-    voxels: Annotated[RequiredText, DATA] = option(ALL, task=ENCODING)
+    voxels: Annotated[ResolvedText, DATA] = option(ALL, task=ENCODING)
     """Voxels to score: 'all', a number (per subject, those that the frozen encoder predicts best within the fit
     stories), or a FILE: .npy with indices or a mask, .npz with one array per subject. [default: all]"""
     train_stories: Annotated[Whole, DATA] = option(task=ENCODING)
     """Number of stories to use in addition to the test stories, drawn at random (--seed). [default: all]"""
     test_stories: Annotated[Names, DATA] = option(task=ENCODING)
     """Stories that are locked for the final score. [default: the published test stories of the data set]"""
-    outer_folds: Annotated[RequiredWhole, DATA] = option(1, task=ENCODING, check=at_least(1))
+    outer_folds: Annotated[ResolvedWhole, DATA] = option(1, task=ENCODING, check=at_least(1))
     """Number of outer folds over which fit and validation stories rotate, with one adapter per fold. [default: 1]"""
 
-    layer: Annotated[Any, Parameter(converter=strictly(str)), WORD_VECTORS] = option(task=ENCODING)
+    layer: Annotated[ResolvedLayer, WORD_VECTORS] = option(task=ENCODING)
     """Layer whose hidden states are the word vectors: 'last', a number, or several to average, as in 4-6.
     [default: last]"""
-    embed_precision: Annotated[RequiredText, WORD_VECTORS] = option(
+    embed_precision: Annotated[ResolvedText, WORD_VECTORS] = option(
         TrialConfig.embed_precision, task=ENCODING, check=one_of(PRECISIONS)
     )
     """Precision of the matrix products that compute word vectors: 'float32', 'bfloat16' (two to three times faster on
     processors with native bfloat16) or 'auto', the faster one; it is fixed when the study begins. [default: auto]"""
 
-    mlm_text: Annotated[RequiredText, FINE_TUNING] = option("fit", task=ENCODING, check=one_of(MLM_TEXTS))
+    mlm_text: Annotated[ResolvedText, FINE_TUNING] = option("fit", task=ENCODING, check=one_of(MLM_TEXTS))
     """Text that fine-tuning reads: 'fit' (the fit stories), 'all', or 'control' (unrelated text). [default: fit]"""
-    control_text: Annotated[RequiredText, FINE_TUNING] = option("")
+    control_text: Annotated[ResolvedText, FINE_TUNING] = option("")
     """FILE of unrelated text, for --mlm-text control and for replay. [default: bundled, a few thousand words]"""
-    probe: Annotated[RequiredText, FINE_TUNING] = option("")
+    probe: Annotated[ResolvedText, FINE_TUNING] = option("")
     """FILE of text other than stories, on which forgetting is measured. [default: bundled]"""
 
-    baselines: Annotated[list[str], Parameter(consume_multiple=True), BASELINES] = option([], task=ENCODING)
+    baselines: Annotated[ResolvedNames, BASELINES] = option([], task=ENCODING)
     """Further baselines in addition to frozen and word_rate: bag_of_words, static, random (randomly initialised BERT).
     [default: none]"""
-    static_vectors: Annotated[RequiredText, BASELINES] = option("", task=ENCODING)
+    static_vectors: Annotated[ResolvedText, BASELINES] = option("", task=ENCODING)
     """FILE of GloVe or word2vec vectors for the baseline 'static', which this option adds."""
 
-    sampler: Annotated[RequiredText, SEARCH] = option()
+    sampler: Annotated[ResolvedText, SEARCH] = option()
     """How settings are suggested: tpe, gp, cmaes (numbers only; needs the extra 'cmaes'), random, qmc (spread evenly)
     or grid (every point once). [default: the space's, else tpe]"""
-    scheduler: Annotated[RequiredText, SEARCH] = option(NO_SCHEDULER, check=one_of(SCHEDULERS))
+    scheduler: Annotated[ResolvedText, SEARCH] = option(NO_SCHEDULER, check=one_of(SCHEDULERS))
     """Stop trials early if they do worse than others after the same number of epochs: 'asha' (the better half
     continues after 1, 2, 4, ... epochs), 'median' (trials below the median stop) or 'none'. [default: the space's,
     else none]"""
-    score_every: Annotated[RequiredWhole, SEARCH] = option(TrialConfig.score_every, task=ENCODING, check=at_least(1))
+    score_every: Annotated[ResolvedWhole, SEARCH] = option(TrialConfig.score_every, task=ENCODING, check=at_least(1))
     """Number of epochs between computations of CC, which is always computed after the last; early stopping needs 1.
     [default: 1]"""
 
-    confirm: Annotated[RequiredWhole, CONFIRMATION] = option(3, check=at_least(0))
+    confirm: Annotated[ResolvedWhole, CONFIRMATION] = option(3, check=at_least(0))
     """Number of finalists: the best trials run again with fresh seeds, the winner is fixed by its validation CC, and
     only then are all of them and the baselines scored once on the test stories; 0 leaves the test stories unread.
     [default: 3]"""
-    confirm_seeds: Annotated[RequiredWhole, CONFIRMATION] = option(2, task=ENCODING, check=at_least(1))
+    confirm_seeds: Annotated[ResolvedWhole, CONFIRMATION] = option(2, task=ENCODING, check=at_least(1))
     """Number of fresh seeds per finalist. [default: 2]"""
-    delta: Annotated[RequiredNumber, CONFIRMATION] = option(DELTA, task=ENCODING)
+    delta: Annotated[ResolvedNumber, CONFIRMATION] = option(DELTA, task=ENCODING)
     """Smallest difference in CC that matters; verdicts of 'no effect' depend on it. Set it in advance.
     [default: 0.002]"""
 
@@ -182,31 +191,31 @@ class Options:
     address: Annotated[Text, RESOURCES] = option(scope=SESSION)
     """Address of a Ray cluster: HOST:PORT, 'auto' (on this node) or 'local'. [default: RAY_ADDRESS, else a cluster on
     this node, else local]"""
-    cpus_per_trial: Annotated[RequiredNumber, RESOURCES] = option(scope=MACHINES)
+    cpus_per_trial: Annotated[ResolvedNumber, RESOURCES] = option(scope=MACHINES)
     """Number of CPUs per trial. [default: up to 2]"""
-    gpus_per_trial: Annotated[RequiredNumber, RESOURCES] = option(scope=MACHINES)
+    gpus_per_trial: Annotated[ResolvedNumber, RESOURCES] = option(scope=MACHINES)
     """Number of GPUs per trial; a fraction lets trials share one. [default: 1 if there is one]"""
-    max_concurrent: Annotated[RequiredWhole, RESOURCES] = option(scope=MACHINES, check=at_least(1))
+    max_concurrent: Annotated[ResolvedWhole, RESOURCES] = option(scope=MACHINES, check=at_least(1))
     """Number of trials that run at once. [default: as many as fit]"""
     trial_timeout: Annotated[Number, RESOURCES] = option(scope=MACHINES, check=_positive_seconds)
     """Seconds that a trial may take; then its worker is ended and the trial is recorded as failed.
     [default: no limit]"""
 
-    name: Annotated[RequiredText, OUTPUT] = option(scope=SESSION, check=_folder_name)
+    name: Annotated[ResolvedText, OUTPUT] = option(scope=SESSION, check=_folder_name)
     """Name of the study. [default: space and date]"""
-    out: Annotated[RequiredText, OUTPUT] = option("results", scope=SESSION)
+    out: Annotated[ResolvedText, OUTPUT] = option("results", scope=SESSION)
     """Where studies are stored: a folder, s3://bucket/prefix or gs://bucket/prefix. [default: results]"""
-    keep_adapters: Annotated[RequiredWhole, OUTPUT] = option(5, check=at_least(0))
+    keep_adapters: Annotated[ResolvedWhole, OUTPUT] = option(5, check=at_least(0))
     """Number of trials, the best ones, whose adapters are kept; the others are deleted for good. [default: 5]"""
     tensorboard: Annotated[bool, OUTPUT] = option(False, scope=MACHINES)
     """Write the scores of every epoch for TensorBoard into the folder 'tensorboard' of the study; not available in
     object storage."""
 
-    machines: Annotated[Machines, NOT_AN_OPTION] = option(scope=SESSION)
+    machines: Annotated[ResolvedMachines, NOT_AN_OPTION] = option(scope=SESSION)
     """Where trials run."""
     requested: Annotated[dict[str, Any], NOT_AN_OPTION] = field(default_factory=dict)
     """Machine options as the user set them, now or when the study began; the machines may allow other values only."""
-    deltas_before: Annotated[list[float], NOT_AN_OPTION] = option([])
+    deltas_before: Annotated[list[float], NOT_AN_OPTION] = field(default_factory=list)
     """Values that ``delta`` had earlier in this study, the first one first."""
 
     @property

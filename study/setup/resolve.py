@@ -130,7 +130,7 @@ def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, 
 
 def options_record(options: Options) -> dict[str, Any]:
     """Return the options that ``study.json`` records: those that define the study, and the machine options set."""
-    record = {name: getattr(options, name) for name in _names(STUDY)} | options.requested
+    record = {name: getattr(options, name) for name in (*_names(STUDY), "deltas_before")} | options.requested
     return record if options.trials else record | {"confirm": None}  # a search that is added has its own default
 
 

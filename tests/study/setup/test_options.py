@@ -60,9 +60,11 @@ def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
         **dict.fromkeys(("layer", "subjects", "train_stories", "test_stories", "trial_timeout")),
         **dict.fromkeys(("train_examples", "examples", "max_length")),
         **{"cpus_per_trial": 2.0, "gpus_per_trial": 0.0, "max_concurrent": 2, "tensorboard": False},
-        **{"keep_adapters": 5, "machines": Machines(None, "x", (Node(4, 0),))},
+        **{"keep_adapters": 5, "machines": Machines(None, "x", (Node(4, 0),)), "address": None, "requested": {}},
+        **{"confirm": 3, "confirm_seeds": 2, "delta": 0.002, "deltas_before": []},
+        **{"embed_precision": "auto", "score_every": 1},
     }
-    assert resolve(smoke) == Options(**expected)
+    assert vars(resolve(smoke)) == expected
 
 
 def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> None:
@@ -347,7 +349,9 @@ def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
     assert read_recorded(str(tmp_path), "study", False) == {}, "without --resume"
     recorded = read_recorded(str(tmp_path), "study", True)
     assert resolve_options({"space": "smoke", "name": "study", "out": str(tmp_path)}, recorded, smoke) == options
-    assert set(options_record(options)) == {name for name, meaning in MEANINGS.items() if meaning.scope == STUDY}
+    assert set(options_record(options)) == {name for name, option in MEANINGS.items() if option.scope == STUDY} | {
+        "deltas_before"
+    }
 
 
 def test_resume_takes_the_latest_study_by_default(tmp_path: Path) -> None:
