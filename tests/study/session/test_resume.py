@@ -24,7 +24,7 @@ from study.session import identity as identity_module
 from study.session import session as session_module
 from study.session.identity import _look_around, differences, identify, resumed
 from study.setup.encoding_study import prepare
-from study.setup.options import resolve_options
+from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
 pytestmark = pytest.mark.usefixtures("no_ray")
