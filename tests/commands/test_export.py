@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ TEXTS = [
     "Nothing to see here.",
     "mother's house-train; the houses, unhoused _house_ house1",
 ]
+
+run = partial(run_command, "export")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_rows_are_those_of_the_transcript(tiny_encoder: Encoder, dataset: Datase
     assert np.flatnonzero(zero_rows).tolist() == [0, 5], "rows without speech keep their place"
     stories = dataset.stories.values()
     assert table["word"].to_list() == [word for story in stories for word in story.words]
-    assert table["word_index"].to_list() == [at for story in stories for at in range(len(story.words))]
+    assert table["word_index"].to_list() == [index for story in stories for index in range(len(story.words))]
     np.testing.assert_array_equal(table["time_s"], np.concatenate([story.word_times_s for story in stories]))
     assert stacked(table).dtype == np.float32
     np.testing.assert_allclose(
@@ -242,12 +245,7 @@ def test_stories_to_parquet(
     folder: Path, dataset: Dataset, tiny_bert: Path, tiny_encoder: Encoder, adapter: tuple[Path, Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "new" / "vectors.parquet"
-    assert (
-        run_command(
-            "export", "--model", tiny_bert, "--adapter", adapter[0], "--data", folder, "--layer", "1", "--to", file
-        )
-        == 0
-    )
+    assert run("--model", tiny_bert, "--adapter", adapter[0], "--data", folder, "--layer", "1", "--to", file) == 0
     read = pd.read_parquet(file)
     expected = export_stories(dataset, tiny_encoder, adapter=adapter[0], layer=1)
     assert list(read.columns) == ["story", "word_index", "word", "time_s", "vector"]
@@ -262,11 +260,7 @@ def test_files_contain_the_settings(tiny_bert: Path, text_file: Path, tmp_path: 
     import pyarrow.parquet as pq
 
     options = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
-    assert (
-        run_command("export", *options, "--to", tmp_path / "a.parquet")
-        == run_command("export", *options, "--to", tmp_path / "a.npz")
-        == 0
-    )
+    assert run(*options, "--to", tmp_path / "a.parquet") == run(*options, "--to", tmp_path / "a.npz") == 0
     note = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[b"bert_encoding"])
     assert note == {
         **{"model": str(tiny_bert), "layer": [1, 2], "window_tokens": 60, "adapter": None},
@@ -280,11 +274,7 @@ def test_words_to_parquet_and_to_npz(
     tiny_bert: Path, tiny_encoder: Encoder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--model", tiny_bert, "--text", text_file, "--words", "house, my,river")
-    assert (
-        run_command("export", *options, "--to", tmp_path / "w.parquet")
-        == run_command("export", *options, "--to", tmp_path / "w.npz")
-        == 0
-    )
+    assert run(*options, "--to", tmp_path / "w.parquet") == run(*options, "--to", tmp_path / "w.npz") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == ["house: 3 occurrences", "my: 1 occurrences", "river: 0 occurrences"]
     assert printed[3:5] == [f"{tmp_path / 'w.parquet'}: written", f"{tmp_path / 'w-means.parquet'}: written"]
@@ -310,31 +300,15 @@ def test_the_model_is_that_of_the_adapter(
     adapter: tuple[Path, Any], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "out.npz"
-    assert run_command("export", "--adapter", adapter[0], "--text", text_file, "--to", file) == 0
-    assert (
-        run_command(
-            "export",
-            "--adapter",
-            adapter[0],
-            "--model",
-            "minilm-plain",
-            "--text",
-            text_file,
-            "--to",
-            tmp_path / "b.npz",
-        )
-        == 2
-    )
+    assert run("--adapter", adapter[0], "--text", text_file, "--to", file) == 0
+    assert run("--adapter", adapter[0], "--model", "minilm-plain", "--text", text_file, "--to", tmp_path / "b.npz") == 2
     assert "was trained on" in capsys.readouterr().err
 
 
 def test_no_file_is_overwritten(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
     for existing, to in (("a.npz", "a.npz"), ("b-means.parquet", "b.parquet")):
         (tmp_path / existing).write_text("mine")
-        assert (
-            run_command("export", "--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to)
-            == 2
-        )
+        assert run("--model", tiny_bert, "--text", text_file, "--words", "my", "--to", tmp_path / to) == 2
         assert (tmp_path / existing).read_text() == "mine"
     assert not (tmp_path / "b.parquet").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from bert_encoding.trial.pipeline import Chain, Task
 pytestmark = pytest.mark.usefixtures("one_thread", "one_blas_thread", "no_bfloat16")
 
 TEST = "wheretheressmoke"
+
+run = partial(run_command, "partition")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_command_writes_table_and_arrays(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     to = tmp_path / "out"
-    assert run_command("partition", folder, "--model", tiny_bert, "--to", to) == 0
+    assert run(folder, "--model", tiny_bert, "--to", to) == 0
     printed = capsys.readouterr().out
     about = json.loads((to / "partition.json").read_text())
     with np.load(to / "partition.npz", allow_pickle=False) as file:
@@ -131,12 +134,7 @@ def test_three_spaces_and_the_noise_ceiling_of_repeats(
     data = make_lebel(tmp_path / "ds", n_words=250, subjects=("UTS01",))
     spaces = ("bert", "word_rate", "bag_of_words")
     to = tmp_path / "out"
-    assert (
-        run_command(
-            "partition", data, "--model", tiny_bert, "--layer", 1, "--spaces", *spaces, "--train-stories", 4, "--to", to
-        )
-        == 0
-    )
+    assert run(data, "--model", tiny_bert, "--layer", 1, "--spaces", *spaces, "--train-stories", 4, "--to", to) == 0
     printed = capsys.readouterr().out
     about = json.loads((to / "partition.json").read_text())
     rows = about["table"]
@@ -173,12 +171,7 @@ def test_static_vectors_can_be_a_space(folder: Path, tmp_path: Path, capsys: pyt
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("the 0.1 0.2\nriver 1.0 -0.5\nhouse -0.3 0.8\n")
     to = tmp_path / "out"
-    assert (
-        run_command(
-            "partition", folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", vectors, "--to", to
-        )
-        == 0
-    )
+    assert run(folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", vectors, "--to", to) == 0
     about = json.loads((to / "partition.json").read_text())
     assert [row["spaces"] for row in about["table"]] == [["word_rate"], ["static"], ["word_rate", "static"]]
     assert about["model"] is None
@@ -188,7 +181,7 @@ def test_static_vectors_can_be_a_space(folder: Path, tmp_path: Path, capsys: pyt
 def test_short_test_stories_have_no_permutation_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_lab(tmp_path / "lab")  # 4 blocks of 10 TRs have 24 orders
     arguments = ("--spaces", "word_rate,bag_of_words", "--to", tmp_path / "out")
-    assert run_command("partition", data, *arguments) == 0
+    assert run(data, *arguments) == 0
     rows = json.loads((tmp_path / "out" / "partition.json").read_text())["table"]
     assert [row["share_found"] for row in rows] == [None, None, None]
     assert "too short for a permutation test" in capsys.readouterr().out
@@ -240,7 +233,7 @@ def test_new_folders_are_deleted_after_a_failure(
     (tmp_path / "there").mkdir()
     arguments = (folder, "--subjects", "b", "--spaces", "word_rate", "--static-vectors", "vectors.txt")
     for to in ((), ("--to", "a/b/c"), ("--to", "there"), ("--to", "there/new")):
-        assert run_command("partition", *arguments, *to) == 2
+        assert run(*arguments, *to) == 2
         error = capsys.readouterr().err
         assert "vectors.txt: line 2" in error and error.count("\n") == 1
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["there", "vectors.txt"]

@@ -1,5 +1,6 @@
 """Volumes, flat maps and pictures against plain loops; bad input is refused in one line."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from bert_encoding.core.errors import InputError
 
 SHAPE = (5, 4, 3)  # x, y, z
 AFFINE = np.array([[-2.0, 0, 0, 11], [0, 2.5, 0, -7], [0, 0, 3.0, 5], [0, 0, 0, 1]])
+
+run = partial(run_command, "map")
 
 
 @pytest.fixture
@@ -96,9 +99,7 @@ def test_nifti_holds_each_voxel_at_its_position_and_is_reproducible(
     nibabel = pytest.importorskip("nibabel")
     to = tmp_path / "cc.nii.gz"
     options = () if order == "zyx" else ("--order", order)
-    code = run_command(
-        "map", str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(to), *options
-    )
+    code = run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(to), *options)
     assert code == 0
     image = nibabel.load(to)
     assert image.get_data_dtype() == np.float32
@@ -106,9 +107,7 @@ def test_nifti_holds_each_voxel_at_its_position_and_is_reproducible(
     np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, order).astype(np.float32))
     assert b"trial 0001, UTS03" in image.header["descrip"].tobytes()
     again = tmp_path / "again.nii.gz"
-    run_command(
-        "map", str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(again), *options
-    )
+    run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(again), *options)
     assert again.read_bytes() == to.read_bytes()
 
 
@@ -117,7 +116,7 @@ def test_axes_of_an_array_mask_are_in_the_given_order(tmp_path: Path, inside: np
     np.save(tmp_path / "mask.npy", inside.T)
     np.savez(tmp_path / "values.npz", unique=values, other=values)
     options = ("--array", f"{tmp_path / 'values.npz'}:unique", "--to", str(tmp_path / "map.nii"))
-    assert run_command("map", *options, "--mask", str(tmp_path / "mask.npy")) == 0
+    assert run(*options, "--mask", str(tmp_path / "mask.npy")) == 0
     image = nibabel.load(tmp_path / "map.nii")
     np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, "zyx").astype(np.float32))
     assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (0, 0), "no space is claimed"
@@ -225,11 +224,11 @@ def test_command_draws_reproducible_pictures(values: np.ndarray, tmp_path: Path,
     file, *_ = write_mapper(tmp_path / "mapper.hdf")
     np.save(tmp_path / "six.npy", values[3:9])
     to = tmp_path / f"flat{ending}"
-    assert run_command("map", "--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
+    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
     content = to.read_bytes()
     assert content.startswith(start) and len(content) > 1000
     again = tmp_path / f"again{ending}"
-    assert run_command("map", "--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(again)) == 0
+    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(again)) == 0
     assert again.read_bytes() == content, "the same map gives the same file"
 
 
@@ -237,7 +236,7 @@ def test_difference_to_the_baseline(
     study: Path, mask_file: str, values: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = ("--trial", "0001", "--minus", "baseline-frozen", "--subject", "UTS03", "--mask", mask_file)
-    assert run_command("map", str(study), *both, "--test", "--mosaic") == 0
+    assert run(str(study), *both, "--test", "--mosaic") == 0
     file = study / "maps" / "0001-minus-baseline-frozen-UTS03-test.png"
     assert len(np.unique(imread(file).reshape(-1, 4), axis=0)) > 10
     out = capsys.readouterr().out
@@ -246,14 +245,14 @@ def test_difference_to_the_baseline(
     assert str(file) in out
     difference = read_trial(study, "0001", "UTS03", minus="baseline-frozen")
     np.testing.assert_allclose(difference.values[np.isfinite(values)], known, atol=1e-6)
-    assert run_command("map", str(study), "--trial", "baseline-frozen", "--mask", mask_file) == 0
+    assert run(str(study), "--trial", "baseline-frozen", "--mask", mask_file) == 0
     assert (study / "maps" / "baseline-frozen-UTS03.nii.gz").is_file(), "the only subject is the default"
 
 
 def test_an_existing_map_is_not_overwritten(study: Path, mask_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for to in ((), ("--to", str(study / "mine.nii"))):
         options = (str(study), "--trial", "baseline-frozen", "--mask", mask_file, *to)
-        assert run_command("map", *options) == 0
+        assert run(*options) == 0
         file = Path(capsys.readouterr().out.splitlines()[-1])
         file.write_text("precious")
         assert f"{file}: exists already" in refusal(capsys, "map", *options)
