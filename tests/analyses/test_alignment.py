@@ -42,6 +42,10 @@ def make_story(name: str, seed: int, n_words: int = 300) -> Story:
     return Story(name, tuple(words), times, np.arange(int((times[-1] + 9) / 2) + 6) * TR_S - 9, {})
 
 
+def with_rows(story: Story, rows: np.ndarray, subject: str = "s") -> Story:
+    return replace(story, responses={subject: Responses(array=rows)})
+
+
 def rate_of(story: Story) -> np.ndarray:
     """Return word rate, (n_trs,), without the function under test."""
     spoken = np.array([[float(word != "")] for word in story.words])
@@ -51,16 +55,16 @@ def rate_of(story: Story) -> np.ndarray:
 def listener(lag: int, cut: Trim = PUBLISHED, n_stories: int = 6, n_voxels: int = 9, noise: float = 1.5) -> Dataset:
     """Return responses that follow word rate ``lag`` TRs later in two of three voxels, trimmed by ``cut``."""
     stories = {}
-    for at in range(n_stories):
-        story = make_story(f"s{at}", at)
-        rng = np.random.default_rng((7, at))
+    for number in range(n_stories):
+        story = make_story(f"s{number}", number)
+        rng = np.random.default_rng((7, number))
         rate = rate_of(story)
         drive = np.roll(rate - rate.mean(), lag)
-        follows = np.where(np.arange(n_voxels) % 3 == 0, 0.0, np.where(np.arange(n_voxels) % 3 == 1, 1.0, -1.0))
+        follows = np.resize([0.0, 1.0, -1.0], n_voxels)
         rows = np.outer(drive, follows) + noise * rng.standard_normal((len(rate), n_voxels))
         rows = rows[cut.rows(len(rows))]
         scaled = (rows - rows.mean(axis=0)) / rows.std(axis=0)
-        stories[story.name] = replace(story, responses={"s": Responses(array=scaled)})
+        stories[story.name] = with_rows(story, scaled)
     return Dataset("here", stories, ("s",), ())
 
 
@@ -126,7 +130,7 @@ def test_profile_equals_a_plain_loop_in_blocks_too(monkeypatch: pytest.MonkeyPat
     dataset = listener(2)
     bad = np.array(dataset.stories["s1"].responses["s"].array)
     bad[4, 5] = np.nan
-    stories = {**dataset.stories, "s1": replace(dataset.stories["s1"], responses={"s": Responses(array=bad)})}
+    stories = {**dataset.stories, "s1": with_rows(dataset.stories["s1"], bad)}
     dataset = replace(dataset, stories=stories)
     expected = plain_profile(dataset, [0, 1, 2, 3, 4, 6, 7, 8])
     profile = profile_of(dataset)
@@ -143,8 +147,8 @@ def test_profile_equals_a_plain_loop_in_blocks_too(monkeypatch: pytest.MonkeyPat
 def test_level_and_scale_of_a_voxel_do_not_matter(offset: float) -> None:
     dataset = listener(3)
     raw = {
-        name: replace(story, responses={"s": Responses(array=40 * np.array(story.responses["s"].array) + at * offset)})
-        for at, (name, story) in enumerate(dataset.stories.items())
+        name: with_rows(story, 40 * np.array(story.responses["s"].array) + number * offset)
+        for number, (name, story) in enumerate(dataset.stories.items())
     }
     np.testing.assert_allclose(profile_of(replace(dataset, stories=raw)).cc, profile_of(dataset).cc, atol=1e-5)
 
@@ -197,12 +201,9 @@ def test_the_peak_is_at_the_planted_lag(lag: int) -> None:
 @pytest.mark.parametrize("n_stories", [1, 0])
 def test_one_story_is_too_little_data(n_stories: int) -> None:
     dataset = listener(2, n_stories=2)
-    short = {"short": replace(make_story("short", 1, 80), responses={})}
-    rows = len(short["short"].tr_times_s) - 15
-    short["short"] = replace(
-        short["short"], responses={"s": Responses(array=np.random.default_rng(0).standard_normal((rows, 9)))}
-    )
-    stories = dict(list(dataset.stories.items())[:n_stories]) | short
+    short = make_story("short", 1, 80)
+    rows = np.random.default_rng(0).standard_normal((len(short.tr_times_s) - 15, 9))
+    stories = dict(list(dataset.stories.items())[:n_stories]) | {"short": with_rows(short, rows)}
     profile = profile_of(replace(dataset, stories=stories))
     assert not profile.is_clear
     assert np.isnan(profile.cc).all()
@@ -255,30 +256,22 @@ def test_noise_gives_a_note() -> None:
 
 @pytest.mark.parametrize("lag", [2, 3])
 @pytest.mark.parametrize(
-    ("cut", "read_as", "moved", "cause", "remedy"),
-    [
-        (PUBLISHED, COURSE, -5, "as if trimmed (10, 5) instead of (5, 10) TRs", "try --trim published, or"),
-        (COURSE, PUBLISHED, 5, "as if trimmed (5, 10) instead of (10, 5) TRs", "try --trim course, or"),
-    ],
+    ("cut", "read_as", "moved", "remedy"), [(PUBLISHED, COURSE, -5, "published"), (COURSE, PUBLISHED, 5, "course")]
 )
 def test_the_wrong_trim_is_refused_with_the_right_one(
-    lag: int, cut: Trim, read_as: Trim, moved: int, cause: str, remedy: str
+    lag: int, cut: Trim, read_as: Trim, moved: int, remedy: str
 ) -> None:
     profile = profile_of(replace(listener(lag, cut), trim=read_as))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError) as refused:
         check_alignment(profile)
-    message = str(error.value)
+    message = str(refused.value)
     assert message.startswith(
         f"here: subject s: the best lag is {lag + moved:+d} TR ({2 * (lag + moved):+d} s), where "
-        "+2 TR (+4 s) or +3 TR (+6 s) is expected, "
     )
-    assert cause in message
-    assert remedy in message
-    assert message.endswith("anyway with --trust-alignment")
-    assert "\n" not in message
+    assert f"as if trimmed {tuple(cut)} instead of {tuple(read_as)} TRs" in message
+    assert f"try --trim {remedy}, or" in message and "--trust-alignment" in message and "\n" not in message
     (note,) = check_alignment(profile, trust=True)
     assert note.endswith("; ignored because of --trust-alignment")
-    assert check_alignment(profile_of(listener(lag, cut)) if cut == PUBLISHED else profile, trust=True) in ([], [note])
 
 
 @pytest.mark.slow
@@ -300,7 +293,7 @@ def shift_stories(dataset: Dataset, lags: dict[str, int]) -> Dataset:
     for name, lag in lags.items():
         rows = stories[name].responses["s"].array
         assert rows is not None
-        stories[name] = replace(stories[name], responses={"s": Responses(array=np.roll(rows, lag, axis=0))})
+        stories[name] = with_rows(stories[name], np.roll(rows, lag, axis=0))
     return replace(dataset, stories=stories)
 
 
@@ -358,7 +351,7 @@ def test_stories_that_do_not_follow_their_words_are_noted() -> None:
     stories = dict(dataset.stories)
     for name in ("s2", "s7"):
         shape = stories[name].responses["s"].check()[0]
-        stories[name] = replace(stories[name], responses={"s": Responses(array=rng.standard_normal(shape))})
+        stories[name] = with_rows(stories[name], rng.standard_normal(shape))
     profile = profile_of(replace(dataset, stories=stories))
     assert {story.story for story in profile.lost} <= {"s2", "s7"}
     assert profile.lost
@@ -392,7 +385,7 @@ def test_shifted_stories_of_a_real_listener_are_found() -> None:
     stories = dict(dataset.stories)
     for name in names:
         rows = stories[name].responses["uts02"].read(np.arange(100))
-        stories[name] = replace(stories[name], responses={"uts02": Responses(array=np.roll(rows, 5, axis=0))})
+        stories[name] = with_rows(stories[name], np.roll(rows, 5, axis=0), "uts02")
     profile = profile_of(replace(dataset, stories=stories), "uts02")
     flagged = {story.story for story in profile.elsewhere}
     assert flagged <= set(names)
