@@ -57,18 +57,11 @@ def study(tmp_path: Path, values: np.ndarray) -> Path:
 
 
 def expected_volume(inside: np.ndarray, values: np.ndarray, order: str) -> np.ndarray:
-    """Place voxel by voxel, (x, y, z)."""
+    """Place one value after the other, (x, y, z)."""
     volume = np.full(inside.shape, np.nan)
-    n_x, n_y, n_z = inside.shape
-    steps = {
-        "zyx": [(x, y, z) for z in range(n_z) for y in range(n_y) for x in range(n_x)],
-        "xyz": [(x, y, z) for x in range(n_x) for y in range(n_y) for z in range(n_z)],
-    }[order]
-    count = 0
-    for place in steps:
-        if inside[place]:
-            volume[place] = values[count]
-            count += 1
+    places = sorted(zip(*np.nonzero(inside), strict=True), key=lambda place: place[::-1] if order == "zyx" else place)
+    for place, value in zip(places, values, strict=True):
+        volume[place] = value
     return volume
 
 
@@ -99,7 +92,7 @@ def test_nifti_holds_each_voxel_at_its_position_and_is_reproducible(
     nibabel = pytest.importorskip("nibabel")
     to = tmp_path / "cc.nii.gz"
     options = () if order == "zyx" else ("--order", order)
-    code = run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(to), *options)
+    code = run(study, "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", to, *options)
     assert code == 0
     image = nibabel.load(to)
     assert image.get_data_dtype() == np.float32
@@ -107,7 +100,7 @@ def test_nifti_holds_each_voxel_at_its_position_and_is_reproducible(
     np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, order).astype(np.float32))
     assert b"trial 0001, UTS03" in image.header["descrip"].tobytes()
     again = tmp_path / "again.nii.gz"
-    run(str(study), "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", str(again), *options)
+    run(study, "--trial", "0001", "--subject", "UTS03", "--mask", mask_file, "--to", again, *options)
     assert again.read_bytes() == to.read_bytes()
 
 
@@ -116,7 +109,7 @@ def test_axes_of_an_array_mask_are_in_the_given_order(tmp_path: Path, inside: np
     np.save(tmp_path / "mask.npy", inside.T)
     np.savez(tmp_path / "values.npz", unique=values, other=values)
     options = ("--array", f"{tmp_path / 'values.npz'}:unique", "--to", str(tmp_path / "map.nii"))
-    assert run(*options, "--mask", str(tmp_path / "mask.npy")) == 0
+    assert run(*options, "--mask", tmp_path / "mask.npy") == 0
     image = nibabel.load(tmp_path / "map.nii")
     np.testing.assert_array_equal(np.asarray(image.dataobj), expected_volume(inside, values, "zyx").astype(np.float32))
     assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (0, 0), "no space is claimed"
@@ -224,11 +217,11 @@ def test_command_draws_reproducible_pictures(values: np.ndarray, tmp_path: Path,
     file, *_ = write_mapper(tmp_path / "mapper.hdf")
     np.save(tmp_path / "six.npy", values[3:9])
     to = tmp_path / f"flat{ending}"
-    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(to)) == 0
+    assert run("--array", tmp_path / "six.npy", "--mapper", file, "--to", to) == 0
     content = to.read_bytes()
     assert content.startswith(start) and len(content) > 1000
     again = tmp_path / f"again{ending}"
-    assert run("--array", str(tmp_path / "six.npy"), "--mapper", str(file), "--to", str(again)) == 0
+    assert run("--array", tmp_path / "six.npy", "--mapper", file, "--to", again) == 0
     assert again.read_bytes() == content, "the same map gives the same file"
 
 
@@ -236,7 +229,7 @@ def test_difference_to_the_baseline(
     study: Path, mask_file: str, values: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = ("--trial", "0001", "--minus", "baseline-frozen", "--subject", "UTS03", "--mask", mask_file)
-    assert run(str(study), *both, "--test", "--mosaic") == 0
+    assert run(study, *both, "--test", "--mosaic") == 0
     file = study / "maps" / "0001-minus-baseline-frozen-UTS03-test.png"
     assert len(np.unique(imread(file).reshape(-1, 4), axis=0)) > 10
     out = capsys.readouterr().out
@@ -245,7 +238,7 @@ def test_difference_to_the_baseline(
     assert str(file) in out
     difference = read_trial(study, "0001", "UTS03", minus="baseline-frozen")
     np.testing.assert_allclose(difference.values[np.isfinite(values)], known, atol=1e-6)
-    assert run(str(study), "--trial", "baseline-frozen", "--mask", mask_file) == 0
+    assert run(study, "--trial", "baseline-frozen", "--mask", mask_file) == 0
     assert (study / "maps" / "baseline-frozen-UTS03.nii.gz").is_file(), "the only subject is the default"
 
 
