@@ -42,27 +42,23 @@ class ResponsePanel(NamedTuple):
         ValueError
             if the stories have another number of rows than the folds of ridge.
         """
-
-        def prepare() -> Targets:
-            Y = stack_responses(self.dataset, self.subject, self.fit, self.columns)
-            return Targets.prepare(z_score(Y)[0], ridge.rows, ridge.device)
-
-        kind = f"fit {_digest(*ridge.rows)} {ridge.device}"
-        return self._cached(kind, self.fit, prepare, lambda targets: targets.n_bytes)
+        return self._cached(
+            f"fit {_digest(*ridge.rows)} {ridge.device}",
+            self.fit,
+            lambda: Targets.prepare(z_score(self._read(self.fit))[0], ridge.rows, ridge.device),
+            lambda targets: targets.n_bytes,
+        )
 
     def scored_responses(self) -> np.ndarray:
         """Return the responses to the scored stories in the units of the file, (n_scored_rows, n_columns) float32."""
-        return self._cached(
-            "scored",
-            self.scored,
-            lambda: stack_responses(self.dataset, self.subject, self.scored, self.columns),
-            lambda Y: Y.nbytes,
-        )
+        return self._cached("scored", self.scored, lambda: self._read(self.scored), lambda Y: Y.nbytes)
 
     def z_scored(self) -> tuple[np.ndarray, ...]:
         """Return the responses to fit and scored stories, both z-scored by mean and deviation of the fit rows."""
-        stories = (self.fit, self.scored)
-        return z_score(*(stack_responses(self.dataset, self.subject, names, self.columns) for names in stories))
+        return z_score(self._read(self.fit), self._read(self.scored))
+
+    def _read(self, stories: Sequence[str]) -> np.ndarray:
+        return stack_responses(self.dataset, self.subject, stories, self.columns)
 
     def _cached(
         self, kind: str, stories: Sequence[str], make: Callable[[], Value], n_bytes: Callable[[Value], int]
