@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ray import tune
 from rich.console import Console
 
 from bert_encoding.core.names import METRICS
 from bert_encoding.core.storage import Place
+from bert_encoding.text_tasks.task import TextTask
+from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord
 from study.search.dashboard import JOURNAL_FILE, Journal
 from study.search.early_stopping import StopSign, put_up_sign
@@ -34,7 +35,7 @@ OF_TUNE = {signal.SIGINT, signal.SIGUSR1}  # what Ray Tune takes for an interrup
 
 def run_jobs(
     study: Study | TextStudy,
-    task: Any,
+    task: Task | TextTask,
     folder: Place,
     records: list[TrialRecord],
     baselines: list[Job],
@@ -83,7 +84,7 @@ def run_jobs(
 def run_list(
     name: str,
     study: Study | TextStudy,
-    task: Any,
+    task: Task | TextTask,
     folder: Place,
     records: list[TrialRecord],
     jobs: list[Job],
@@ -103,7 +104,7 @@ def run_list(
 def _watch(
     name: str,
     study: Study | TextStudy,
-    task: Any,
+    task: Task | TextTask,
     folder: Place,
     records: list[TrialRecord],
     searcher: StudySearcher | JobList,
@@ -124,7 +125,7 @@ def _watch(
 def _tune(
     name: str,
     study: Study | TextStudy,
-    task: Any,
+    task: Task | TextTask,
     folder: Place,
     searcher: StudySearcher | JobList,
     sign: StopSign | None,
