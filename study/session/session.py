@@ -12,8 +12,6 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key, read_json, write_json
 from bert_encoding.core.names import COMPLETE, ENCODING, FAILED, METRICS, SEARCH, STUDY_FILE, Metric
 from bert_encoding.core.storage import Place, children, make_folder, naming_full_disk, remove_tree
-from bert_encoding.text_tasks.task import TextTask
-from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord, keep_best, read_records
 from bert_encoding.trial.tables import write_record_tables
 from study.cluster.connect import connect
@@ -126,7 +124,7 @@ def will_confirm(options: Options, look_again: bool) -> bool:
 
 def _run_jobs(
     study: AnyStudy,
-    task: Task | TextTask,
+    task: Any,
     identity: dict[str, Any],
     folder: Place,
     console: Console,
