@@ -62,7 +62,7 @@ def test_every_command_opens_every_demo(name: str, monkeypatch: pytest.MonkeyPat
 
     for module in (demo, partition, predicted_responses):
         monkeypatch.setattr(module, "simulate_listener", listen)
-    assert export._open_data(name).source == name
+    assert export._open_stories(name).source == name
     assert check._open(name, None).source == name
     assert not check._is_text(name)
     assert fit._open_data(name, [], (), (10, 5)).source == name
