@@ -64,10 +64,9 @@ def test_every_command_opens_every_demo(name: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "simulate_listener", listen)
     assert export._open_stories(name).source == name
     assert check._open(name, None).source == name
-    assert not check._is_text(name)
     assert fit._open_data(name, [], (), (10, 5)).source == name
     assert partition._open_task(name, None, False, None, None, None, 0).dataset.source == name
-    assert predicted_responses._story_of(name, "ferry", None).name == "ferry"  # type: ignore[arg-type]
+    assert predicted_responses._open_story(name, "ferry", None).name == "ferry"  # type: ignore[arg-type]
     assert sources == [name] * 4
     assert model_of({"data": name}, {}) == model_of({}, {"data": name}) == MINILM
     options: Any = SimpleNamespace(data=name)
