@@ -10,7 +10,6 @@ from rich.text import Text as RichText
 
 from bert_encoding.analyses.variance_partitioning import (
     NestedScores,
-    Panel,
     Panels,
     RidgeSettings,
     Subset,
@@ -69,7 +68,7 @@ def partition_dataset(
 
 def _panels(dataset: Dataset, subject: str, split: Split, height: int) -> Panels:
     parts = list(panels(dataset, subject, split.fit, split.test, height))
-    return lambda: (Panel(*part.z_scored()) for part in parts)
+    return lambda: (part.z_scored() for part in parts)
 
 
 def noise_ceilings(dataset: Dataset, stories: Sequence[str]) -> dict[tuple[str, str], NoiseCeiling]:

@@ -41,7 +41,7 @@ class PermutationSettings(NamedTuple):
 
 
 def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, permutation: PermutationSettings) -> np.ndarray:
-    """Return one-sided p of what the joint prediction adds to the one without a space, (n_voxels,).
+    """Return one-sided p of what the joint prediction adds to a prediction without one space, (n_voxels,).
 
     The statistic is the partial CC of response and joint prediction given the other prediction, so the scale of neither
     prediction matters. Blocks of the joint prediction's residual are permuted (Kennedy 1995, Journal of Business &
@@ -79,18 +79,6 @@ def residual(values: np.ndarray, regressors: np.ndarray) -> np.ndarray:
 
 Subset = tuple[str, ...]
 RESPONSES: Subset = ()  # the key of responses in the cache of predictions
-
-
-class Panel(NamedTuple):
-    """The responses of some voxels, z-scored by constants of the fit rows.
-
-    Attributes
-    ----------
-    fit, scored : (n_fit_rows, n_columns) and (n_scored_rows, n_columns)
-    """
-
-    fit: np.ndarray
-    scored: np.ndarray
 
 
 class NestedScores(NamedTuple):
@@ -153,7 +141,8 @@ class SubsetFit(NamedTuple):
     pressing_low: float
 
 
-Panels = Callable[[], Iterator[Panel]]
+# yields responses of fit and scored rows, z-scored by the fit rows, (n_rows, n_columns) each
+Panels = Callable[[], Iterator[tuple[np.ndarray, ...]]]
 Fits = dict[tuple[str, Subset], SubsetFit]  # by subject and subset
 
 
@@ -304,10 +293,10 @@ def _fit_panels(
 ) -> SubsetFit:
     """Fit a subject panel by panel, and cache the predictions for the rows ``X``."""
     fits = []
-    for number, panel in enumerate(panels()):
-        predicted, ridge_alphas, cv_cc = ridge.fit_predict(panel.fit, X)
+    for number, (Y, Y_scored) in enumerate(panels()):
+        predicted, ridge_alphas, cv_cc = ridge.fit_predict(Y, X)
         cache.save(subset, number, predicted)
-        cache.save(RESPONSES, number, panel.scored)
+        cache.save(RESPONSES, number, Y_scored)
         fits.append((np.atleast_2d(ridge_alphas), cv_cc))
     ridge_alphas, cv_cc = (np.concatenate(parts, axis=1) for parts in zip(*fits, strict=True))
     share = share_beyond_grid(cv_cc)

@@ -10,7 +10,6 @@ from sklearn.metrics import r2_score as sklearn_r2
 from bert_encoding.analyses.partition_tables import doubts, notes_on_grids, table_of
 from bert_encoding.analyses.variance_partitioning import (
     NestedScores,
-    Panel,
     PermutationSettings,
     RidgeSettings,
     nested_scores,
@@ -94,7 +93,7 @@ def score(
     features: dict[str, np.ndarray], Y: np.ndarray, n_fit: int, fitting: RidgeSettings, n_permutations: int = 20
 ) -> dict[tuple[str, ...], NestedScores]:
     Y = (Y / Y.std(axis=0)).astype(np.float32)
-    panels = {"s": lambda: iter([Panel(Y[:n_fit], Y[n_fit:])])}
+    panels = {"s": lambda: iter([(Y[:n_fit], Y[n_fit:])])}
     return nested_scores(make_designs(features, n_fit), panels, fitting, n_permutations)["s"]
 
 
@@ -173,7 +172,7 @@ def test_a_grid_that_ends_too_early_is_extended_once(banded: bool) -> None:
     joint = np.hstack(list(features.values())).astype(np.float32)
     Y = joint / joint.std(axis=0) @ rng.standard_normal((6, 8)) + rng.standard_normal((n, 8))
     Y = (Y / Y.std(axis=0)).astype(np.float32)
-    panels = {"s": lambda: iter([Panel(Y[:n_fit, part], Y[n_fit:, part]) for part in (slice(1), slice(1, 8))])}
+    panels = {"s": lambda: iter([(Y[:n_fit, part], Y[n_fit:, part]) for part in (slice(1), slice(1, 8))])}
     designs = make_designs(features, n_fit)
     narrow, wide = (1e3, 1e4, 1e5), (1e1, 1e2, 1e3, 1e4, 1e5)
     scores = nested_scores(designs, panels, RidgeSettings(narrow, banded), 20)["s"]
@@ -204,10 +203,7 @@ def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded:
     Y = Y + 1.5 * rng.standard_normal(Y.shape)
     Y = (Y / Y.std(axis=0)).astype(np.float32)
     silent = rng.standard_normal((n, 40)).astype(np.float32)
-    panels = {
-        "s": lambda: iter([Panel(Y[:n_fit], Y[n_fit:])]),
-        "t": lambda: iter([Panel(0 * silent[:n_fit], silent[n_fit:])]),
-    }
+    panels = {"s": lambda: iter([(Y[:n_fit], Y[n_fit:])]), "t": lambda: iter([(0 * silent[:n_fit], silent[n_fit:])])}
     designs = make_designs({"a": steep, "b": weak}, n_fit)
     alone = {}
     for space, design in designs.items():
@@ -245,7 +241,7 @@ def test_an_edge_without_a_gain_extends_no_grid() -> None:
 def test_temporary_predictions_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = {name: np.random.default_rng(14).standard_normal((60, 2)) for name in "abc"}
     Y = np.random.default_rng(15).standard_normal((60, 3)).astype(np.float32)
-    arguments = make_designs(features, 40), {"s": lambda: iter([Panel(Y[:40], Y[40:])])}, WEAK
+    arguments = make_designs(features, 40), {"s": lambda: iter([(Y[:40], Y[40:])])}, WEAK
     sizes, save = [], np.save
 
     def counting(*args: object) -> None:
