@@ -1,248 +1,183 @@
-"""An unpickler for transcripts: the lab's sequences of words and plain NumPy arrays, nothing else.
+"""Convert a pickle of transcripts to JSON; ``lab.read_transcripts`` runs this file as a program, once per pickle.
 
-Nothing that a file names is ever the real thing. NumPy's ``dtype`` and ``ndarray`` are replaced by stand-ins, because
-their pickled state can forge an array of pointers; functions and classes are made anew for each file, because a pickle
-may set attributes on whatever it names.
+A pickle is a program. Here it may name only what transcripts need, and for each of these names it gets a stand-in: the
+real ``numpy.dtype`` and ``numpy.ndarray`` can be made to read any memory. The process has limited memory and processor
+time, because a hundred bytes can fill a memo of 64 GB, or hash a tuple that holds the same tuple twice, and so on,
+for ever. Only the standard library is imported, so that the process starts in some 20 ms.
 
-Time and memory are bounded by the size of the file, which is bounded too. The unpickler written in C bounds neither:
-a hundred bytes make it fill a memo of 64 GB, or hash for ever a tuple that holds the same tuple twice, and so on. So
-the one written in Python is used, without what transcripts do not need.
+Output is a list of [story, attributes]. An attribute is a list, ``{"raw": ..., "code": ...}`` for a NumPy array, or
+``{"type": ...}`` for anything else, as are the items of a list that are neither text nor numbers.
 """
 
-import copyreg
+import base64
+import functools
 import io
+import json
 import pickle
+import pickletools
 import re
-from collections.abc import Callable
-from typing import Any, BinaryIO, NoReturn
+import resource
+import sys
+from typing import Any
 
-import numpy as np
-
-SEQUENCE_MODULES = {
+SEQUENCE_MODULES = (
     "ridge_utils.DataSequence",
     "utils_ridge.DataSequence",
     "encoding.ridge_utils.DataSequence",
     "neuro.data.data_sequence",
     "neuro1.data.data_sequence",
     "DataSequence",
-}
-PLAIN_KINDS = "biufUS"  # booleans, numbers, text; never objects, structures or dates
-MAX_BYTES = 64 * 2**20  # twenty times the lab's file of 109 stories; one byte can make an object of some 80
-PLAIN_CODE = re.compile(r"[A-Za-z]\d{0,9}", re.ASCII)  # as NumPy pickles a dtype; others it parses, as Python in part
-MAX_SHOWN = 32  # digits of a wrong number in a message
-MAX_NUMBER = 2**32  # of a slot in the memo, and of a key: larger ones can be chosen to have equal hashes
+)
+ATTRIBUTES = ("data", "data_times", "tr_times")
+MAX_UNFOLDED_BYTES = 256 * 2**20  # of all words and times; those of the lab's stories take 5 MiB
+MAX_PROCESS_BYTES = 2 * 2**30
+MAX_PROCESSOR_S = 15
+PLAIN_CODE = re.compile(r"[A-Za-z]\d{0,9}", re.ASCII)  # as NumPy pickles a dtype; others are parsed, in part as Python
 
 
 class DataSequence:
-    """Stands in for the lab's class: words, their times and the TR times of one story. Other attributes are dropped."""
-
-    data: Any
-    data_times: Any
-    tr_times: Any
+    """Stands in for the lab's class: words, their times and the TR times of one story."""
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
-            raise pickle.UnpicklingError(f"the state of a DataSequence is {type(state).__name__}, expected a dict")
-        vars(self).update({name: state[name] for name in DataSequence.__annotations__ if name in state})
+            raise ValueError(f"the state of a DataSequence is {type(state).__name__}, expected a dict")
+        vars(self).update({name: state[name] for name in ATTRIBUTES if name in state})
 
 
-class PickledDtype:
-    """Stands in for ``numpy.dtype``: a code and a byte order."""
+class Dtype:
+    """Stands in for ``numpy.dtype``."""
+
+    order = "="
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(code, str) or not PLAIN_CODE.fullmatch(code):
-            raise pickle.UnpicklingError("a dtype that is not a letter and a size is not allowed")
-        self._dtype = np.dtype(code)
-        if self._dtype.kind not in PLAIN_KINDS:
-            raise pickle.UnpicklingError(f"an array of {self._dtype} is not allowed")
+        self.code = code
 
     def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        if isinstance(order, str) and order in ("<", ">", "="):  # "|": one byte, or text, has no order
-            self._dtype = self._dtype.newbyteorder(order)  # type: ignore[arg-type]
-
-    def real(self) -> np.dtype[Any]:
-        return self._dtype
+        self.order = state[1]
 
 
-class PickledArray:
-    """Stands in for ``numpy.ndarray`` while a pickle is read; ``array`` is the real one."""
+class Array:
+    """Stands in for ``numpy.ndarray``, and with ``shape=None`` for a NumPy scalar."""
 
-    array: np.ndarray
-    budget: "_Budget"
+    def __init__(self, raw: Any = b"", dtype: Any = None, shape: Any = None, layout: Any = "C") -> None:
+        self.raw, self.dtype, self.shape, self.layout = raw, dtype, shape, layout
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, is_fortran, raw = state
-        self.array = _array(raw, dtype, shape, "F" if is_fortran else "C", self.budget)
+        _, self.shape, self.dtype, is_fortran, self.raw = state
+        self.layout = "F" if is_fortran else "C"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the array with its bytes in base64, for ``numpy.frombuffer``."""
+        if not PLAIN_CODE.fullmatch(self.dtype.code) or self.dtype.order not in ("<", ">", "=", "|"):
+            raise ValueError("a dtype that is not a letter and a size is not allowed")
+        return {
+            "raw": base64.b64encode(self.raw).decode(),
+            "code": self.dtype.code,
+            "order": self.dtype.order,
+            "shape": self.shape and [int(size) for size in self.shape],
+            "layout": "F" if self.layout == "F" else "C",
+        }
 
 
-def read_pickle(file: BinaryIO) -> Any:
-    """Read one pickle.
-
-    Raises
-    ------
-    pickle.UnpicklingError
-        if it asks for anything that a transcript does not need, or is too large.
-    Exception
-        almost any, if it is damaged.
-    """
-    if file.seek(0, io.SEEK_END) > MAX_BYTES:
-        raise pickle.UnpicklingError(f"it is larger than {MAX_BYTES // 2**20} MiB, which no transcript is")
-    file.seek(0)
-    return AllowListUnpickler(io.BytesIO(file.read())).load()
+@functools.cache  # a file can ask for the same long text again and again
+def encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stand in for ``_codecs.encode``, with which protocol 2 writes bytes."""
+    if encoding != "latin1":
+        raise ValueError("only bytes may be encoded")
+    return text.encode("latin1")
 
 
-class AllowListUnpickler(pickle._Unpickler):
+NAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): Array,
+    ("numpy", "dtype"): Dtype,
+    ("_codecs", "encode"): encode,
+    **{(module, "DataSequence"): DataSequence for module in SEQUENCE_MODULES},
+}
+for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
+    NAMES[f"{core}.multiarray", "_reconstruct"] = lambda kind, shape, typecode: Array()
+    NAMES[f"{core}.multiarray", "scalar"] = lambda dtype, raw=b"": Array(raw, dtype)
+    NAMES[f"{core}.numeric", "_frombuffer"] = Array
+
+
+class AllowListUnpickler(pickle.Unpickler):
     """Knows the names that a transcript needs and refuses all others."""
 
-    stack: list[Any]
-    memo: dict[int, Any]
-    read: Callable[[int], bytes]
-    readline: Callable[[], bytes]
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self._names = _make_names(_Budget(2 * len(file.getbuffer())))  # text of protocol 2 may double, arrays may not
-
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._names[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a transcript does not need") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside the file")
-
-    def get_extension(self, code: int) -> None:
-        """Look up the name of a registered code each time: the cache of all unpicklers may hold the real thing."""
-        copyreg.clear_extension_cache()
-        try:
-            super().get_extension(code)  # type: ignore[misc]
-        finally:
-            copyreg.clear_extension_cache()
-
-    def load_put(self) -> None:
-        """Refuse numbers that only an attack gives."""
-        at = int(self.readline()[:-1])
-        if not 0 <= at < MAX_NUMBER:
-            raise pickle.UnpicklingError(f"it numbers an object {str(at)[:MAX_SHOWN]}")
-        self.memo[at] = self.stack[-1]
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()  # type: ignore[attr-defined]
-        self.stack.append({})
-        self._fill(items)
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._fill([key, value])
-
-    def load_setitems(self) -> None:
-        self._fill(self.pop_mark())  # type: ignore[attr-defined]
-
-    def _fill(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is not dict:
-            raise pickle.UnpicklingError(f"it sets items of {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str and not (type(key) is int and abs(key) < MAX_NUMBER):
-                raise pickle.UnpicklingError(f"a key of a dict is {type(key).__name__}, expected text")
-            target[key] = value
-
-    def load_newobj(self) -> None:
-        """Make an object without arguments, as a DataSequence is; all classes on the stack are stand-ins."""
-        arguments: Any = self.stack.pop()
-        kind: Any = self.stack.pop()
-        if type(arguments) is not tuple or arguments or not isinstance(kind, type):
-            raise pickle.UnpicklingError("it makes an object that a transcript does not need")
-        self.stack.append(object.__new__(kind))
-
-    def load_build(self) -> None:
-        """Give a stand-in its state; nothing else has one: not a class, not a function."""
-        state, made = self.stack.pop(), self.stack[-1]
-        if not isinstance(made, DataSequence | PickledDtype | PickledArray):
-            raise pickle.UnpicklingError(f"it sets the state of {type(made).__name__}")
-        made.__setstate__(state)
-
-    def load_bytearray8(self) -> None:
-        """Read what there is; a size that is a lie takes no memory."""
-        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
-
-    def refuse(self) -> NoReturn:
-        """Stand in the place of each opcode that no transcript holds."""
-        raise pickle.UnpicklingError("damaged, or no pickle of transcripts: it holds an opcode that they do not need")
+        if (module, name) not in NAMES:
+            raise ValueError(f"it asks for {module}.{name}, which a transcript does not need")
+        return NAMES[module, name]
 
 
-class _Dispatch(dict[int, Callable[..., None]]):
-    """Opcode -> method."""
-
-    def __missing__(self, opcode: int) -> Callable[..., None]:
-        return AllowListUnpickler.refuse
-
-
-_LEFT_OUT = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.NEWOBJ_EX + pickle.NEXT_BUFFER
-AllowListUnpickler.dispatch = _Dispatch(
-    {code: method for code, method in pickle._Unpickler.dispatch.items() if code not in _LEFT_OUT}
-    | {
-        pickle.PUT[0]: AllowListUnpickler.load_put,
-        pickle.DICT[0]: AllowListUnpickler.load_dict,
-        pickle.SETITEM[0]: AllowListUnpickler.load_setitem,
-        pickle.SETITEMS[0]: AllowListUnpickler.load_setitems,
-        pickle.NEWOBJ[0]: AllowListUnpickler.load_newobj,
-        pickle.BUILD[0]: AllowListUnpickler.load_build,
-        pickle.BYTEARRAY8[0]: AllowListUnpickler.load_bytearray8,
-    }
-)
+def convert(content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """Return (story, attributes) for each story of a pickle, as JSON can hold them."""
+    stories = AllowListUnpickler(io.BytesIO(content)).load()
+    if not isinstance(stories, dict) or not stories:
+        raise ValueError(f"expected a dict of stories, found {type(stories).__name__}")
+    n_bytes = 0
+    for name, story in stories.items():
+        if not isinstance(name, str) or not isinstance(story, DataSequence):
+            raise ValueError(f"story {name!r:.80} is {type(story).__name__}, expected DataSequence")
+        n_bytes += sum(map(_n_bytes, vars(story).values()))
+        if n_bytes > MAX_UNFOLDED_BYTES:
+            raise ValueError(
+                f"story {name:.80}: up to it the words and times take more than {MAX_UNFOLDED_BYTES // 2**20} MiB, "
+                "which no transcripts do; are some repeated?"
+            )
+    return [(name, {key: _plain_value(value) for key, value in vars(story).items()}) for name, story in stories.items()]
 
 
-class _Budget:
-    """Bytes that may still be copied: a file can name one large text or array again and again."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.left = n_bytes
-
-    def take(self, n_bytes: int) -> None:
-        self.left -= n_bytes
-        if self.left < 0:
-            raise pickle.UnpicklingError("it unfolds to many times its own size")
+def _n_bytes(value: Any) -> int:
+    items = value if isinstance(value, list | tuple) else (value,)
+    contents = (item.raw if isinstance(item, Array) else item for item in items)
+    return 8 * len(items) + sum(len(content) for content in contents if isinstance(content, str | bytes | bytearray))
 
 
-def _make_names(budget: _Budget) -> dict[tuple[str, str], Callable[..., Any]]:
-    """Return what a pickle may name, made anew; module spellings are those of NumPy 1 and 2."""
-    sequence = type("DataSequence", (DataSequence,), {})
-    dtype = type("PickledDtype", (PickledDtype,), {})
-    array = type("PickledArray", (PickledArray,), {"budget": budget})
-
-    def reconstruct(kind: Any, shape: Any, typecode: Any) -> PickledArray:
-        return array()
-
-    def frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-        return _array(raw, dtype, shape, order, budget)
-
-    def scalar(dtype: Any, raw: Any = b"") -> Any:
-        return _array(raw, dtype, (1,), "C", budget)[0]
-
-    def encode(text: Any, encoding: Any = "latin1") -> bytes:
-        if type(text) is not str or type(encoding) is not str or encoding != "latin1":  # as protocol 2 writes bytes
-            raise pickle.UnpicklingError("only bytes may be encoded")
-        budget.take(len(text))
-        return text.encode("latin1")
-
-    names: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): array,
-        ("numpy", "dtype"): dtype,
-        ("_codecs", "encode"): encode,
-        **{(module, "DataSequence"): sequence for module in SEQUENCE_MODULES},
-    }
-    for core in ("numpy.core", "numpy._core"):
-        names[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        names[f"{core}.multiarray", "scalar"] = scalar
-        names[f"{core}.numeric", "_frombuffer"] = frombuffer
-    return names
+def _plain_value(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else _plain(value)
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: Any, budget: _Budget) -> np.ndarray:
-    if not isinstance(dtype, PickledDtype) or not isinstance(raw, bytes | bytearray | pickle.PickleBuffer):
-        raise pickle.UnpicklingError("an array that is not made of plain bytes is not allowed")
-    budget.take(len(memoryview(raw)))
-    return np.frombuffer(memoryview(raw), dtype.real()).reshape(shape, order=order).copy()
+def _plain(item: Any) -> Any:
+    if isinstance(item, str | int | float):
+        return item
+    return item.to_json() if isinstance(item, Array) else {"type": type(item).__name__}
+
+
+def limit_process() -> None:
+    """Limit processor time, and memory where the system enforces it."""
+    limits = {resource.RLIMIT_CPU: MAX_PROCESSOR_S}
+    if sys.platform == "linux":
+        limits[resource.RLIMIT_AS] = MAX_PROCESS_BYTES
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def check_opcodes(content: bytes) -> None:
+    """Refuse opcodes that claim more memory than the file has; slow, so only where memory cannot be limited.
+
+    ``genops`` itself refuses text and bytes that claim to reach beyond the end of the file.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > len(content):
+            raise ValueError(f"it numbers an object {argument}")
+
+
+def main() -> None:
+    """Read a pickle from standard input; write JSON to standard output, or why not, in a line, to standard error."""
+    limit_process()
+    content = sys.stdin.buffer.read()
+    try:
+        if sys.platform != "linux":
+            check_opcodes(content)
+        output = json.dumps(convert(content), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except EOFError:
+        sys.exit("it is empty or ends too early; get it anew")
+    except MemoryError:
+        sys.exit("it takes more memory than any transcripts")
+    except Exception as error:  # a damaged pickle raises almost anything
+        sys.exit((str(error).splitlines() or [type(error).__name__])[0])
+    sys.stdout.buffer.write(output)
+
+
+if __name__ == "__main__":
+    main()

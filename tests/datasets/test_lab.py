@@ -1,7 +1,5 @@
 """The lab's format: what is read, what is refused, and that refusing has no effect."""
 
-import copyreg
-import io
 import os
 import pickle
 import pickletools
@@ -18,7 +16,7 @@ from make_data import LabSequence, make_lab, pickle_as_lab
 from project import ROOT
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.datasets import open_dataset, safe_pickle
+from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.lab import open_lab, read_transcripts
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset, spoken_text
@@ -107,7 +105,6 @@ def test_reading_imports_none_of_the_labs_code(lab: Path) -> None:
         "found = [n for n in sys.modules if 'ridge' in n or n.split('.')[-1] == 'DataSequence']\n"
         "print(len(data.stories), found)\n"
     )
-    assert safe_pickle.DataSequence.__module__ == "bert_encoding.datasets.safe_pickle"
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(lab)],
         capture_output=True,
@@ -309,7 +306,8 @@ def test_an_object_scalar_with_a_pickle_inside_is_refused(tmp_path: Path) -> Non
             b"C" + bytes([len(inner)]) + inner if len(inner) < 256 else b"B" + len(inner).to_bytes(4, "little") + inner
         )
         file = tmp_path / "raw_text.pkl"
-        file.write_bytes(_transcript(scalar + dtype + data + b"tR"))
+        words = _unicode("data") + scalar + dtype + data + b"tR"
+        file.write_bytes(_transcript(_name("DataSequence", "DataSequence") + b")\x81}" + words + b"sb"))
         with pytest.raises(InputError, match=r"raw_text\.pkl: refused: .*object"):
             read_transcripts(file)
         assert not canary.exists()
@@ -321,39 +319,6 @@ def test_copyreg_is_refused(name: str, tmp_path: Path) -> None:
     file.write_bytes(_calling("copyreg", name, 1, 2))
     with pytest.raises(InputError, match=rf"refused: it asks for copyreg\.{name},"):
         read_transcripts(file)
-
-
-def test_a_registered_extension_code_is_refused_by_its_name(tmp_path: Path) -> None:
-    canary, file = tmp_path / "canary", tmp_path / "raw_text.pkl"
-    call = b"\x82\xf0" + _body((f"touch {canary}",)) + b"R"  # EXT1 240
-    file.write_bytes(_transcript(call))
-    with pytest.raises(InputError, match="refused: unregistered extension code 240"):
-        read_transcripts(file)
-    copyreg.add_extension("posix", "system", 240)
-    try:
-        with pytest.raises(InputError, match=r"refused: it asks for posix\.system,"):
-            read_transcripts(file)
-    finally:
-        copyreg.remove_extension("posix", "system", 240)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize(
-    "target",
-    [("DataSequence", "DataSequence"), ("numpy.core.numeric", "_frombuffer"), ("numpy.core.multiarray", "scalar")],
-    ids=lambda target: target[1],
-)
-def test_a_pickle_cannot_change_what_reads_the_next_one(target: tuple[str, str], tmp_path: Path) -> None:
-    """BUILD with a pair as state sets attributes on whatever lies on the stack: here on our class, or on a function."""
-    state = b"N" + _body({"left_behind": "yes"}) + b"\x86b"
-    (tmp_path / "raw_text.pkl").write_bytes(_transcript(_name(*target) + state))
-    with pytest.raises(InputError):
-        read_transcripts(tmp_path / "raw_text.pkl")
-    reached: Any = safe_pickle.AllowListUnpickler(io.BytesIO()).find_class(*target)
-    left = hasattr(reached, "left_behind")
-    if left:
-        del reached.left_behind
-    assert not left
 
 
 @pytest.mark.parametrize("route", ["_frombuffer", "_reconstruct", "scalar"])
