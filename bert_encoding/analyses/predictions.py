@@ -12,11 +12,9 @@ from bert_encoding.analyses.new_story import check_text, describe_rows, read_new
 from bert_encoding.core.command_line import check_absent, check_ending, check_folder
 from bert_encoding.core.errors import InputError, first_names
 from bert_encoding.core.files import output_file
-from bert_encoding.core.names import DEMOS
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Story
-from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.demo import open_data
 from bert_encoding.statistics.correlation import correlate, summarise
 
 SUFFIX = ".npy"
@@ -86,9 +84,7 @@ def predict_to_files(
 
 
 def _open_story(data: str, name: str, model: EncodingModel) -> Story:
-    dataset = (
-        simulate_listener(demo_stories(data))[0] if data in DEMOS else open_dataset(Path(data), model.settings.trim_trs)
-    )
+    dataset = open_data(data, model.settings.trim_trs)
     if name not in dataset.stories:
         known = first_names(list(dataset.stories))
         raise InputError(f"--story {name}: not in {data}; it has {known}; for a transcript leave --data out")

@@ -20,8 +20,9 @@ from bert_encoding.core.command_line import (
 )
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.names import DEMOS
-from bert_encoding.datasets import corpus, lab, open_dataset
+from bert_encoding.datasets import corpus, lab
 from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.demo import open_data
 
 FIGURES = (".png", ".pdf", ".svg")
 
@@ -97,11 +98,8 @@ def _open(path: str, trim: str | None) -> Dataset:
     if trim is not None and trim not in TRIMS:
         raise InputError(f"--trim {trim}: give {' or '.join(TRIMS)}")
     chosen = TRIMS[trim or "published"]
-    if path in DEMOS:
-        from bert_encoding.demo.stories import demo_stories, simulate_listener  # imports torch
-
-        return replace(simulate_listener(demo_stories(path))[0], trim=chosen, notes=())
-    return open_dataset(Path(path), chosen)
+    dataset = open_data(path, chosen)
+    return replace(dataset, trim=chosen, notes=()) if path in DEMOS else dataset
 
 
 def _check_text(path: str, clean: bool, n_examples: int | None, as_json: bool) -> int:

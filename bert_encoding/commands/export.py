@@ -14,9 +14,9 @@ from bert_encoding.core.command_line import Text, Whole, check_absent, check_end
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import output_file, read_json
 from bert_encoding.core.names import DEMOS
-from bert_encoding.datasets import corpus, lab, open_dataset
+from bert_encoding.datasets import corpus, lab
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.demo.stories import demo_stories
+from bert_encoding.demo import open_data
 from bert_encoding.features.word_tables import STRIDE, WINDOW_TOKENS, check_words, export_stories, export_words
 from bert_encoding.language_model.encoder import load_encoder
 
@@ -109,11 +109,9 @@ def export(
 
 def _open_stories(data: str) -> Dataset:
     path = Path(data)
-    if data in DEMOS:
-        return demo_stories(data)
-    if corpus.recognises(path) and not lab.recognises(path):
+    if data not in DEMOS and corpus.recognises(path) and not lab.recognises(path):
         raise InputError(f"--data {data}: is text without times; use --text")
-    return open_dataset(path)
+    return open_data(data, simulate=False)
 
 
 def _model_name(model: str | None, adapter: str | None) -> str:

@@ -10,11 +10,10 @@ from bert_encoding.core.command_line import Text
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.files import code_fingerprint, read_json
 from bert_encoding.core.names import BASELINE, COMPLETE, DEMOS, ENCODING, FROZEN, LORA, SEARCH, STUDY_FILE
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset, Trim
-from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.demo import open_data
 from bert_encoding.language_model.encoder import checkpoint_fingerprint
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
@@ -180,9 +179,9 @@ def _open_task(folder: Path, content: dict[str, Any], data: str | None = None) -
 
 def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], trim: Sequence[int]) -> Dataset:
 
+    dataset = open_data(source, Trim(*trim))
     if source in DEMOS:
-        return simulate_listener(demo_stories(source))[0]
-    dataset = open_dataset(Path(source), Trim(*trim))
+        return dataset
     if lacking := [name for name in names if name not in dataset.stories]:
         raise InputError(f"{source}: no story {lacking[0]}, which this study uses; give its data with --data")
     if unknown := [name for name in subjects if name not in dataset.subjects]:

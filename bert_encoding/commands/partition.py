@@ -30,10 +30,9 @@ from bert_encoding.core.command_line import Names, Text, Whole, absolute, check_
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import code_fingerprint, output_file, write_json
 from bert_encoding.core.names import BAG_OF_WORDS, DEMOS, FROZEN, STATIC, WORD_RATE
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.splits import MIN_FIT_STORIES, Split, choose_stories, choose_subjects
 from bert_encoding.datasets.story import TRIMS
-from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.demo import open_data
 from bert_encoding.language_model.encoder import MINILM, check_layer, check_model_name, weights_fingerprint
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
@@ -185,10 +184,7 @@ def _open_task(
     """Open and inspect the data; all stories but the test stories are fit stories."""
     if trim is not None and trim not in TRIMS:
         raise InputError(f"--trim {trim}: must be one of {', '.join(TRIMS)}")
-    if path in DEMOS:
-        dataset = simulate_listener(demo_stories(path))[0]
-    else:
-        dataset = open_dataset(Path(path), TRIMS[trim or "published"])
+    dataset = open_data(path, TRIMS[trim or "published"])
     chosen = choose_subjects(dataset, subjects)
     fit, test = choose_stories(dataset, chosen, test_stories, n_train_stories, seed)
     if len(fit) < MIN_FIT_STORIES:

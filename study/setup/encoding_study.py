@@ -11,10 +11,10 @@ import numpy as np
 from bert_encoding.analyses.alignment import inspect_aligned
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import DEMOS
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories
 from bert_encoding.datasets.story import TRIMS, Dataset
-from bert_encoding.demo.stories import N_VOXELS, demo_stories, simulate_listener
+from bert_encoding.demo import open_data
+from bert_encoding.demo.stories import N_VOXELS, simulate_listener
 from bert_encoding.language_model.encoder import MINILM_PLAIN, check_layer, check_model_name
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Task
@@ -82,10 +82,9 @@ def prepare(options: Options, space: Space) -> Study:
     trains = rehearse(space, base)
     if options.trials and trains and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
-    is_demo = options.data in DEMOS
-    dataset = demo_stories(options.data) if is_demo else open_dataset(Path(options.data), TRIMS[options.trim])
+    dataset = open_data(options.data, TRIMS[options.trim], simulate=False)
     subjects = choose_subjects(dataset, options.subjects)
-    if is_demo:  # whoever listens to the demo will have heard every story
+    if options.data in DEMOS:  # its simulated listener hears every story
         heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
         train, test = choose_stories(
             replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed

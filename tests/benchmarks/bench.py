@@ -32,7 +32,7 @@ from bench_tables import (
     study_table,
 )
 from compare_ridge import machine
-from course_script import open_data
+from course_script import open_and_split
 from cyclopts import Parameter
 from transformers import BertConfig, BertForMaskedLM
 
@@ -52,6 +52,7 @@ SOURCES_OF_SCRIPT = (
     "bert_encoding/datasets/*.py",
     "bert_encoding/language_model/encoder.py",
     "bert_encoding/demo/stories.py",
+    "bert_encoding/demo/__init__.py",
     "bert_encoding/demo/simulated_listeners.py",
 )
 SOURCES_OF_OURS = ("bert_encoding/**/*.py", "tests/benchmarks/bench_ours.py", "tests/benchmarks/course_script.py")
@@ -234,7 +235,7 @@ class Bench:
 def n_train_stories(data: str) -> int:
     """Return how many stories of the data are not test stories; refuse bad data before hours are spent."""
     try:
-        _, split = open_data(data, None)
+        _, split = open_and_split(data, None)
     except InputError as error:
         sys.exit(f"error: {error}")
     return len(split.fit) + len(split.validation)

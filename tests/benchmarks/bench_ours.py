@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, inspected, open_data, peak_gb
+from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, inspected, open_and_split, peak_gb
 
 import bert_encoding.language_model.masked_lm
 import bert_encoding.trial.run
@@ -44,7 +44,7 @@ def main() -> None:
     seconds = {"start": time.time() - began}
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    opened, split = open_data(arguments.data, arguments.train_stories)
+    opened, split = open_and_split(arguments.data, arguments.train_stories)
     cached_encoder(arguments.model, CACHE)
     seconds["load"] = time.time() - began - seconds["start"]
     dataset = inspected(opened)

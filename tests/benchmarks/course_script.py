@@ -33,11 +33,10 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, get_scheduler
 
 from bert_encoding.core.names import DEMOS
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
-from bert_encoding.datasets.story import TRIMS, Dataset, Story
-from bert_encoding.demo.stories import demo_stories, simulate_listener
+from bert_encoding.datasets.story import Dataset, Story
+from bert_encoding.demo import open_data
 from bert_encoding.language_model.encoder import Encoder, load_encoder, quiet
 from bert_encoding.language_model.masked_lm import Probes, make_probes
 from bert_encoding.language_model.windows import tokenize, training_windows
@@ -81,7 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune, embed, fit ridge and score; return seconds and counts per stage, and the scores."""
     clock = Clock()
-    opened, split = open_data(arguments.data, arguments.train_stories)
+    opened, split = open_and_split(arguments.data, arguments.train_stories)
     encoder = load_encoder(arguments.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = TrialConfig(
@@ -151,14 +150,13 @@ class Clock:
         self.seconds[name], self._began = now - self._began, now
 
 
-def open_data(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
+def open_and_split(path: str, n_train_stories: int | None) -> tuple[Dataset, Split]:
     """Open the data and divide the stories as a study does."""
-    is_demo = path in DEMOS
-    dataset = simulate_listener(demo_stories(path))[0] if is_demo else open_dataset(Path(path), TRIMS["published"])
+    dataset = open_data(path)
     subjects = choose_subjects(dataset, None)
     train, test = choose_stories(dataset, subjects, None, n_train_stories, SPLIT_SEED)
     split = split_stories(train, test, SPLIT_SEED, 1)[0]
-    return (dataset if is_demo else dataset.only(train + test, subjects)), split
+    return (dataset if path in DEMOS else dataset.only(train + test, subjects)), split
 
 
 def inspected(dataset: Dataset) -> Dataset:

@@ -37,7 +37,7 @@ SETTING = TrialConfig(
 
 @pytest.fixture
 def task(lab: Path) -> Task:
-    opened, split = course_script.open_data(str(lab), None)
+    opened, split = course_script.open_and_split(str(lab), None)
     dataset = course_script.inspected(opened)
     return Task(dataset, (split,), course_script.SPLIT_SEED)
 

@@ -1,24 +1,21 @@
-"""Whom each demo lets listen: what the listeners share, what they follow, and that every command knows them."""
+"""The demos' listeners: what they share, what their voxels follow, and how they are opened."""
 
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bert_encoding.analyses import predictions as predicted_responses
-from bert_encoding.commands import check, export, fit, partition
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import DEMO, DEMO_HELPS, DEMO_NULL, DEMOS
-from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import choose_stories, split_stories
 from bert_encoding.datasets.story import Dataset
+from bert_encoding.demo import open_data
 from bert_encoding.demo import simulated_listeners as listeners
 from bert_encoding.demo import stories as demo
 from bert_encoding.demo.simulated_listeners import Followed
@@ -36,7 +33,7 @@ LANGUAGE, OTHERS = slice(0, N_LANGUAGE), slice(N_LANGUAGE, N_VOXELS)
 N_LOWER = 64  # language voxels of demo-null that follow a lower layer
 N_LAST = N_LANGUAGE - N_LOWER  # and the last one
 
-# --- every command knows them -----------------------------------------------------------------------------------------
+# --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def test_stories_are_the_same_for_every_listener() -> None:
@@ -51,40 +48,30 @@ def test_stories_are_the_same_for_every_listener() -> None:
 
 
 @pytest.mark.parametrize("name", DEMOS)
-def test_every_command_opens_every_demo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each gives the simulation the stories with the listener's name; what it makes of them is tested elsewhere."""
-    sources: list[str] = []
-
-    def listen(dataset: Dataset) -> tuple[Dataset, None]:
-        sources.append(dataset.source)
-        heard = {n: replace(s, responses={SUBJECT: None}) for n, s in dataset.stories.items()}  # type: ignore[dict-item]
-        return replace(dataset, stories=heard), None
-
-    for module in (demo, partition, predicted_responses):
-        monkeypatch.setattr(module, "simulate_listener", listen)
-    assert export._open_stories(name).source == name
-    assert check._open(name, None).source == name
-    assert fit._open_data(name, [], (), (10, 5)).source == name
-    assert partition._open_task(name, None, False, None, None, None, 0).dataset.source == name
-    assert predicted_responses._open_story(name, "ferry", None).name == "ferry"  # type: ignore[arg-type]
-    assert sources == [name] * 4
+def test_demos_are_opened_by_name_and_need_neither_model_nor_permission(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "simulate_listener", lambda dataset: (replace(dataset, notes=("simulated",)), None))
+    for simulate, notes in ((True, ("simulated",)), (False, ())):
+        dataset = open_data(name, simulate=simulate)
+        assert (dataset.source, dataset.notes) == (name, notes)
     assert model_of({"data": name}, {}) == model_of({}, {"data": name}) == MINILM
     options: Any = SimpleNamespace(data=name)
-    check_looks(options, look=2, heard={}, is_again=False)  # may look again
+    check_looks(options, look=2, heard={}, is_again=False)  # the test stories of a demo may be scored again
 
 
-def test_a_demo_that_is_not_there_is_refused_naming_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_demo_is_refused_and_the_known_ones_named() -> None:
     with pytest.raises(InputError, match="no such data; give a folder, or one of demo, demo-null, demo-helps"):
-        open_dataset(tmp_path / "demo-hurts")
+        open_data("demo-hurts")
 
 
-def test_fingerprints_tell_the_listeners_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {name: demo._fingerprint(demo_stories(name)) for name in DEMOS}
-    assert found[DEMO] == "demo-1-31d1edf0", "as in every version"
-    assert len(set(found.values())) == len(DEMOS)
+def test_fingerprints_of_listeners_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprints = {name: demo._fingerprint(demo_stories(name)) for name in DEMOS}
+    assert fingerprints[DEMO] == "demo-1-31d1edf0", "as in every version"
+    assert len(set(fingerprints.values())) == len(DEMOS)
     monkeypatch.setattr(demo, "hidden_weights", lambda name: b"others" if name == DEMO_HELPS else b"")
     others = {name: demo._fingerprint(demo_stories(name)) for name in DEMOS}
-    assert [name for name in DEMOS if others[name] != found[name]] == [DEMO_HELPS]
+    assert [name for name in DEMOS if others[name] != fingerprints[name]] == [DEMO_HELPS]
 
 
 # --- directions -------------------------------------------------------------------------------------------------------
@@ -109,18 +96,18 @@ def test_strongest_directions_are_the_eigenvectors_of_what_is_left() -> None:
     np.testing.assert_allclose(scale, np.sqrt(variances[::-1][:N_DIRECTIONS]), rtol=1e-9)
     cosines = (axes * vectors[:, ::-1].T[:N_DIRECTIONS]).sum(axis=1)
     np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-9)
-    found = np.vstack([d[kept[n]] for n, d in demo._directions(X, rate, kept).items()])
-    np.testing.assert_allclose(found.T @ found / len(found), np.eye(N_DIRECTIONS), atol=1e-9)
-    np.testing.assert_allclose(found.T @ K / len(found), 0, atol=1e-9)
+    result = np.vstack([d[kept[n]] for n, d in demo._directions(X, rate, kept).items()])
+    np.testing.assert_allclose(result.T @ result / len(result), np.eye(N_DIRECTIONS), atol=1e-9)
+    np.testing.assert_allclose(result.T @ K / len(result), 0, atol=1e-9)
 
 
-def test_what_differs_is_followed_where_it_differs_alone() -> None:
+def test_voxels_follow_only_the_directions_that_differ() -> None:
     """Vectors that differ in the first eight of twenty coordinates: the other twelve must not be heard."""
     dataset, rate, kept, rng = _toy(21)
     words = {n: rng.standard_normal((len(s.spoken), 20)) for n, s in dataset.stories.items()}
     words = {n: np.hstack([w[:, :8], 100 * w[:, 8:]]) for n, w in words.items()}
     before = {n: np.hstack([rng.standard_normal((len(w), 8)), w[:, 8:]]) for n, w in words.items()}
-    followed = demo._on_trs(dataset, Followed(words, N_LANGUAGE, differs_from=before), rate, kept)
+    followed = demo._downsampled(dataset, Followed(words, N_LANGUAGE, differs_from=before), rate, kept)
     for name, story in dataset.stories.items():
         heard = demo._downsample(story, words[name])[:, :8]  # (n_trs, n_directions), to be turned
         turn = np.linalg.lstsq(heard, followed[name], rcond=None)[0]
@@ -172,7 +159,7 @@ def by_listener(cc: np.ndarray) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.demo
-def test_listeners_differ_in_language_voxels_alone(heard: dict[str, Dataset]) -> None:
+def test_listeners_differ_only_in_language_voxels(heard: dict[str, Dataset]) -> None:
     for story in ("bakery", "ferry"):
         plain, null, helps = (heard[name].valid_responses(story, SUBJECT) for name in DEMOS)
         np.testing.assert_array_equal(null[:, OTHERS], plain[:, OTHERS])
@@ -189,7 +176,7 @@ def test_listeners_differ_in_language_voxels_alone(heard: dict[str, Dataset]) ->
 def test_the_adapted_encoder_is_nearer_to_the_listener_of_demo_helps(
     task: Task, word_vectors: dict[str, dict[int, listeners.Vectors]]
 ) -> None:
-    """What fine-tuning would reach if it found the hidden encoder itself, by the study's own ridge and score."""
+    """What fine-tuning would reach if it recovered the hidden encoder itself, by the study's own ridge and score."""
     split, stories = task.splits[0], task.dataset.stories
     chain, ccs = Chain(TrialConfig(method="frozen", model=MINILM), task), {}
     for which, layers in word_vectors.items():
@@ -206,7 +193,7 @@ def test_the_adapted_encoder_is_nearer_to_the_listener_of_demo_helps(
 @pytest.mark.demo
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute where nothing else runs
-def test_lora_gains_keeps_and_loses_as_planted(task: Task) -> None:
+def test_lora_changes_cc_as_each_demo_plants_it(task: Task) -> None:
     """A strong trial of ``lora_rank_small``; one training is scored on every listener."""
     settings: dict[str, Any] = {"lora_alpha": 6.0, "lora_scaling": "rslora", "epochs": 5}
     tuned = run_trial(TrialConfig(method="lora", model=MINILM, rank=16, lr=1e-3, seed=7, **settings), task)
