@@ -11,16 +11,11 @@ from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 
 
 def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
-    """Open a data set, whatever its format, by what lies at ``path``.
+    """Open a data set in any known format; raise ``InputError`` if ``path`` is in none of them.
 
     Parameters
     ----------
     trim : volumes by which the responses are shorter than the story, at its start and end
-
-    Raises
-    ------
-    InputError
-        if nothing there is recognised.
     """
     if not path.exists():
         raise InputError(f"{path}: no such data; give a folder, or one of {', '.join(DEMOS)}")
@@ -32,7 +27,7 @@ def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
         dataset = lebel2023.open_lebel(path)
     else:
         raise InputError(
-            f"{path}: no known format; a lab folder holds {lab.TEXT_FILE} and <subject>/<story>.npy, "
-            "OpenNeuro ds003020 holds derivative/TextGrids"
+            f"{path}: no known format; a lab folder contains {lab.TEXT_FILE} and <subject>/<story>.npy, "
+            "OpenNeuro ds003020 contains derivative/TextGrids"
         )
     return replace(dataset, trim=trim, rois=read_rois(dataset))

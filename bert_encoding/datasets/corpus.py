@@ -3,13 +3,13 @@
 Contract
 --------
 ``*.txt``
-    One text a line, UTF-8; blank lines separate and are skipped.
+    One text per line, UTF-8; blank lines are skipped.
 ``*.csv``, ``*.parquet``
-    A column ``text`` and perhaps a column ``label``. A CSV has a first row of names and commas, UTF-8.
+    A column ``text`` and optionally a column ``label``. A CSV is UTF-8, separated by commas, with a first row of names.
 a folder
     Two or more sub-folders of ``.txt`` files; a sub-folder's name is the label of each file in it, a file is one text.
 
-Opening reads everything once, to check and to count; a corpus never holds its texts. Labels are text.
+Opening reads everything once, to check and to count; texts are not kept in memory. Labels are text.
 """
 
 import csv
@@ -29,11 +29,12 @@ import pyarrow.parquet as pq
 
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.seeds import generator
+from bert_encoding.datasets.responses import read_file
 
 FORMATS = "a .txt, .csv or .parquet file, or a folder with a sub-folder of .txt files for each label"
-MAX_LABELS = 1000  # more are a column of something else, and would be held in memory
+MAX_LABELS = 1000  # a column with more values does not name classes
 PARQUET_ROWS = 1024  # decoded at a time
-TEXT_TYPES = ("string", "large_string", "string_view")  # names of Arrow's
+TEXT_TYPES = ("string", "large_string", "string_view")  # names of Arrow types
 
 
 class Example(NamedTuple):
@@ -44,7 +45,7 @@ class Example(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One text as it lies in a file, before it is checked."""
+    """One text of a file, before it is checked; ``where`` names it in messages."""
 
     where: str
     text: str
@@ -53,17 +54,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts on disk; iterating yields each ``Example``, in the order of the files, again and again.
+    """Texts on disk; each iteration reads them again and yields every ``Example``, in the order of the files.
 
     Attributes
     ----------
     path : the file or folder
-    labels : every class found there, in alphabetical order; empty if there are none
-    counts : label -> number of texts used; 0 for a class that a sample missed
-    n_texts, n_words : used; words are what white space separates
-    n_left_out : texts that were empty, or that cleaning emptied, in all of ``path``
-    fingerprint : hash of all content used, in order; the same whatever file format holds it
-    notes : what a user should know of this text, a line each
+    labels : every class, in alphabetical order; empty if there are none
+    counts : label -> number of texts used; 0 for a class that is not in the sample
+    n_texts, n_words : of the texts used; words are separated by white space
+    n_left_out : texts without content, before or after cleaning, in all of ``path``
+    fingerprint : hash of all content used, in order, independent of the file format
+    notes : what a user should know about this text, one line each
     clean : whether texts are cleaned, see ``clean_text``
     mask : a byte for every text that is not left out, 1 if it is in the sample; None if all are used
     """
@@ -80,18 +81,10 @@ class Corpus:
     mask: bytes | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Example]:
-        """Yield each text.
-
-        Raises
-        ------
-        InputError
-            at the end, if the content is no longer what it was when the corpus was opened.
-        """
-        seen = _Tally()
-        for example in _used(self.path, self.clean, self.mask):
-            seen.add(example)
-            yield example
-        if seen.fingerprint != self.fingerprint:
+        """Yield each text; at the end, raise ``InputError`` if the content has changed since the corpus was opened."""
+        tally = _Tally()
+        yield from tally.passing(_used(self.path, self.clean, self.mask))
+        if tally.fingerprint != self.fingerprint:
             raise InputError(f"{self.path}: its content has changed since it was opened; start again")
 
 
@@ -108,52 +101,52 @@ def open_corpus(path: Path, *, clean: bool = False, n_examples: int | None = Non
     Parameters
     ----------
     clean : pass every text through ``clean_text``
-    n_examples : use a uniform sample of so many texts, without replacement, kept in file order; all if there are fewer
+    n_examples : use a uniform sample of this many texts, without replacement, in file order; all if there are fewer
     seed : of the sample
 
     Raises
     ------
     InputError
-        if nothing there is recognised, a file is missing, damaged or not UTF-8, a row is ragged or its text is none,
-        labels are missing in part or are all the same, no text is left, or ``n_examples`` is below 1.
+        if the format is unknown, a file is missing, damaged or not UTF-8, a row has a wrong number of values or a text
+        that is none, labels are missing in part or are all the same, no text is left, or ``n_examples`` is below 1.
     """
     if n_examples is not None and n_examples < 1:
-        raise InputError(f"{path}: {n_examples} examples asked for; it must be 1 or more")
+        raise InputError(f"{path}: {n_examples} examples requested; it must be 1 or more")
     check_path(path)
-    whole, n_left_out = _Tally(), 0
-    with closing(_kept(path, clean)) as examples:
+    everything, n_left_out = _Tally(), 0
+    with closing(_checked(path, clean)) as examples:
         for example in examples:
             if example is None:
                 n_left_out += 1
             else:
-                whole.add(example)
-                _check_number_of_labels(path, whole)
-    _check_classes(path, whole, n_left_out)
-    mask = _sample(whole.n_texts, n_examples, seed)
-    used = whole if mask is None else _tally(_used(path, clean, mask))
+                everything.add(example)
+                _check_number_of_labels(path, everything)
+    _check_classes(path, everything, n_left_out)
+    mask = _sample(everything.n_texts, n_examples, seed)
+    used = everything
+    if mask is not None:
+        used = _Tally()
+        for _ in used.passing(_used(path, clean, mask)):
+            pass
     return Corpus(
         path=path,
-        labels=tuple(sorted(whole.counts)),
-        counts={label: used.counts[label] for label in sorted(whole.counts)},
+        labels=tuple(sorted(everything.counts)),
+        counts={label: used.counts[label] for label in sorted(everything.counts)},
         n_texts=used.n_texts,
         n_words=used.n_words,
         n_left_out=n_left_out,
         fingerprint=used.fingerprint,
-        notes=(*_folder_notes(path), *_notes(whole, used, n_left_out, n_examples, seed)),
+        notes=(*_folder_notes(path), *_notes(everything, used, n_left_out, n_examples, seed)),
         clean=clean,
         mask=mask,
     )
 
 
 def describe(corpus: Corpus) -> list[str]:
-    """Return a few lines for people: how many texts and words, the balance of classes, the notes."""
+    """Return lines to print: numbers of texts and words, shares of the classes, notes."""
     lines = [f"{corpus.path}: {corpus.n_texts} texts, {corpus.n_words} words"]
-    if corpus.labels:
-        shares = (f"{label} {n} ({n / corpus.n_texts:.1%})" for label, n in corpus.counts.items())
-        lines.append(f"classes: {', '.join(shares)}")
-    else:
-        lines.append("classes: none")
-    return [*lines, *corpus.notes]
+    shares = ", ".join(f"{label} {n} ({n / corpus.n_texts:.1%})" for label, n in corpus.counts.items())
+    return [*lines, f"classes: {shares or 'none'}", *corpus.notes]
 
 
 def clean_text(text: str) -> str:
@@ -163,7 +156,7 @@ def clean_text(text: str) -> str:
 
 
 class _Tally:
-    """Counts and hashes examples as they pass."""
+    """Counts and hashes examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -177,24 +170,23 @@ class _Tally:
             self.counts[example.label] += 1
         self._digest.update(json.dumps([example.label, example.text]).encode() + b"\n")
 
+    def passing(self, examples: Iterator[Example]) -> Iterator[Example]:
+        """Add each example and yield it."""
+        for example in examples:
+            self.add(example)
+            yield example
+
     @property
     def fingerprint(self) -> str:
         return self._digest.hexdigest()[:16]
 
 
-def _tally(examples: Iterator[Example]) -> _Tally:
-    tally = _Tally()
-    for example in examples:
-        tally.add(example)
-    return tally
-
-
 def _used(path: Path, clean: bool, mask: bytes | None) -> Iterator[Example]:
-    kept = (example for example in _kept(path, clean) if example is not None)
-    return kept if mask is None else compress(kept, mask)
+    examples = (example for example in _checked(path, clean) if example is not None)
+    return examples if mask is None else compress(examples, mask)
 
 
-def _kept(path: Path, clean: bool) -> Generator[Example | None, None, None]:
+def _checked(path: Path, clean: bool) -> Generator[Example | None, None, None]:
     """Yield every example, or None in place of one whose text is empty."""
     first: Row | None = None
     with closing(read_rows(path)) as rows:
@@ -205,8 +197,10 @@ def _kept(path: Path, clean: bool) -> Generator[Example | None, None, None]:
                 continue
             first = first or row
             if (row.label is None) != (first.label is None):
-                without, other = (row, first) if row.label is None else (first, row)
-                raise InputError(f"{without.where} has no label, but {other.label!r} labels another; label all or none")
+                without, labelled = (row, first) if row.label is None else (first, row)
+                raise InputError(
+                    f"{without.where} has no label, but {labelled.label!r} labels another; label all or none"
+                )
             yield Example(text, row.label)
 
 
@@ -219,49 +213,52 @@ def _sample(n_texts: int, n_examples: int | None, seed: int) -> bytes | None:
 
 
 def check_path(path: Path) -> None:
+    """Raise ``InputError`` unless a path is in one of the ``FORMATS``."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give {FORMATS}")
     if path.is_dir():
         folders = _label_folders(path)
         if len(folders) < 2:
-            found = f"only {next(iter(folders))!r}" if folders else "none"
-            raise InputError(f"{path}: of its sub-folders with .txt files there is {found}; give two labels or more")
+            labels = f"only {next(iter(folders))!r} contains" if folders else "none contains"
+            raise InputError(f"{path}: of its sub-folders {labels} .txt files; give two labels or more")
     elif not path.is_file() or path.suffix.lower() not in _READERS:
         raise InputError(f"{path}: no known format; give {FORMATS}")
 
 
-def _check_number_of_labels(path: Path, whole: _Tally) -> None:
-    if len(whole.counts) > MAX_LABELS:
+def _check_number_of_labels(path: Path, everything: _Tally) -> None:
+    if len(everything.counts) > MAX_LABELS:
         raise InputError(
             f"{path}: column 'label' has more than {MAX_LABELS} different values, "
-            f"the last {next(reversed(whole.counts))!r}; it must name classes"
+            f"the last {next(reversed(everything.counts))!r}; it must name classes"
         )
 
 
-def _check_classes(path: Path, whole: _Tally, n_left_out: int) -> None:
-    if not whole.n_texts:
-        why = f"all {n_left_out} texts are empty" if n_left_out else "there is none in it"
-        raise InputError(f"{path}: no text to use: {why}")
-    if len(whole.counts) == 1:
-        (label,) = whole.counts
+def _check_classes(path: Path, everything: _Tally, n_left_out: int) -> None:
+    if not everything.n_texts:
         raise InputError(
-            f"{path}: all {whole.n_texts} texts have the label {label!r}; give two labels or more, or none"
+            f"{path}: no text to use: " + (f"all {n_left_out} texts are empty" if n_left_out else "it is empty")
+        )
+    if len(everything.counts) == 1:
+        (label,) = everything.counts
+        raise InputError(
+            f"{path}: all {everything.n_texts} texts have the label {label!r}; give two labels or more, or none"
         )
 
 
-def _notes(whole: _Tally, used: _Tally, n_left_out: int, n_examples: int | None, seed: int) -> Iterator[str]:
+def _notes(everything: _Tally, used: _Tally, n_left_out: int, n_examples: int | None, seed: int) -> Iterator[str]:
     if n_left_out:
-        yield f"{n_left_out} of {n_left_out + whole.n_texts} texts left out: nothing in them, or nothing once cleaned"
-    if n_examples is not None and n_examples > whole.n_texts:
-        yield f"{n_examples} examples asked for, but there are {whole.n_texts}: all are used"
-    if used is not whole:
-        yield f"a sample of {used.n_texts} of {whole.n_texts} texts (seed {seed})"
-    missed = sorted(set(whole.counts) - set(used.counts))
+        yield f"{n_left_out} of {n_left_out + everything.n_texts} texts left out: empty, or empty after cleaning"
+    if n_examples is not None and n_examples > everything.n_texts:
+        yield f"{n_examples} examples requested, but there are {everything.n_texts}: all are used"
+    if used is not everything:
+        yield f"a sample of {used.n_texts} of {everything.n_texts} texts (seed {seed})"
+    missed = sorted(set(everything.counts) - set(used.counts))
     if missed:
-        yield f"the sample holds no text of {', '.join(missed)}; ask for more examples"
+        yield f"the sample contains no text of {', '.join(missed)}; request more examples"
 
 
 def read_rows(path: Path) -> Generator[Row, None, None]:
+    """Yield every text of a file or folder, unchecked."""
     return _folder_rows(path) if path.is_dir() else _READERS[path.suffix.lower()](path)
 
 
@@ -279,10 +276,10 @@ def _decode(where: str, raw: bytes, *, is_start: bool) -> str:
     try:
         text = raw.decode("utf-8-sig" if is_start else "utf-8")
     except UnicodeDecodeError as error:
-        at = error.start + len(raw) - len(error.object)  # a byte-order mark is not part of ``object``
-        raise InputError(f"{where}: byte {at} (0x{raw[at]:02x}) is not UTF-8; save it as UTF-8") from None
+        index = error.start + len(raw) - len(error.object)  # a byte-order mark is not part of ``object``
+        raise InputError(f"{where}: byte {index} (0x{raw[index]:02x}) is not UTF-8; save it as UTF-8") from None
     if "\0" in text:
-        raise InputError(f"{where} holds a zero byte, so this is not UTF-8 text; save it as UTF-8")
+        raise InputError(f"{where} contains a zero byte, so this is not UTF-8 text; save it as UTF-8")
     return text
 
 
@@ -294,8 +291,8 @@ def _txt_rows(path: Path) -> Generator[Row, None, None]:
 
 
 def _csv_rows(path: Path) -> Generator[Row, None, None]:
-    """Read row by row with Python's own reader: no guessed types, and the number of a bad row is known."""
-    with closing(_lines(path)) as lines:  # now, not when the garbage is collected
+    """Read row by row with Python's own reader, which guesses no types and knows the line of a bad row."""
+    with closing(_lines(path)) as lines:  # at once, not when garbage is collected
         yield from _parsed_csv(path, csv.reader(lines, strict=True))
 
 
@@ -304,14 +301,14 @@ def _parsed_csv(path: Path, reader: Any) -> Iterator[Row]:
         names = next(filter(None, reader), None)
         if names is None:
             return
-        text_at, label_at = _columns(path, names)
+        text_index, label_index = _columns(path, names)
         for number, row in enumerate(filter(None, reader), 1):
             where = f"{path}: row {number} (line {reader.line_num})"
             if len(row) != len(names):
                 raise InputError(
-                    f"{where} has {len(row)} values, the names above are {len(names)}; quote a text that holds commas"
+                    f"{where} has {len(row)} values, the first row names {len(names)}; quote texts with commas"
                 )
-            yield Row(where, row[text_at], None if label_at is None else row[label_at].strip() or None)
+            yield Row(where, row[text_index], None if label_index is None else row[label_index].strip() or None)
     except csv.Error as error:
         raise InputError(
             f"{path}: line {reader.line_num}: {first_line(error)}; close every quote, double those inside a text, "
@@ -320,7 +317,7 @@ def _parsed_csv(path: Path, reader: Any) -> Iterator[Row]:
 
 
 def _columns(path: Path, names: list[str]) -> tuple[int, int | None]:
-    """Return where ``text`` and ``label`` are among the columns; None if there is no label."""
+    """Return the indices of the columns ``text`` and ``label``; None if there is no label."""
     if "text" not in names:
         raise InputError(f"{path}: no column 'text'; its columns are {', '.join(names)}")
     for name in ("text", "label"):
@@ -339,12 +336,12 @@ def _parquet_rows(path: Path) -> Generator[Row, None, None]:
                     number += 1
                     yield _parquet_row(f"{path}: row {number}", *values)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)}); get it anew") from None
+        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)}); get the file again") from None
 
 
 def _parquet_columns(path: Path, schema: Any) -> list[str]:
-    _, label_at = _columns(path, schema.names)
-    for name in ("text", "label") if label_at is not None else ("text",):
+    _, label_index = _columns(path, schema.names)
+    for name in ("text", "label") if label_index is not None else ("text",):
         kind = schema.field(name).type
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_null(plain) or str(plain) in TEXT_TYPES:
@@ -352,7 +349,7 @@ def _parquet_columns(path: Path, schema: Any) -> list[str]:
         if name == "text" or not (pa.types.is_integer(plain) or pa.types.is_boolean(plain)):
             wanted = "text" if name == "text" else "text or whole numbers"
             raise InputError(f"{path}: column {name!r} is {kind}; it must be {wanted}")
-    return ["text"] if label_at is None else ["text", "label"]
+    return ["text"] if label_index is None else ["text", "label"]
 
 
 def _parquet_row(where: str, text: Any, label: Any = None) -> Row:
@@ -366,23 +363,14 @@ def _parquet_row(where: str, text: Any, label: Any = None) -> Row:
 def _folder_rows(path: Path) -> Generator[Row, None, None]:
     for label, files in _label_folders(path).items():
         for file in files:
-            yield Row(str(file), _decode(str(file), _content(file), is_start=True), label)
-
-
-def _content(file: Path) -> bytes:
-    if not file.is_file():  # a pipe would wait for ever
-        raise InputError(f"{file}: not a file that can be read; take it out of the folder")
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+            yield Row(str(file), _decode(str(file), read_file(file), is_start=True), label)
 
 
 def _label_folders(path: Path) -> dict[str, list[Path]]:
-    """Return label -> its .txt files, both in alphabetical order; never looks deeper, so links cannot lead it round."""
+    """Return label -> its .txt files, both in alphabetical order; deeper folders are ignored."""
     folders = [entry for entry in _visible(path) if entry.is_dir()]
     files = {folder.name: [file for file in _visible(folder) if file.suffix.lower() == ".txt"] for folder in folders}
-    return {label: found for label, found in files.items() if found}
+    return {label: texts for label, texts in files.items() if texts}
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -396,9 +384,9 @@ def _folder_notes(path: Path) -> Iterator[str]:
     if not path.is_dir():
         return
     labels = _label_folders(path)
-    beside = [entry.name for entry in _visible(path) if entry.name not in labels]
-    if beside:
-        yield f"not labels, left out: {', '.join(beside)}"
+    others = [entry.name for entry in _visible(path) if entry.name not in labels]
+    if others:
+        yield f"not labels, left out: {', '.join(others)}"
     for label, files in labels.items():
         n_others = len(_visible(path / label)) - len(files)
         if n_others:

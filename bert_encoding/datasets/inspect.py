@@ -1,6 +1,6 @@
-"""One pass over transcripts and responses before any fit: what is wrong, which voxels are valid, a fingerprint.
+"""One pass over transcripts and responses before any fit: problems, valid voxels and a fingerprint.
 
-``survey`` goes on after a problem and tells all of them, ``inspect`` raises the first.
+``survey`` collects all problems, ``inspect`` raises the first one.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from bert_encoding.datasets.inspect_responses import (
     Watch,
     check_subject,
     hash_repeats,
-    repeats_of,
 )
 from bert_encoding.datasets.story import Dataset, Story
 
@@ -44,14 +43,14 @@ class TextCheck(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What one pass found.
+    """Results of one pass.
 
     Attributes
     ----------
-    dataset : with its voxel masks and notes, and its fingerprint if nothing is wrong
-    left_out : which voxels are masked, a line a subject; also among the data set's notes
-    doubts : what speaks against the responses without ruling them out, a line each; also among the notes
-    problems : why the data are unusable, a line each, in the order in which they were met
+    dataset : with its voxel masks and notes, and its fingerprint if there are no problems
+    left_out : the number of masked voxels, one line per subject; also among the data set's notes
+    doubts : signs that the responses may be wrong, one line each; also among the notes
+    problems : why the data are unusable, one line each, in the order of the pass
     """
 
     dataset: Dataset
@@ -70,25 +69,23 @@ def inspect(dataset: Dataset, watch: Watch | None = None) -> Dataset:
 
     Parameters
     ----------
-    watch : sees every block of responses as it is read
+    watch : called with every block of responses as it is read
 
     Raises
     ------
     InputError
-        if a story has the wrong number of rows or voxels, words and times of different length, or no finite
-        voxel at all.
+        if a story has the wrong number of rows or voxels, words and times of different length, or no finite voxel.
     """
-    found = survey(dataset, watch)
-    if found.problems:
-        raise InputError(found.problems[0])
-    return found.dataset
+    result = survey(dataset, watch)
+    if result.problems:
+        raise InputError(result.problems[0])
+    return result.dataset
 
 
 def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
-    """Look at every transcript and every response once, whatever is wrong with them.
+    """Read every transcript and every response once, also after a problem.
 
-    Stories without responses of a subject are no problem of that subject. What is unusable is not shown to ``watch``
-    and has no say in the masks.
+    A story may lack responses of a subject. Unusable stories are not passed to ``watch`` and do not affect the masks.
     """
     texts = tuple(_check_text(dataset.source, story) for story in dataset.stories.values())
     problems = [text.problem for text in texts if text.problem]
@@ -99,16 +96,16 @@ def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
         for story in dataset.stories.values():
             hasher.add_text(story)
         for subject in dataset.subjects:
-            found, finite, varies = check_subject(dataset, subject, hasher, watch, usable)
-            checks += found
-            problems += [problem for check in found for problem in check.problems]
+            of_subject, finite, varies = check_subject(dataset, subject, hasher, watch, usable)
+            checks += of_subject
+            problems += [problem for check in of_subject for problem in check.problems]
             masks[subject] = finite & varies
             if masks[subject].size and not masks[subject].any():
                 problems.append(
                     f"{dataset.source}: subject {subject} has no voxel that is finite and varies in every story"
                 )
             left_out += _mask_note(subject, finite, varies)
-        problems += [problem for problem in (hash_repeats(*of, hasher) for of in repeats_of(dataset)) if problem]
+        problems += hash_repeats(dataset, hasher)
         fingerprint = "" if problems else hasher.result()
         problems += _same_responses(dataset.source, hasher.stories)
     doubts = [doubt for subject in dataset.subjects for doubt in _scale_doubt(subject, checks)]
@@ -119,33 +116,31 @@ def survey(dataset: Dataset, watch: Watch | None = None) -> Survey:
 
 def _scale_doubt(subject: str, checks: list[ResponseCheck]) -> list[str]:
     measured = [check for check in checks if check.subject == subject and check.is_z_scored is not None]
-    others = [check.story for check in measured if not check.is_z_scored]
-    if not others:
+    unscaled = [check.story for check in measured if not check.is_z_scored]
+    if not unscaled:
         return []
-    shown = ", ".join(others[:MAX_SHOWN]) + (", ..." if len(others) > MAX_SHOWN else "")
+    shown = ", ".join(unscaled[:MAX_SHOWN]) + (", ..." if len(unscaled) > MAX_SHOWN else "")
     return [
-        f"{subject}: {len(others)} of {len(measured)} stories are not z-scored (mean 0 and SD 1 of each voxel in each "
-        f"story are expected, or differences between stories drown the words): {shown}"
+        f"{subject}: {len(unscaled)} of {len(measured)} stories are not z-scored (mean 0 and SD 1 of each voxel within "
+        f"each story are expected, or differences between stories mask the effect of words): {shown}"
     ]
 
 
 def _same_responses(source: str, stories: dict[str, list[tuple[str, str]]]) -> list[str]:
-    """Refuse copies: one scan cannot be of two stories, or of two people."""
-    problems = []
-    for same in stories.values():
-        for (subject, story), (other, twin) in pairwise(same):
-            problems.append(
-                f"{source}: subject {other}'s responses to {twin} are those of subject {subject} to {story}, number "
-                "for number; take out the copy"
-            )
-    return problems
+    """Return a problem for each copy: one scan cannot belong to two stories or two subjects."""
+    return [
+        f"{source}: subject {other}'s responses to {copy} are identical to those of subject {subject} to {story}; "
+        "remove the copy"
+        for same in stories.values()
+        for (subject, story), (other, copy) in pairwise(same)
+    ]
 
 
 def _silence_note(texts: tuple[TextCheck, ...]) -> list[str]:
     n_silent = sum(text.n_silent for text in texts)
     if not n_silent:
         return []
-    return [f"{n_silent} rows of the transcripts hold no spoken word (empty or a tag): zero vectors"]
+    return [f"{n_silent} transcript entries are empty or tags and get zero vectors"]
 
 
 def _mask_note(subject: str, finite: np.ndarray, varies: np.ndarray) -> list[str]:
@@ -158,19 +153,16 @@ def _mask_note(subject: str, finite: np.ndarray, varies: np.ndarray) -> list[str
     ]
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def _check_text(source: str, story: Story) -> TextCheck:
     spoken, share_outside = story.spoken, _share_outside(story)
-    complaint = _text_complaint(story, spoken, share_outside)
+    problem = _text_problem(story, spoken, share_outside)
     return TextCheck(
         story.name,
         len(story.words),
         len(story.tr_times_s),
         sum(word == "" for word in spoken),
         share_outside,
-        f"{source}: story {story.name}{complaint}" if complaint else None,
+        f"{source}: story {story.name}{problem}" if problem else None,
     )
 
 
@@ -181,8 +173,8 @@ def _share_outside(story: Story) -> float:
     return float(np.mean((words < trs[0]) | (words > trs[-1])))
 
 
-def _text_complaint(story: Story, spoken: Sequence[str], share_outside: float) -> str:
-    """Return the first thing that is wrong, to follow the story's name, or nothing."""
+def _text_problem(story: Story, spoken: Sequence[str], share_outside: float) -> str:
+    """Return the first problem, as it follows the story's name in a message, or ``""``."""
     n_words, n_times = len(story.words), len(story.word_times_s)
     if n_words != n_times:
         return f" has {n_words} words but {n_times} word times"
@@ -190,19 +182,19 @@ def _text_complaint(story: Story, spoken: Sequence[str], share_outside: float) -
         return " has no spoken word; leave it out"
     for what, times in (("word", story.word_times_s), ("TR", story.tr_times_s)):
         if not np.isfinite(times).all():
-            return f" has non-finite {what} times; mend or leave it out"
+            return f" has non-finite {what} times; correct them, or leave the story out"
         if (np.diff(times) < 0).any():
-            at = int(np.argmax(np.diff(times) < 0)) + 1
+            index = int(np.argmax(np.diff(times) < 0)) + 1
             return (
-                f": {what} times must not decrease, "
-                f"but {what} {at} ({times[at]:g} s) comes before {what} {at - 1} ({times[at - 1]:g} s)"
+                f": {what} times must not decrease, but {what} {index} ({times[index]:g} s) comes before "
+                f"{what} {index - 1} ({times[index - 1]:g} s)"
             )
     steps = np.diff(story.tr_times_s)
     if steps.size == 0 or steps.min() <= 0 or steps.max() - steps.min() > 1e-3:
         return ": TR times must be evenly spaced, one volume after the other"
     if share_outside > MAX_SHARE_OUTSIDE:
         return (
-            f": {share_outside:.0%} of its words lie outside the scan "
+            f": {share_outside:.0%} of its words are outside the scan "
             f"({story.tr_times_s[0]:g} to {story.tr_times_s[-1]:g} s; words {story.word_times_s[0]:g} to "
             f"{story.word_times_s[-1]:g}); word times must be in seconds from the story's start"
         )

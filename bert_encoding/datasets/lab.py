@@ -1,4 +1,4 @@
-"""The lab's own format: ``raw_text.pkl`` beside one folder of responses a subject.
+"""The lab's own format: ``raw_text.pkl`` next to one folder of responses per subject.
 
 Contract
 --------
@@ -6,7 +6,7 @@ Contract
     dict of story -> ``DataSequence`` with ``data`` (n_words,) words, ``data_times`` (n_words,) word mid-times in s,
     ``tr_times`` (n_trs,) in s.
 ``<subject>/<story>.npy``
-    (n_trs - 15, n_voxels), z-scored per story, rows ``[10:-5]`` of the scan. Read as a memory map.
+    (n_trs - 15, n_voxels), z-scored within each story, rows ``[10:-5]`` of the scan. Read as a memory map.
 
 The published test stories are averages over repeated scans. Known defects: empty strings and stray tags among the
 words, non-finite voxels in single stories.
@@ -24,7 +24,7 @@ import numpy as np
 
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets import safe_pickle
-from bert_encoding.datasets.responses import Responses
+from bert_encoding.datasets.responses import Responses, read_file
 from bert_encoding.datasets.story import Dataset, Story
 
 TEXT_FILE = "raw_text.pkl"
@@ -40,29 +40,28 @@ def recognises(path: Path) -> bool:
 
 
 def open_lab(path: Path) -> Dataset:
-    """Open a folder in the lab's format; every story that has text, with the responses that it has.
+    """Open a folder in the lab's format: every story with text, and the responses that exist.
 
     Raises
     ------
     InputError
         if a file is missing, malformed, or not safe to read.
     """
-    sequences = read_transcripts(path / TEXT_FILE)
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _response_files(entry))
-    if not folders:
-        raise InputError(f"{path}: no responses; expected <subject>/<story>.npy beside {TEXT_FILE}")
-    responses = {folder.name: _response_files(folder) for folder in folders}
-    for folder in folders:
-        unknown = sorted(set(responses[folder.name]) - set(sequences))
-        if unknown:
-            file = folder / f"{unknown[0]}.npy"
-            more = f" (nor have {', '.join(map(shown_name, unknown[1:6]))})" if unknown[1:] else ""
-            raise InputError(f"{file}: story {shown_name(unknown[0])} has no text in {TEXT_FILE}{more}; move it away")
+    transcripts = read_transcripts(path / TEXT_FILE)
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    responses = {folder.name: files for folder in folders if (files := _response_files(folder))}
+    if not responses:
+        raise InputError(f"{path}: no responses; expected <subject>/<story>.npy next to {TEXT_FILE}")
+    for files in responses.values():
+        _check_text(files, transcripts)
     stories = {
         name: _story(
-            path, name, sequences[name], {s: Responses(files[name]) for s, files in responses.items() if name in files}
+            f"{path / TEXT_FILE}: story {name}",
+            name,
+            transcripts[name],
+            {subject: Responses(files[name]) for subject, files in responses.items() if name in files},
         )
-        for name in sorted(sequences)
+        for name in sorted(transcripts)
     }
     return Dataset(
         source=str(path),
@@ -73,26 +72,29 @@ def open_lab(path: Path) -> Dataset:
 
 
 def _response_files(folder: Path) -> dict[str, Path]:
-    """Return story -> file, hidden folders and files left out (checkpoints of an editor, traces of a copy)."""
+    """Return story -> file, without hidden folders and files (checkpoints of an editor, traces of a copy)."""
     if folder.name.startswith("."):
         return {}
     try:
-        found = sorted(file for file in folder.iterdir() if file.suffix == ".npy" and not file.name.startswith("."))
+        files = sorted(file for file in folder.iterdir() if file.suffix == ".npy" and not file.name.startswith("."))
     except PermissionError:
         raise InputError(f"{folder}: cannot be read (Permission denied); grant access, or move it away") from None
-    for entry in (folder, *found) if found else ():
+    for entry in (folder, *files) if files else ():
         check_name(entry)
-    return {file.stem: file for file in found}
+    return {file.stem: file for file in files}
+
+
+def _check_text(files: dict[str, Path], transcripts: dict[str, SimpleNamespace]) -> None:
+    unknown = sorted(set(files) - set(transcripts))
+    if unknown:
+        more = f" (nor have {', '.join(map(shown_name, unknown[1:6]))})" if unknown[1:] else ""
+        raise InputError(
+            f"{files[unknown[0]]}: story {shown_name(unknown[0])} has no text in {TEXT_FILE}{more}; move it away"
+        )
 
 
 def check_name(path: Path) -> None:
-    """Refuse a file or folder whose name cannot be printed or recorded.
-
-    Raises
-    ------
-    InputError
-        if its last part is not UTF-8.
-    """
+    """Refuse a file or folder whose name is not UTF-8: it cannot be printed or recorded."""
     if not _is_unicode(path.name):
         raise InputError(f"{path.parent}: the name {path.name!a} in it is not UTF-8; rename it")
 
@@ -112,27 +114,22 @@ def read_transcripts(path: Path) -> dict[str, SimpleNamespace]:
     InputError
         if the file is missing, damaged, of another form, or asks for anything but DataSequence and NumPy arrays.
     """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: refused: larger than {MAX_BYTES // 2**20} MiB, which no transcript is")
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.exists() and path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path}: refused: larger than {MAX_BYTES // 2**20} MiB, which no transcript is")
+    content = read_file(path)
     try:
         stories = dict(json.loads(_unpickled(content), object_hook=_decoded))
     except Exception as error:  # a damaged pickle raises almost anything
         raise InputError(f"{path}: refused: {first_line(error)}") from None
     for name in stories:
         if not _is_unicode(name):
-            raise InputError(f"{path}: story {name!a:.80}: its name holds half a character; mend its encoding")
+            raise InputError(f"{path}: story {name!a:.80}: its name contains half a character; correct its encoding")
     return {name: SimpleNamespace(**attributes) for name, attributes in stories.items()}
 
 
 def _unpickled(content: bytes) -> str:
     command = [sys.executable, "-I", "-S", "-X", "utf8", safe_pickle.__file__]
-    ran = subprocess.run(command, input=content, capture_output=True, start_new_session=True)  # Ctrl-C: not its concern
+    ran = subprocess.run(command, input=content, capture_output=True, start_new_session=True)  # Ctrl-C ends this one
     if ran.returncode:
         error = ran.stderr.decode(errors="replace").strip()
         raise ValueError(error or "reading it takes longer than any transcripts, or too much memory")
@@ -152,26 +149,27 @@ def _decoded(value: dict[str, Any]) -> Any:
     return array[0] if value["shape"] is None else array.reshape(value["shape"], order=value["layout"])
 
 
-def _story(path: Path, name: str, sequence: SimpleNamespace, responses: dict[str, Responses]) -> Story:
-    where = f"{path / TEXT_FILE}: story {name}"
-    for attribute in ("data", "data_times", "tr_times"):
-        if not hasattr(sequence, attribute):
+def _story(where: str, name: str, transcript: SimpleNamespace, responses: dict[str, Responses]) -> Story:
+    for attribute in safe_pickle.ATTRIBUTES:
+        if not hasattr(transcript, attribute):
             raise InputError(f"{where} has no {attribute}")
-    words = sequence.data
+    words = transcript.data
     if not isinstance(words, list | np.ndarray):
         raise InputError(f"{where}: its words are {type(words).__name__}, expected a list")
-    for at, word in enumerate(words):
+    for index, word in enumerate(words):
         if not isinstance(word, str):
-            raise InputError(f"{where}: word {at} is {type(word).__name__}, expected text")
+            raise InputError(f"{where}: word {index} is {type(word).__name__}, expected text")
         if not _is_unicode(word):
-            raise InputError(f"{where}: word {at} ({word[:MAX_SHOWN]!a}) holds half a character; mend its encoding")
-    word_times_s = _times(f"{where}: its word times", sequence.data_times)
-    tr_times_s = _times(f"{where}: its TR times", sequence.tr_times)
+            raise InputError(
+                f"{where}: word {index} ({word[:MAX_SHOWN]!a}) contains half a character; correct its encoding"
+            )
+    word_times_s = _times(f"{where}: its word times", transcript.data_times)
+    tr_times_s = _times(f"{where}: its TR times", transcript.tr_times)
     return Story(name, tuple(map(str, words)), word_times_s, tr_times_s, responses)
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether text can be written to a file: a pickle may hold surrogates, which alone are no characters."""
+    """Whether text can be written to a file: names and pickles may contain single surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -182,14 +180,14 @@ def _is_unicode(text: str) -> bool:
 def _times(where: str, values: Any) -> np.ndarray:
     if isinstance(values, np.ndarray) and values.dtype.kind not in "iuf":
         raise InputError(f"{where} are not numbers but {values.dtype}")
-    for at, value in enumerate(values if isinstance(values, list) else ()):
+    for index, value in enumerate(values if isinstance(values, list) else ()):
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             shown = f"{value[:MAX_SHOWN]!r}" if isinstance(value, str) else f"of type {type(value).__name__}"
-            raise InputError(f"{where} are not numbers: number {at} is {shown}")
+            raise InputError(f"{where} are not numbers: number {index} is {shown}")
     try:
         times = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where} are not numbers") from None
     if times.ndim != 1:
-        raise InputError(f"{where} have shape {times.shape}, expected one a word or TR")
+        raise InputError(f"{where} have shape {times.shape}, expected one per word or TR")
     return times

@@ -1,4 +1,4 @@
-"""LeBel et al. 2023, OpenNeuro ds003020: nine people listen to stories for hours.
+"""LeBel et al. 2023, OpenNeuro ds003020: nine subjects listened to stories for hours.
 
 Contract
 --------
@@ -16,14 +16,14 @@ Complete copies hold
     stories: 84 in UTS01 to UTS03, 26 in UTS04, 27 in UTS05 to UTS08, 54 in UTS09; voxels from UTS01 on: 81126, 94251,
     95556, 109469, 99322, 92198, 94395, 97023, 98336.
 Held out
-    the published test stories are averages over repeated scans; of the three, those that somebody heard.
+    the published test stories are averages over repeated scans; of the three, those with responses of any subject.
 Known defects
     UTS04 has no `life`; UTS04's files were damaged before version 1.0.7; UTS02 was scanned with another protocol. Phone
-    intervals of wheretheressmoke overlap, which is of no consequence here: only words are read.
+    intervals of wheretheressmoke overlap, which does not matter here: only words are read.
 
 Words are lower-cased, and marks of breaths, noise and sentence bounds (``NOT_SPOKEN``) left out, as published. The
-published rule keeps intervals without any text. We leave them out: they are the pauses that Praat fills in between
-words, as vectors they are zero, and so no feature differs. Other tags stay as rows without a spoken word.
+published rule keeps intervals without text. We leave them out: they are the pauses that Praat fills in between words,
+their vectors are zero, so that no feature differs. Other tags stay as rows without a spoken word.
 
 Sources: https://doi.org/10.18112/openneuro.ds003020, https://doi.org/10.1038/s41597-023-02437-z
 """
@@ -37,7 +37,7 @@ import numpy as np
 
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.lab import PUBLISHED_TEST, check_name, shown_name
-from bert_encoding.datasets.responses import Responses, check_regular
+from bert_encoding.datasets.responses import Responses, check_regular, read_file
 from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.datasets.textgrid import INTERVALS, Interval, Tier, read_textgrid
 
@@ -60,10 +60,9 @@ def recognises(path: Path) -> bool:
 
 
 def open_lebel(path: Path) -> Dataset:
-    """Open the data set; every story that has text and a length, with the responses that are here.
+    """Open the data set: every story with text and a length, and the responses that exist; responses are not read.
 
-    Responses are not read. Those which a DataLad clone only names, its content not being fetched, are left out with a
-    note.
+    Responses whose content a DataLad clone has not fetched are left out with a note.
 
     Raises
     ------
@@ -80,11 +79,9 @@ def open_lebel(path: Path) -> Dataset:
         _check_text(folder, files, grids, volumes)
     heard = {name for files in responses.values() for name in files}
     usable, left_out = _usable(grids, volumes, heard)
-    stories, cut_short = {}, []
-    for name in usable:
-        tier = word_tier(grids[name])
-        cut_short += _silent_end(name, tier)
-        stories[name] = _story(name, grids[name], tier, volumes[name], responses)
+    tiers = {name: word_tier(grids[name]) for name in usable}
+    stories = {name: _story(name, grids[name], tiers[name], volumes[name], responses) for name in usable}
+    cut_short = [note for name, tier in tiers.items() for note in _silent_end(name, tier)]
     return Dataset(
         source=str(path),
         stories=stories,
@@ -102,47 +99,43 @@ def _derivative(path: Path) -> Path | None:
     return None
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def _files(folder: Path, ending: str) -> dict[str, Path]:
-    """Return story -> file; hidden files left out (traces of a copy)."""
-    if not folder.is_dir():
-        return {}
-    found = sorted(file for file in folder.iterdir() if file.name.endswith(ending) and not file.is_dir())
-    files = {file.name.removesuffix(ending): file for file in found if not file.name.startswith(".")}
-    for file in files.values():
+    """Return story -> file, without hidden files (traces of a copy)."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in entries if file.name.endswith(ending) and not file.is_dir() and file.name[0] != "."]
+    for file in files:
         check_name(file)
         check_regular(file)
-    return files
+    return {file.name.removesuffix(ending): file for file in files}
 
 
-def is_fetched(file: Path) -> bool:
-    """Whether a file's content is here: git-annex leaves a dangling link, or a line that names the content."""
+def _is_fetched(file: Path) -> bool:
+    """Whether a file's content was fetched: else git-annex leaves a dangling link, or a line that names the content."""
     if not file.exists():
         return not file.is_symlink()
     try:
         return file.stat().st_size > 1000 or b"annex/objects/" not in file.read_bytes()
-    except OSError:  # whoever reads it will say why it cannot be read
+    except OSError:  # raised again, and named, when the file is read
         return True
 
 
 def _responses(folder: Path) -> tuple[dict[str, Files], list[str]]:
     """Return subject -> story -> file, and notes of what was not fetched."""
-    people = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    for person in people:
-        check_name(person)
-    named = {person.name: _files(person, ".hf5") for person in people if not person.name.startswith(".")}
-    here = {subject: {s: file for s, file in files.items() if is_fetched(file)} for subject, files in named.items()}
-    if not any(here.values()):
-        absent = next((file for files in named.values() for file in files.values()), None)
+    subjects = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    for subject in subjects:
+        check_name(subject)
+    responses, notes, absent = {}, [], None
+    for subject in subjects:
+        named = {} if subject.name.startswith(".") else _files(subject, ".hf5")
+        fetched = {story: file for story, file in named.items() if _is_fetched(file)}
+        if fetched:
+            responses[subject.name] = fetched
+        if missing := [file for story, file in named.items() if story not in fetched]:
+            absent = absent or missing[0]
+            notes.append(f"{subject.name}: responses to {len(missing)} of {len(named)} stories left out: {FETCH}")
+    if not responses:
         raise InputError(f"{absent}: {FETCH}" if absent else f"{folder}: no responses; expected <subject>/<story>.hf5")
-    notes = [
-        f"{subject}: responses to {len(files) - len(here[subject])} of {len(files)} stories left out: {FETCH}"
-        for subject, files in named.items()
-        if len(here[subject]) < len(files)
-    ]
-    return {subject: files for subject, files in here.items() if files}, notes
+    return responses, notes
 
 
 def _check_text(folder: Path, files: Files, grids: Files, volumes: Mapping[str, int]) -> None:
@@ -153,39 +146,34 @@ def _check_text(folder: Path, files: Files, grids: Files, volumes: Mapping[str, 
             )
         if name not in volumes:
             raise InputError(f"{file}: story {name} has no length in {folder / 'respdict.json'}; add its volumes")
-        if not is_fetched(grids[name]):
+        if not _is_fetched(grids[name]):
             raise InputError(f"{grids[name]}: {FETCH}")
 
 
 def _usable(grids: Files, volumes: Mapping[str, int], heard: set[str]) -> tuple[list[str], list[str]]:
     """Return the stories with text and length, and a note on each kind that is left out."""
-    without_length = sorted(set(grids) - set(volumes))
-    without_text = sorted(set(volumes) - set(grids))
-    unfetched = sorted(n for n in set(grids) & set(volumes) - heard if not is_fetched(grids[n]))
+    complete = set(grids) & set(volumes)
+    unfetched = {name for name in complete - heard if not _is_fetched(grids[name])}
     reasons = {
-        "TextGrid, but no length in respdict.json": without_length,
-        "length in respdict.json, but no TextGrid": without_text,
+        "TextGrid, but no length in respdict.json": set(grids) - complete,
+        "length in respdict.json, but no TextGrid": set(volumes) - complete,
         f"TextGrid: {FETCH}": unfetched,
     }
-    notes = [f"left out: {_listed(names)} ({why})" for why, names in reasons.items() if names]
-    return sorted((set(grids) & set(volumes)) - set(unfetched)), notes
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+    notes = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        if names:
+            notes.append(f"left out: {', '.join(sorted(names)[:MAX_LISTED])}{more} ({reason})")
+    return sorted(complete - unfetched), notes
 
 
 def _known_defects(responses: Mapping[str, Files], stories: Mapping[str, Story]) -> list[str]:
-    notes = []
-    if "UTS04" in responses:
-        notes.append("UTS04: its files were damaged before version 1.0.7 of the data; if one cannot be read, renew it")
-        if "life" in stories and "life" not in responses["UTS04"]:
-            notes.append("UTS04: the data hold no responses to life")
+    if "UTS04" not in responses:
+        return []
+    notes = ["UTS04: its files were damaged before version 1.0.7 of the data; if one cannot be read, download it again"]
+    if "life" in stories and "life" not in responses["UTS04"]:
+        notes.append("UTS04: the data contain no responses to life")
     return notes
-
-
-# --- lengths ----------------------------------------------------------------------------------------------------------
 
 
 def read_volumes(path: Path) -> dict[str, int]:
@@ -194,21 +182,18 @@ def read_volumes(path: Path) -> dict[str, int]:
     Raises
     ------
     InputError
-        if the file is missing, is not JSON, or a value is not a whole number that leaves at least one row.
+        if the file is missing or not JSON, or a value is not a whole number that leaves at least one row.
     """
     check_regular(path)
-    if not is_fetched(path):
+    if not _is_fetched(path):
         raise InputError(f"{path}: {FETCH}")
+    raw = read_file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it holds the length of every story") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        content = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: expected a dict of story -> volumes, found {type(content).__name__}")
+        raise InputError(f"{path}: expected a dict of story -> volumes, got {type(content).__name__}")
     for name, value in content.items():
         if type(value) is not int or not CUT_TRS < value <= MAX_VOLUMES:
             raise InputError(
@@ -222,11 +207,8 @@ def tr_times_s(n_volumes: int) -> np.ndarray:
     return np.arange(n_volumes - PAD_TRS) * TR_S - LEAD_S + TR_S / 2
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
 def word_tier(path: Path) -> Tier:
-    """Return the tier of words: the one called so, or else the second.
+    """Return the tier of words: the first one with that name, or else the second tier.
 
     Raises
     ------
@@ -234,12 +216,12 @@ def word_tier(path: Path) -> Tier:
         if there is none, or the TextGrid is malformed.
     """
     tiers = read_textgrid(path)
-    named = [tier for tier in tiers if tier.kind == INTERVALS and tier.name.strip().lower() in ("word", "words")]
-    found = [*named[:1], *(tier for tier in tiers[1:2] if tier.kind == INTERVALS)]
-    if not found:
-        names = ", ".join(tier.name for tier in tiers) or "none"
-        raise InputError(f"{path}: no tier of words; expected one called word, or intervals in the second; has {names}")
-    return found[0]
+    named = [tier for tier in tiers if tier.name.strip().lower() in ("word", "words")]
+    for tier in (*named, *tiers[1:2]):
+        if tier.kind == INTERVALS:
+            return tier
+    names = ", ".join(tier.name for tier in tiers) or "none"
+    raise InputError(f"{path}: no tier of words; expected one called word, or intervals in the second; has {names}")
 
 
 def spoken_words(path: Path, tier: Tier) -> tuple[tuple[str, ...], np.ndarray]:
@@ -248,33 +230,35 @@ def spoken_words(path: Path, tier: Tier) -> tuple[tuple[str, ...], np.ndarray]:
     Raises
     ------
     InputError
-        if nothing is said, an interval ends before it starts, or two overlap by more than rounding explains.
+        if there are none, an interval ends before it starts, or two overlap by more than rounding explains.
     """
-    kept = [
-        (at, interval)
-        for at, interval in enumerate(tier.intervals, 1)
+    spoken = [
+        (number, interval)
+        for number, interval in enumerate(tier.intervals, 1)
         if interval.text.lower().strip("{}").strip() not in NOT_SPOKEN
     ]
-    if not kept:
-        raise InputError(f"{path}: tier {tier.name}: nothing is said in it; leave the story out")
-    _check_order(path, tier.name, kept)
-    times = np.array([(interval.start_s + interval.end_s) / 2 for _, interval in kept])
-    return tuple(interval.text.lower() for _, interval in kept), times
+    if not spoken:
+        raise InputError(f"{path}: tier {tier.name}: contains no spoken word; leave the story out")
+    _check_order(path, tier.name, spoken)
+    times = np.array([(interval.start_s + interval.end_s) / 2 for _, interval in spoken])
+    return tuple(interval.text.lower() for _, interval in spoken), times
 
 
-def _check_order(path: Path, tier_name: str, kept: list[tuple[int, Interval]]) -> None:
-    last_at, last_end_s = 0, -np.inf
-    for at, (start_s, end_s, text) in kept:
-        where = f"{path}: tier {tier_name}, interval {at} ({text!r}, {start_s:g} to {end_s:g} s)"
+def _check_order(path: Path, tier_name: str, spoken: list[tuple[int, Interval]]) -> None:
+    last_number, last_end_s = 0, -np.inf
+    for number, (start_s, end_s, text) in spoken:
+        where = f"{path}: tier {tier_name}, interval {number} ({text!r}, {start_s:g} to {end_s:g} s)"
         if end_s < start_s:
-            raise InputError(f"{where} ends before it starts; mend it")
+            raise InputError(f"{where} ends before it starts; correct it")
         if start_s < last_end_s - MAX_OVERLAP_S:
-            raise InputError(f"{where} overlaps interval {last_at}, which ends at {last_end_s:g} s; mend one of them")
-        last_at, last_end_s = at, end_s
+            raise InputError(
+                f"{where} overlaps interval {last_number}, which ends at {last_end_s:g} s; correct one of them"
+            )
+        last_number, last_end_s = number, end_s
 
 
 def _silent_end(name: str, tier: Tier) -> list[str]:
-    """Note a tier that stops long before its end: a chronological file cut short shows in nothing else."""
+    """Note a tier that stops long before its end, the only sign of a chronological file that was cut short."""
     last_s = max((interval.end_s for interval in tier.intervals), default=0.0)
     if tier.end_s - last_s <= MAX_SILENT_END_S:
         return []
@@ -284,22 +268,19 @@ def _silent_end(name: str, tier: Tier) -> list[str]:
 def _story(name: str, grid: Path, tier: Tier, n_volumes: int, responses: Mapping[str, Files]) -> Story:
     words, times_s = spoken_words(grid, tier)
     files = {subject: own[name] for subject, own in responses.items() if name in own}
+    repeated = {s: file for s, file in files.items() if name in PUBLISHED_TEST and _has_repeats(file)}
     return Story(
         name,
         words,
         times_s,
         tr_times_s(n_volumes),
         {subject: Responses(file, key=DATA) for subject, file in files.items()},
-        {
-            subject: Responses(file, key=REPEATS)
-            for subject, file in files.items()
-            if name in PUBLISHED_TEST and _has_repeats(file)
-        },
+        {subject: Responses(file, key=REPEATS) for subject, file in repeated.items()},
     )
 
 
 def _has_repeats(file: Path) -> bool:
-    """Whether the file holds repeats; a damaged one is refused, with its name, when its responses are read."""
+    """Whether the file contains repeats; a damaged one is refused, with its name, when its responses are read."""
     try:
         with h5py.File(file, "r") as content:
             return content.get(REPEATS, getlink=True) is not None

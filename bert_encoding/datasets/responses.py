@@ -1,4 +1,4 @@
-"""Measured responses where they lie: an array, a ``.npy`` file or an HDF5 data set, read in blocks of voxels."""
+"""Measured responses: an array, a ``.npy`` file or an HDF5 data set, read in blocks; and checks of files."""
 
 import functools
 import hashlib
@@ -15,64 +15,8 @@ import numpy as np
 
 from bert_encoding.core.errors import InputError, first_line
 
-N_SAMPLES, SAMPLE_BYTES = 8, 4096
-
-
-def file_stamp(path: Path) -> str:
-    """Return a hash of a file's size and of samples of its bytes, its first and last ones among them.
-
-    It tells other subjects, stories, preprocessing and half copies from the file, but not a single changed response;
-    whole brains are too large to be read by every worker only to be compared.
-
-    Raises
-    ------
-    InputError
-        if it is no file.
-    OSError
-        if it cannot be read.
-    """
-    check_regular(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    last = max(0, size - SAMPLE_BYTES)
-    with path.open("rb") as file:
-        for at in range(N_SAMPLES):
-            file.seek(last * at // (N_SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-@functools.cache
-def check_stamp(path: Path, stamp: str) -> None:
-    """Refuse a file that is not the one of the stamp; looked at once a process.
-
-    Raises
-    ------
-    InputError
-        naming file and machine.
-    """
-    try:
-        found = file_stamp(path)
-    except OSError:  # whoever opens it will say why it cannot
-        return
-    if found != stamp:
-        raise InputError(
-            f"{path}: on {platform.node()} not the responses that this study began with; copy them there anew, or use "
-            "a disk that all machines share"
-        )
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is there and neither file nor folder: reading a pipe or a device may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # whoever opens it will say why it cannot
-        return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{path}: not a file but a {'pipe' if stat.S_ISFIFO(mode) else 'device or socket'}")
-
-
 BLOCK_BYTES = 64 * 2**20  # read at a time from files
+N_SAMPLES, SAMPLE_BYTES = 8, 4096  # of a file's stamp
 
 
 class Source(Protocol):
@@ -94,9 +38,9 @@ class Responses:
     Attributes
     ----------
     path : a ``.npy`` file, or an HDF5 file if there is a ``key``
-    key : name of the HDF5 data set
     array : the responses themselves, instead of a path
-    stamp : of the file as the study saw it first (``stamps.file_stamp``); another file there is refused
+    key : name of the HDF5 data set
+    stamp : of the file as the study saw it first (``file_stamp``); another file is refused
     """
 
     path: Path | None = None
@@ -106,33 +50,28 @@ class Responses:
 
     @contextmanager
     def open(self) -> Iterator[Source]:
-        """Yield the responses for reading, as they lie on disk.
+        """Yield the responses for reading, as they are on disk.
 
         Raises
         ------
         InputError
-            if the file is missing, damaged, of another form, not the one of the stamp, or leads outside itself.
+            if the file is missing, damaged, of another form, not the one of the stamp, or refers to other files.
         """
-        if self.path is not None and self.stamp is not None:
-            check_stamp(self.path, self.stamp)
         if self.array is not None:
             yield self.array
-        elif self.key is not None:
-            assert self.path is not None
+            return
+        assert self.path is not None
+        if self.stamp is not None:
+            check_stamp(self.path, self.stamp)
+        check_regular(self.path)
+        if self.key is None:
+            yield _map_npy(self.path)
+        else:
             with _open_hdf5(self.path) as file:
                 yield _hdf5_dataset(file, self.path, self.key)
-        else:
-            assert self.path is not None
-            yield _map_npy(self.path)
 
     def check(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Return shape and type, without reading.
-
-        Raises
-        ------
-        InputError
-            as ``open``.
-        """
+        """Return shape and type without reading; raise ``InputError`` as ``open`` does."""
         with self.open() as source:
             return source.shape, source.dtype
 
@@ -141,7 +80,7 @@ class Responses:
 
         Parameters
         ----------
-        voxels : ascending indices; what lies between the first and the last is read, in blocks of rows
+        voxels : ascending indices; everything between the first and the last is read, in blocks of rows
 
         Raises
         ------
@@ -152,22 +91,17 @@ class Responses:
             out = np.empty((source.shape[0], voxels.size), np.float32)
             if voxels.size == 0:
                 return out
-            first, past = int(voxels[0]), int(voxels[-1]) + 1
-            n_rows = max(1, BLOCK_BYTES // ((past - first) * source.dtype.itemsize))
+            columns = slice(int(voxels[0]), int(voxels[-1]) + 1)
+            width = columns.stop - columns.start
+            n_rows = max(1, BLOCK_BYTES // (width * source.dtype.itemsize))
             for start in range(0, len(out), n_rows):
                 with self._naming_damage():
-                    block = source[start : start + n_rows, first:past]
-                out[start : start + n_rows] = block if past - first == voxels.size else block[:, voxels - first]
+                    block = source[start : start + n_rows, columns]  # (n_rows, width)
+                out[start : start + n_rows] = block if width == voxels.size else block[:, voxels - columns.start]
         return out
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield all voxels in blocks of rows, (some rows, n_voxels), in the type that the file has.
-
-        Raises
-        ------
-        InputError
-            as ``read``.
-        """
+        """Yield all voxels in blocks of rows, (n_rows, n_voxels), in the file's type; raise as ``read`` does."""
         with self.open() as source:
             row_bytes = int(np.prod(source.shape[1:])) * source.dtype.itemsize
             n_rows = max(1, BLOCK_BYTES // max(1, row_bytes))
@@ -181,11 +115,12 @@ class Responses:
         try:
             yield
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{self.path}: cannot be read to its end ({first_line(error)}); get it anew") from None
+            raise InputError(
+                f"{self.path}: cannot be read to its end ({first_line(error)}); get the file again"
+            ) from None
 
 
 def _map_npy(path: Path) -> np.ndarray:
-    check_regular(path)
     try:
         responses = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -198,42 +133,93 @@ def _map_npy(path: Path) -> np.ndarray:
     return responses
 
 
-@contextmanager
-def _open_hdf5(path: Path) -> Iterator[h5py.File]:
-    check_regular(path)
+def _open_hdf5(path: Path) -> h5py.File:
     try:
-        file = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the responses were there when the study began") from None
     except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({first_line(error)}); get it anew") from None
-    with file:
-        yield file
+        raise InputError(f"{path}: not a readable HDF5 file ({first_line(error)}); get the file again") from None
 
 
 def _hdf5_dataset(file: h5py.File, path: Path, key: str) -> h5py.Dataset:
+    """Return a data set whose values are all in this file: links and external storage could point anywhere."""
     try:
-        found = _own_dataset(file, path, key)
-        shape, _ = found.shape, found.dtype
+        link = file.get(key, getlink=True)
+        if link is None:
+            raise InputError(f"{path}: no data set {key!r}; it holds {', '.join(sorted(file)) or 'nothing'}")
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{path}: {key!r} is a link to somewhere else, which is not followed; copy the data in")
+        dataset = file[key]
+        if not isinstance(dataset, h5py.Dataset):
+            raise InputError(f"{path}: {key!r} is a {type(dataset).__name__.lower()}, expected an array")
+        if dataset.external or dataset.is_virtual:
+            raise InputError(
+                f"{path}: {key!r} keeps its values in other files, which are not followed; copy the data in"
+            )
+        if (dataset.shape, dataset.dtype)[0] is None:  # a damaged type raises here
+            raise InputError(f"{path}: {key!r} is an empty data set without a shape, expected an array")
     except InputError:
         raise
     except Exception as error:  # a damaged file raises almost anything
-        raise InputError(f"{path}: {key!r} cannot be read ({first_line(error)}); get it anew") from None
-    if shape is None:
-        raise InputError(f"{path}: {key!r} is an empty data set without a shape, expected an array")
-    return found
+        raise InputError(f"{path}: {key!r} cannot be read ({first_line(error)}); get the file again") from None
+    return dataset
 
 
-def _own_dataset(file: h5py.File, path: Path, key: str) -> h5py.Dataset:
-    """Return a data set that lies in this file alone: links and external storage could point anywhere."""
-    link = file.get(key, getlink=True)
-    if link is None:
-        raise InputError(f"{path}: no data set {key!r}; it holds {', '.join(sorted(file)) or 'nothing'}")
-    if not isinstance(link, h5py.HardLink):
-        raise InputError(f"{path}: {key!r} is a link to somewhere else, which is not followed; copy the data in")
-    found = file[key]
-    if not isinstance(found, h5py.Dataset):
-        raise InputError(f"{path}: {key!r} is a {type(found).__name__.lower()}, expected an array")
-    if found.external or found.is_virtual:
-        raise InputError(f"{path}: {key!r} keeps its values in other files, which are not followed; copy the data in")
-    return found
+def read_file(path: Path) -> bytes:
+    """Return the content of a file; raise ``InputError`` if it is missing, no regular file, or cannot be read."""
+    check_regular(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def check_regular(path: Path) -> None:
+    """Refuse pipes, devices and sockets: reading one may never end. Nothing is raised if the path does not exist."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # raised again, and named, when the file is opened
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: not a file but a {'pipe' if stat.S_ISFIFO(mode) else 'device or socket'}")
+
+
+def file_stamp(path: Path) -> str:
+    """Return a hash of a file's size and of samples of its bytes, including the first and the last ones.
+
+    It detects another subject, story or preprocessing and an incomplete copy, but not one changed response: whole
+    brains are too large to be read completely by every worker.
+
+    Raises
+    ------
+    InputError
+        if it is not a file.
+    OSError
+        if it cannot be read.
+    """
+    check_regular(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for sample in range(N_SAMPLES):
+            file.seek(last * sample // (N_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def check_stamp(path: Path, stamp: str) -> None:
+    """Refuse a file that does not have the stamp, naming file and machine; each process checks a file once."""
+    try:
+        is_same = file_stamp(path) == stamp
+    except OSError:  # raised again, and named, when the file is opened
+        return
+    if not is_same:
+        raise InputError(
+            f"{path}: on {platform.node()} not the responses that this study began with; copy them there again, or use "
+            "a disk that all machines share"
+        )

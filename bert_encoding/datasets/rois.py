@@ -1,8 +1,8 @@
-"""Regions of interest: named sets of voxels, optional, beside the responses.
+"""Regions of interest: named sets of voxels, in optional files next to the responses.
 
 ``rois.json`` (name -> list of indices) or ``rois.npz`` (name -> indices, or a mask over all voxels) in a subject's
-folder, or in the folder that holds the subjects' folders: there of the only subject, or names are ``<subject>/<name>``.
-Indices count all voxels of the responses from 0.
+folder, or in the folder above it, where names are ``<subject>/<name>`` unless there is only one subject. Indices count
+all voxels of the responses from 0.
 """
 
 import json
@@ -19,37 +19,37 @@ FILES = ("rois.json", "rois.npz")
 
 
 def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
-    """Return subject -> region -> ascending voxel indices; nothing where there is no file.
+    """Return subject -> region -> ascending voxel indices, of subjects that have a file.
 
     Raises
     ------
     InputError
-        if a file is damaged, or holds what no set of a subject's voxels can be.
+        if a file is damaged, or a region is not a set of the subject's voxels.
     """
     rois: dict[str, dict[str, np.ndarray]] = {}
     first = _first_responses(dataset)
     for subject, responses in first.items():
         assert responses.path is not None
         for file in _files(responses.path.parent):
-            rois.setdefault(subject, {}).update(_settle(_read(file), file, responses))
+            rois.setdefault(subject, {}).update(_indices(_read(file), file, responses))
     for folder in sorted({responses.path.parent.parent for responses in first.values() if responses.path}):
         for file in _files(folder):
             for subject, regions in _by_subject(_read(file), file, dataset.subjects).items():
-                rois.setdefault(subject, {}).update(_settle(regions, file, first[subject]))
+                rois.setdefault(subject, {}).update(_indices(regions, file, first[subject]))
     return rois
 
 
 def as_voxels(values: Any, n_voxels: int, what: str) -> np.ndarray:
-    """Return indices, or the places of a mask, as ascending indices.
+    """Return voxel indices, or a mask over all voxels, as ascending indices.
 
     Raises
     ------
     InputError
-        if they are neither, are none, name a voxel twice, or reach beyond ``n_voxels``.
+        if ``values`` are neither, are empty, name a voxel twice, or reach beyond ``n_voxels``.
     """
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "biu" or not array.size:
-        raise InputError(f"{what}: expected voxel indices or a mask, found {array.dtype} of shape {array.shape}")
+        raise InputError(f"{what}: expected voxel indices or a mask, got {array.dtype} of shape {array.shape}")
     if array.dtype.kind == "b" and array.size != n_voxels:
         raise InputError(f"{what}: the mask has {array.size} voxels, the responses have {n_voxels}")
     if array.dtype.kind != "b" and array.size == n_voxels and set(array.tolist()) <= {0, 1}:
@@ -66,13 +66,7 @@ def as_voxels(values: Any, n_voxels: int, what: str) -> np.ndarray:
 
 
 def read_arrays(file: Path) -> dict[str, Any]:
-    """Return the arrays of an ``.npz`` file, never an object among them.
-
-    Raises
-    ------
-    InputError
-        if it cannot be read.
-    """
+    """Return the arrays of an ``.npz`` file; raise ``InputError`` if one is damaged or contains objects."""
     try:
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -81,7 +75,7 @@ def read_arrays(file: Path) -> dict[str, Any]:
 
 
 def _first_responses(dataset: Dataset) -> dict[str, Responses]:
-    """Return subject -> the first of its responses that lie on disk."""
+    """Return subject -> the first of its responses that are files."""
     first: dict[str, Responses] = {}
     for story in dataset.stories.values():
         for subject, responses in story.responses.items():
@@ -91,13 +85,13 @@ def _first_responses(dataset: Dataset) -> dict[str, Responses]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = [folder / name for name in FILES if (folder / name).is_file()]
-    if len(found) > 1:
-        raise InputError(f"{found[0]}: there is also {found[1].name}; keep one of the two")
-    return found
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    if len(files) > 1:
+        raise InputError(f"{files[0]}: there is also {files[1].name}; keep one of the two")
+    return files
 
 
-def _settle(regions: dict[str, Any], file: Path, responses: Responses) -> dict[str, np.ndarray]:
+def _indices(regions: dict[str, Any], file: Path, responses: Responses) -> dict[str, np.ndarray]:
     shape, _ = responses.check()
     n_voxels = shape[-1] if shape else 0
     return {name: as_voxels(values, n_voxels, f"{file}: region {name}") for name, values in regions.items()}
@@ -113,7 +107,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: expected {{region: [indices]}}, found {type(content).__name__}")
+        raise InputError(f"{file}: expected {{region: [indices]}}, got {type(content).__name__}")
     for name, values in content.items():
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise InputError(f"{file}: region {name}: expected a list of whole numbers")
@@ -123,7 +117,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _by_subject(regions: dict[str, Any], file: Path, subjects: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     if len(subjects) == 1:
         return {subjects[0]: {name.removeprefix(f"{subjects[0]}/"): values for name, values in regions.items()}}
-    found: dict[str, dict[str, Any]] = {}
+    by_subject: dict[str, dict[str, Any]] = {}
     for name, values in regions.items():
         subject, _, region = name.partition("/")
         if subject not in subjects or not region:
@@ -131,5 +125,5 @@ def _by_subject(regions: dict[str, Any], file: Path, subjects: tuple[str, ...]) 
                 f"{file}: region {name}: with several subjects call it <subject>/{name}, or put the file into the "
                 "subject's folder"
             )
-        found.setdefault(subject, {})[region] = values
-    return found
+        by_subject.setdefault(subject, {})[region] = values
+    return by_subject

@@ -112,7 +112,7 @@ def convert(content: bytes) -> list[tuple[str, dict[str, Any]]]:
     """Return (story, attributes) for each story of a pickle, as JSON can hold them."""
     stories = AllowListUnpickler(io.BytesIO(content)).load()
     if not isinstance(stories, dict) or not stories:
-        raise ValueError(f"expected a dict of stories, found {type(stories).__name__}")
+        raise ValueError(f"expected a dict of stories, got {type(stories).__name__}")
     n_bytes = 0
     for name, story in stories.items():
         if not isinstance(name, str) or not isinstance(story, DataSequence):

@@ -1,4 +1,4 @@
-"""Which stories may see what: fit, validation, test."""
+"""The role of each story: fit, validation or test."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from bert_encoding.core.seeds import generator
 from bert_encoding.datasets.story import Dataset
 
 VALIDATION_SHARE = 0.2
-MIN_FIT_STORIES = 3  # predicting one leaves two on which alphas are chosen
+MIN_FIT_STORIES = 3  # when one is predicted, two remain to choose penalties
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,7 @@ class Split:
 
 
 def choose_subjects(dataset: Dataset, names: list[str] | None) -> tuple[str, ...]:
-    """Return the subjects to study, all by default.
-
-    Raises
-    ------
-    InputError
-        if a name is unknown.
-    """
+    """Return the subjects to study, all by default; raise ``InputError`` if a name is unknown."""
     for name in names or ():
         if name not in dataset.subjects:
             raise InputError(f"{dataset.source}: no subject {name}; it has {', '.join(dataset.subjects)}")
@@ -46,26 +40,26 @@ def choose_stories(
 ) -> tuple[list[str], list[str]]:
     """Return (training stories, test stories); training stories are later divided into fit and validation.
 
-    Stories that lack responses of a chosen subject stay out, also among the published test stories.
-    ``n_train_stories`` is a seeded choice among the rest.
+    Stories without responses of a chosen subject are left out, also among the published test stories. With
+    ``n_train_stories``, that many are drawn at random from the others.
 
     Raises
     ------
     InputError
-        if a test story is unknown or lacks responses, none is known, or fewer stories exist than asked for.
+        if a test story does not exist or lacks responses, there is none, or there are fewer than ``n_train_stories``.
     """
     with_responses = [n for n, story in dataset.stories.items() if all(s in story.responses for s in subjects)]
     published = [name for name in dataset.published_test if name in with_responses]
     test = list(dict.fromkeys(test_stories)) if test_stories else published
     for name in test:
         if name not in dataset.stories:
-            raise InputError(f"{dataset.source}: no story {name}, which is to be a test story")
+            raise InputError(f"{dataset.source}: test story {name!r} not found")
         if name not in with_responses:
             lacking = next(s for s in subjects if s not in dataset.stories[name].responses)
             raise InputError(f"{dataset.source}: test story {name} has no responses of subject {lacking}")
     if not test:
         raise InputError(
-            f"{dataset.source}: it holds none of the published test stories that {', '.join(subjects)} heard; "
+            f"{dataset.source}: contains none of the published test stories heard by {', '.join(subjects)}; "
             "name yours with --test-stories"
         )
     rest = [name for name in with_responses if name not in test]

@@ -1,4 +1,4 @@
-"""What was heard and what was measured, story by story."""
+"""Stories, their words and responses, and the data set that they form."""
 
 import re
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ class Trim(NamedTuple):
     end_trs: int
 
     def rows(self, n_trs: int) -> slice:
-        """Rows of a whole story, (n_trs, ...), that the responses cover."""
+        """Return the rows of a whole story, (n_trs, ...), that the responses cover."""
         return slice(self.start_trs, n_trs - self.end_trs)
 
 
-# The responses of the Huth lab are already cut by the published trim; see ``rows`` for what features must do.
+# The Huth lab's responses are already cut by the published trim; features must be cut by ``rows`` to match them.
 TRIMS = {"published": Trim(10, 5), "course": Trim(5, 10)}
 
 
@@ -38,7 +38,7 @@ class Story:
     word_times_s : (n_words,) middle of each word, in seconds from the start of the story
     tr_times_s : (n_trs,) middle of each volume, in seconds from the start of the story
     responses : subject -> responses to this story
-    repeats : subject -> responses to each time the story was heard, (n_repeats, n_rows, n_voxels), where kept
+    repeats : subject -> responses to each repetition of the story, (n_repeats, n_rows, n_voxels), where available
     """
 
     name: str
@@ -50,12 +50,12 @@ class Story:
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """The words as BERT reads them: without stray tags; an empty string where nothing was said."""
+        """The words as BERT reads them: without stray tags, an empty string where no word was spoken."""
         return tuple(spoken_text(word) for word in self.words)
 
 
 def spoken_text(word: str) -> str:
-    """Return what of a transcribed word was spoken: ``""`` for a tag or for punctuation alone."""
+    """Return the spoken part of a transcribed word: ``""`` for a tag or for punctuation alone."""
     text = STRAY_TAG.sub("", word).strip()
     return text if any(character.isalnum() for character in text) else ""
 
@@ -67,12 +67,12 @@ class Dataset:
     Attributes
     ----------
     stories : name -> story, in alphabetical order
-    subjects : subjects with responses to stories; after ``only``, to every one
+    subjects : those with responses to some story; after ``only``, to every story
     published_test : stories that are locked for the final score unless the user names others
     rois : subject -> name of a region of interest -> indices of its voxels
     voxel_masks : subject -> (n_voxels,) True where a voxel is scored; None until ``inspect`` has run
     fingerprint : hash of all content used; empty until ``inspect`` has run
-    notes : what a user should know of this data, a line each
+    notes : what a user should know about these data, one line each
     """
 
     source: str
@@ -107,7 +107,7 @@ class Dataset:
 
     def valid_rois(self, subject: str) -> dict[str, np.ndarray]:
         """Return each region of interest as positions among the valid voxels; regions without any are left out."""
-        assert self.voxel_masks is not None, "inspect the data set before asking for its regions"
+        assert self.voxel_masks is not None, "inspect the data set before reading its regions"
         mask = self.voxel_masks[subject]
         place = np.cumsum(mask) - 1
         rois = {name: place[voxels[mask[voxels]]] for name, voxels in self.rois.get(subject, {}).items()}

@@ -8,7 +8,7 @@ chronological : ``"Praat chronological TextGrid text file"``, all tiers mixed, i
 
 In each, only texts in double quotes (a quote within is doubled), numbers and flags (``<exists>``) have a meaning;
 labels and what follows ``!`` on a line are for human readers. So one list of values serves all three. Texts are UTF-8,
-or UTF-16 if a byte-order mark says so; other encodings are refused rather than guessed: a wrong guess changes words.
+or UTF-16 after its byte-order mark; other encodings are refused rather than guessed: a wrong guess changes words.
 
 Source: https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from bert_encoding.core.errors import InputError
+from bert_encoding.datasets.responses import read_file
 
 INTERVALS, POINTS = "IntervalTier", "TextTier"
 BY_TIER = ("ooTextFile", "ooTextFile short")
@@ -36,7 +37,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 
 
 class Interval(NamedTuple):
-    """A stretch of time and its label, in seconds; a point begins where it ends."""
+    """A labelled stretch of time, in seconds; a point starts and ends at the same time."""
 
     start_s: float
     end_s: float
@@ -44,13 +45,7 @@ class Interval(NamedTuple):
 
 
 class Tier(NamedTuple):
-    """One tier as it lies in the file.
-
-    Attributes
-    ----------
-    kind : ``IntervalTier`` or ``TextTier`` (points)
-    end_s : the end that the tier claims to have, in seconds
-    """
+    """One tier: ``kind`` is ``IntervalTier`` or ``TextTier`` (points), ``end_s`` the end that its header states."""
 
     kind: str
     name: str
@@ -61,14 +56,14 @@ class Tier(NamedTuple):
 def read_textgrid(path: Path) -> tuple[Tier, ...]:
     """Read all tiers of a TextGrid, in any text dialect.
 
-    Intervals are returned as they are: whether they overlap is not looked at, since tiers that nobody reads may. A
-    chronological file that ends between two intervals is read without complaint: it holds no counts.
+    Overlapping intervals are not refused here, since tiers that are never used may have them. A chronological file that
+    was cut short between two intervals cannot be recognised: it contains no counts.
 
     Raises
     ------
     InputError
-        if the file cannot be read, is binary or of another encoding, is cut short, or holds something else than the
-        number, text or count that belongs at its place.
+        if the file cannot be read, is binary, of another encoding or cut short, or a value is not the number, text or
+        count that its place requires.
     """
     tokens = _Tokens(path, _decoded(path))
     dialect = tokens.text("the file type")
@@ -80,12 +75,7 @@ def read_textgrid(path: Path) -> tuple[Tier, ...]:
 
 
 def _decoded(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    content = read_file(path)
     if content.startswith(b"ooBinaryFile"):
         raise InputError(f"{path}: a binary TextGrid; open it in Praat and save it as a text file")
     encoding = "UTF-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "UTF-8"
@@ -98,8 +88,8 @@ def _decoded(path: Path) -> str:
         ) from None
     if "\0" in text:
         raise InputError(
-            f"{path}: a binary file or one of wrong encoding (zero at character {text.index(chr(0))}); "
-            "save it from Praat as a text file"
+            f"{path}: a binary file or one of wrong encoding (zero at character {text.index(chr(0))}); save it in "
+            "Praat as a text file"
         )
     return text.removeprefix("\ufeff")
 
@@ -112,18 +102,16 @@ def _read_by_tier(tokens: "_Tokens") -> tuple[Tier, ...]:
     if not tokens.exists("the flag of the tiers"):
         return ()
     n_tiers = tokens.count("the number of tiers")
-    tiers = tuple(_read_tier(tokens, at) for at in range(1, n_tiers + 1))
+    tiers = tuple(_read_tier(tokens, number) for number in range(1, n_tiers + 1))
     tokens.finish(f"after tier {n_tiers}, the last: expected the end of the file; a count in it is too small")
     return tiers
 
 
-def _read_tier(tokens: "_Tokens", at: int) -> Tier:
-    head = _read_head(tokens, at)
-    where = f"tier {at} ({head.name})"
-    n_intervals = tokens.count(f"{where}: the number of intervals")
-    rows = (
-        _read_interval(tokens, f"{where}, interval {i} of {n_intervals}", head.kind) for i in range(1, n_intervals + 1)
-    )
+def _read_tier(tokens: "_Tokens", number: int) -> Tier:
+    head = _read_head(tokens, number)
+    where = f"tier {number} ({head.name})"
+    n = tokens.count(f"{where}: the number of intervals")
+    rows = (_read_interval(tokens, f"{where}, interval {i} of {n}", head.kind) for i in range(1, n + 1))
     return head._replace(intervals=tuple(rows))
 
 
@@ -131,25 +119,27 @@ def _read_by_time(tokens: "_Tokens") -> tuple[Tier, ...]:
     tokens.number("the start of the file")
     tokens.number("the end of the file")
     n_tiers = tokens.count("the number of tiers")
-    heads = [_read_head(tokens, at) for at in range(1, n_tiers + 1)]
+    heads = [_read_head(tokens, number) for number in range(1, n_tiers + 1)]
     rows: list[list[Interval]] = [[] for _ in heads]
     while not tokens.at_end():
-        at = tokens.count("the tier of an interval")
-        if not 1 <= at <= n_tiers:
+        number = tokens.count("the tier of an interval")
+        if not 1 <= number <= n_tiers:
             tokens.refuse("the tier of an interval", f"1 to {n_tiers}")
-        where = f"tier {at} ({heads[at - 1].name}), interval {len(rows[at - 1]) + 1}"
-        rows[at - 1].append(_read_interval(tokens, where, heads[at - 1].kind))
+        head, intervals = heads[number - 1], rows[number - 1]
+        where = f"tier {number} ({head.name}), interval {len(intervals) + 1}"
+        intervals.append(_read_interval(tokens, where, head.kind))
     return tuple(head._replace(intervals=tuple(own)) for head, own in zip(heads, rows, strict=True))
 
 
-def _read_head(tokens: "_Tokens", at: int) -> Tier:
-    where = f"the class of tier {at}" + (f", after as many intervals as tier {at - 1} counts" if at > 1 else "")
+def _read_head(tokens: "_Tokens", number: int) -> Tier:
+    after = f", after as many intervals as tier {number - 1} counts" if number > 1 else ""
+    where = f"the class of tier {number}{after}"
     kind = tokens.text(where)
     if kind not in (INTERVALS, POINTS):
         tokens.refuse(where, f'"{INTERVALS}" or "{POINTS}"')
-    name = tokens.text(f"the name of tier {at}")
-    tokens.number(f"tier {at} ({name}): its start")
-    return Tier(kind, name, tokens.number(f"tier {at} ({name}): its end"), ())
+    name = tokens.text(f"the name of tier {number}")
+    tokens.number(f"tier {number} ({name}): its start")
+    return Tier(kind, name, tokens.number(f"tier {number} ({name}): its end"), ())
 
 
 def _read_interval(tokens: "_Tokens", where: str, kind: str) -> Interval:
@@ -159,7 +149,7 @@ def _read_interval(tokens: "_Tokens", where: str, kind: str) -> Interval:
 
 
 class _Tokens:
-    """The values of a file, one after the other; remembers where it is, for its messages."""
+    """The values of a file in order; it knows the line of the latest one, for error messages."""
 
     def __init__(self, path: Path, content: str) -> None:
         self._path, self._content = path, content
@@ -170,14 +160,14 @@ class _Tokens:
         return self._next == len(self._matches)
 
     def text(self, where: str) -> str:
-        """Return the next value, which must be a text."""
+        """Return the next value; refuse it if it is not a text."""
         match = self._take(where)
         if match.lastgroup != "text":
             self.refuse(where, "a text in quotes")
         return match["text"].replace('""', '"')
 
     def number(self, where: str) -> float:
-        """Return the next value, which must be a finite number."""
+        """Return the next value; refuse it if it is not a finite number."""
         bare = self._take(where)["bare"] or ""
         value = float(bare) if _NUMBER.fullmatch(bare) else math.nan
         if not math.isfinite(value):
@@ -185,7 +175,7 @@ class _Tokens:
         return value
 
     def count(self, where: str) -> int:
-        """Return the next value, which must be a whole number from 0."""
+        """Return the next value; refuse it if it is not a whole number from 0."""
         value = self.number(where)
         if value < 0 or value != int(value):
             self.refuse(where, "a whole number from 0")
@@ -199,12 +189,12 @@ class _Tokens:
         return bool(flag == "<exists>")
 
     def finish(self, problem: str) -> None:
-        """Refuse what is left, if anything is."""
+        """Refuse a value after the last expected one."""
         if not self.at_end():
             self._raise(self._matches[self._next], problem)
 
     def refuse(self, where: str, expected: str) -> NoReturn:
-        """Raise the error that names the value taken last."""
+        """Raise an error that names the value taken last."""
         self._raise(self._matches[self._next - 1], f"{where}: expected {expected}")
 
     def _take(self, where: str) -> "re.Match[str]":
@@ -219,5 +209,5 @@ class _Tokens:
     def _raise(self, match: "re.Match[str]", problem: str) -> NoReturn:
         kind = str(match.lastgroup)
         line = len(re.findall(r"\r\n?|\n", self._content[: match.start(kind)])) + 1
-        found = " ".join(match[kind].split())[:MAX_SHOWN]
-        raise InputError(f"{self._path}: line {line}: {problem}; found {found!r}")
+        value = " ".join(match[kind].split())[:MAX_SHOWN]
+        raise InputError(f"{self._path}: line {line}: {problem}; got {value!r}")

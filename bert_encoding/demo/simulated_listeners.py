@@ -1,31 +1,17 @@
-"""What the language voxels of the simulated listeners follow, by the name of the demo.
+"""The word vectors that the language voxels of each demo's simulated listener follow.
 
 ``demo``
-    The last layer of the frozen encoder. Fine-tuning can at best keep up: what it changes there, it loses.
+    The last layer of the frozen encoder. Fine-tuning can at best match it: every change of that layer lowers CC.
 ``demo-null``
-    The frozen encoder too: six voxels in ten follow its last layer, the others its fourth of six. Fine-tuning moves the
-    last layer away from what the first follow, and brings out more of what the others follow, about as much; the mean
-    over voxels stays. So it is null for ``cc_mean``, not voxel by voxel. No frozen feature was found that fine-tuning
-    leaves as easy to read as before: of layer 3 and below the tuned last layer tells more, of layer 5 and above less.
+    Also the frozen encoder: 60% of the voxels follow its last layer, the others its fourth of six. Fine-tuning predicts
+    the former worse and the latter better, by about as much, so that the mean over voxels does not change. The effect
+    is null for ``cc_mean``, not for each voxel: no single layer is predicted as well before as after fine-tuning, layer
+    3 and below are predicted better afterwards, layer 5 and above worse.
 ``demo-helps``
-    An encoder adapted to the same stories by masked LM, fixed and hidden: its last layer, through the directions in
-    which it differs most from the frozen one. Fine-tuning goes the same way, and the further the better.
+    A hidden encoder, adapted to the same stories by masked LM: its last layer, in the directions in which it differs
+    most from the frozen one. Fine-tuning moves in the same directions, and further movement predicts better.
 
-Gain in CC of one LoRA trial over the frozen encoder, mean over all voxels, on the three validation stories / on the two
-test stories, with split seed 0, ``minilm`` and the settings of ``lora_rank_small``; ridge was fitted on the fit stories
-alone. Silent voxels, which nothing can predict, contribute +0.001 to +0.002 / +0.000 to +0.001 by chance.
-
-============  ================  ================  ================
-rank, lr      demo              demo-null         demo-helps
-============  ================  ================  ================
-4, 3e-4       +0.0002/+0.0006   +0.0008/+0.0017   +0.0033/+0.0067
-16, 3e-4      -0.0000/+0.0000   +0.0012/+0.0021   +0.0053/+0.0113
-16, 1e-3      -0.0016/-0.0064   +0.0012/-0.0007   +0.0118/+0.0207
-16, 1e-3 (*)  -0.0026/-0.0076   +0.0006/-0.0013   +0.0120/+0.0206
-64, 1e-3      -0.0017/-0.0096   +0.0012/-0.0035   +0.0134/+0.0203
-============  ================  ================  ================
-
-(*) another seed.
+Measured effects of fine-tuning are in ``docs/quickstart.md``.
 """
 
 import hashlib
@@ -50,13 +36,13 @@ Vectors = dict[str, np.ndarray]  # story -> (n_words, n_hidden)
 
 
 class Followed(NamedTuple):
-    """What some language voxels follow.
+    """Word vectors that some language voxels follow.
 
     Attributes
     ----------
     vectors : story -> (n_words, n_hidden)
-    n_voxels : how many follow them
-    differs_from : follow only the directions in which the vectors differ most from these; None: all directions count
+    n_voxels : the number of these voxels
+    differs_from : follow only the directions in which the vectors differ most from these; None: all directions
     """
 
     vectors: Vectors
@@ -65,11 +51,11 @@ class Followed(NamedTuple):
 
 
 def what_is_followed(dataset: Dataset, n_voxels: int) -> list[Followed]:
-    """Return what the language voxels of a listener follow, in the order of the voxels.
+    """Return what a listener's language voxels follow, in the order of the voxels.
 
     Parameters
     ----------
-    dataset : bundled stories; its ``source`` says who listens
+    dataset : bundled stories; its ``source`` is the name of the demo
     n_voxels : language voxels
     """
     encoder = load_encoder(MINILM)
@@ -86,7 +72,7 @@ def what_is_followed(dataset: Dataset, n_voxels: int) -> list[Followed]:
 
 
 def hidden_weights(name: str) -> bytes:
-    """Return a hash of the weights that only the listener of a demo has; nothing if it has none."""
+    """Return a hash of the hidden encoder's weights; empty for demos without one."""
     if name != DEMO_HELPS:
         return b""
     return hashlib.sha256((_ADAPTED / "adapter_model.safetensors").read_bytes()).digest()

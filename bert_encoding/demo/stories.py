@@ -1,10 +1,9 @@
 """The bundled demo: sixteen stories and a simulated listener whose truth is known.
 
-The listener has three kinds of voxels. *Language* voxels follow the word vectors of the ``minilm`` encoder, cleaned of
-word rate and drift, through a few directions and a haemodynamic delay; *rate* voxels follow word rate; *silent* voxels
-follow nothing. In the plain demo language voxels follow the last layer of the frozen encoder. So it is right by
-construction, and fine-tuning can at best keep up with it. For the other demos see ``listeners``; everything else, the
-noise included, is the same in all of them.
+The listener has three kinds of voxels. *Language* voxels follow the word vectors of the ``minilm`` encoder, without
+word rate and drift, in a few directions and with a haemodynamic delay; *rate* voxels follow word rate; *silent* voxels
+follow nothing. In ``demo`` language voxels follow the last layer of the frozen encoder, so that fine-tuning can at best
+match it. For the other demos see ``simulated_listeners``; everything else, including the noise, is the same.
 """
 
 import hashlib
@@ -30,17 +29,17 @@ TEST = ("ferry", "telescope")
 TR_S = 2.0
 N_LANGUAGE, N_RATE, N_SILENT = 160, 40, 100
 N_VOXELS = N_LANGUAGE + N_RATE + N_SILENT
-N_DIRECTIONS = 8  # of the word vectors that language voxels listen to
+N_DIRECTIONS = 8  # of the word vectors that language voxels follow
 N_DRIFT = 8  # cosines over a story that count as drift: periods down to about 45 s
 HAEMODYNAMICS = np.array([0.3, 1.0, 0.9, 0.4])  # weights at delays of 1 to 4 TRs
-N_REPEATS_TEST = 5  # test stories are averages over so many scans, kept as well
+N_REPEATS_TEST = 5  # test stories are averages over these scans, which are available too
 SEED = 2026
 _VERSION = 1  # raise it whenever the simulation changes
 _STORIES = Path(__file__).parent / "data" / "stories"
 
 
 class Truth(NamedTuple):
-    """What the simulation knows.
+    """The true properties of the simulated voxels.
 
     Attributes
     ----------
@@ -54,12 +53,7 @@ class Truth(NamedTuple):
 
 
 def demo_stories(name: str = DEMO) -> Dataset:
-    """Return the bundled stories without responses; needs no model.
-
-    Parameters
-    ----------
-    name : of the demo, one of ``DEMOS``: who will listen
-    """
+    """Return the bundled stories of a demo, one of ``DEMOS``, without responses; needs no model."""
     if name not in DEMOS:
         raise ValueError(f"no demo {name!r}; there are {', '.join(DEMOS)}")
     stories = {path.stem: _story(path) for path in sorted(_STORIES.glob("*.txt"))}
@@ -67,21 +61,19 @@ def demo_stories(name: str = DEMO) -> Dataset:
 
 
 def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
-    """Let the simulated listener hear the bundled stories; return them with responses, inspected, and the truth.
+    """Return the bundled stories with the responses of the demo's listener, inspected, and the truth.
 
-    Which listener, ``dataset.source`` says.
-
-    The fingerprint is made of text and simulation, not of the last bits of a forward pass, so that it is the same on
-    every machine.
+    The fingerprint depends on the text and the simulation, not on the last bits of a forward pass, so that it is the
+    same on every machine.
     """
     truth = _truth()
-    stories = {name: _hear(dataset, name, signal, truth) for name, signal in _signals(dataset).items()}
+    stories = {name: _with_responses(dataset, name, signal, truth) for name, signal in _signals(dataset).items()}
     heard = inspect(replace(dataset, stories=stories))
     return replace(heard, fingerprint=_fingerprint(dataset)), truth
 
 
-def _hear(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Story:
-    """Return a story with responses, z-scored; a test story with its repeats too, on the scale of their mean.
+def _with_responses(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Story:
+    """Return a story with z-scored responses; a test story also has repeats, on the scale of their mean.
 
     Parameters
     ----------
@@ -90,24 +82,24 @@ def _hear(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Stor
     ceiling = truth.ceiling_test if name in TEST else truth.ceiling
     noise = _noise(signal.shape, "noise", name)
     rows = dataset.trim.rows(len(signal))
-    kept = (ceiling * signal + np.sqrt(1 - ceiling**2) * noise)[rows]
-    scale = ZScore.learn(kept)
-    heard = replace(dataset.stories[name], responses={SUBJECT: Responses(array=scale.apply(kept))})
+    responses = (ceiling * signal + np.sqrt(1 - ceiling**2) * noise)[rows]
+    scale = ZScore.learn(responses)
+    story = replace(dataset.stories[name], responses={SUBJECT: Responses(array=scale.apply(responses))})
     if name not in TEST:
-        return heard
-    repeats = [scale.apply((ceiling * signal + np.sqrt(1 - ceiling**2) * n)[rows]) for n in _noise_apart(noise, name)]
-    return replace(heard, repeats={SUBJECT: Responses(array=np.stack(repeats))})
+        return story
+    repeats = [scale.apply((ceiling * signal + np.sqrt(1 - ceiling**2) * n)[rows]) for n in _repeat_noise(noise, name)]
+    return replace(story, repeats={SUBJECT: Responses(array=np.stack(repeats))})
 
 
-def _noise_apart(noise: np.ndarray, story: str) -> np.ndarray:
+def _repeat_noise(noise: np.ndarray, story: str) -> np.ndarray:
     """Return the noise of each repeat, (n_repeats, n_trs, n_voxels), given that of their mean, (n_trs, n_voxels).
 
-    Independent Gaussian noise e_1 .. e_N of variance N, conditioned on its mean m, is m + e_i - mean(e): so the mean is
+    Independent Gaussian noise e_1 .. e_N of variance N, conditioned on its mean m, is m + e_i - mean(e): the mean is
     ``noise`` itself, and each repeat has N times its variance.
     """
-    drawn = [_noise(noise.shape, "repeat", story, at) for at in range(N_REPEATS_TEST)]
-    apart = np.sqrt(N_REPEATS_TEST) * np.stack(drawn)
-    return noise + apart - apart.mean(axis=0)
+    drawn = [_noise(noise.shape, "repeat", story, repeat) for repeat in range(N_REPEATS_TEST)]
+    independent = np.sqrt(N_REPEATS_TEST) * np.stack(drawn)
+    return noise + independent - independent.mean(axis=0)
 
 
 def _truth() -> Truth:
@@ -129,8 +121,8 @@ def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
     signals = {}
     for name in rate:
         drive = np.hstack([language[name], np.repeat(rate[name], N_RATE, axis=1)])  # (n_trs, n_driven)
-        lagged = delay(drive, range(1, len(hrf) + 1)).reshape(len(drive), *hrf.shape)
-        signals[name] = np.einsum("tdv,dv->tv", lagged, hrf)
+        delayed = delay(drive, range(1, len(hrf) + 1)).reshape(len(drive), *hrf.shape)  # (n_trs, n_delays, n_driven)
+        signals[name] = np.einsum("tdv,dv->tv", delayed, hrf)
     scale = ZScore.learn(np.vstack([signals[n][kept[n]] for n in signals]))
     return {n: np.hstack([scale.apply(s), np.zeros((len(s), N_SILENT))]) for n, s in signals.items()}
 
@@ -145,31 +137,31 @@ def _language(
     weights : (n_directions, n_language) how much each voxel follows each direction
     """
     parts, start = [], 0
-    for one in what_is_followed(dataset, N_LANGUAGE):
-        heard = _directions(_on_trs(dataset, one, rate, kept), rate, kept)
-        parts.append({n: heard[n] @ weights[:, start : start + one.n_voxels] for n in heard})
-        start += one.n_voxels
+    for followed in what_is_followed(dataset, N_LANGUAGE):
+        directions = _directions(_downsampled(dataset, followed, rate, kept), rate, kept)
+        parts.append({n: directions[n] @ weights[:, start : start + followed.n_voxels] for n in directions})
+        start += followed.n_voxels
     return {n: np.hstack([part[n] for part in parts]) for n in rate}
 
 
-def _on_trs(
-    dataset: Dataset, one: Followed, rate: dict[str, np.ndarray], kept: dict[str, slice]
+def _downsampled(
+    dataset: Dataset, followed: Followed, rate: dict[str, np.ndarray], kept: dict[str, slice]
 ) -> dict[str, np.ndarray]:
-    """Return vectors on the scanner's clock, story -> (n_trs, n_hidden); of those that are followed only where they
-    differ from others, the coordinates on the strongest directions of the difference, (n_trs, n_directions)."""
-    X = {n: _downsample(dataset.stories[n], vectors) for n, vectors in one.vectors.items()}
-    if one.differs_from is None:
+    """Return the followed vectors, downsampled, story -> (n_trs, n_hidden); with ``differs_from`` their coordinates in
+    the strongest directions of the difference, (n_trs, n_directions)."""
+    X = {n: _downsample(dataset.stories[n], vectors) for n, vectors in followed.vectors.items()}
+    if followed.differs_from is None:
         return X
-    change = {n: X[n] - _downsample(dataset.stories[n], vectors) for n, vectors in one.differs_from.items()}
+    change = {n: X[n] - _downsample(dataset.stories[n], vectors) for n, vectors in followed.differs_from.items()}
     axes = _strongest(change, _known(rate), kept)[2]
     return {n: X[n] @ axes.T for n in X}
 
 
 def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dict[str, slice]) -> dict[str, np.ndarray]:
-    """Return the strongest directions of the downsampled vectors, story -> (n_trs, n_directions), learnt on the rows
-    that responses keep; each of unit mean square there.
+    """Return the strongest directions of the downsampled vectors, story -> (n_trs, n_directions), learned on the rows
+    that responses cover, with unit mean square there.
 
-    Word rate and slow drift are taken out first. BERT's vectors drift with the position in its window, whatever the
+    Word rate and slow drift are removed first. BERT's vectors drift with the position in the window, independent of the
     words; a listener who followed that would be predicted by any text.
     """
     known = _known(rate)
@@ -182,8 +174,8 @@ def _directions(X: dict[str, np.ndarray], rate: dict[str, np.ndarray], kept: dic
 def _strongest(
     X: dict[str, np.ndarray], known: dict[str, np.ndarray], kept: dict[str, slice]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the slopes of vectors on what is known, (n_known, n_hidden), and of what is left the largest singular
-    values, (n_directions,), with their directions, (n_directions, n_hidden)."""
+    """Return the slopes of vectors on the known regressors, (n_known, n_hidden), and of the residuals the largest
+    singular values, (n_directions,), with their directions, (n_directions, n_hidden)."""
     fit_known, fit_X = (np.vstack([values[n][kept[n]] for n in X]) for values in (known, X))
     slopes = np.linalg.lstsq(fit_known, fit_X, rcond=None)[0]
     _, scale, directions = np.linalg.svd(fit_X - fit_known @ slopes, full_matrices=False)
@@ -197,8 +189,8 @@ def _known(rate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _drift(n_trs: int) -> np.ndarray:
     """Return a constant and slow cosines over a story, (n_trs, 1 + N_DRIFT)."""
-    place = (np.arange(n_trs) + 0.5) / n_trs
-    return np.cos(np.pi * np.outer(place, np.arange(1 + N_DRIFT)))
+    position = (np.arange(n_trs) + 0.5) / n_trs
+    return np.cos(np.pi * np.outer(position, np.arange(1 + N_DRIFT)))
 
 
 def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
@@ -206,17 +198,17 @@ def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
 
 
 def _noise(shape: tuple[int, ...], *names: str | int) -> np.ndarray:
-    """Return unit-variance noise with the slow drift of real responses: each TR keeps a third of the one before."""
-    keep = 1 / 3
+    """Return unit-variance noise that is as smooth as real responses: an autoregressive process of order 1."""
+    coefficient = 1 / 3
     white = generator(SEED, *names).standard_normal(shape)
     noise = white.copy()
     for t in range(1, len(noise)):
-        noise[t] = keep * noise[t - 1] + np.sqrt(1 - keep**2) * white[t]
+        noise[t] = coefficient * noise[t - 1] + np.sqrt(1 - coefficient**2) * white[t]
     return noise
 
 
 def _story(path: Path) -> Story:
-    """Read a story aloud: long words take longer, sentences end in a pause."""
+    """Read a story with simulated word times: long words take longer, sentences end in a pause."""
     rng = generator(SEED, "reading", path.stem)
     words, times, now = [], [], 0.2
     for written in path.read_text().lower().split():

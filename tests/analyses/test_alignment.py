@@ -186,7 +186,8 @@ def test_a_story_with_unusable_text_is_not_used() -> None:
     times[5] = np.nan
     bad = replace(dataset, stories={**dataset.stories, "s2": replace(dataset.stories["s2"], word_times_s=times)})
     sums = LagSums(bad)
-    assert survey(bad, sums).problems == ("here: story s2 has non-finite word times; mend or leave it out",)
+    (problem,) = survey(bad, sums).problems
+    assert problem.startswith("here: story s2 has non-finite word times")
     assert sums.profile("s", np.ones(9, bool)).peak == 2
 
 

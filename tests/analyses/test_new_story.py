@@ -98,7 +98,7 @@ def test_other_files_and_short_scans_are_refused(tmp_path: Path, monkeypatch: py
     file = write(tmp_path, "word,time_s\na,1\nb,25\nc,26\n")
     with pytest.raises(InputError, match=r"--trs 15: the model cuts 15 volumes of every story; give more"):
         read_new_story(file, **CLOCK, n_trs=15)
-    with pytest.raises(InputError, match=r"67% of its words lie outside the scan"):
+    with pytest.raises(InputError, match=r"67% of its words are outside the scan"):
         read_new_story(file, **CLOCK, n_trs=16)
     with pytest.raises(InputError, match=r"--story .*tale.txt: give a .TextGrid, a .csv"):
         read_new_story(write(tmp_path, "a", "tale.txt"), **CLOCK)

@@ -22,6 +22,7 @@ import watched_unpickler
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from make_data import LabSequence, pickle_as_lab
+from make_pickles import SEQUENCE, as_name, as_text, body
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import safe_pickle
@@ -182,19 +183,6 @@ TEXTS = [
 ]
 
 
-def as_text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def body(value: object) -> bytes:
-    """Return what makes a plain value, without head and end."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def as_name(name: tuple[str, str]) -> bytes:
-    return as_text(name[0]) + as_text(name[1]) + b"\x93"
-
-
 def as_old_name(name: tuple[str, str]) -> bytes:
     return b"c" + "\n".join(name).encode() + b"\n"
 
@@ -211,11 +199,11 @@ VALUES = st.one_of(
     st.binary(max_size=24).map(lambda value: b"\x96" + struct.pack("<Q", len(value)) + value),
 )
 CALLS = st.one_of(
-    NAMES.map(as_name),
+    NAMES.map(lambda name: as_name(*name)),
     NAMES.map(as_old_name),
     NAMES.map(lambda name: b"(" + as_text(f"touch {CANARY_FILE}") + b"i" + "\n".join(name).encode() + b"\n"),
-    NAMES.map(lambda name: b"(" + as_name(name) + as_text(f"touch {CANARY_FILE}") + b"o"),
-    NAMES.map(lambda name: as_name(name) + as_text(f"touch {CANARY_FILE}") + b"\x85R"),
+    NAMES.map(lambda name: b"(" + as_name(*name) + as_text(f"touch {CANARY_FILE}") + b"o"),
+    NAMES.map(lambda name: as_name(*name) + as_text(f"touch {CANARY_FILE}") + b"\x85R"),
     st.sampled_from([b"R", b"b", b"\x81", b"\x92", b"o", b"\x85R", b"\x86R", b")R", b")\x81", b"}b", b"N}\x86b"]),
     st.binary(min_size=1, max_size=1).map(lambda code: b"\x82" + code),
     st.binary(min_size=2, max_size=2).map(lambda code: b"\x83" + code),
@@ -239,7 +227,7 @@ FRAMES = {
     "bare": lambda program: b"\x80\x04" + program + b".",
     "a story": lambda program: b"\x80\x04}" + as_text("alpha") + program + b"s.",
     "a state": lambda program: (
-        b"\x80\x04}" + as_text("alpha") + as_name(ALLOWED[0]) + b")\x81}" + as_text("data") + program + b"sbs."
+        b"\x80\x04}" + as_text("alpha") + SEQUENCE + b")\x81}" + as_text("data") + program + b"sbs."
     ),
     "stories": lambda program: b"\x80\x04}(" + as_text("alpha") + program + b"u.",
 }
@@ -272,15 +260,15 @@ def test_forged_arrays(
 ) -> None:
     """Whatever an array claims to be: it holds the bytes that it came with, as numbers or text."""
     code, byte_order, raw, shape, order, route = parts
-    dtype = as_name(("numpy", "dtype")) + body((code, False, True)) + b"R"
+    dtype = as_name("numpy", "dtype") + body((code, False, True)) + b"R"
     dtype += body((3, byte_order, None, None, None, -1, -1, 0)) + b"b"
     data = b"C" + bytes([len(raw)]) + raw
     if route == "_frombuffer":
-        array = as_name(ALLOWED[6]) + b"(" + data + dtype + body(tuple(shape)) + body(order) + b"tR"
+        array = as_name(*ALLOWED[6]) + b"(" + data + dtype + body(tuple(shape)) + body(order) + b"tR"
     elif route == "scalar":
-        array = as_name(ALLOWED[5]) + dtype + data + b"\x86R"
+        array = as_name(*ALLOWED[5]) + dtype + data + b"\x86R"
     else:
-        array = as_name(ALLOWED[4]) + b"(" + as_name(ALLOWED[2]) + body((0,)) + b"C\x01btR"
+        array = as_name(*ALLOWED[4]) + b"(" + as_name(*ALLOWED[2]) + body((0,)) + b"C\x01btR"
         array += b"(" + body(1) + body(tuple(shape)) + dtype + b"\x89" + data + b"tb"
     content = FRAMES["a state"](array)
     if assert_read_or_refused(reader, content):

@@ -1,10 +1,9 @@
 """One pass over responses and transcripts: the voxel mask, the survey, the fingerprint, reading the valid voxels.
 
-What is refused by name is in ``test_malformed.py``.
+What is refused is in ``test_malformed_lab`` and ``test_malformed_lebel2023``.
 """
 
 import hashlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,69 +26,61 @@ STORIES = ("alpha", "beta", "delta", "epsilon", "gamma", "wheretheressmoke", "ze
 # --- the mask ---------------------------------------------------------------------------------------------------------
 
 
-def test_clean_data_keep_every_voxel_and_say_nothing(lab: Path) -> None:
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    np.testing.assert_array_equal(found.voxel_masks["subject2"], np.ones(12, bool))
-    assert found.notes == ()
-    assert len(found.fingerprint) == 16
+def test_clean_data_keep_every_voxel_without_a_note(lab: Path) -> None:
+    dataset = inspect(open_dataset(lab))
+    assert dataset.voxel_masks is not None
+    np.testing.assert_array_equal(dataset.voxel_masks["subject2"], np.ones(12, bool))
+    assert dataset.notes == ()
+    assert len(dataset.fingerprint) == 16
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_voxel_in_one_story_leaves_everywhere(value: float, lab: Path) -> None:
-    edit_responses(lab, "beta", put((7, 3), value))
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [3])
-    assert found.notes == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
+def _almost_constant(rows: np.ndarray) -> None:
+    rows[:, 5] = 1.0
+    rows[-1, 5] = 1.001
 
 
-@pytest.mark.parametrize("value", [0.0, -3.25])
-def test_a_constant_voxel_in_one_story_leaves_everywhere(value: float, lab: Path) -> None:
-    edit_responses(lab, "zeta", put((slice(None), 5), value))
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [5])
-    assert found.notes == ("subject2: 1 of 12 voxels left out (0 non-finite, 1 constant in a story)",)
+EVERY_ROW = slice(None)
+NON_FINITE = "subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)"
+CONSTANT = "subject2: 1 of 12 voxels left out (0 non-finite, 1 constant in a story)"
 
 
-def test_a_voxel_constant_within_each_story_but_not_between_them_leaves(lab: Path) -> None:
-    for at, story in enumerate(STORIES):
-        edit_responses(lab, story, put((slice(None), 2), float(at)))
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [2])
-
-
-def test_one_differing_row_makes_a_voxel_vary(lab: Path) -> None:
-    def edit(rows: np.ndarray) -> None:
-        rows[:, 5] = 1.0
-        rows[-1, 5] = 1.001
-
-    edit_responses(lab, "zeta", edit)
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    assert found.voxel_masks["subject2"].all()
-
-
-def test_bad_voxels_of_several_stories_are_counted_once_each(lab: Path) -> None:
-    edit_responses(lab, "alpha", put((0, 0), np.nan))
-    edit_responses(lab, "beta", put((slice(None), 0), 0.0))  # non-finite elsewhere: counted as that
-    edit_responses(lab, "beta", put((-1, 1), np.nan))
-    edit_responses(lab, "gamma", put((slice(None), 11), 0.0))
-    found = inspect(open_dataset(lab))
-    assert found.voxel_masks is not None
-    np.testing.assert_array_equal(np.flatnonzero(~found.voxel_masks["subject2"]), [0, 1, 11])
-    assert found.notes == ("subject2: 3 of 12 voxels left out (2 non-finite, 1 constant in a story)",)
+@pytest.mark.parametrize(
+    ("edits", "masked", "note"),
+    [
+        *(([("beta", put((7, 3), value))], [3], NON_FINITE) for value in (np.nan, np.inf, -np.inf)),
+        *(([("zeta", put((EVERY_ROW, 5), value))], [5], CONSTANT) for value in (0.0, -3.25)),
+        ([(story, put((EVERY_ROW, 2), float(n))) for n, story in enumerate(STORIES)], [2], CONSTANT),
+        ([("zeta", _almost_constant)], [], None),
+        (
+            [
+                ("alpha", put((0, 0), np.nan)),
+                ("beta", put((EVERY_ROW, 0), 0.0)),  # non-finite in another story: counted only as that
+                ("beta", put((-1, 1), np.nan)),
+                ("gamma", put((EVERY_ROW, 11), 0.0)),
+            ],
+            [0, 1, 11],
+            "subject2: 3 of 12 voxels left out (2 non-finite, 1 constant in a story)",
+        ),
+    ],
+)
+def test_a_voxel_that_is_bad_in_one_story_is_masked_in_all(
+    edits: list[tuple[str, Callable[[np.ndarray], None]]], masked: list[int], note: str | None, lab: Path
+) -> None:
+    for story, edit in edits:
+        edit_responses(lab, story, edit)
+    dataset = inspect(open_dataset(lab))
+    assert dataset.voxel_masks is not None
+    assert np.flatnonzero(~dataset.voxel_masks["subject2"]).tolist() == masked
+    assert dataset.notes == ((note,) if note else ())
 
 
 def test_each_subject_has_its_own_mask(tmp_path: Path) -> None:
     folder = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
     edit_responses(folder, "beta", put((0, 3), np.nan))
-    found = inspect(open_dataset(folder))
-    assert found.voxel_masks is not None
-    assert found.voxel_masks["subject2"].sum() == 11
-    assert found.voxel_masks["subject3"].all()
+    dataset = inspect(open_dataset(folder))
+    assert dataset.voxel_masks is not None
+    assert dataset.voxel_masks["subject2"].sum() == 11
+    assert dataset.voxel_masks["subject3"].all()
 
 
 def test_rows_without_a_spoken_word_are_noted(lab: Path) -> None:
@@ -97,9 +88,7 @@ def test_rows_without_a_spoken_word_are_noted(lab: Path) -> None:
         text.data[3], text.data[10], text.data[11] = "", "{cg}", "f{ns}"
 
     edit_text(lab, "gamma", edit)
-    assert inspect(open_dataset(lab)).notes == (
-        "2 rows of the transcripts hold no spoken word (empty or a tag): zero vectors",
-    )
+    assert inspect(open_dataset(lab)).notes == ("2 transcript entries are empty or tags and get zero vectors",)
 
 
 def test_inspecting_leaves_the_data_set_and_the_files_as_they_were(lab: Path) -> None:
@@ -123,9 +112,9 @@ def test_no_voxel_that_is_good_in_every_story_is_refused(lab: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int16"])
 def test_other_kinds_of_numbers_are_read(dtype: str, lab: Path) -> None:
     edit_responses(lab, "beta", lambda rows: (rows * 10).astype(dtype))
-    found = inspect(open_dataset(lab))
+    dataset = inspect(open_dataset(lab))
     np.testing.assert_array_equal(
-        found.valid_responses("beta", "subject2"), np.load(lab / "subject2" / "beta.npy").astype(np.float32)
+        dataset.valid_responses("beta", "subject2"), np.load(lab / "subject2" / "beta.npy").astype(np.float32)
     )
 
 
@@ -136,18 +125,16 @@ def _set_time(kind: str, at: int, value: float) -> Callable[[LabSequence], None]
     return edit
 
 
-def test_two_words_at_one_time_are_allowed(lab: Path) -> None:
-    def edit(text: LabSequence) -> None:
-        text.data_times[20] = text.data_times[19]
-
-    edit_text(lab, "beta", edit)
-    assert inspect(open_dataset(lab)).fingerprint
+def _equal_word_times(text: LabSequence) -> None:
+    text.data_times[20] = text.data_times[19]
 
 
-def test_rounding_of_tr_times_is_allowed(lab: Path) -> None:
-    def edit(text: LabSequence) -> None:
-        text.tr_times += 1e-5 * np.cos(np.arange(len(text.tr_times)))
+def _rounded_tr_times(text: LabSequence) -> None:
+    text.tr_times += 1e-5 * np.cos(np.arange(len(text.tr_times)))
 
+
+@pytest.mark.parametrize("edit", [_equal_word_times, _rounded_tr_times])
+def test_equal_word_times_and_rounded_tr_times_are_allowed(edit: Callable[[LabSequence], None], lab: Path) -> None:
     edit_text(lab, "beta", edit)
     assert inspect(open_dataset(lab)).fingerprint
 
@@ -156,11 +143,11 @@ def test_rounding_of_tr_times_is_allowed(lab: Path) -> None:
 
 
 def surveyed(lab: Path) -> tuple[Survey, dict[str, ResponseCheck]]:
-    found = survey(open_dataset(lab))
-    return found, {check.story: check for check in found.responses}
+    result = survey(open_dataset(lab))
+    return result, {check.story: check for check in result.responses}
 
 
-def test_every_defect_is_told_and_the_first_is_raised(tmp_path: Path) -> None:
+def test_survey_lists_every_defect_and_inspect_raises_the_first(tmp_path: Path) -> None:
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
     edit_text(lab, "epsilon", _set_time("data_times", 20, np.nan))
     edit_responses(lab, "alpha", lambda rows: rows[:-1])
@@ -168,28 +155,28 @@ def test_every_defect_is_told_and_the_first_is_raised(tmp_path: Path) -> None:
     edit_responses(lab, "delta", lambda rows: rows[:, :11])
     edit_responses(lab, "gamma", put(slice(None), np.nan))
     (lab / "subject2" / "zeta.npy").write_bytes(b"not an array")
-    found = survey(open_dataset(lab))
+    result = survey(open_dataset(lab))
     parts = ["epsilon has non-finite word times", "alpha, subject subject2: has", "transposed", "has 11 voxels"]
     parts += ["gamma, subject subject2: has no finite voxel", "zeta.npy: not a readable .npy array"]
-    assert len(found.problems) == 6
-    for part, problem in zip(parts, found.problems, strict=True):
+    assert len(result.problems) == 6
+    for part, problem in zip(parts, result.problems, strict=True):
         assert part in problem
         assert "\n" not in problem
     with pytest.raises(InputError) as error:
         inspect(open_dataset(lab))
-    assert str(error.value) == found.problems[0]
-    usable = {(check.story, check.subject) for check in found.responses if not check.problems}
+    assert str(error.value) == result.problems[0]
+    usable = {(check.story, check.subject) for check in result.responses if not check.problems}
     assert usable == {(s, "subject3") for s in STORIES} | {("epsilon", "subject2"), ("wheretheressmoke", "subject2")}
-    assert [text.story for text in found.texts if text.problem] == ["epsilon"]
-    assert found.dataset.fingerprint == ""
-    assert found.dataset.voxel_masks is not None
-    assert found.dataset.voxel_masks["subject3"].all()
+    assert [text.story for text in result.texts if text.problem] == ["epsilon"]
+    assert result.dataset.fingerprint == ""
+    assert result.dataset.voxel_masks is not None
+    assert result.dataset.voxel_masks["subject3"].all()
 
 
-def test_the_odd_story_is_named_even_if_it_is_the_first(lab: Path) -> None:
+def test_a_story_with_other_voxels_is_named_even_if_it_is_the_first(lab: Path) -> None:
     file = edit_responses(lab, "alpha", lambda rows: rows[:, :11])
-    found, checks = surveyed(lab)
-    assert found.problems == (
+    result, checks = surveyed(lab)
+    assert result.problems == (
         f"{file}: story alpha, subject subject2: has 11 voxels, other stories of subject2 have 12; all must agree",
     )
     assert [name for name, check in checks.items() if check.problems] == ["alpha"]
@@ -198,9 +185,9 @@ def test_the_odd_story_is_named_even_if_it_is_the_first(lab: Path) -> None:
 def test_a_story_that_a_subject_did_not_hear_is_no_defect(tmp_path: Path) -> None:
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
     (lab / "subject3" / "beta.npy").unlink()
-    found = survey(open_dataset(lab))
-    assert found.problems == ()
-    assert ("beta", "subject3") not in {(check.story, check.subject) for check in found.responses}
+    result = survey(open_dataset(lab))
+    assert result.problems == ()
+    assert ("beta", "subject3") not in {(check.story, check.subject) for check in result.responses}
 
 
 def test_transcripts_are_counted(lab: Path) -> None:
@@ -242,10 +229,10 @@ def test_means_and_deviations_are_numpys(scale: float, level: float, dtype: str,
 )
 def test_what_counts_as_z_scored(change: Callable[[np.ndarray], np.ndarray], is_z_scored: bool, lab: Path) -> None:
     edit_responses(lab, "beta", change)
-    found, checks = surveyed(lab)
+    result, checks = surveyed(lab)
     assert checks["beta"].is_z_scored == is_z_scored
     assert checks["alpha"].is_z_scored
-    assert found.problems == ()
+    assert result.problems == ()
 
 
 def test_what_float32_cannot_hold_is_not_finite(lab: Path) -> None:
@@ -253,8 +240,8 @@ def test_what_float32_cannot_hold_is_not_finite(lab: Path) -> None:
     edit_responses(lab, "beta", put((0, 4), -1e39))
     edit_responses(lab, "beta", put((5, 7), 1e30))
     seen: list[np.ndarray] = []
-    found = survey(open_dataset(lab), lambda block: seen.append(block.values))
-    mask = (found.dataset.voxel_masks or {})["subject2"]
+    result = survey(open_dataset(lab), lambda block: seen.append(block.values))
+    mask = (result.dataset.voxel_masks or {})["subject2"]
     np.testing.assert_array_equal(np.flatnonzero(~mask), [3, 4])
     assert all(np.isfinite(values).all() for values in seen)
 
@@ -281,7 +268,7 @@ def test_the_observer_sees_every_usable_response_once(lab: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("shape", "n_repeats", "said"),
+    ("shape", "n_repeats", "message"),
     [
         ((5, 30, 4), 5, None),
         ((5, 29, 4), None, "its repeats are float64 of shape (5, 29, 4); expected numbers (repeats, 30, 4)"),
@@ -289,17 +276,17 @@ def test_the_observer_sees_every_usable_response_once(lab: Path, monkeypatch: py
         ((30, 4), None, "of shape (30, 4)"),
     ],
 )
-def test_repeats_must_fit_the_responses(shape: tuple[int, ...], n_repeats: int | None, said: str | None) -> None:
+def test_repeats_must_fit_the_responses(shape: tuple[int, ...], n_repeats: int | None, message: str | None) -> None:
     rng = np.random.default_rng(0)
     repeats = {"s": Responses(array=rng.standard_normal(shape))}
     words = ("a", "b", "c")
     story = Story(
         "m", words, np.arange(3.0), np.arange(45) * 2.0, {"s": Responses(array=rng.standard_normal((30, 4)))}, repeats
     )
-    found = survey(Dataset("here", {"m": story}, ("s",), ()))
-    assert found.responses[0].n_repeats == n_repeats
-    assert len(found.problems) == (said is not None)
-    assert said is None or said in found.problems[0]
+    result = survey(Dataset("here", {"m": story}, ("s",), ()))
+    assert result.responses[0].n_repeats == n_repeats
+    assert len(result.problems) == (message is not None)
+    assert message is None or message in result.problems[0]
 
 
 # --- the fingerprint --------------------------------------------------------------------------------------------------
@@ -409,18 +396,13 @@ def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: 
     edit_responses(lab, "delta", step)
     whole = inspect(open_dataset(lab))
     monkeypatch.setattr(responses_module, "BLOCK_BYTES", n_bytes)
-    blocks = inspect(open_dataset(lab))
+    n_rows: set[int] = set()
+    blocks = inspect(open_dataset(lab), watch=lambda block: n_rows.add(len(block.values)))
+    assert max(n_rows) == max(1, n_bytes // 96)
     assert blocks.fingerprint == whole.fingerprint
     assert blocks.notes == whole.notes
     assert blocks.voxel_masks is not None
     np.testing.assert_array_equal(np.flatnonzero(~blocks.voxel_masks["subject2"]), [3, 5, 9])
-
-
-def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: set[int] = set()
-    monkeypatch.setattr(responses_module, "BLOCK_BYTES", 96 * 7)
-    inspect(open_dataset(lab), watch=lambda block: sizes.add(len(block.values)))
-    assert max(sizes) == 7
 
 
 # --- valid voxels -----------------------------------------------------------------------------------------------------
@@ -428,23 +410,18 @@ def test_the_small_blocks_above_are_really_small(lab: Path, monkeypatch: pytest.
 
 def test_valid_responses_are_the_masked_columns_in_float32(lab: Path) -> None:
     edit_responses(lab, "beta", put((7, 3), np.nan))
-    found = inspect(open_dataset(lab))
+    dataset = inspect(open_dataset(lab))
     kept = [v for v in range(12) if v != 3]
     for story in ("beta", "alpha"):
         expected = np.load(lab / "subject2" / f"{story}.npy")[:, kept].astype(np.float32)
-        read = found.valid_responses(story, "subject2")
+        read = dataset.valid_responses(story, "subject2")
         assert read.dtype == np.float32
         assert type(read) is np.ndarray, "a copy in memory, no map"
         np.testing.assert_array_equal(read, expected)
         read[:] = 0
-        np.testing.assert_array_equal(found.valid_responses(story, "subject2"), expected)
+        np.testing.assert_array_equal(dataset.valid_responses(story, "subject2"), expected)
 
 
 def test_valid_responses_need_an_inspected_data_set(lab: Path) -> None:
     with pytest.raises(AssertionError, match="inspect the data set"):
         open_dataset(lab).valid_responses("beta", "subject2")
-
-
-def test_an_inspected_data_set_still_travels_as_paths(tmp_path: Path) -> None:
-    found = inspect(open_dataset(make_lab(tmp_path / "lab", n_voxels=5000)))
-    assert len(pickle.dumps(found)) < 100_000

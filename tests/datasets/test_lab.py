@@ -1,18 +1,16 @@
-"""The lab's format: what is read, what is refused, and that refusing has no effect."""
+"""The lab's format: what is read. What is refused is in ``test_malformed_lab`` and ``test_pickle_attacks``."""
 
 import os
 import pickle
 import pickletools
 import subprocess
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from make_data import LabSequence, make_lab, pickle_as_lab
+from make_pickles import as_text
 from project import ROOT
 
 from bert_encoding.core.errors import InputError
@@ -60,7 +58,7 @@ def _with_numpy_core(content: bytes) -> bytes:
     for (opcode, value, at), (_, _, end) in zip(operations, [*operations[1:], (None, None, len(content))], strict=True):
         if isinstance(value, str) and value.startswith("numpy._core."):
             old = value.replace("numpy._core.", "numpy.core.")
-            parts.append(f"c{old.replace(' ', chr(10))}\n".encode() if opcode.name == "GLOBAL" else _unicode(old))
+            parts.append(f"c{old.replace(' ', chr(10))}\n".encode() if opcode.name == "GLOBAL" else as_text(old))
         elif opcode.name != "FRAME":
             parts.append(content[at:end])
     return b"".join(parts)
@@ -168,248 +166,7 @@ def test_spoken_text(written: str, spoken: str) -> None:
     assert spoken_text(written) == spoken
 
 
-# --- what is refused, by name and without effect ----------------------------------------------------------------------
-
-
-def _unicode(text: str) -> bytes:
-    return b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
-
-
-def _name(module: str, name: str) -> bytes:
-    """STACK_GLOBAL: the way of protocol 4, which also walks dotted names."""
-    return _unicode(module) + _unicode(name) + b"\x93"
-
-
-def _body(value: object) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def _transcript(content: bytes) -> bytes:
-    """A pickle of {"alpha": what ``content`` makes}."""
-    return b"\x80\x04}" + _unicode("alpha") + content + b"s."
-
-
-def _calling(module: str, name: str, *arguments: object) -> bytes:
-    return _transcript(_name(module, name) + _body(arguments) + b"R")
-
-
-class DataSequence:
-    """What the lab's class is to the plain unpickler that shows each attack to work."""
-
-
-class _Calls:
-    """Pickles as a call."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.call
-
-
-def _evil_npy(canary: Path) -> Path:
-    file = canary.with_suffix(".npy")
-    np.save(file, np.array([_Calls(os.system, f"touch {canary}")], dtype=object), allow_pickle=True)
-    return file
-
-
-def _partial(canary: Path) -> bytes:
-    arguments = b"(" + _name("os", "system") + _unicode(f"touch {canary}") + b"t"
-    return _transcript(_name("functools", "partial") + arguments + b"R)R")
-
-
-def _protocol_0(canary: Path) -> bytes:
-    return f"(S'touch {canary}'\nios\nsystem\n.".encode()
-
-
-def _in_an_attribute(canary: Path) -> bytes:
-    """A DataSequence that is one, but for its words."""
-    written = sequence()
-    written.data = _Calls(os.system, f"touch {canary}")  # type: ignore[assignment]
-    return pickle_as_lab({"alpha": written}, "ridge_utils.DataSequence")
-
-
-ATTACKS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
-    "posix.system": ("posix.system", lambda c: pickle.dumps({"alpha": _Calls(os.system, f"touch {c}")})),
-    "os.system": ("os.system", lambda c: _calling("os", "system", f"touch {c}")),
-    "eval": ("builtins.eval", lambda c: _calling("builtins", "eval", f"open({str(c)!r}, 'w').close()")),
-    "exec": ("builtins.exec", lambda c: _calling("builtins", "exec", f"open({str(c)!r}, 'w').close()")),
-    "Popen": ("subprocess.Popen", lambda c: _calling("subprocess", "Popen", ["touch", str(c)])),
-    "Path.touch": ("pathlib.Path.touch", lambda c: _calling("pathlib", "Path.touch", c)),
-    "partial": ("functools.partial", _partial),
-    "getattr": (
-        "builtins.getattr",
-        lambda c: _transcript(
-            _name("builtins", "getattr")
-            + b"("
-            + _name("builtins", "__import__")
-            + _body(("os",))
-            + b"R"
-            + _unicode("system")
-            + b"tR"
-            + _body((f"touch {c}",))
-            + b"R"
-        ),
-    ),
-    "numpy.savetxt": ("numpy.savetxt", lambda c: _calling("numpy", "savetxt", str(c), [1])),
-    "numpy.load": ("numpy.load", lambda c: _calling("numpy", "load", str(_evil_npy(c)), None, True)),
-    "numpy.memmap": ("numpy.memmap", lambda c: _calling("numpy", "memmap", str(c), "uint8", "w+", 0, (4,))),
-    "ndarray.tofile": (
-        "numpy.ndarray.tofile",
-        lambda c: _transcript(
-            _name("numpy", "ndarray.tofile")
-            + b"("
-            + _name("numpy", "ndarray")
-            + _body(((2,),))
-            + b"R"
-            + _unicode(str(c))
-            + b"tR"
-        ),
-    ),
-    "protocol 0": ("os.system", _protocol_0),
-    "inside a DataSequence": ("posix.system", _in_an_attribute),
-    "shutil.copy": ("shutil.copy", lambda c: _calling("shutil", "copy", str(ROOT / "pyproject.toml"), str(c))),
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_malicious_pickle_is_refused_by_name_and_without_effect(
-    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    named, make = ATTACKS[attack]
-    canary, control = tmp_path / "canary", tmp_path / "control"
-
-    monkeypatch.setitem(sys.modules, "ridge_utils", types.ModuleType("ridge_utils"))
-    monkeypatch.setitem(sys.modules, "ridge_utils.DataSequence", sys.modules[__name__])
-    made = pickle.loads(make(control))  # noqa: S301  # the attack works where nobody refuses it
-    if attack == "Popen":
-        made["alpha"].wait()
-    assert control.exists(), "this attack would prove nothing"
-
-    file = tmp_path / "raw_text.pkl"
-    file.write_bytes(make(canary))
-    with pytest.raises(InputError) as refused:
-        read_transcripts(file)
-    assert str(refused.value) == f"{file}: refused: it asks for {named}, which a transcript does not need"
-    assert not canary.exists()
-
-
-def test_an_object_scalar_with_a_pickle_inside_is_refused(tmp_path: Path) -> None:
-    """NumPy's own ``scalar`` unpickles its bytes, with nothing forbidden, where the dtype is an object's."""
-    canary = tmp_path / "canary"
-    inner = pickle.dumps(_Calls(os.system, f"touch {canary}"))
-    for core in ("numpy.core", "numpy._core"):
-        scalar = _name(f"{core}.multiarray", "scalar") + b"("
-        dtype = _name("numpy", "dtype") + _body(("O",)) + b"R"
-        data = (
-            b"C" + bytes([len(inner)]) + inner if len(inner) < 256 else b"B" + len(inner).to_bytes(4, "little") + inner
-        )
-        file = tmp_path / "raw_text.pkl"
-        words = _unicode("data") + scalar + dtype + data + b"tR"
-        file.write_bytes(_transcript(_name("DataSequence", "DataSequence") + b")\x81}" + words + b"sb"))
-        with pytest.raises(InputError, match=r"raw_text\.pkl: refused: .*object"):
-            read_transcripts(file)
-        assert not canary.exists()
-
-
-@pytest.mark.parametrize("name", ["_reconstructor", "__newobj__", "add_extension", "_slotnames"])
-def test_copyreg_is_refused(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "raw_text.pkl"
-    file.write_bytes(_calling("copyreg", name, 1, 2))
-    with pytest.raises(InputError, match=rf"refused: it asks for copyreg\.{name},"):
-        read_transcripts(file)
-
-
-@pytest.mark.parametrize("route", ["_frombuffer", "_reconstruct", "scalar"])
-def test_forged_object_arrays_do_not_reach_memory(route: str, tmp_path: Path) -> None:
-    """An object dtype whose state denies that it holds objects makes NumPy take the file's bytes for pointers."""
-    dtype = _name("numpy", "dtype") + _body(("O8", False, True)) + b"R"
-    dtype += _body((3, "|", None, None, None, -1, -1, 0)) + b"b"
-    raw = b"C\x10" + b"A" * 16
-    if route == "scalar":
-        array = _name("numpy._core.multiarray", route) + dtype + raw + b"\x86R"
-        array = b"]" + array + b"a"
-    elif route == "_frombuffer":
-        array = _name("numpy._core.numeric", route) + b"(" + raw + dtype + _body((2,)) + _unicode("C") + b"tR"
-    else:
-        array = _name("numpy._core.multiarray", route) + b"(" + _name("numpy", "ndarray") + _body((0,)) + b"C\x01btR"
-        array += b"(" + _body(1) + _body((2,)) + dtype + b"\x89" + raw + b"tb"
-    words = _unicode("data") + array + _unicode("data_times") + _body([0.5, 1.0]) + _unicode("tr_times")
-    times = _body([2.0 * i for i in range(20)])
-    content = _transcript(_name("DataSequence", "DataSequence") + b")\x81}(" + words + times + b"ub")
-    (tmp_path / "raw_text.pkl").write_bytes(content)
-    np.save(_folder(tmp_path / "subject2") / "alpha.npy", np.zeros((5, 3)))
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from bert_encoding.datasets import open_dataset\n"
-        "from bert_encoding.core.errors import InputError\n"
-        "try: print(open_dataset(Path(sys.argv[1])).stories['alpha'].words)\n"
-        "except InputError as error: print('refused')\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert ran.returncode == 0, f"the interpreter died of signal {-ran.returncode}"
-    assert ran.stdout == "refused\n"
-
-
-# --- damaged and foreign files ----------------------------------------------------------------------------------------
-
-
-def _damaged() -> dict[str, bytes]:
-    good = pickle_as_lab({"alpha": sequence()})
-    return {
-        "empty": b"",
-        "cut in half": good[: len(good) // 2],
-        "without its last byte": good[:-1],
-        "garbage": bytes(range(255, 0, -1)),
-        "text": b"once upon a time\nthere was a story\n",
-        "json": b'{"alpha": ["once", "upon"]}',
-        "zeros": bytes(1000),
-    }
-
-
-@pytest.mark.parametrize("damage", _damaged())
-def test_a_damaged_transcript_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
-    file = tmp_path / "raw_text.pkl"
-    file.write_bytes(_damaged()[damage])
-    with pytest.raises(InputError) as refused:
-        read_transcripts(file)
-    message = str(refused.value)
-    assert message.startswith(f"{file}: ")
-    assert "\n" not in message
-    assert len(message) > len(f"{file}: refused: "), "it must say what is wrong"
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ({}, "expected a dict of stories, found dict"),
-        ([1, 2], "expected a dict of stories, found list"),
-        ("alpha", "expected a dict of stories, found str"),
-        (None, "expected a dict of stories, found NoneType"),
-        ({"alpha": ["once", "upon"]}, "story 'alpha' is list, expected DataSequence"),
-        ({"alpha": {"data": ["once"]}}, "story 'alpha' is dict, expected DataSequence"),
-        ({"alpha": np.arange(3)}, "story 'alpha' is "),
-    ],
-)
-def test_a_pickle_of_something_else_is_refused(content: object, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "raw_text.pkl"
-    file.write_bytes(pickle.dumps(content))
-    with pytest.raises(InputError) as refused:
-        read_transcripts(file)
-    assert said in str(refused.value)
-    assert str(file) in str(refused.value)
-
-
-def test_a_story_name_must_be_text(tmp_path: Path) -> None:
-    (tmp_path / "raw_text.pkl").write_bytes(pickle_as_lab({7: sequence()}))
-    with pytest.raises(InputError, match="story 7 is DataSequence"):
-        read_transcripts(tmp_path / "raw_text.pkl")
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attribute", ["data", "data_times", "tr_times"], ids=lambda name: f"no {name}")
@@ -450,14 +207,6 @@ def test_responses_are_mapped_read_only(lab: Path) -> None:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def test_an_object_array_is_refused_without_effect(lab: Path) -> None:
-    canary, file = lab / "canary", lab / "subject2" / "alpha.npy"
-    np.save(file, np.array([_Calls(os.system, f"touch {canary}")], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"alpha\.npy: not a readable \.npy array"):
-        open_dataset(lab).stories["alpha"].responses["subject2"].check()
-    assert not canary.exists()
 
 
 def test_a_vanished_npy_is_named(lab: Path) -> None:

@@ -36,12 +36,10 @@ def root(tmp_path: Path) -> Path:
 
 
 def response_file(root: Path, subject: str, story: str) -> Path:
-    """Where the responses of a subject to a story lie."""
     return root / "derivative" / "preprocessed_data" / subject / f"{story}.hf5"
 
 
 def grid_file(root: Path, story: str) -> Path:
-    """Where the words of a story lie."""
     return root / "derivative" / "TextGrids" / f"{story}.TextGrid"
 
 
@@ -65,12 +63,12 @@ def published_trfile(n_volumes: int) -> TRFile:
 
 
 def test_reads_stories_subjects_and_repeats(root: Path) -> None:
-    found = open_lebel(root)
-    assert (tuple(found.stories), found.subjects) == (STORIES, ("UTS01", "UTS03"))
-    assert (found.published_test, found.trim, found.notes) == (("wheretheressmoke",), (10, 5), ())
+    dataset = open_lebel(root)
+    assert (tuple(dataset.stories), dataset.subjects) == (STORIES, ("UTS01", "UTS03"))
+    assert (dataset.published_test, dataset.trim, dataset.notes) == (("wheretheressmoke",), (10, 5), ())
     volumes = json.loads((root / "derivative" / "respdict.json").read_text())
     for at, name in enumerate(MADE):
-        story = found.stories[name]
+        story = dataset.stories[name]
         assert story.words == tuple(story_words(150 + 7 * at, at))
         assert len(story.tr_times_s) == volumes[name] - 5
         shapes = {subject: responses.check()[0] for subject, responses in story.responses.items()}
@@ -98,9 +96,9 @@ def test_words_and_times_equal_the_published_code(dialect: str, tmp_path: Path) 
     file.write_text(DIALECTS[dialect]([("phone", words), ("word", words)]))
     published = make_word_ds({"alpha": PublishedTextGrid(file.read_text())}, {"alpha": [published_trfile(60)]})["alpha"]
     kept = [i for i, word in enumerate(published.data) if word.strip("{} ")]  # an empty interval is no word
-    found, times_s = spoken_words(file, word_tier(file))
+    result, times_s = spoken_words(file, word_tier(file))
     assert (
-        list(found) == [published.data[i] for i in kept] == ["i", "walked", "{cg}", "home", "the ", "{sl}", "o'clock"]
+        list(result) == [published.data[i] for i in kept] == ["i", "walked", "{cg}", "home", "the ", "{sl}", "o'clock"]
     )
     np.testing.assert_allclose(times_s, published.data_times[kept], rtol=0, atol=1e-12)
     np.testing.assert_array_equal(tr_times_s(60), published.tr_times)
@@ -116,9 +114,9 @@ def test_tr_times_equal_the_published_code_and_the_labs(n_volumes: int) -> None:
 
 def test_responses_follow_word_rate_two_and_three_trs_later(root: Path) -> None:
     """The rows of the responses are rows 10 to -5 of the TR times: a wrong cut would move the peak."""
-    found = open_lebel(root)
+    dataset = open_lebel(root)
     peaks = []
-    for story in found.stories.values():
+    for story in dataset.stories.values():
         rate = np.array([np.sum(np.abs(story.word_times_s - t) <= 1.0) for t in story.tr_times_s], float)
         mean = story.responses["UTS01"].read(np.arange(6)).mean(axis=1)
         lags = range(-5, 6)
@@ -129,20 +127,20 @@ def test_responses_follow_word_rate_two_and_three_trs_later(root: Path) -> None:
 
 
 def test_inspection_accepts_what_was_opened(root: Path) -> None:
-    found = inspect(open_lebel(root))
-    assert found.voxel_masks is not None
-    for mask in found.voxel_masks.values():
+    dataset = inspect(open_lebel(root))
+    assert dataset.voxel_masks is not None
+    for mask in dataset.voxel_masks.values():
         np.testing.assert_array_equal(mask, np.ones(12, bool))
-    assert found.notes == ()
+    assert dataset.notes == ()
 
 
 def test_the_root_and_its_derivative_folder_give_the_same(root: Path) -> None:
     both = [inspect(open_lebel(path)) for path in (root, root / "derivative")]
     assert both[0].fingerprint == both[1].fingerprint
-    assert [found.subjects for found in both] == [("UTS01", "UTS03")] * 2
+    assert [dataset.subjects for dataset in both] == [("UTS01", "UTS03")] * 2
 
 
-def test_recognises_its_folders_alone(root: Path, lab: Path, tmp_path: Path) -> None:
+def test_recognises_only_its_own_folders(root: Path, lab: Path, tmp_path: Path) -> None:
     assert recognises(root)
     assert recognises(root / "derivative")
     assert not recognises(root / "derivative" / "TextGrids")
@@ -152,7 +150,7 @@ def test_recognises_its_folders_alone(root: Path, lab: Path, tmp_path: Path) -> 
         open_lebel(lab)
 
 
-def test_opening_looks_into_the_test_stories_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_only_files_of_test_stories(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
     class Counting(h5py.File):  # type: ignore[misc]
@@ -165,7 +163,7 @@ def test_opening_looks_into_the_test_stories_alone(root: Path, monkeypatch: pyte
     assert opened == ["wheretheressmoke.hf5"] * 2
 
 
-def test_any_name_of_a_subject_will_do_and_hidden_files_are_no_stories(root: Path) -> None:
+def test_subjects_may_have_any_name_and_hidden_files_are_ignored(root: Path) -> None:
     people = root / "derivative" / "preprocessed_data"
     shutil.copytree(people / "UTS01", people / "my pilot")
     shutil.copytree(people / "UTS01", people / ".checkpoints")
@@ -173,20 +171,20 @@ def test_any_name_of_a_subject_will_do_and_hidden_files_are_no_stories(root: Pat
     (people / "UTS01" / "alpha.hf5.part").write_bytes(b"\0")
     (people / "notes").mkdir()
     (grid_file(root, "._alpha")).write_bytes(b"\0")
-    found = open_lebel(root)
-    assert (found.subjects, tuple(found.stories)) == (("UTS01", "UTS03", "my pilot"), STORIES)
+    dataset = open_lebel(root)
+    assert (dataset.subjects, tuple(dataset.stories)) == (("UTS01", "UTS03", "my pilot"), STORIES)
 
 
-def test_test_stories_are_those_that_somebody_heard(tmp_path: Path) -> None:
+def test_published_test_stories_have_responses_of_some_subject(tmp_path: Path) -> None:
     names = ("alpha", "onapproachtopluto", "fromboyhoodtofatherhood", "wheretheressmoke")
     root = make_lebel(tmp_path, names, ("UTS01", "UTS02"))
     for subject in ("UTS01", "UTS02"):
         response_file(root, subject, "onapproachtopluto").unlink()
     response_file(root, "UTS01", "fromboyhoodtofatherhood").unlink()
-    found = open_lebel(root)
-    assert found.published_test == ("wheretheressmoke", "fromboyhoodtofatherhood")
-    assert list(found.stories["fromboyhoodtofatherhood"].responses) == ["UTS02"]
-    assert list(found.stories["onapproachtopluto"].responses) == []
+    dataset = open_lebel(root)
+    assert dataset.published_test == ("wheretheressmoke", "fromboyhoodtofatherhood")
+    assert list(dataset.stories["fromboyhoodtofatherhood"].responses) == ["UTS02"]
+    assert list(dataset.stories["onapproachtopluto"].responses) == []
 
 
 # --- the tier of words ------------------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ OTHER: Labelled = [(0.0, 1.0, "other")]
         ([("word", WORDS)], "word"),
     ],
 )
-def test_the_tier_of_words_is_found_by_name_or_else_the_second(
+def test_the_word_tier_is_chosen_by_name_or_else_the_second(
     tiers: list[tuple[str, Labelled]], chosen: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "alpha.TextGrid"
@@ -214,7 +212,7 @@ def test_the_tier_of_words_is_found_by_name_or_else_the_second(
     assert (tier.name, list(tier.intervals)) == (chosen, WORDS)
 
 
-def test_without_a_tier_of_words_the_tiers_are_named(tmp_path: Path) -> None:
+def test_an_error_names_the_tiers_if_none_has_words(tmp_path: Path) -> None:
     file = tmp_path / "alpha.TextGrid"
     file.write_text(long_textgrid([("phone", OTHER)]))
     with pytest.raises(InputError, match=r"alpha\.TextGrid: no tier of words; .*; has phone$"):
@@ -244,12 +242,12 @@ def test_rounding_may_make_words_overlap_and_pauses_may_overlap_anything(tmp_pat
 DISORDER: list[tuple[Labelled, str]] = [
     (
         [(0.0, 0.5, "I"), (0.5, 0.6, ""), (0.47, 1.0, "walked")],
-        ", interval 3 ('walked', 0.47 to 1 s) overlaps interval 1, which ends at 0.5 s; mend one of them",
+        ", interval 3 ('walked', 0.47 to 1 s) overlaps interval 1, which ends at 0.5 s; correct one of them",
     ),
-    ([(0.0, 0.5, "I"), (1.0, 0.6, "walked")], ", interval 2 ('walked', 1 to 0.6 s) ends before it starts; mend it"),
+    ([(0.0, 0.5, "I"), (1.0, 0.6, "walked")], ", interval 2 ('walked', 1 to 0.6 s) ends before it starts; correct it"),
     ([(5.0, 5.5, "I"), (1.0, 1.5, "walked")], ", interval 2 ('walked', 1 to 1.5 s) overlaps interval 1, which ends at"),
-    ([(0.0, 0.5, ""), (0.5, 1.0, "{BR}")], ": nothing is said in it; leave the story out"),
-    ([], ": nothing is said in it; leave the story out"),
+    ([(0.0, 0.5, ""), (0.5, 1.0, "{BR}")], ": contains no spoken word; leave the story out"),
+    ([], ": contains no spoken word; leave the story out"),
 ]
 
 
@@ -265,11 +263,11 @@ def test_a_tier_that_stops_long_before_its_end_is_noted(root: Path) -> None:
     assert content.startswith('"Praat chronological')
     whole = open_lebel(root).stories["gamma"]
     grid_file(root, "gamma").write_text(content[: content.index("\n\n", len(content) // 5)])
-    found = open_lebel(root)
-    kept = found.stories["gamma"].words
+    dataset = open_lebel(root)
+    kept = dataset.stories["gamma"].words
     assert 10 < len(kept) < 50
     assert kept == whole.words[: len(kept)]
-    (note,) = found.notes
+    (note,) = dataset.notes
     assert note.startswith("gamma: its words stop at ")
     assert note.endswith("; was its TextGrid cut short?")
 
@@ -283,8 +281,8 @@ def test_a_tier_that_stops_long_before_its_end_is_noted(root: Path) -> None:
         ("", "not JSON"),
         ('{"alpha": 200', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[200]", "expected a dict of story -> volumes, found list"),
-        ("{}", "expected a dict of story -> volumes, found dict"),
+        ("[200]", "expected a dict of story -> volumes, got list"),
+        ("{}", "expected a dict of story -> volumes, got dict"),
         ('{"alpha": "200"}', "story alpha: '200' volumes; expected a whole number above 20"),
         ('{"alpha": 200.5}', "story alpha: '200.5' volumes"),
         ('{"alpha": 60.0}', "story alpha: '60.0' volumes"),
@@ -337,9 +335,9 @@ def test_text_or_length_alone_is_left_out_with_a_note(root: Path) -> None:
     for name in ("omega", "psi"):
         shutil.copy(grid_file(root, "alpha"), grid_file(root, name))
     edit_volumes(root, lambda content: content.update({f"chi{i}": 200 for i in range(8)}))
-    found = open_lebel(root)
-    assert tuple(found.stories) == STORIES
-    assert found.notes == (
+    dataset = open_lebel(root)
+    assert tuple(dataset.stories) == STORIES
+    assert dataset.notes == (
         "left out: omega, psi (TextGrid, but no length in respdict.json)",
         "left out: chi0, chi1, chi2, chi3, chi4 and 3 more (length in respdict.json, but no TextGrid)",
     )
@@ -353,12 +351,12 @@ def test_no_responses_at_all_are_refused(root: Path) -> None:
 
 def test_known_defects_of_uts04_are_noted_where_they_apply(tmp_path: Path) -> None:
     root = make_lebel(tmp_path, ("alpha", "life"), ("UTS02", "UTS04"), n_words=60)
-    damaged = "UTS04: its files were damaged before version 1.0.7 of the data; if one cannot be read, renew it"
+    damaged = "UTS04: its files were damaged before version 1.0.7 of the data; if one cannot be read, download it again"
     assert open_lebel(root).notes == (damaged,)
     response_file(root, "UTS04", "life").unlink()
-    found = open_lebel(root)
-    assert found.notes == (damaged, "UTS04: the data hold no responses to life")
-    assert list(found.stories["life"].responses) == ["UTS02"]
+    dataset = open_lebel(root)
+    assert dataset.notes == (damaged, "UTS04: the data contain no responses to life")
+    assert list(dataset.stories["life"].responses) == ["UTS02"]
 
 
 # --- files that are not all here --------------------------------------------------------------------------------------
@@ -385,13 +383,13 @@ def test_responses_not_fetched_are_left_out_with_a_note(how: str, root: Path) ->
     unfetch(response_file(root, "UTS01", "wheretheressmoke"), how)
     for story in STORIES:
         unfetch(response_file(root, "UTS03", story), how)
-    found = open_lebel(root)
-    assert (found.subjects, found.published_test) == (("UTS01",), ())
-    assert found.notes == (
+    dataset = open_lebel(root)
+    assert (dataset.subjects, dataset.published_test) == (("UTS01",), ())
+    assert dataset.notes == (
         f"UTS01: responses to 2 of 7 stories left out: {HINT}",
         f"UTS03: responses to 7 of 7 stories left out: {HINT}",
     )
-    heard = {name for name, story in found.stories.items() if story.responses}
+    heard = {name for name, story in dataset.stories.items() if story.responses}
     assert heard == set(STORIES) - {"alpha", "wheretheressmoke"}
 
 
@@ -433,18 +431,18 @@ def test_a_link_to_fetched_content_is_followed(root: Path, tmp_path: Path) -> No
         target.parent.mkdir(exist_ok=True)
         file.rename(target)
         file.symlink_to(target)
-    found = inspect(open_lebel(root))
-    assert found.notes == ()
+    dataset = inspect(open_lebel(root))
+    assert dataset.notes == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n" + b"\0" * 2000, b"<html>not found</html>" * 100])
 def test_damaged_responses_open_and_are_refused_by_name_when_read(content: bytes, root: Path) -> None:
     file = response_file(root, "UTS01", "wheretheressmoke")
     file.write_bytes(content)
-    found = open_lebel(root)
-    assert list(found.stories["wheretheressmoke"].repeats) == ["UTS03"]
+    dataset = open_lebel(root)
+    assert list(dataset.stories["wheretheressmoke"].repeats) == ["UTS03"]
     with pytest.raises(InputError, match=r"UTS01/wheretheressmoke\.hf5: not a readable HDF5 file"):
-        inspect(found)
+        inspect(dataset)
 
 
 def test_repeats_that_are_a_link_are_not_followed_on_opening_and_refused_on_reading(root: Path, tmp_path: Path) -> None:

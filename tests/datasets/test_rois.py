@@ -73,7 +73,7 @@ def test_a_bad_json_file_is_named(lab: Path, text: str, message: str) -> None:
 BAD_NPZ = {
     "short mask": (np.ones(11, bool), "the mask has 11 voxels, the responses have 12"),
     "empty mask": (np.zeros(12, bool), "the mask selects no voxel"),
-    "floats": (np.array([1.0, 2.0]), "expected voxel indices or a mask, found float64"),
+    "floats": (np.array([1.0, 2.0]), "expected voxel indices or a mask, got float64"),
     "table": (np.array([[1, 2]]), "of shape (1, 2)"),
 }
 

@@ -182,7 +182,7 @@ def test_training_stories_out_of_range_are_refused_by_their_number(dataset: Data
 
 
 def test_an_unknown_test_story_is_refused_by_name(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="the/source: no story nosuch, which is to be a test story"):
+    with pytest.raises(InputError, match="the/source: test story 'nosuch' not found"):
         choose_stories(dataset, SUBJECTS, ["story001", "nosuch"], None, 0)
 
 

@@ -105,7 +105,7 @@ def test_responses_are_those_of_every_version() -> None:
     dataset, truth = demo_stories(), demo._truth()
     for name, expected in OLD_RESPONSES.items():
         silence = np.zeros((len(dataset.stories[name].tr_times_s), N_VOXELS))
-        heard = demo._hear(dataset, name, silence, truth).responses[SUBJECT].read(np.arange(200, 204))
+        heard = demo._with_responses(dataset, name, silence, truth).responses[SUBJECT].read(np.arange(200, 204))
         np.testing.assert_allclose(heard[[0, 50, -1]], expected, atol=2e-6)
 
 
@@ -123,7 +123,7 @@ def test_repeats_average_to_the_responses(heard: tuple[Task, Truth]) -> None:
 def test_noise_of_repeats_is_independent_and_as_large_as_it_should_be() -> None:
     """Each repeat has N times the noise variance of their mean, and no two share any."""
     mean = demo._noise((2000, 20), "noise", "elsewhere")
-    noise = demo._noise_apart(mean, "elsewhere").reshape(N_REPEATS_TEST, -1)
+    noise = demo._repeat_noise(mean, "elsewhere").reshape(N_REPEATS_TEST, -1)
     np.testing.assert_allclose(noise.mean(axis=0), mean.ravel(), atol=1e-12)
     np.testing.assert_allclose(np.cov(noise), N_REPEATS_TEST * np.eye(N_REPEATS_TEST), atol=0.15)
 

@@ -220,7 +220,7 @@ def test_a_user_defined_space_is_checked_before_anything_runs(
 
 def test_a_test_story_without_responses_is_an_error(lab: Path, command: Command) -> None:
     (lab / "subject2" / "wheretheressmoke.npy").unlink()
-    assert_refused(command(), "holds none of the published test stories that subject2 heard", "--test-stories")
+    assert_refused(command(), "none of the published test stories heard by subject2", "--test-stories")
     named = command("--test-stories", "wheretheressmoke")
     assert_refused(named, "test story wheretheressmoke has no responses of subject subject2")
 

@@ -119,7 +119,7 @@ BAD_FILES = {
     "beyond": (np.array([2, 12]), "subject a: no voxel 12; the responses have 12: 0 to 11"),
     "negative": (np.array([-1]), "subject a: no voxel -1"),
     "twice": (np.array([2, 2]), "subject a: voxel 2 is named twice"),
-    "floats": (np.array([2.0]), "subject a: expected voxel indices or a mask, found float64 of shape (1,)"),
+    "floats": (np.array([2.0]), "subject a: expected voxel indices or a mask, got float64 of shape (1,)"),
     "none": (np.array([], int), "subject a: expected voxel indices or a mask"),
     "short mask": (np.ones(3, bool), "subject a: the mask has 3 voxels, the responses have 12"),
     "empty mask": (np.zeros(12, bool), "subject a: the mask selects no voxel"),

@@ -1,0 +1,123 @@
+"""Data sets with one change, which a study and ``check`` must both refuse in words, writing nothing."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import bert_encoding.__main__ as commands
+from bert_encoding.core.command_line import run_app
+from study import run
+
+Change = Callable[[Path], object]  # takes the folder of the data
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    error: str
+
+
+class Case(NamedTuple):
+    """One change, and what each message must contain; ``{data}`` stands for the folder."""
+
+    change: Change
+    message: tuple[str, ...]
+
+
+class Commands:
+    """A dry run of a study, and ``check``, in the current folder."""
+
+    def __init__(self, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._model, self._capsys = model, capsys
+
+    def study(self, data: Path, *options: str) -> Ended:
+        arguments = ["--dry-run", "--space", "smoke", "--data", str(data), "--model", str(self._model)]
+        return self._run(run.app, [*arguments, "--out", str(Path.cwd() / "out"), *options])
+
+    def check(self, data: Path) -> Ended:
+        return self._run(commands.app, ["check", str(data)])
+
+    def _run(self, app: Any, arguments: list[str]) -> Ended:
+        self._capsys.readouterr()
+        return Ended(run_app(app, arguments), *self._capsys.readouterr())
+
+    def assert_both_refuse(self, case: Case, data: Path) -> None:
+        """Make the change and assert that both commands end with exit code 2 and its message, and write no file."""
+        case.change(data)
+        before = content(data)
+        message = tuple(part.replace("{data}", str(data)) for part in case.message)
+        assert_refused(self.study(data), message)
+        assert not Path("out").exists()
+        assert_not_usable(self.check(data), message)
+        assert content(data) == before, "the data are not ours to change"
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Return everything in a folder: the bytes of files, the targets of links, the modes of the rest."""
+
+    def of(path: Path) -> object:
+        if path.is_symlink():
+            return path.readlink()
+        return path.read_bytes() if path.is_file() else path.stat().st_mode
+
+    return {str(path.relative_to(folder)): of(path) for path in sorted(folder.rglob("*"))}
+
+
+def assert_refused(ended: Ended, message: tuple[str, ...]) -> None:
+    """Assert that a study ended with exit code 2 and one line with all parts of the message."""
+    assert ended.code == 2, ended
+    assert re.fullmatch(r"error: [^\n]+\n", ended.error), ended.error
+    assert ended.out == "", "nothing may look like a plan"
+    for part in message:
+        assert part in ended.error
+
+
+def assert_not_usable(ended: Ended, message: tuple[str, ...]) -> None:
+    """Assert that a check ended with exit code 2 and the message, in its verdict or in one line of error."""
+    assert ended.code == 2, ended
+    lines = ended.out.splitlines()
+    if ended.error:
+        assert re.fullmatch(r"error: [^\n]+\n", ended.error), ended.error
+        assert "verdict" not in ended.out
+        reasons = ended.error
+    else:
+        assert "verdict: not usable" in lines
+        reasons = "\n".join(line for line in lines if line.startswith("  because "))
+    assert "Traceback" not in ended.out + ended.error
+    for part in message:
+        assert part in reasons
+
+
+def change_bytes(name: str, edit: Callable[[bytes], bytes]) -> Change:
+    """Return a change of the content of a file."""
+    return lambda data: (data / name).write_bytes(edit((data / name).read_bytes()))
+
+
+def linked_to_itself(name: str) -> Change:
+    """Return a change that replaces a file or folder with a link to itself."""
+
+    def change(data: Path) -> None:
+        path = data / name
+        if path.is_dir():
+            path.rename(data.parent / "moved away")
+        else:
+            path.unlink()
+        path.symlink_to(path.name)
+
+    return change
+
+
+def a_pipe(name: str) -> Change:
+    """Return a change that replaces a file with a pipe."""
+
+    def change(data: Path) -> None:
+        (data / name).unlink()
+        os.mkfifo(data / name)
+
+    return change
