@@ -293,27 +293,25 @@ def _txt_rows(path: Path) -> Generator[Row, None, None]:
 def _csv_rows(path: Path) -> Generator[Row, None, None]:
     """Read row by row with Python's own reader, which guesses no types and knows the line of a bad row."""
     with closing(_lines(path)) as lines:  # at once, not when garbage is collected
-        yield from _parsed_csv(path, csv.reader(lines, strict=True))
-
-
-def _parsed_csv(path: Path, reader: Any) -> Iterator[Row]:
-    try:
-        names = next(filter(None, reader), None)
-        if names is None:
-            return
-        text_index, label_index = _columns(path, names)
-        for number, row in enumerate(filter(None, reader), 1):
-            where = f"{path}: row {number} (line {reader.line_num})"
-            if len(row) != len(names):
-                raise InputError(
-                    f"{where} has {len(row)} values, the first row names {len(names)}; quote texts with commas"
-                )
-            yield Row(where, row[text_index], None if label_index is None else row[label_index].strip() or None)
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: line {reader.line_num}: {first_line(error)}; close every quote, double those inside a text, "
-            "and give very long texts as Parquet"
-        ) from None
+        reader = csv.reader(lines, strict=True)
+        rows = filter(None, reader)
+        try:
+            names = next(rows, None)
+            if names is None:
+                return
+            text_index, label_index = _columns(path, names)
+            for number, row in enumerate(rows, 1):
+                where = f"{path}: row {number} (line {reader.line_num})"
+                if len(row) != len(names):
+                    raise InputError(
+                        f"{where} has {len(row)} values, the first row names {len(names)}; quote texts with commas"
+                    )
+                yield Row(where, row[text_index], None if label_index is None else row[label_index].strip() or None)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: line {reader.line_num}: {first_line(error)}; close every quote, double those inside a text, "
+                "and give very long texts as Parquet"
+            ) from None
 
 
 def _columns(path: Path, names: list[str]) -> tuple[int, int | None]:

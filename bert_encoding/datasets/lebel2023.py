@@ -124,7 +124,8 @@ def _responses(folder: Path) -> tuple[dict[str, Files], list[str]]:
     subjects = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     for subject in subjects:
         check_name(subject)
-    responses, notes, absent = {}, [], None
+    responses: dict[str, Files] = {}
+    notes, absent = [], None
     for subject in subjects:
         named = {} if subject.name.startswith(".") else _files(subject, ".hf5")
         fetched = {story: file for story, file in named.items() if _is_fetched(file)}

@@ -171,7 +171,7 @@ def main() -> None:
             check_opcodes(content)
         output = json.dumps(convert(content), ensure_ascii=False).encode("utf-8", "surrogatepass")
     except EOFError:
-        sys.exit("it is empty or ends too early; get it anew")
+        sys.exit("it is empty or ends too early; get the file again")
     except MemoryError:
         sys.exit("it takes more memory than any transcripts")
     except Exception as error:  # a damaged pickle raises almost anything

@@ -94,21 +94,21 @@ class Dataset:
 
         Parameters
         ----------
-        columns : which of the valid voxels, counted among themselves
+        columns : which of the valid voxels, counted among the valid ones
         """
-        assert self.voxel_masks is not None, "inspect the data set before reading its responses"
-        voxels = np.flatnonzero(self.voxel_masks[subject])[columns]
-        return self.stories[story].responses[subject].read(voxels)
+        return self.stories[story].responses[subject].read(np.flatnonzero(self._mask(subject))[columns])
 
     def n_valid(self, subject: str) -> int:
         """Return how many voxels of a subject are scored."""
-        assert self.voxel_masks is not None, "inspect the data set before counting its voxels"
-        return int(np.count_nonzero(self.voxel_masks[subject]))
+        return int(np.count_nonzero(self._mask(subject)))
 
     def valid_rois(self, subject: str) -> dict[str, np.ndarray]:
         """Return each region of interest as positions among the valid voxels; regions without any are left out."""
-        assert self.voxel_masks is not None, "inspect the data set before reading its regions"
-        mask = self.voxel_masks[subject]
-        place = np.cumsum(mask) - 1
-        rois = {name: place[voxels[mask[voxels]]] for name, voxels in self.rois.get(subject, {}).items()}
+        mask = self._mask(subject)
+        position = np.cumsum(mask) - 1
+        rois = {name: position[voxels[mask[voxels]]] for name, voxels in self.rois.get(subject, {}).items()}
         return {name: voxels for name, voxels in rois.items() if voxels.size}
+
+    def _mask(self, subject: str) -> np.ndarray:
+        assert self.voxel_masks is not None, "inspect the data set first"
+        return self.voxel_masks[subject]

@@ -241,12 +241,12 @@ BOMBS = {
     "an array of 10**12 numbers": with_words(
         array("f8", bytes(16), b"\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85")
     ),
-    "an array of -1 numbers": transcript(array("f8", bytes(16), body(-7) + b"\x85")),
-    "an array of 10**40 numbers": transcript(
+    "an array of -1 numbers": with_words(array("f8", bytes(16), body(-7) + b"\x85")),
+    "an array of 10**40 numbers": with_words(
         array("f8", bytes(16), b"\x8a\x14" + (10**40).to_bytes(20, "little") + b"\x85")
     ),
-    "an array of texts of 10**9 letters": transcript(array("U999999999", bytes(16), b"K\x01\x85")),
-    "an array of texts without letters": transcript(array("U0", bytes(16), b"K\x01\x85")),
+    "an array of texts of 10**9 letters": with_words(array("U999999999", bytes(16), b"K\x01\x85")),
+    "an array of texts without letters": with_words(array("U0", bytes(16), b"K\x01\x85")),
     "a text encoded again and again": transcript(
         as_text("a" * LARGE) + b"\x940](" + (as_name("_codecs", "encode") + b"h\x00\x85R") * 2000 + b"e"
     ),
