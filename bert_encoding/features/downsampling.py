@@ -1,4 +1,4 @@
-"""Word vectors to the scanner's clock: Lanczos downsampling, FIR delays, trim, z-score."""
+"""Word vectors to TRs: Lanczos downsampling, FIR delays, trim."""
 
 from collections.abc import Sequence
 
@@ -11,28 +11,28 @@ N_LOBES = 3
 
 
 def story_features(vectors: np.ndarray, story: Story, delays: Sequence[int], trim: Trim) -> np.ndarray:
-    """Return the features of one story, (n_rows, n_delays * n_hidden) float32, row by row beside its responses.
+    """Return the features of one story, (n_rows, n_delays * n_hidden) float32, one row per row of its responses.
 
-    The whole story is downsampled, then delayed, then trimmed: real samples, not zeros, fill the lags of the first
-    rows kept, and no story reaches into another.
+    The whole story is downsampled, then delayed, then trimmed, so the first rows are delayed from real samples, not
+    from zeros, and no story reaches into another.
 
     Parameters
     ----------
     vectors : (n_words, n_hidden)
     delays : in TRs
     """
-    return lagged_rows(downsample_story(vectors, story), delays, trim)
+    return delayed_features(downsample_story(vectors, story), delays, trim)
 
 
 def downsample_story(vectors: np.ndarray, story: Story) -> np.ndarray:
-    """Return word vectors, (n_words, n_hidden), on the scanner's clock, (n_trs, n_hidden) float64."""
+    """Downsample word vectors, (n_words, n_hidden), to one row per TR, (n_trs, n_hidden) float64."""
     if len(vectors) != len(story.words):
         raise ValueError(f"story {story.name}: {len(vectors)} vectors for {len(story.words)} words")
     return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
 
 
-def lagged_rows(downsampled: np.ndarray, delays: Sequence[int], trim: Trim) -> np.ndarray:
-    """Return the delayed features of the rows that responses cover, (n_rows, n_delays * n_hidden) float32."""
+def delayed_features(downsampled: np.ndarray, delays: Sequence[int], trim: Trim) -> np.ndarray:
+    """Delay downsampled features and trim them to the rows of the responses, (n_rows, n_delays * n_hidden) float32."""
     delayed = delay(downsampled, delays)  # (n_trs, n_delays * n_hidden)
     return delayed[trim.rows(len(delayed))].astype(np.float32)
 
@@ -51,7 +51,7 @@ def lanczos_downsample(
     cutoff = 1 / np.mean(np.diff(trs))
     reach = n_lobes / cutoff
     first, stop = np.searchsorted(trs, words - reach, "left"), np.searchsorted(trs, words + reach, "right")
-    columns = np.repeat(np.arange(len(words)), stop - first)  # the word of each weight that is not zero
+    columns = np.repeat(np.arange(len(words)), stop - first)  # word of each non-zero weight
     rows = np.arange(len(columns)) - np.repeat(np.cumsum(stop - first) - stop, stop - first)
     x = (trs[rows] - words[columns]) * cutoff
     weights = csr_array((np.sinc(x) * np.sinc(x / n_lobes), (rows, columns)), shape=(len(trs), len(words)))

@@ -1,4 +1,4 @@
-"""Static word vectors from a GloVe or word2vec file: the same vector for a word wherever it stands."""
+"""Static word vectors from a GloVe or word2vec file: a word has the same vector in every context."""
 
 import gzip
 import io
@@ -15,13 +15,13 @@ import numpy as np
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.features.word_rate import normalise
 
-MAX_LINE_BYTES = 2**20  # of a text file; a longer line is not one of vectors
+MAX_LINE_BYTES = 2**20  # of a text file; a file of vectors has no longer line
 MAX_WORD_BYTES = 2**12  # of a binary file
 MAX_DIMS = 100_000
 CHUNK_BYTES = 2**20
 LINE_FEED, SPACE = b"\n", b" "
-CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # in packed numbers sooner or later, never in text
-NOT_VECTORS = {  # how files begin that are given by mistake
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")  # characters of packed numbers, never of text
+NOT_VECTORS = {  # first bytes of other kinds of files
     b"\x80": "a Python pickle, which could run code and is never loaded; export it with save_word2vec_format",
     b"PK\x03\x04": "a zip archive; unpack it and give the file of vectors inside",
     b"\x93NUMPY": "a NumPy array without words; export it with save_word2vec_format",
@@ -34,7 +34,7 @@ class StaticVectors:
 
     Attributes
     ----------
-    rows : word -> its row in ``vectors``
+    rows : word -> row in ``vectors``
     vectors : (n_known, n_dims) float32
     """
 
@@ -44,7 +44,7 @@ class StaticVectors:
 
 
 def static_vectors(spoken: Sequence[str], table: StaticVectors) -> np.ndarray:
-    """Return the vector of every word, (n_words, n_dims) float32; zero for silent rows and unknown words.
+    """Return the vector of every word, (n_words, n_dims) float32; zero for empty and unknown words.
 
     Raises
     ------
@@ -52,25 +52,25 @@ def static_vectors(spoken: Sequence[str], table: StaticVectors) -> np.ndarray:
         if no word is known.
     """
     if not coverage(spoken, table):
-        raise InputError(f"{table.path}: it has none of a story's words; the file must be of the story's language")
-    found = np.array([table.rows.get(normalise(word), -1) for word in spoken])
+        raise InputError(f"{table.path}: has none of a story's words; is it in the language of the stories?")
+    rows = np.array([table.rows.get(normalise(word), -1) for word in spoken])
     vectors = np.zeros((len(spoken), table.vectors.shape[1]), dtype=np.float32)
-    vectors[found >= 0] = table.vectors[found[found >= 0]]
+    vectors[rows >= 0] = table.vectors[rows[rows >= 0]]
     return vectors
 
 
 def coverage(spoken: Sequence[str], table: StaticVectors) -> float:
-    """Return the share of spoken words that have a vector, 0 to 1; silent rows do not count."""
-    said = [normalise(word) for word in spoken if word]
-    return sum(word in table.rows for word in said) / len(said) if said else 0.0
+    """Return the share of spoken words that have a vector, 0 to 1; empty words do not count."""
+    words = [normalise(word) for word in spoken if word]
+    return sum(word in table.rows for word in words) / len(words) if words else 0.0
 
 
 def read_static_vectors(path: Path, words: set[str]) -> StaticVectors:
     """Read the vectors of some words from a GloVe or word2vec file, text or binary, plain or gzip.
 
-    Gensim holds a whole file in memory (GoogleNews: 3.6 GB) and can only stop early. So the file is read once as a
-    stream, its form is checked, and only the entries of ``words`` go on to gensim. A word that comes twice keeps its
-    first vector, as in gensim. A first line of two fields is a header, so GloVe vectors need two dimensions or more.
+    Gensim would hold the whole file in memory (GoogleNews: 3.6 GB). So the file is read once as a stream, its format
+    is checked, and gensim reads only the entries of ``words``. If a word occurs twice, its first vector counts, as in
+    gensim. A first line of two fields is a header, so GloVe vectors need at least two dimensions.
 
     Parameters
     ----------
@@ -79,25 +79,29 @@ def read_static_vectors(path: Path, words: set[str]) -> StaticVectors:
     Raises
     ------
     InputError
-        if gensim is not installed, the file is missing, malformed or no such file, or it has none of the words.
+        if gensim is not installed, or the file is missing, malformed, or has none of the words.
     """
     load = _gensim_loader(path)
     try:
         with _open(path) as file:
             layout = _layout(path, file)
             entries = _binary_entries(path, file, layout) if layout.binary else _text_entries(path, file, layout)
-            kept = _keep(entries, {word.encode("utf-8", "replace") for word in words if word})
+            wanted = {word.encode("utf-8", "replace") for word in words if word}
+            selected: dict[bytes, Entry] = {}
+            for entry in entries:
+                if entry.word in wanted:
+                    selected.setdefault(entry.word, entry)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: damaged gzip file ({first_line(error)}); get it anew") from None
+        raise InputError(f"{path}: damaged gzip file ({first_line(error)}); download it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
-    if not kept:
-        raise InputError(f"{path}: it has none of the {len(words)} words asked for; is it of the stories' language?")
-    return _through_gensim(load, path, layout, kept)
+    if not selected:
+        raise InputError(f"{path}: has none of the {len(words)} words of the stories; is it in their language?")
+    return _through_gensim(load, path, layout, selected)
 
 
 class Layout(NamedTuple):
-    """The form of a file; ``first`` is the first line of a file without header, ``n_vectors`` unknown there."""
+    """The format of a file; without a header, ``n_vectors`` is None and ``first`` holds the first line."""
 
     n_dims: int
     n_vectors: int | None
@@ -106,7 +110,7 @@ class Layout(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A word and its vector as it lies in the file: numbers in text, or packed float32."""
+    """A word and its vector as bytes of the file: numbers as text, or packed float32."""
 
     place: str
     word: bytes
@@ -154,89 +158,81 @@ def _layout(path: Path, file: io.BufferedReader | gzip.GzipFile) -> Layout:
     return Layout(n_dims, n_vectors, binary, b"")
 
 
-def _keep(entries: Iterator[Entry], wanted: set[bytes]) -> dict[bytes, Entry]:
-    kept: dict[bytes, Entry] = {}
-    for entry in entries:
-        if entry.word in wanted and entry.word not in kept:
-            kept[entry.word] = entry
-    return kept
-
-
 def _text_entries(path: Path, file: BinaryIO | gzip.GzipFile, layout: Layout) -> Iterator[Entry]:
     """Yield the entry of every line, ``word number number ...``.
 
-    Only a space divides: words of GloVe hold no-break spaces, which must not.
+    Only a space separates: words of GloVe can hold no-break spaces.
     """
-    n_found, number = 0, 0 if layout.n_vectors is None else 1
+    n_entries, number = 0, 0 if layout.n_vectors is None else 1
     line = layout.first or file.readline(MAX_LINE_BYTES)
     while line:
         number += 1
         if len(line) == MAX_LINE_BYTES:
             raise InputError(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes: not a file of vectors")
         if content := line.rstrip():
-            n_found += 1
+            n_entries += 1
             yield _text_entry(path, number, content, layout.n_dims)
         line = file.readline(MAX_LINE_BYTES)
-    if layout.n_vectors not in (None, n_found):
-        raise InputError(f"{path}: its header says {layout.n_vectors} vectors, it holds {n_found}; get it anew")
+    if layout.n_vectors not in (None, n_entries):
+        raise InputError(f"{path}: its header says {layout.n_vectors} vectors, it holds {n_entries}; download it again")
 
 
 def _text_entry(path: Path, number: int, content: bytes, n_dims: int) -> Entry:
     word, _, raw = content.partition(SPACE)
     n_numbers = raw.count(SPACE) + 1 if raw else 0
     if n_numbers != n_dims:
-        where = f"{path}: line {number}: {_show(word)}"
-        raise InputError(f"{where} has {n_numbers} numbers, expected {n_dims}; get the file anew")
+        line = f"{path}: line {number}: {_show(word)}"
+        raise InputError(f"{line} has {n_numbers} numbers, expected {n_dims}; download the file again")
     return Entry(f"line {number}", word, raw)
 
 
 def _binary_entries(path: Path, file: BinaryIO | gzip.GzipFile, layout: Layout) -> Iterator[Entry]:
-    """Yield every entry of a binary word2vec file: the word, a space, packed float32, perhaps a line feed."""
+    """Yield every entry of a binary word2vec file: word, space, packed float32, and sometimes a line feed."""
     assert layout.n_vectors is not None
     n_bytes = 4 * layout.n_dims
-    chunk, at = b"", 0
+    chunk, start = b"", 0
     for number in range(1, layout.n_vectors + 1):
-        if len(chunk) - at < MAX_WORD_BYTES + n_bytes:
-            chunk, at = chunk[at:] + file.read(CHUNK_BYTES + n_bytes), 0
-        end = chunk.find(SPACE, at, at + MAX_WORD_BYTES)
-        if end < 0 and len(chunk) - at >= MAX_WORD_BYTES:
+        if len(chunk) - start < MAX_WORD_BYTES + n_bytes:
+            chunk, start = chunk[start:] + file.read(CHUNK_BYTES + n_bytes), 0
+        end = chunk.find(SPACE, start, start + MAX_WORD_BYTES)
+        if end < 0 and len(chunk) - start >= MAX_WORD_BYTES:
             raise InputError(f"{path}: vector {number} has no word: neither text nor binary word2vec")
         if end < 0 or len(chunk) - end - 1 < n_bytes:
-            raise InputError(f"{path}: it ends in vector {number} of {layout.n_vectors}; get it anew")
-        yield Entry(f"vector {number}", chunk[at:end].lstrip(LINE_FEED), chunk[end + 1 : end + 1 + n_bytes])
-        at = end + 1 + n_bytes
-    if (chunk[at:] + file.read(2)).strip():
-        raise InputError(f"{path}: its header says {layout.n_vectors} vectors, but more follows; get it anew")
+            raise InputError(f"{path}: it ends in vector {number} of {layout.n_vectors}; download it again")
+        yield Entry(f"vector {number}", chunk[start:end].lstrip(LINE_FEED), chunk[end + 1 : end + 1 + n_bytes])
+        start = end + 1 + n_bytes
+    if (chunk[start:] + file.read(2)).strip():
+        raise InputError(f"{path}: its header says {layout.n_vectors} vectors, but more follows; download it again")
 
 
-def _through_gensim(load: Any, path: Path, layout: Layout, kept: dict[bytes, Entry]) -> StaticVectors:
-    """Let gensim read the entries kept, through a temporary file: it takes no open ones."""
+def _through_gensim(load: Any, path: Path, layout: Layout, entries: dict[bytes, Entry]) -> StaticVectors:
+    """Let gensim read the entries, through a temporary file, since it does not read open files."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".vectors") as file:
-            file.write(b"%d %d\n" % (len(kept), layout.n_dims))
-            for word, entry in kept.items():
+            file.write(b"%d %d\n" % (len(entries), layout.n_dims))
+            for word, entry in entries.items():
                 file.write(word + SPACE + entry.raw + LINE_FEED)
             file.flush()
-            with np.errstate(over="ignore"):  # what exceeds float32 is refused below
+            with np.errstate(over="ignore"):  # values beyond float32 are refused below
                 vectors = load(file.name, binary=layout.binary)
     except OSError as error:
         raise InputError(f"{path}: no temporary file ({first_line(error)}); free some space, or set TMPDIR") from None
     except ValueError as error:
-        for entry in kept.values():
+        for entry in entries.values():
             _check_numbers(f"{path}: {entry.place}", entry.word, entry.raw.split(SPACE))
         raise InputError(f"{path}: gensim cannot read it ({first_line(error)})") from None
     table = np.ascontiguousarray(vectors.vectors, dtype=np.float32)  # (n_known, n_dims)
-    for entry, row in zip(kept.values(), table, strict=True):
+    for entry, row in zip(entries.values(), table, strict=True):
         if not np.isfinite(row).all():
             bad = row[~np.isfinite(row)][0]
-            raise InputError(f"{path}: {entry.place}: {_show(entry.word)} has the value {bad}; mend or remove it")
+            raise InputError(f"{path}: {entry.place}: {_show(entry.word)} has the value {bad}; correct or remove it")
     return StaticVectors(path, dict(vectors.key_to_index), table)
 
 
-def _check_numbers(where: str, word: bytes, fields: list[bytes]) -> None:
+def _check_numbers(line: str, word: bytes, fields: list[bytes]) -> None:
     for text in fields:
         if not _is_number(text):
-            raise InputError(f"{where}: {_show(word)} has {_show(text)} among its numbers; get the file anew")
+            raise InputError(f"{line}: {_show(word)} has {_show(text)} among its numbers; download the file again")
 
 
 def _is_number(text: bytes) -> bool:

@@ -1,6 +1,6 @@
-"""Word vectors without BERT: word rate and bag of words; ``static_vectors.py`` has those that come from a file.
+"""Word vectors without BERT: word rate and bag of words; for those from a file see ``static_vectors.py``.
 
-Each returns (n_words, n_hidden) float32 with a row for every row of the transcript, as BERT's word vectors have.
+Like BERT's word vectors, they have one row per row of the transcript, (n_words, n_hidden) float32.
 """
 
 import re
@@ -15,16 +15,16 @@ from bert_encoding.core.errors import InputError
 def word_rate(spoken: Sequence[str]) -> np.ndarray:
     """Return 1 for every spoken word and 0 for empty rows and tags, (n_words, 1) float32.
 
-    Downsampled, it is how many words fall on each TR.
+    Downsampled, it is the number of words per TR.
     """
     return np.array([[float(word != "")] for word in spoken], dtype=np.float32).reshape(-1, 1)
 
 
 def normalise(word: str) -> str:
-    """Return a word in lower case without the punctuation around it; apostrophes inside stay, as ``'``.
+    """Return a word in lower case without surrounding punctuation; apostrophes inside stay, as ``'``.
 
     ``"Don’t,"`` becomes ``don't`` and ``'cause`` becomes ``cause``; ``""`` if nothing is left. A contraction stays one
-    word: word2vec files list it so, GloVe's own tokeniser splits it (``do n't``), so there it counts as unknown.
+    word, as in word2vec files; GloVe's own tokeniser splits it (``do n't``), so there it is unknown.
     """
     return re.sub(r"^[\W_]+|[\W_]+$", "", word.lower().replace("\u2019", "'"))
 
@@ -40,7 +40,7 @@ def choose_vocabulary(stories: Iterable[Sequence[str]], n: int) -> tuple[str, ..
     Parameters
     ----------
     stories : spoken words of the fit stories alone, so that no other story shapes a feature
-    n : at most so many; all if there are fewer
+    n : maximal number of words
 
     Raises
     ------
@@ -48,22 +48,22 @@ def choose_vocabulary(stories: Iterable[Sequence[str]], n: int) -> tuple[str, ..
         if ``n`` is below 1, or nothing is spoken.
     """
     if n < 1:
-        raise InputError(f"a vocabulary of {n} words: it must have 1 or more")
+        raise InputError(f"a vocabulary of {n} words: it needs at least 1")
     counts = Counter(normalise(word) for spoken in stories for word in spoken)
     del counts[""]
     if not counts:
-        raise InputError("no vocabulary: the fit stories hold no spoken word")
+        raise InputError("no vocabulary: the fit stories have no spoken word")
     return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:n])
 
 
 def bag_of_words(spoken: Sequence[str], vocabulary: tuple[str, ...]) -> np.ndarray:
     """Return a one-hot row for every word, (n_words, len(vocabulary)) float32.
 
-    Silent rows and words outside the vocabulary are zero.
+    Empty words and words outside the vocabulary are zero.
     """
-    columns = {word: at for at, word in enumerate(vocabulary)}
-    rows = np.zeros((len(spoken), len(vocabulary)), dtype=np.float32)
-    for at, word in enumerate(map(normalise, spoken)):
+    columns = {word: column for column, word in enumerate(vocabulary)}
+    vectors = np.zeros((len(spoken), len(vocabulary)), dtype=np.float32)
+    for row, word in enumerate(map(normalise, spoken)):
         if word in columns:
-            rows[at, columns[word]] = 1
-    return rows
+            vectors[row, columns[word]] = 1
+    return vectors

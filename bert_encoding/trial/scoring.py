@@ -13,7 +13,7 @@ from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.features.downsampling import lagged_rows
+from bert_encoding.features.downsampling import delayed_features
 from bert_encoding.regression.response_panels import ResponsePanel, panels
 from bert_encoding.regression.ridge import (
     DECADES_FURTHER,
@@ -138,7 +138,7 @@ def make_design(
     RuntimeError
         if a story's features are not finite.
     """
-    X = {name: lagged_rows(downsampled[name], config.delays, dataset.trim) for name in (*fit, *scored)}
+    X = {name: delayed_features(downsampled[name], config.delays, dataset.trim) for name in (*fit, *scored)}
     for name, features in X.items():
         if not np.isfinite(features).all():
             raise RuntimeError(f"story {name}: its features are not finite")

@@ -343,7 +343,7 @@ OUT = ("--to", "OUT.npz")
         ((*MODEL, *TEXT, "--words", "the,,a", *OUT), "--words the,,a: a word is empty"),
         ((*MODEL, *TEXT, "--words", "", *OUT), "--words : a word is empty"),
         ((*MODEL, *TEXT, "--words", "the,The", *OUT), "--words the,The: a word is given twice"),
-        ((*MODEL, *TEXT, "--words", "xylophone", *OUT), "--words xylophone: none of them is in the text"),
+        ((*MODEL, *TEXT, "--words", "xylophone", *OUT), "--words xylophone: none of them occurs in the text"),
     ],
 )
 def test_export_refuses_mistakes_in_one_line(
