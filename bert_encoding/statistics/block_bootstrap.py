@@ -1,4 +1,11 @@
-"""How sure is a mean CC, or a difference between two models, over time inside given stories?"""
+"""Intervals of a mean CC, or of the difference between two models, over time inside given stories.
+
+Every story is cut into blocks of rows (the last may be shorter), and as many as it has are drawn from them with
+replacement: responses and predictions together, all voxels together. The CC over all rows drawn is computed for every
+voxel, then averaged over voxels; bounds are percentiles of the resamples. CCs come from each block's sums of y, p, yy,
+pp and yp, so a resample is a weighted sum. The interval describes other moments of *these* stories; other stories may
+vary more. Measured coverage: docs/statistics.md.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,24 +14,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bert_encoding.core.seeds import generator
-from bert_encoding.statistics.story_intervals import LEVEL, N_RESAMPLES, TIME, Interval, percentiles
+from bert_encoding.statistics.story_intervals import LEVEL, TIME, Interval
 
 BLOCK_TRS = 10
-WORK_BYTES = 2**26  # of resampled sums at a time
+N_RESAMPLES = 2000
+WORK_BYTES = 2**26  # of resampled sums in memory
 
 
 @dataclass(frozen=True, eq=False)
 class Replicates:
-    """CC summed over voxels, of the stories as they are and of resamples of their time; ``join_replicates`` joins
-    panels of voxels.
+    """CC summed over voxels, for the original rows and for resamples; see ``join_replicates``.
 
     Attributes
     ----------
-    total : (1 + n_resamples,) float64, the first of the stories as they are; (1,) where no story has two blocks to draw
-        from
+    total : (1 + n_resamples,) float64, first for the original rows; (1,) if no story has two blocks to draw from
     used : (n_columns,) bool, voxels that have a CC and are in the sums
-    n_blocks : blocks of time in all stories
-    draws : digest of the rows, their blocks and the draws; replicates that share it are paired
+    n_blocks : number of blocks in all stories
+    draws : hash of the rows, their blocks and the draws; replicates with the same hash are paired
     """
 
     total: np.ndarray
@@ -38,56 +44,10 @@ class Replicates:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean CC over the voxels used, (1 + n_resamples,); a ValueError where there are none."""
+        """Mean CC over the voxels used, (1 + n_resamples,); ValueError if there are none."""
         if self.n_voxels == 0:
             raise ValueError("no voxel has finite, varying responses and finite predictions")
         return self.total / self.n_voxels
-
-
-def time_interval(
-    Y: np.ndarray,
-    predicted_a: np.ndarray,
-    story_of_row: np.ndarray,
-    predicted_b: np.ndarray | None = None,
-    *,
-    level: float = LEVEL,
-    n_resamples: int = N_RESAMPLES,
-    block_trs: int = BLOCK_TRS,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean CC over voxels, or its difference between two models, and its interval over time.
-
-    Every story is cut into blocks of rows (the last may be shorter), and as many as it has are drawn from them with
-    replacement: responses and both predictions together, all voxels together. The CC over all rows drawn is computed
-    for every voxel, then averaged over voxels; bounds are percentiles of the resamples. No row is moved: CCs come from
-    each block's sums of y, p, yy, pp and yp, so that a resample is a weighted sum.
-
-    It is meant for the few test stories, and says how the score would move with other moments of *these* stories; it
-    knows nothing of other stories, which may vary more. Measured coverage: docs/statistics.md.
-
-    Of a brain that comes panel by panel, join ``time_replicates`` and take ``replicates_interval`` or
-    ``difference_interval``.
-
-    Parameters
-    ----------
-    Y, predicted_a, predicted_b : (n_rows, n_voxels); voxels that are constant or not finite in Y, or not finite in a
-        prediction, are left out; a prediction that is constant in a resample scores 0 there
-    story_of_row : (n_rows,) label of each row's story; rows of a story are in order of time
-
-    Raises
-    ------
-    ValueError
-        if shapes disagree or no voxel is left.
-    """
-    draws = {"n_resamples": n_resamples, "block_trs": block_trs, "seed": seed}
-    if predicted_b is None:
-        return replicates_interval(time_replicates(Y, predicted_a, story_of_row, **draws), level=level)
-    _check(Y, [predicted_a, predicted_b], story_of_row)
-    finite = np.isfinite(predicted_a).all(axis=0) & np.isfinite(predicted_b).all(axis=0)
-    if not finite.all():
-        Y, predicted_a, predicted_b = Y[:, finite], predicted_a[:, finite], predicted_b[:, finite]
-    a, b = (time_replicates(Y, predicted, story_of_row, **draws) for predicted in (predicted_a, predicted_b))
-    return difference_interval(a, b, level=level)
 
 
 def time_replicates(
@@ -99,15 +59,15 @@ def time_replicates(
     block_trs: int = BLOCK_TRS,
     seed: int = 0,
 ) -> Replicates:
-    """Return what ``time_interval`` goes by, of one model and one panel of voxels.
+    """Resample the CC of one model and one panel of voxels.
 
-    A brain that does not fit in memory is handed over panel by panel, and the replicates are joined. The draws
-    depend on the stories' rows, ``n_resamples``, ``block_trs`` and ``seed`` alone, so that panels and models share
-    them.
+    A brain that does not fit in memory is passed panel by panel, and the replicates are joined. The draws depend only
+    on the rows of the stories, ``n_resamples``, ``block_trs`` and ``seed``, so panels and models share them.
 
     Parameters
     ----------
-    Y, predicted : (n_rows, n_voxels); voxels are left out as in ``time_interval``
+    Y, predicted : (n_rows, n_voxels); voxels that are constant or not finite in Y, or not finite in the prediction, are
+        left out; a prediction that is constant in a resample scores 0 there
     story_of_row : (n_rows,) label of each row's story; rows of a story are in order of time
 
     Raises
@@ -115,7 +75,10 @@ def time_replicates(
     ValueError
         if shapes disagree.
     """
-    _check(Y, [predicted], story_of_row)
+    if Y.shape != predicted.shape or Y.ndim != 2:
+        raise ValueError(f"responses {Y.shape} and predictions {predicted.shape}: expected one (n_rows, n_voxels)")
+    if story_of_row.shape != Y.shape[:1] or not len(Y):
+        raise ValueError(f"rows disagree: responses {len(Y)}, story_of_row {story_of_row.shape}")
     starts, story_of_block, order = _blocks(story_of_row, block_trs)
     if np.unique(story_of_block).size == story_of_block.size:  # a story of one block has nothing to draw from
         n_resamples = 0
@@ -135,7 +98,7 @@ def join_replicates(panels: Sequence[Replicates]) -> Replicates:
     Raises
     ------
     ValueError
-        if there are none, or they were not drawn alike.
+        if there are none, or their draws differ.
     """
     if not panels:
         raise ValueError("there are no replicates")
@@ -145,15 +108,14 @@ def join_replicates(panels: Sequence[Replicates]) -> Replicates:
 
 
 def mean_replicates(subjects: Sequence[Replicates]) -> Replicates:
-    """Return the mean over subjects, each counting as one voxel whatever the size of its brain.
+    """Return the mean over subjects; each counts as one voxel, whatever its number of voxels.
 
-    Subjects that heard the same rows share the draws; one that lacks a story has its own, which is taken to be
-    independent.
+    Subjects with the same rows share the draws; the draws of a subject that lacks a story are treated as independent.
 
     Raises
     ------
     ValueError
-        if there are none, one has no voxel, or they have unlike numbers of resamples.
+        if there are none, one has no voxel, or their numbers of resamples differ.
     """
     if not subjects:
         raise ValueError("there are no replicates")
@@ -166,7 +128,7 @@ def mean_replicates(subjects: Sequence[Replicates]) -> Replicates:
     return Replicates(total, np.ones(len(subjects), bool), n_blocks, draws)
 
 
-def replicates_interval(replicates: Replicates, *, level: float = LEVEL) -> Interval:
+def replicates_interval(replicates: Replicates) -> Interval:
     """Return the mean CC over all voxels of the replicates, and its interval over time.
 
     Raises
@@ -174,42 +136,36 @@ def replicates_interval(replicates: Replicates, *, level: float = LEVEL) -> Inte
     ValueError
         if no voxel has a CC.
     """
-    return _interval_of_means(replicates.mean, replicates.n_blocks, level)
+    return _interval_of_means(replicates.mean, replicates.n_blocks)
 
 
-def difference_interval(a: Replicates, b: Replicates, *, level: float = LEVEL) -> Interval:
+def difference_interval(a: Replicates, b: Replicates) -> Interval:
     """Return the mean CC of model a minus that of model b, and its interval over time, resample by resample.
 
     Raises
     ------
     ValueError
-        if the two were not drawn alike or do not count the same voxels, or no voxel has a CC.
+        if draws or voxels differ, or no voxel has a CC.
     """
     _check_paired([a, b])
     if not np.array_equal(a.used, b.used):
         raise ValueError(
-            f"model a has a CC in {a.n_voxels} of {a.used.size} voxels, model b in {b.n_voxels} of {b.used.size}, not "
-            "the same ones; leave out those that either lacks"
+            f"the models have a CC in different voxels: a in {a.n_voxels} of {a.used.size}, b in {b.n_voxels} of "
+            f"{b.used.size}; leave out voxels that are missing in one of them"
         )
-    return _interval_of_means(a.mean - b.mean, a.n_blocks, level)
-
-
-def _check(Y: np.ndarray, predictions: list[np.ndarray], story_of_row: np.ndarray) -> None:
-    for predicted in predictions:
-        if Y.shape != predicted.shape or Y.ndim != 2:
-            raise ValueError(f"responses {Y.shape} and predictions {predicted.shape}: expected one (n_rows, n_voxels)")
-    if story_of_row.shape != Y.shape[:1] or not len(Y):
-        raise ValueError(f"rows disagree: responses {len(Y)}, story_of_row {story_of_row.shape}")
+    return _interval_of_means(a.mean - b.mean, a.n_blocks)
 
 
 def _check_paired(parts: Sequence[Replicates]) -> None:
     if len({part.draws for part in parts}) > 1:
-        raise ValueError("replicates of other rows or other draws; give all panels and models the same rows and seed")
+        raise ValueError("replicates differ in rows or draws; use the same rows and seed for all panels and models")
 
 
-def _interval_of_means(means: np.ndarray, n_blocks: int, level: float) -> Interval:
-    low, high = percentiles(means[1:], level) if len(means) > 1 else (np.nan, np.nan)
-    return Interval(float(means[0]), low, high, level, n_blocks, TIME)
+def _interval_of_means(means: np.ndarray, n_blocks: int) -> Interval:
+    low = high = np.nan
+    if len(means) > 1:
+        low, high = np.quantile(means[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(means[0]), float(low), float(high), LEVEL, n_blocks, TIME)
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -217,7 +173,7 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def _blocks(story_of_row: np.ndarray, block_trs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each block's first row and its story, (n_blocks,), after sorting rows by story, and that order."""
+    """Return the first row and the story of each block, (n_blocks,), in rows sorted by story, and that order."""
     order = np.argsort(story_of_row, kind="stable")
     _, first_rows, n_rows = np.unique(story_of_row[order], return_index=True, return_counts=True)
     starts = [first + np.arange(0, n, block_trs) for first, n in zip(first_rows, n_rows, strict=True)]
@@ -226,7 +182,7 @@ def _blocks(story_of_row: np.ndarray, block_trs: int) -> tuple[np.ndarray, np.nd
 
 
 def _draws(story_of_block: np.ndarray, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return how often each block is drawn, (1 + n_resamples, n_blocks) float64; first the blocks as they are."""
+    """Return how often each block is drawn, (1 + n_resamples, n_blocks) float64; in the first row, once each."""
     weights = np.ones((1 + n_resamples, story_of_block.size))
     for story in np.unique(story_of_block):
         blocks = np.flatnonzero(story_of_block == story)
@@ -237,14 +193,13 @@ def _draws(story_of_block: np.ndarray, n_resamples: int, rng: np.random.Generato
 def _summed_cc(
     Y: np.ndarray, predicted: np.ndarray, starts: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum over voxels of CC, (1 + n_resamples,), and which voxels it counts, (n_voxels,)."""
+    """Return the CC summed over voxels, (1 + n_resamples,), and which voxels it includes, (n_voxels,)."""
     used = np.isfinite(Y).all(axis=0) & (Y[0] != Y).any(axis=0) & np.isfinite(predicted).all(axis=0)
     sizes = weights @ np.diff(np.append(starts, len(Y)))[:, None].astype(np.float64)  # (1 + n_resamples, 1)
     y, y_mean, y_power = _centred_sums(Y[:, used], starts, weights, sizes)
     p, p_mean, p_power = _centred_sums(predicted[:, used], starts, weights, sizes)
     product = _resampled(y * p, starts, weights) / sizes - y_mean * p_mean
-    # below this is rounding; as in scores.correlate, such a prediction scores 0
-    varies = (p_power > 1e-20) & (y_power > 0)
+    varies = (p_power > 1e-20) & (y_power > 0)  # below is rounding; as in correlate, a constant prediction scores 0
     norms = np.sqrt(np.where(varies, y_power * p_power, 1))
     return np.where(varies, product / norms, 0).clip(-1, 1).sum(axis=1), used
 
@@ -252,13 +207,13 @@ def _summed_cc(
 def _centred_sums(
     values: np.ndarray, starts: np.ndarray, weights: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return float64 values less their mean, so that sums of squares lose no digits, and each resample's mean and
-    variance, (1 + n_resamples, n_voxels)."""
+    """Return values minus their mean in float64, so that sums of squares lose no digits, and the mean and variance of
+    each resample, (1 + n_resamples, n_voxels)."""
     centred = values - values.mean(axis=0, dtype=np.float64)
     mean = _resampled(centred, starts, weights) / sizes
     return centred, mean, _resampled(centred**2, starts, weights) / sizes - mean**2
 
 
 def _resampled(values: np.ndarray, starts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return each resample's sum over rows, (1 + n_resamples, n_voxels)."""
+    """Return the sum over rows of each resample, (1 + n_resamples, n_voxels)."""
     return weights @ np.add.reduceat(values, starts, axis=0)

@@ -1,8 +1,8 @@
-"""How well responses are predicted: CC a voxel, and its summaries over voxels."""
+"""How well responses are predicted: the CC of each voxel, and summaries over voxels."""
 
 import numpy as np
 
-VOXELS_PER_BLOCK = 1024  # float64 copies of so many at a time
+VOXELS_PER_BLOCK = 1024  # of float64 copies
 
 
 def correlate(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def _correlate_block(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
     p = Y_predicted - Y_predicted.mean(axis=0, dtype=np.float64)
     product = np.einsum("tv,tv->v", y, p)
     y_norm, p_norm = np.sqrt(np.einsum("tv,tv->v", y, y)), np.sqrt(np.einsum("tv,tv->v", p, p))
-    y_norm[np.ptp(Y, axis=0) == 0] = 0  # the rounded mean of equal values leaves a trace
+    y_norm[np.ptp(Y, axis=0) == 0] = 0  # with a rounded mean it would be just above 0
     flat = p_norm <= 1e-10 * np.sqrt(len(Y))
     cc = np.divide(product, y_norm * p_norm, out=np.zeros_like(product), where=~flat & (y_norm > 0))
     cc[y_norm == 0] = np.nan

@@ -1,4 +1,4 @@
-"""How well could any model do? The noise ceiling of each voxel, from repeated scans of one story."""
+"""The noise ceiling: the best possible CC of each voxel, from repeated scans of one story."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +9,20 @@ import numpy as np
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.responses import BLOCK_BYTES, Responses, Source
 
-CC_MAX_FLOOR = 0.4  # few silent voxels pass it by chance: docs/statistics.md
+CC_MAX_FLOOR = 0.4  # few voxels without signal exceed it by chance: docs/statistics.md
 
 
 class NoiseCeiling(NamedTuple):
-    """What repeats tell of each voxel.
+    """Signal and noise of each voxel.
 
     Attributes
     ----------
-    cc_max : (n_voxels,) float32, the CC that the true signal would have with the mean over repeats; 0 where no signal
-        shows, NaN where a repeat is constant or not finite
-    signal_power : (n_voxels,) float64, variance over time of what the repeats share, in squared units of the responses;
-        unbiased, so below 0 in about half of the silent voxels
-    noise_power : (n_voxels,) float64, variance of what is left in a single repeat
-    n_repeats : how many were averaged
+    cc_max : (n_voxels,) float32, the CC of the true signal with the mean over repeats; 0 if no signal is detected, NaN
+        if a repeat is constant or not finite
+    signal_power : (n_voxels,) float64, variance over time of the part that the repeats share, in squared units of the
+        responses; unbiased, so below 0 in about half of the voxels without signal
+    noise_power : (n_voxels,) float64, variance of the remaining part of a single repeat
+    n_repeats : number of repeats averaged
     """
 
     cc_max: np.ndarray
@@ -40,7 +40,7 @@ def noise_ceiling(repeats: np.ndarray) -> NoiseCeiling:
         noise_power  = mean_i Var(r_i) - signal_power
         cc_max       = sqrt(signal_power / Var(mean_i r_i))
 
-    Noise that is independent between repeats cancels from signal_power on average (Sahani & Linden 2003, Advances in
+    Independent noise of the repeats cancels in signal_power on average (Sahani & Linden 2003, Advances in
     NIPS 15, eq. 1; as CC_max: Hsu, Borst & Theunissen 2004, https://doi.org/10.1088/0954-898X_15_2_002; Schoppe et al.
     2016, https://doi.org/10.3389/fncom.2016.00010). cc_max is the ceiling for scores on the *mean* of these repeats; a
     single scan has a lower one.
@@ -69,37 +69,37 @@ def noise_ceiling(repeats: np.ndarray) -> NoiseCeiling:
 
 
 def ceiling_of(responses: Responses, voxels: np.ndarray) -> NoiseCeiling:
-    """Return the noise ceiling of some voxels, reading the repeats of a story a panel of voxels at a time.
+    """Return the noise ceiling of some voxels; repeats are read in panels of voxels.
 
     Parameters
     ----------
-    responses : of one subject to each time the story was heard, (n_repeats, n_rows, all voxels): ``Story.repeats``
+    responses : of one subject to each repeat of a story, (n_repeats, n_rows, all voxels): ``Story.repeats``
     voxels : ascending indices
 
     Raises
     ------
     InputError
-        if the file cannot be read, or does not hold at least two repeats of these voxels.
+        if the file cannot be read, or lacks two repeats of these voxels.
     """
     with responses.open() as source:
         _check(responses, source.shape, voxels)
         n_repeats, n_rows, _ = source.shape
         n_columns = max(1, BLOCK_BYTES // (8 * n_repeats * n_rows))
         panels = [voxels[start : start + n_columns] for start in range(0, max(1, voxels.size), n_columns)]
-        found = [noise_ceiling(_read(responses, source, panel)) for panel in panels]
-    cc_max, signal, noise = (np.concatenate(parts) for parts in list(zip(*found, strict=True))[:3])
+        ceilings = [noise_ceiling(_read(responses, source, panel)) for panel in panels]
+    cc_max, signal, noise = (np.concatenate(parts) for parts in list(zip(*ceilings, strict=True))[:3])
     return NoiseCeiling(cc_max, signal, noise, n_repeats)
 
 
 def normalised_cc(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_MAX_FLOOR) -> np.ndarray:
     """Return ``cc / cc_max``, (n_voxels,) float64; NaN where cc_max is below the floor or unknown.
 
-    It is 1 for a perfect model on average; the estimate of a single voxel may exceed 1.
+    On average it is 1 for a perfect model; the estimate of a single voxel may exceed 1.
 
     Parameters
     ----------
-    cc : (n_voxels,) scored on the mean of the repeats that cc_max, (n_voxels,), was estimated from
-    floor : above 0; below it, cc_max is mostly noise, see ``CC_MAX_FLOOR``
+    cc : (n_voxels,) of the mean of the repeats from which cc_max, (n_voxels,), was estimated
+    floor : above 0; below it cc_max is mostly noise, see ``CC_MAX_FLOOR``
     """
     if cc.shape != cc_max.shape:
         raise ValueError(f"cc {cc.shape} and cc_max {cc_max.shape} must have one shape")
@@ -115,9 +115,9 @@ def summarise_normalised(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_M
     Returns
     -------
     ``cc_norm`` : mean over the voxels at or above the floor; None if there are none
-    ``n_cc_norm``, ``n_below_floor``, ``n_no_ceiling`` : voxels in that mean, voxels left out since cc_max is too low,
-        and voxels without cc or cc_max; together all voxels
-    ``share_below_floor`` : of the voxels that have both; None if there are none
+    ``n_cc_norm``, ``n_below_floor``, ``n_no_ceiling`` : voxels in that mean, voxels below the floor, and voxels without
+        cc or cc_max; together all voxels
+    ``share_below_floor`` : among the voxels that have both; None if there are none
     """
     normalised = normalised_cc(cc, cc_max, floor)
     n_used = int(np.count_nonzero(~np.isnan(normalised)))
@@ -133,17 +133,19 @@ def summarise_normalised(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_M
 
 def _check(responses: Responses, shape: tuple[int, ...], voxels: np.ndarray) -> None:
     if len(shape) != 3 or min(shape[:2]) < 2:
-        raise InputError(f"{_name(responses)}: {shape} is no ceiling; expected at least (2 repeats, 2 rows, voxels)")
+        raise InputError(
+            f"{_name(responses)}: repeats have shape {shape}; expected at least (2 repeats, 2 rows, voxels)"
+        )
     if voxels.size and not 0 <= voxels[0] <= voxels[-1] < shape[2]:
         raise InputError(
-            f"{_name(responses)}: voxel {voxels[-1]} was asked for, but repeats have {shape[2]}; are they of the same "
-            "mask as the responses?"
+            f"{_name(responses)}: the repeats have {shape[2]} voxels, voxel {voxels[-1]} is missing; do repeats and "
+            "responses use the same mask?"
         )
 
 
 def _read(responses: Responses, source: Source, voxels: np.ndarray) -> np.ndarray:
-    """Return some voxels of all repeats, (n_repeats, n_rows, voxels.size) float32; what lies between the first and the
-    last is read, some rows at a time."""
+    """Return some voxels of all repeats, (n_repeats, n_rows, voxels.size) float32; the file is read from the first to
+    the last of them, in blocks of rows."""
     n_repeats, n_rows, _ = source.shape
     out = np.empty((n_repeats, n_rows, voxels.size), np.float32)
     if voxels.size == 0:
@@ -165,7 +167,7 @@ def _naming_damage(responses: Responses) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{_name(responses)}: its repeats cannot be read to their end ({first_line(error)}); get it anew"
+            f"{_name(responses)}: its repeats cannot be read to their end ({first_line(error)}); download it again"
         ) from None
 
 

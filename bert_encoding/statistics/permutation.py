@@ -1,4 +1,4 @@
-"""Is a voxel predicted better than by chance? A block permutation test, and the false discovery rate over voxels.
+"""Is a voxel predicted better than chance? A block permutation test, and the false discovery rate over voxels.
 
 Measured calibration and power: docs/statistics.md.
 """
@@ -12,11 +12,11 @@ from scipy.stats import false_discovery_control, t
 from bert_encoding.core.seeds import generator
 
 BLOCK_TRS = 10
-LONGEST_LAG_TRS = 60  # 120 s at 2 s: as far as the usual detrending filter of 120 s leaves likeness in BOLD
+LONGEST_LAG_TRS = 60  # 120 s at 2 s: the usual detrending filter removes longer autocorrelation of BOLD
 N_PERMUTATIONS = 1000
-WORK_BYTES = 2**25  # of block products at a time
-TAIL_REACHED = 10  # where fewer permutations reach the observed CC, p comes from a tail
-SMALLEST_P = 1e-7  # no tail is known further out; a single voxel of 400,000 can still have q < 0.05
+WORK_BYTES = 2**25  # of block products in memory
+TAIL_REACHED = 10  # if fewer permutations reach the observed CC, p is extrapolated from a tail
+SMALLEST_P = 1e-7  # no smaller p is extrapolated; a single voxel of 400,000 can still have q < 0.05
 TIE = 1e-12  # of the norms: sums of the same terms in another order differ by rounding
 
 
@@ -31,20 +31,19 @@ def block_permutation_p(
 ) -> np.ndarray:
     """Return the one-sided p value of each voxel's CC, (n_voxels,) float64.
 
-    The predicted time course of every story is cut into blocks, which change places inside their story; the CC over
-    all rows is computed anew each time, and permuted CCs are widened around their mean::
+    The predicted time course of every story is cut into blocks, which are permuted within their story; the CC over all
+    rows is computed for each permutation, and permuted CCs are inflated around their mean::
 
-        p = (1 + #{mean + sqrt(widening) (CC of a permutation - mean) >= CC observed}) / (1 + n_permutations)
+        p = (1 + #{mean + sqrt(inflation) (CC of a permutation - mean) >= CC observed}) / (1 + n_permutations)
 
-    (Phipson & Smyth 2010, https://doi.org/10.2202/1544-6115.1585: p is never 0.) Where fewer than ``TAIL_REACHED``
-    permutations reach the observed CC, p comes from a tail and can be smaller than ``1 / (1 + n_permutations)``
-    (``_tail_p``): else no voxel of 95,000 could have q < 0.05 before 1900 have the smallest p.
+    (Phipson & Smyth 2010, https://doi.org/10.2202/1544-6115.1585: p is never 0.) If fewer than ``TAIL_REACHED``
+    permutations reach the observed CC, p is extrapolated from a tail (``_tail_p``) and can be smaller than
+    ``1 / (1 + n_permutations)``; otherwise none of 95,000 voxels could have q < 0.05 unless 1900 had the smallest p.
 
-    Whole blocks keep most of the slow course of BOLD, which makes neighbouring rows alike; permuting rows would take
-    chance for success. Blocks still lose the likeness across their edges: ``widening`` is the variance that the voxel's
-    autocovariances give to such a CC, over the part of it that lies inside blocks (``_widening``). What is left of a
-    story beyond its last whole block stays in place. The same permutations serve all voxels, so that likeness between
-    voxels is kept, and results do not depend, but for rounding, on which voxels are asked for together.
+    Blocks keep most of the slow drifts of BOLD, which make neighbouring rows similar; permuting single rows would give
+    too small p. ``_inflation`` corrects for the autocorrelation across the borders of blocks. Rows after the last whole
+    block of a story stay in place. All voxels share the permutations, so correlations between voxels are preserved and,
+    except for rounding, results do not depend on which voxels are tested together.
 
     Parameters
     ----------
@@ -54,14 +53,13 @@ def block_permutation_p(
 
     Returns
     -------
-    p : never below ``SMALLEST_P`` nor 1 / ``count_orders``; 1 where the prediction is constant; NaN where the response
-        is constant, or either is not finite
+    p : never below ``SMALLEST_P`` nor 1 / ``count_orders``; 1 if the prediction is constant; NaN if the response is
+        constant, or either is not finite
 
     Raises
     ------
     ValueError
-        if shapes disagree, or the stories are so short that their blocks have fewer orders than ``n_permutations``;
-        ``count_orders`` tells beforehand.
+        if shapes disagree, or ``count_orders`` is below ``n_permutations`` because the stories are too short.
     """
     _check(Y, predicted, story_of_row, n_permutations, block_trs)
     stories = _blocks(story_of_row, block_trs)
@@ -77,15 +75,15 @@ def block_permutation_p(
 
 
 def count_orders(story_of_row: np.ndarray, block_trs: int = BLOCK_TRS) -> int:
-    """Return in how many orders the blocks of all stories can stand; p is no smaller than 1 of these."""
+    """Return the number of possible orders of the blocks of all stories; p is at least 1 divided by it."""
     return math.prod(math.factorial(len(rows)) for rows in _blocks(story_of_row, block_trs))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Return q values, (n_voxels,): the smallest false discovery rate at which a voxel counts as found.
+    """Return q values, (n_voxels,): the smallest false discovery rate at which a voxel is significant.
 
-    ``q_(i) = min over j >= i of p_(j) n / j`` (Benjamini & Hochberg 1995); holds for independent and for positively
-    dependent voxels. NaN stays NaN and does not count in n.
+    ``q_(i) = min over j >= i of p_(j) n / j`` (Benjamini & Hochberg 1995); valid for independent and for
+    positively dependent voxels. NaN stays NaN and does not count in n.
     """
     q = np.full(p.shape, np.nan)
     tested = ~np.isnan(p)
@@ -112,7 +110,7 @@ def _check(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_per
 
 
 def _blocks(story_of_row: np.ndarray, block_trs: int) -> list[np.ndarray]:
-    """Return the rows of each story that can change places, (n_blocks, block_trs)."""
+    """Return the rows of each story that are permuted, (n_blocks, block_trs)."""
     stories = []
     for label in np.unique(story_of_row):
         rows = np.flatnonzero(story_of_row == label)
@@ -125,58 +123,59 @@ def _permutations(stories: list[np.ndarray], n_permutations: int, rng: np.random
     """Return which products each permutation sums, (1 + n_permutations, n_products) of 0 and 1.
 
     The products of a story are those of every block of the response with every block of the prediction; the first row
-    is the order as it was.
+    is the original order.
     """
-    columns, before = [], 0
+    columns, n_products = [], 0
     for rows in stories:
         n_blocks = len(rows)
         order = np.tile(np.arange(n_blocks), (1 + n_permutations, 1))
         order[1:] = rng.permuted(order[1:], axis=1)
-        columns.append(before + np.arange(n_blocks) * n_blocks + order)
-        before += n_blocks**2
+        columns.append(n_products + np.arange(n_blocks) * n_blocks + order)
+        n_products += n_blocks**2
     indices = np.hstack(columns)  # (1 + n_permutations, n_blocks of all stories)
     starts = np.arange(len(indices) + 1) * indices.shape[1]
-    return csr_array((np.ones(indices.size), indices.ravel(), starts), shape=(len(indices), before))
+    return csr_array((np.ones(indices.size), indices.ravel(), starts), shape=(len(indices), n_products))
 
 
 def _p_of_columns(
     Y: np.ndarray, predicted: np.ndarray, stories: list[np.ndarray], permutations: csr_array
 ) -> np.ndarray:
-    """Return the p values of some voxels. Means and norms over all rows are the same in every permutation, so CCs are
-    compared by their numerators; the observed one moves towards their mean, which is to widen all the others."""
+    """Return the p values of some voxels.
+
+    Means and norms over all rows are the same in every permutation, so the numerators of CCs are compared. Instead of
+    inflating all permuted values, the observed one is moved towards their mean.
+    """
     is_finite = np.isfinite(Y).all(axis=0) & np.isfinite(predicted).all(axis=0)
     y, p = _centred(Y, is_finite), _centred(predicted, is_finite)
     y_norm, p_norm = np.linalg.norm(y, axis=0), np.linalg.norm(p, axis=0)
     sums = permutations @ np.vstack([_products(y[rows], p[rows]) for rows in stories])
     sums -= sums[1:].mean(axis=0)
-    observed, permuted = sums[0] / np.sqrt(_widening(y, p, stories)), sums[1:]
+    observed, permuted = sums[0] / np.sqrt(_inflation(y, p, stories)), sums[1:]
     n_above = (permuted >= observed - TIE * y_norm * p_norm).sum(axis=0)
     values = (1 + n_above) / len(sums)
     if len(permuted) >= 10 * TAIL_REACHED:
         far = np.flatnonzero(n_above < TAIL_REACHED)
         values[far] = _tail_p(observed[far], permuted[:, far], sum(len(rows) - 1 for rows in stories if len(rows)))
-    values[p_norm <= 1e-10 * np.sqrt(len(Y))] = 1  # as in scores.correlate, where such a prediction scores 0
+    values[p_norm <= 1e-10 * np.sqrt(len(Y))] = 1  # as in correlate, a constant prediction scores 0
     values[~is_finite | (np.ptp(y, axis=0) == 0)] = np.nan
     return values
 
 
 def _tail_p(observed: np.ndarray, permuted: np.ndarray, freedom: int) -> np.ndarray:
-    """Return p where few permutations reach the observed value, (n_voxels,).
+    """Extrapolate p if few permutations reach the observed value, (n_voxels,).
 
-    The tail joins the permutations at the k-th largest of the n permuted values, k = ``TAIL_REACHED``, and falls from
-    there as Student's t with one degree of freedom for each block less one a story::
+    The tail starts at the k-th largest of the n permuted values, k = ``TAIL_REACHED``, and falls as Student's t with
+    (number of blocks - number of stories) degrees of freedom::
 
         p = (1 + k) / (1 + n)  S(observed / sd) / S(permuted_(k) / sd)
 
-    sd is that of the permuted values, S the share of the t distribution above. At the k-th value p equals the counted
-    one, so p neither jumps there nor rises with the CC. S(permuted_(k)) is k / (1 + n) on average, so that joining
-    makes p noisier but not smaller. This is how Knijnenburg et al. 2009
-    (https://doi.org/10.1093/bioinformatics/btp211) join a tail. Why Student's t, and its measured calibration:
-    docs/statistics.md.
+    sd is that of the permuted values, S the survival function of t. At the k-th value p equals the counted one, so p
+    neither jumps there nor rises with the CC (as in Knijnenburg et al. 2009,
+    https://doi.org/10.1093/bioinformatics/btp211). Why Student's t, and its measured calibration: docs/statistics.md.
 
     Parameters
     ----------
-    observed, permuted : (n_voxels,) and (n_permutations, n_voxels), their mean taken away
+    observed, permuted : (n_voxels,) and (n_permutations, n_voxels), minus their mean
     freedom : at least 1
     """
     sd = np.sqrt(np.einsum("pv,pv->v", permuted, permuted) / len(permuted))
@@ -185,30 +184,30 @@ def _tail_p(observed: np.ndarray, permuted: np.ndarray, freedom: int) -> np.ndar
     return counted * np.exp(t.logsf(observed / sd, freedom) - t.logsf(joint / sd, freedom))
 
 
-def _widening(y: np.ndarray, p: np.ndarray, stories: list[np.ndarray]) -> np.ndarray:
-    """Return by how much chance varies more than its permutations, (n_voxels,), at least 1.
+def _inflation(y: np.ndarray, p: np.ndarray, stories: list[np.ndarray]) -> np.ndarray:
+    """Return the variance of ``sum_t y_t p_t`` of unrelated time courses, divided by that of its block permutations,
+    (n_voxels,), at least 1.
 
-    Of two courses that know nothing of each other, ``sum_t y_t p_t`` has the variance (Bartlett 1935,
-    https://doi.org/10.2307/2980630)::
+    The variance is (Bartlett 1935, https://doi.org/10.2307/2980630)::
 
         sum over pairs of rows (t, u) of one story of c_y(t - u) c_p(t - u)
 
-    and permuted blocks keep the pairs inside one block. The autocovariances c are those of the voxel, all stories
-    together; lags end at ``LONGEST_LAG_TRS``.
+    and permuted blocks keep the pairs inside one block. The autocovariances c are those of the voxel over all stories,
+    up to ``LONGEST_LAG_TRS``.
     """
     moving = [rows for rows in stories if len(rows) > 1]  # a single block stays in place
     n_blocks, block_trs = sum(len(rows) for rows in moving), stories[0].shape[1]
     y_courses, p_courses = ([values[rows.ravel()] for rows in moving] for values in (y, p))
-    whole, inside = np.zeros(y.shape[1]), np.zeros(y.shape[1])
+    total, inside = np.zeros(y.shape[1]), np.zeros(y.shape[1])
     for lag in range(1 + LONGEST_LAG_TRS):
         n_pairs = sum(max(0, rows.size - lag) for rows in moving)
         if n_pairs == 0:
             break
-        both = _lagged_sum(y_courses, lag) * _lagged_sum(p_courses, lag) / n_pairs  # n_pairs c_y c_p
-        both *= 1 if lag == 0 else 2  # lags come with either sign
-        whole += both
-        inside += both * (n_blocks * max(0, block_trs - lag) / n_pairs)
-    return np.divide(whole, inside, out=np.ones_like(whole), where=(whole > inside) & (inside > 0))
+        product = _lagged_sum(y_courses, lag) * _lagged_sum(p_courses, lag) / n_pairs  # n_pairs c_y c_p
+        product *= 1 if lag == 0 else 2  # positive and negative lags
+        total += product
+        inside += product * (n_blocks * max(0, block_trs - lag) / n_pairs)
+    return np.divide(total, inside, out=np.ones_like(total), where=(total > inside) & (inside > 0))
 
 
 def _lagged_sum(courses: list[np.ndarray], lag: int) -> np.ndarray:
@@ -221,7 +220,7 @@ def _lagged_sum(courses: list[np.ndarray], lag: int) -> np.ndarray:
 
 
 def _centred(values: np.ndarray, is_finite: np.ndarray) -> np.ndarray:
-    """Return float64 columns of mean 0; zeros where one is not finite."""
+    """Return float64 columns of mean 0; columns that are not finite become 0."""
     filled = np.where(is_finite, values, 0).astype(np.float64)
     return filled - filled.mean(axis=0)
 

@@ -1,28 +1,25 @@
-"""How sure is a mean CC, or a difference between two models? Over stories; ``block_bootstrap.py`` over time."""
+"""Intervals of a mean CC, or of the difference between two models, over stories (over time: ``block_bootstrap.py``)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
-from bert_encoding.core.seeds import generator
-
 STORIES, TIME = "stories", "time inside these stories"
 LEVEL = 0.95
-N_RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean and where it may lie.
+    """A mean and its confidence interval.
 
     Attributes
     ----------
-    low, high : bounds; NaN where there is only one story or block to go by
-    level : share of such intervals that should hold the truth
-    n : how many stories or blocks of time were there
-    unit : what was taken to be a random sample. ``stories``: the interval speaks of new stories of this kind; ``time
-        inside these stories``: of more listening to just these
+    low, high : bounds; NaN with only one story or block
+    level : confidence level
+    n : number of stories or blocks of time
+    unit : the units of the random sample. ``stories``: the interval is about new stories of this kind; ``time inside
+        these stories``: about more listening to these stories
     """
 
     estimate: float
@@ -39,9 +36,9 @@ class PairedDifference(NamedTuple):
     Attributes
     ----------
     stories : names, in the order of the rows
-    difference : (n_stories, n_voxels) float64, NaN where either CC is
-    mean : (n_voxels,) over the stories that have one, NaN where none has
-    n_stories : (n_voxels,) how many have one
+    difference : (n_stories, n_voxels) float64, NaN if one CC is missing
+    mean : (n_voxels,) over the stories with a difference, NaN if there are none
+    n_stories : (n_voxels,) number of stories with a difference
     """
 
     stories: tuple[str, ...]
@@ -53,7 +50,7 @@ class PairedDifference(NamedTuple):
 def paired_difference(
     cc_by_story_a: Mapping[str, np.ndarray], cc_by_story_b: Mapping[str, np.ndarray]
 ) -> PairedDifference:
-    """Subtract, voxel by voxel and story by story, what model b scores from what model a scores.
+    """Subtract the CC of model b from that of model a, for each voxel and story.
 
     Parameters
     ----------
@@ -62,11 +59,13 @@ def paired_difference(
     Raises
     ------
     ValueError
-        if stories or voxels differ: a difference between means over unlike sets is not one of models.
+        if the stories or voxels of the models differ.
     """
     if set(cc_by_story_a) != set(cc_by_story_b) or not cc_by_story_a:
         unpaired = sorted(set(cc_by_story_a) ^ set(cc_by_story_b))
-        raise ValueError(f"stories that only one model has: {', '.join(unpaired) or 'none, but there are no stories'}")
+        raise ValueError(
+            f"stories that only one model has: {', '.join(unpaired)}" if unpaired else "there are no stories"
+        )
     stories = tuple(cc_by_story_a)
     a, b = (np.stack([table[name] for name in stories]).astype(np.float64) for table in (cc_by_story_a, cc_by_story_b))
     if a.shape != b.shape:
@@ -78,37 +77,27 @@ def paired_difference(
     return PairedDifference(stories, difference, mean, n_stories)
 
 
-def story_interval(
-    values: np.ndarray, method: str = "t", *, level: float = LEVEL, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> Interval:
-    """Return the mean over stories and its interval, stories being the sample.
+def story_interval(values: np.ndarray) -> Interval:
+    """Return the mean over stories and its interval ``mean -+ t(n - 1) s / sqrt(n)``, with stories as the sample.
 
-    ``t`` is ``mean -+ t(n - 1) s / sqrt(n)``; ``bootstrap`` resamples stories with replacement and takes percentiles of
-    the mean. ``t`` is the default: the bootstrap is too narrow with few
-    stories (measured coverage: docs/statistics.md).
+    Student's t, since the bootstrap is too narrow with few stories (measured coverage: docs/statistics.md).
 
     Parameters
     ----------
-    values : (n_stories,), or (n_stories, n_voxels) to be averaged over the voxels that have a value; of a comparison,
-        paired differences
+    values : (n_stories,), or (n_stories, n_voxels) to be averaged over the voxels that have a value; paired differences
+        for a comparison
 
     Raises
     ------
     ValueError
         if a story has no value, or there is no story.
     """
-    of_story = _mean_of_stories(values)
-    estimate, n = float(of_story.mean()), of_story.size
+    means = _mean_of_stories(values)
+    estimate, n = float(means.mean()), means.size
     if n < 2:
-        return Interval(estimate, np.nan, np.nan, level, n, STORIES)
-    low, high = STORY_METHODS[method](of_story, level, n_resamples, seed)
-    return Interval(estimate, low, high, level, n, STORIES)
-
-
-def percentiles(resampled: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the bounds between which the middle ``level`` of the resamples lies."""
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        return Interval(estimate, np.nan, np.nan, LEVEL, n, STORIES)
+    reach = student.ppf((1 + LEVEL) / 2, n - 1) * means.std(ddof=1) / np.sqrt(n)
+    return Interval(estimate, float(means.mean() - reach), float(means.mean() + reach), LEVEL, n, STORIES)
 
 
 def _mean_of_stories(values: np.ndarray) -> np.ndarray:
@@ -120,21 +109,3 @@ def _mean_of_stories(values: np.ndarray) -> np.ndarray:
     if not has_value.any(axis=1).all():
         raise ValueError("a story has no value")
     return np.where(has_value, table, 0).sum(axis=1) / has_value.sum(axis=1)
-
-
-def _t_bounds(of_story: np.ndarray, level: float, n_resamples: int, seed: int) -> tuple[float, float]:
-    n = of_story.size
-    reach = student.ppf((1 + level) / 2, n - 1) * of_story.std(ddof=1) / np.sqrt(n)
-    return float(of_story.mean() - reach), float(of_story.mean() + reach)
-
-
-def _bootstrap_bounds(of_story: np.ndarray, level: float, n_resamples: int, seed: int) -> tuple[float, float]:
-    n = of_story.size
-    drawn = generator(seed, "story interval").integers(n, size=(n_resamples, n))
-    return percentiles(of_story[drawn].mean(axis=1), level)
-
-
-STORY_METHODS: dict[str, Callable[[np.ndarray, float, int, int], tuple[float, float]]] = {
-    "t": _t_bounds,
-    "bootstrap": _bootstrap_bounds,
-}

@@ -11,7 +11,7 @@ from bert_encoding.statistics.correlation import correlate, summarise
 
 
 def pearson_columns(Y: np.ndarray, Y_predicted: np.ndarray) -> np.ndarray:
-    """SciPy's correlation, a column at a time, in float64."""
+    """SciPy's correlation, one column at a time, in float64."""
     Y, Y_predicted = Y.astype(np.float64), Y_predicted.astype(np.float64)
     return np.array([pearsonr(Y[:, v], Y_predicted[:, v]).statistic for v in range(Y.shape[1])])
 
@@ -76,10 +76,10 @@ def test_unequal_shapes_are_refused_with_both_named(shape: tuple[int, int]) -> N
 def test_correlate_leaves_its_input_as_it_was() -> None:
     rng = np.random.default_rng(5)
     Y, Y_predicted = 3 + rng.standard_normal((20, 3)), 3 + rng.standard_normal((20, 3))
-    kept = Y.copy(), Y_predicted.copy()
+    before = Y.copy(), Y_predicted.copy()
     correlate(Y, Y_predicted)
-    np.testing.assert_array_equal(Y, kept[0])
-    np.testing.assert_array_equal(Y_predicted, kept[1])
+    np.testing.assert_array_equal(Y, before[0])
+    np.testing.assert_array_equal(Y_predicted, before[1])
 
 
 @pytest.mark.parametrize(

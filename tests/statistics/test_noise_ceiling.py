@@ -30,7 +30,7 @@ def simulate(
 
 
 def by_plain_loops(repeats: np.ndarray) -> tuple[list[float], list[float], list[float]]:
-    """The published formulas with the statistics module, a voxel at a time."""
+    """The published formulas with the statistics module, one voxel at a time."""
     n = len(repeats)
     cc_max, signal, noise = [], [], []
     for v in range(repeats.shape[2]):
@@ -51,22 +51,22 @@ def test_equals_the_published_formulas_in_plain_loops(dtype: type[np.floating], 
     repeats = np.concatenate([simulate(4, 60, 6, 0.5)[0], simulate(4, 60, 6, 0.0, seed=1)[0]], axis=2)
     repeats = (repeats + shift).astype(dtype)
     cc_max, signal, noise = by_plain_loops(repeats)
-    found = noise_ceiling(repeats)
+    ceiling = noise_ceiling(repeats)
     assert 0.0 in cc_max  # a voxel without signal is among them
-    np.testing.assert_allclose(found.cc_max, cc_max, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found.signal_power, signal, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(found.noise_power, noise, rtol=0, atol=1e-10)
-    assert found.n_repeats == 4 and found.cc_max.dtype == np.float32 and found.signal_power.dtype == np.float64
+    np.testing.assert_allclose(ceiling.cc_max, cc_max, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ceiling.signal_power, signal, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(ceiling.noise_power, noise, rtol=0, atol=1e-10)
+    assert ceiling.n_repeats == 4 and ceiling.cc_max.dtype == np.float32 and ceiling.signal_power.dtype == np.float64
 
 
 @pytest.mark.parametrize("n_repeats", [2, 5, 10])
 @pytest.mark.parametrize("signal_power", [0.0, 0.1, 1.0])
 def test_signal_and_noise_power_are_unbiased(n_repeats: int, signal_power: float) -> None:
     repeats, signal = simulate(n_repeats, 100, 3000, signal_power)
-    found = noise_ceiling(repeats)
-    error = found.signal_power - signal.var(axis=0, ddof=1)
+    ceiling = noise_ceiling(repeats)
+    error = ceiling.signal_power - signal.var(axis=0, ddof=1)
     assert abs(error.mean()) < 3 * error.std() / math.sqrt(error.size)
-    noise_error = found.noise_power - 1
+    noise_error = ceiling.noise_power - 1
     assert abs(noise_error.mean()) < 3 * noise_error.std() / math.sqrt(error.size)
 
 
@@ -99,9 +99,9 @@ def test_equal_repeats_have_a_ceiling_of_1_and_opposite_ones_of_0() -> None:
 
 def test_units_change_powers_not_the_ceiling() -> None:
     repeats, _ = simulate(5, 80, 7, 0.5)
-    one, scaled = noise_ceiling(repeats), noise_ceiling(3 * repeats)
-    np.testing.assert_allclose(scaled.cc_max, one.cc_max, rtol=1e-6)
-    np.testing.assert_allclose(scaled.signal_power, 9 * one.signal_power, rtol=1e-9)
+    original, scaled = noise_ceiling(repeats), noise_ceiling(3 * repeats)
+    np.testing.assert_allclose(scaled.cc_max, original.cc_max, rtol=1e-6)
+    np.testing.assert_allclose(scaled.signal_power, 9 * original.signal_power, rtol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, "constant"])
@@ -112,14 +112,14 @@ def test_a_voxel_that_is_constant_or_not_finite_in_one_repeat_has_no_ceiling(bad
         repeats[3, :, 2] = 0.1
     else:
         repeats[3, 7, 2] = bad
-    found = noise_ceiling(repeats)
-    for got, without in zip(found[:3], expected[:3], strict=True):
+    ceiling = noise_ceiling(repeats)
+    for got, without in zip(ceiling[:3], expected[:3], strict=True):
         assert np.isnan(got[2])
         np.testing.assert_array_equal(got[[0, 1, 3]], without[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 2), (2, 1, 2), (9, 2)])
-def test_what_is_no_set_of_repeats_is_refused(shape: tuple[int, ...]) -> None:
+def test_fewer_than_two_repeats_or_rows_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least"):
         noise_ceiling(np.zeros(shape))
 
@@ -137,21 +137,21 @@ def test_panels_of_a_file_give_the_same_ceiling(
         file["individual_repeats"] = repeats
     monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
     voxels = np.array([1, 3, 4, 5, 10])
-    found = ceiling_of(Responses(tmp_path / "s.hf5", key="individual_repeats"), voxels)
+    ceiling = ceiling_of(Responses(tmp_path / "s.hf5", key="individual_repeats"), voxels)
     expected = noise_ceiling(repeats.astype(np.float32)[:, :, voxels])
-    for got, wanted in zip(found[:3], expected[:3], strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-12)
-        assert got.dtype == wanted.dtype
-    assert found.n_repeats == 5 and np.isnan(found.cc_max[2])
+    for got, reference in zip(ceiling[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(got, reference, rtol=1e-6, atol=1e-12)
+        assert got.dtype == reference.dtype
+    assert ceiling.n_repeats == 5 and np.isnan(ceiling.cc_max[2])
 
 
 def test_no_voxels_have_no_ceilings() -> None:
-    found = ceiling_of(Responses(array=simulate(3, 9, 4, 0.5)[0]), np.array([], int))
-    assert found.cc_max.shape == found.signal_power.shape == (0,)
+    ceiling = ceiling_of(Responses(array=simulate(3, 9, 4, 0.5)[0]), np.array([], int))
+    assert ceiling.cc_max.shape == ceiling.signal_power.shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(30, 4), (1, 30, 4), (5, 30, 3)])
-def test_a_file_of_another_form_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_a_file_of_another_shape_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "s.npy", np.zeros(shape))
     with pytest.raises(InputError, match=r"s\.npy"):
         ceiling_of(Responses(tmp_path / "s.npy"), np.arange(4))
@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 20_000] = bytes(20_000)
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match=r"s\.hf5.*get it anew"):
+    with pytest.raises(InputError, match=r"s\.hf5.*download it again"):
         ceiling_of(Responses(path, key="individual_repeats"), np.arange(40))
 
 
@@ -194,7 +194,7 @@ def test_without_a_voxel_above_the_floor_the_mean_is_null(cc_max: np.ndarray) ->
 
 
 @pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, np.nan])
-def test_a_senseless_floor_is_refused(floor: float) -> None:
+def test_a_floor_outside_0_to_1_is_refused(floor: float) -> None:
     with pytest.raises(ValueError, match="floor"):
         normalised_cc(np.ones(2), np.ones(2), floor)
 

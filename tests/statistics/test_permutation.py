@@ -9,7 +9,8 @@ from scipy.signal import lfilter
 from scipy.stats import binom, false_discovery_control
 from scipy.stats import t as student
 
-from bert_encoding.statistics import permutation as significance
+from bert_encoding.core.seeds import generator
+from bert_encoding.statistics import permutation
 from bert_encoding.statistics.permutation import benjamini_hochberg, block_permutation_p, count_orders
 
 N_SILENT = 2500
@@ -28,9 +29,9 @@ def stories(*n_rows: int) -> np.ndarray:
 def by_moving_rows(
     Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_permutations: int, block_trs: int, seed: int
 ) -> np.ndarray:
-    """Move rows with the same permutations, ask NumPy for the correlation each time, and widen what comes out."""
-    blocks = significance._blocks(story_of_row, block_trs)
-    chosen = significance._permutations(blocks, n_permutations, significance.generator(seed, "block permutation"))
+    """Move rows with the same permutations, ask NumPy for the correlation each time, and inflate the result."""
+    blocks = permutation._blocks(story_of_row, block_trs)
+    chosen = permutation._permutations(blocks, n_permutations, generator(seed, "block permutation"))
     cc = np.zeros((1 + n_permutations, Y.shape[1]))
     for at in range(1 + n_permutations):
         moved, before = np.arange(len(Y)), 0
@@ -44,7 +45,7 @@ def by_moving_rows(
         assert sorted(moved) == list(range(len(Y)))
         np.testing.assert_array_equal(story_of_row[moved], story_of_row)
     mean = cc[1:].mean(axis=0)
-    widened = mean + np.sqrt(widening_by_pairs(Y, predicted, blocks)) * (cc[1:] - mean)
+    widened = mean + np.sqrt(inflation_by_pairs(Y, predicted, blocks)) * (cc[1:] - mean)
     counted = (1 + (widened >= cc[0] - 1e-12).sum(axis=0)) / (1 + n_permutations)
     freedom = sum(len(rows) - 1 for rows in blocks)
     return np.array(
@@ -68,7 +69,7 @@ def tail_by_hand(observed: float, permuted: np.ndarray, freedom: int) -> float:
     return 11 / (1 + len(permuted)) * area(observed) / area(tenth)
 
 
-def widening_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+def inflation_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
     """Go through all pairs of rows of a story: once for the autocovariances, once to sum their products."""
     y, p = (values - values.mean(axis=0, dtype=np.float64) for values in (Y, predicted))
     pairs = [  # lag, both rows, whether one block holds both
@@ -77,7 +78,7 @@ def widening_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.ndar
         if len(rows) > 1
         for t in range(rows.size)
         for u in range(rows.size)
-        if abs(t - u) <= significance.LONGEST_LAG_TRS
+        if abs(t - u) <= permutation.LONGEST_LAG_TRS
     ]
     sums, n = np.zeros((2, len(Y), Y.shape[1])), np.zeros((len(Y), 1))
     for lag, t, u, _ in pairs:
@@ -93,22 +94,22 @@ def widening_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.ndar
 @pytest.mark.table
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_equals_moving_the_rows_and_correlating_anew(seed: int, dtype: type[np.floating]) -> None:
-    story_of_row = np.roll(stories(47, 60, 14, 19), 11)  # rows of one story need not lie together
+def test_equals_moving_the_rows_and_correlating_again(seed: int, dtype: type[np.floating]) -> None:
+    story_of_row = np.roll(stories(47, 60, 14, 19), 11)  # rows of one story need not be contiguous
     Y = (5 + autocorrelated(0.4, 140, 9, seed=1)).astype(dtype)
     predicted = (autocorrelated(0.8, 140, 9, seed=2) - 3 + np.linspace(0, 0.5, 9) * Y).astype(dtype)
     expected = by_moving_rows(Y, predicted, story_of_row, 150, 10, seed)
-    found = block_permutation_p(Y, predicted, story_of_row, n_permutations=150, seed=seed)
-    np.testing.assert_allclose(found, expected, rtol=1e-7 if dtype is np.float64 else 1e-4)
-    assert found.dtype == np.float64 and found.min() < 0.02 and found.max() > 0.2
-    widening = widening_by_pairs(Y, predicted, significance._blocks(story_of_row, 10))
-    assert widening.min() == 1 and widening.max() > 1.1  # both sides of the bound are covered
+    p = block_permutation_p(Y, predicted, story_of_row, n_permutations=150, seed=seed)
+    np.testing.assert_allclose(p, expected, rtol=1e-7 if dtype is np.float64 else 1e-4)
+    assert p.dtype == np.float64 and p.min() < 0.02 and p.max() > 0.2
+    inflation = inflation_by_pairs(Y, predicted, permutation._blocks(story_of_row, 10))
+    assert inflation.min() == 1 and inflation.max() > 1.1  # both sides of the bound are covered
 
 
 def test_the_size_of_panels_and_the_other_voxels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
     whole = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
-    monkeypatch.setattr(significance, "WORK_BYTES", 8 * 3 * 500)
+    monkeypatch.setattr(permutation, "WORK_BYTES", 8 * 3 * 500)
     panels = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
     np.testing.assert_allclose(panels, whole, rtol=1e-10)
     part = block_permutation_p(Y[:, 5:9], predicted[:, 5:9], stories(80, 70), n_permutations=200)
@@ -117,17 +118,17 @@ def test_the_size_of_panels_and_the_other_voxels_change_nothing(monkeypatch: pyt
 
 def test_one_seed_gives_the_same_p_and_another_does_not() -> None:
     Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
-    one, again, other = (block_permutation_p(Y, predicted, stories(80, 70), seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, again)
-    assert (one != other).any()
-    np.testing.assert_allclose(one, other, rtol=0, atol=0.08)
+    first, second, other = (block_permutation_p(Y, predicted, stories(80, 70), seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+    np.testing.assert_allclose(first, other, rtol=0, atol=0.08)
 
 
 def test_p_does_not_depend_on_units() -> None:
     Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
     expected = block_permutation_p(Y, predicted, stories(80, 70))
-    found = block_permutation_p(100 + 1e3 * Y, 1e-6 * predicted - 7, stories(80, 70))
-    np.testing.assert_allclose(found, expected, rtol=1e-7)
+    p = block_permutation_p(100 + 1e3 * Y, 1e-6 * predicted - 7, stories(80, 70))
+    np.testing.assert_allclose(p, expected, rtol=1e-7)
 
 
 def test_constant_and_non_finite_voxels() -> None:
@@ -135,9 +136,9 @@ def test_constant_and_non_finite_voxels() -> None:
     usual = block_permutation_p(Y, predicted, stories(80, 70))
     Y[:, 1], predicted[:, 2], Y[3, 4], predicted[3, 5] = 0.1, 0.1, np.nan, np.inf
     Y[:, 6] = predicted[:, 6] = 0.1
-    found = block_permutation_p(Y, predicted, stories(80, 70))
+    p = block_permutation_p(Y, predicted, stories(80, 70))
     expected = [usual[0], np.nan, 1, usual[3], np.nan, np.nan, np.nan, usual[7]]
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(p, expected, rtol=1e-10)
 
 
 def test_a_perfect_prediction_has_the_smallest_p_possible_and_its_opposite_the_largest() -> None:
@@ -169,15 +170,15 @@ def test_the_observed_order_is_all_that_short_stories_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "said"),
+    ("shapes", "message"),
     [
         (((99, 2), (100, 2), 99), "must|expected"),
         (((99, 2), (99, 2), 98), "rows disagree"),
         (((99,), (99,), 99), "one"),
     ],
 )
-def test_shapes_that_disagree_are_refused(shapes: tuple, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_shapes_that_disagree_are_refused(shapes: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         block_permutation_p(np.zeros(shapes[0]), np.zeros(shapes[1]), np.zeros(shapes[2], int))
 
 
@@ -208,12 +209,12 @@ def test_one_silent_voxel_in_twenty_passes(lag_1: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lag_1", "block_trs", "n_voxels"), [(0.4, 1, 600), (0.8, 10, N_SILENT)])
-def test_without_widening_chance_would_pass_for_success(
+def test_without_inflation_chance_would_pass_for_success(
     lag_1: float, block_trs: int, n_voxels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check above can fail: rows that are permuted one by one keep nothing of a slow course, and blocks too little
     of a very slow one."""
-    monkeypatch.setattr(significance, "LONGEST_LAG_TRS", 0)
+    monkeypatch.setattr(permutation, "LONGEST_LAG_TRS", 0)
     p = block_permutation_p(*silent(lag_1, n_voxels), n_permutations=400, block_trs=block_trs)
     assert np.mean(p < 0.05) > band(n_voxels)[1]
 
@@ -235,13 +236,13 @@ def test_the_tail_joins_the_counts_without_a_jump_and_falls() -> None:
     permuted -= permuted.mean()
     tenth = np.sort(permuted[:, 0])[-10]
     observed = np.append(tenth * (1 + 1e-12), tenth + np.linspace(0, 20, 50)[1:])
-    p = significance._tail_p(observed, np.repeat(permuted, 50, axis=1), 90)
+    p = permutation._tail_p(observed, np.repeat(permuted, 50, axis=1), 90)
     assert p[0] == pytest.approx(11 / 1001, rel=1e-9)
     assert (np.diff(p) < 0).all() and p[-1] > 0
     np.testing.assert_allclose(p[::7], [tail_by_hand(v, permuted[:, 0], 90) for v in observed[::7]], rtol=1e-7)
 
 
-def test_a_small_region_is_found_among_many_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_region_is_detected_among_many_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     """30 of 2000 voxels with a true CC of 0.9: counts alone put no q below 0.05, however well they are predicted."""
     Y, predicted, story_of_row = silent(0.4, 2000)
     Y, predicted = Y / Y.std(axis=0), predicted / predicted.std(axis=0)
@@ -249,7 +250,7 @@ def test_a_small_region_is_found_among_many_voxels(monkeypatch: pytest.MonkeyPat
     Y = np.where(planted, 0.9 * predicted + math.sqrt(1 - 0.81) * Y, Y)
     q = benjamini_hochberg(block_permutation_p(Y, predicted, story_of_row))
     assert (q[planted] < 0.001).all() and (q[~planted] < 0.05).sum() <= 5  # 1.5 expected, binomial band
-    monkeypatch.setattr(significance, "TAIL_REACHED", 0)
+    monkeypatch.setattr(permutation, "TAIL_REACHED", 0)
     assert not (benjamini_hochberg(block_permutation_p(Y, predicted, story_of_row)) < 0.05).any()
 
 
@@ -260,13 +261,13 @@ def test_the_false_discovery_rate_of_permutation_p_is_kept() -> None:
     Y, predicted = Y / Y.std(axis=0), predicted / predicted.std(axis=0)
     planted = np.arange(40 * 310) % 310 < 10
     p = block_permutation_p(Y + 0.2 * planted * predicted, predicted, story_of_row)
-    found = np.array([benjamini_hochberg(mix) < 0.1 for mix in p.reshape(40, 310)])
-    shares = found[:, 10:].sum(axis=1) / np.maximum(1, found.sum(axis=1))
+    significant = np.array([benjamini_hochberg(mix) < 0.1 for mix in p.reshape(40, 310)])
+    shares = significant[:, 10:].sum(axis=1) / np.maximum(1, significant.sum(axis=1))
     assert np.mean(shares) < 0.1 * 300 / 310 + 2.6 * np.std(shares) / math.sqrt(40)
-    assert found[:, :10].mean() > 0.5
+    assert significant[:, :10].mean() > 0.5
 
 
-def test_planted_voxels_are_found() -> None:
+def test_planted_voxels_are_detected() -> None:
     Y, predicted, story_of_row = silent(0.4, 200)
     planted = np.arange(200) < 40
     Y = Y / Y.std(axis=0) + 0.4 * planted * predicted / predicted.std(axis=0)
@@ -275,12 +276,12 @@ def test_planted_voxels_are_found() -> None:
     assert np.mean(~planted[q < 0.05]) < 0.15
 
 
-def test_widening_costs_little_power(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inflation_costs_little_power(monkeypatch: pytest.MonkeyPatch) -> None:
     """Voxels predicted weakly: a few in a hundred are lost, most of which chance had brought."""
     Y, predicted, story_of_row = silent(0.4, 1000)
     Y = Y / Y.std(axis=0) + 0.12 * predicted / predicted.std(axis=0)
     widened = np.mean(block_permutation_p(Y, predicted, story_of_row) < 0.05)
-    monkeypatch.setattr(significance, "LONGEST_LAG_TRS", 0)
+    monkeypatch.setattr(permutation, "LONGEST_LAG_TRS", 0)
     assert 0 <= np.mean(block_permutation_p(Y, predicted, story_of_row) < 0.05) - widened < 0.04
     assert widened > 0.75
 
@@ -313,6 +314,6 @@ def test_the_false_discovery_rate_is_kept() -> None:
     shares = []
     for _ in range(400):
         p = np.concatenate([rng.random(160), rng.random(40) ** 6])
-        found = benjamini_hochberg(p) <= 0.1
-        shares.append(found[:160].sum() / max(1, found.sum()))
+        significant = benjamini_hochberg(p) <= 0.1
+        shares.append(significant[:160].sum() / max(1, significant.sum()))
     assert abs(np.mean(shares) - 0.08) < 3 * np.std(shares) / math.sqrt(400)

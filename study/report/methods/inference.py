@@ -5,8 +5,8 @@ Only what was done in this study is described: test stories only with finalists,
 
 import numpy as np
 
-from bert_encoding.statistics.block_bootstrap import BLOCK_TRS
-from bert_encoding.statistics.story_intervals import N_RESAMPLES, TIME
+from bert_encoding.statistics.block_bootstrap import BLOCK_TRS, N_RESAMPLES
+from bert_encoding.statistics.story_intervals import TIME
 from study.results.evidence import Evidence
 from study.results.slopes import BEND, find_slope
 from study.results.verdicts.rules import MIN_STORIES, Verdict
