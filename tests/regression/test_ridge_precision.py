@@ -60,7 +60,7 @@ def test_scores_and_alphas_are_those_of_float64(
     assert abs(cc[0].mean() - cc[1].mean()) < 1e-4
     chosen = np.searchsorted(grid, fit.ridge_alphas)
     loss = exact.cv_cc.max(axis=0) - exact.cv_cc[chosen, np.arange(N_VOXELS)]
-    assert np.mean(loss <= (1e-4 if norms == "float32" else 3e-4)) >= 0.99  # 180 rows a fold: bfloat16 is felt
+    assert np.mean(loss <= (1e-4 if norms == "float32" else 3e-4)) >= 0.99  # 180 rows per fold: bfloat16 loses accuracy
     assert np.unique(chosen).size >= 4, "one alpha for all would agree by itself"
     same = fit.ridge_alphas == exact.ridge_alphas
     predicted, expected = (X[N_FIT:] @ model.weights[:, same] for model in (fit, exact))
