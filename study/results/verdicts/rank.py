@@ -23,7 +23,6 @@ from study.setup.delta import DELTA
 from study.wording import capitalised, counted, joined
 
 RANK_QUESTION = "Does a higher LoRA rank help or overfit?"
-LOSSES = {"mlm_loss_heldout": "Held-out masked-LM loss", "loss_gap": "Held-out minus training loss"}
 
 
 def rank_verdict(
@@ -48,19 +47,11 @@ def rank_verdict(
         stories = counted(effect.n_stories, "validation story", "validation stories")
         hidden = f"{stories} cannot show that rank has no effect; at least {MIN_STORIES} are needed"
     ranks = f"from rank {used['rank'].min():g} to {used['rank'].max():g}"
-    headline = _headline(answer, ranks, effect, gap, seen, delta, hidden)
-    sentences = _sentences(slopes, used, effect, gap, plain, left_out, is_adaptive)
+    headline = capitalised("exploratory: " * is_adaptive + _headline(answer, ranks, effect, gap, seen, delta, hidden))
+    sentences = _sentences(slopes, used, effect, left_out, is_adaptive)
     runs = next_runs if answer == CANNOT_TELL else NOTHING_TO_RUN
-    return Verdict(
-        RANK_QUESTION,
-        answer,
-        capitalised("exploratory: " * is_adaptive + headline),
-        (*sentences, runs.text) if runs.text else sentences,
-        effect,
-        delta,
-        is_adaptive,
-        runs.command,
-    )
+    sentences += [runs.text] if runs.text else []
+    return Verdict(RANK_QUESTION, answer, headline, tuple(sentences), effect, delta, is_adaptive, runs.command)
 
 
 def _missing(slopes: pd.DataFrame, used: pd.DataFrame) -> str:
@@ -128,15 +119,8 @@ def _headline(
     return f"cannot tell whether a higher rank overfits: {ranks}, CC falls by {effect}, but {but}."
 
 
-def _sentences(
-    slopes: pd.DataFrame,
-    used: pd.DataFrame,
-    effect: Effect,
-    gap: Effect | None,
-    plain: Effect | None,
-    left_out: str,
-    is_adaptive: bool,
-) -> tuple[str, ...]:
+def _sentences(slopes: pd.DataFrame, used: pd.DataFrame, effect: Effect, left_out: str, is_adaptive: bool) -> list[str]:
+    """Return what the answer is based on, and its limits."""
     row, bend = find_slope(slopes, "cc_mean"), _effect(slopes, BEND)
     assert row is not None
     adjusted = f", adjusted for {joined(row['adjusted_for'].split(', '))}" if row["adjusted_for"] else ""
@@ -145,15 +129,16 @@ def _sentences(
     lines = [
         f"The effect is estimated from {trials}{adjusted}{excluded}.",
         f"CC is computed inside each story and averaged over stories; the interval covers {effect.covers}.",
-        _by_rate(slopes, used),
+        *_by_rate(slopes, used),
     ]
-    if plain is not None:
-        lines.append(f"Adjusted for seeds only, the effect is {plain}.")
-    if gap is not None:
-        lines.append(f"The adaptation gap changes by {gap} over the same ranks.")
-    for outcome, name in LOSSES.items():
-        if (loss := _effect(slopes, outcome)) is not None:
-            lines.append(f"{name} changes by {loss} nats; that interval covers other seeds.")
+    further = {
+        ("cc_mean", NONE): "Adjusted for seeds only, the effect is {}.",
+        ("adaptation_gap", NUISANCE): "The adaptation gap changes by {} over the same ranks.",
+        ("mlm_loss_heldout", NUISANCE): "Held-out masked-LM loss changes by {} nats; that interval covers other seeds.",
+        ("loss_gap", NUISANCE): "Held-out minus training loss changes by {} nats; that interval covers other seeds.",
+    }
+    effects = {sentence: _effect(slopes, *key) for key, sentence in further.items()}
+    lines += [sentence.format(value) for sentence, value in effects.items() if value is not None]
     if bend is not None and (bend.low > 0 or bend.high < 0):
         lines.append(f"The middle ranks differ from the mean of both ends by {bend}: see CC by rank.")
     if is_adaptive:
@@ -161,15 +146,15 @@ def _sentences(
             "The search was adaptive: it tried more settings where it had seen high scores, so ranks were not compared "
             "on equal terms. Run a grid to confirm this."
         )
-    return tuple(line for line in lines if line)
+    return lines
 
 
-def _by_rate(slopes: pd.DataFrame, used: pd.DataFrame) -> str:
-    """Return the effect of rank at each learning rate, and how far the extreme ones differ; empty with one rate."""
+def _by_rate(slopes: pd.DataFrame, used: pd.DataFrame) -> list[str]:
+    """Return the effect of rank at each learning rate, and how far the extreme ones differ; nothing with one rate."""
     difference = _effect(slopes, BY_LR)
     if difference is None:
-        return ""
+        return []
     effects = {rate: _effect(slopes, "cc_mean", subset=rate_name(rate)) for rate in np.unique(used["lr"])}
     each = [f"{e.estimate:+.4f} at {rate:g}" for rate, e in effects.items() if e is not None]
     start = f"By learning rate the effect is {joined(each)}; from" if each else "From"
-    return f"{start} a rate of {used['lr'].min():g} to {used['lr'].max():g} it changes by {difference}."
+    return [f"{start} a rate of {used['lr'].min():g} to {used['lr'].max():g} it changes by {difference}."]

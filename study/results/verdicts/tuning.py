@@ -66,16 +66,10 @@ def tuning_verdict(
     sentences = _sentences(effect, is_few, mean if is_tested else None, gap, seen)
     if next_runs.text and answer == CANNOT_TELL:
         sentences.append(next_runs.text)
-    return Verdict(
-        TUNING_QUESTION,
-        answer,
-        _headline(answer, _scope(effect, is_tested), effect, gap, delta),
-        tuple(sentences),
-        effect,
-        delta,
-        is_adaptive and not is_tested,
-        next_runs.command if answer == CANNOT_TELL or not is_tested else None,
-    )
+    headline = _headline(answer, _scope(effect, is_tested), effect, gap, delta)
+    command = next_runs.command if answer == CANNOT_TELL or not is_tested else None
+    is_exploratory = is_adaptive and not is_tested
+    return Verdict(TUNING_QUESTION, answer, headline, tuple(sentences), effect, delta, is_exploratory, command)
 
 
 def _missing(effect: Effect | None, is_tested: bool, used: pd.DataFrame, frozen_id: str | None) -> str:
