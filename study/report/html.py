@@ -16,7 +16,8 @@ from markupsafe import Markup
 from bert_encoding.core.errors import in_one_line
 from bert_encoding.core.storage import Place, atomic_path, naming_full_disk, open_place
 from bert_encoding.trial.record import read_records
-from study.report.figures.figures import Drawn, draw_all, left_out
+from study.report.figures.figures import Drawn, draw_all
+from study.report.figures.style import NothingToDraw
 from study.report.page import make_page
 from study.results.evidence import Evidence
 from study.results.gather import gather
@@ -64,16 +65,19 @@ def report_lines(path: str | Place, evidence: Evidence | None = None) -> list[st
 
 def _draw(study: Place, evidence: Evidence) -> tuple[list[Drawn], list[str], list[str]]:
     """Draw the figures into the study's folder; return them, the ones without data and why, and failures."""
+    without_data: list[str] = []
     failures: list[str] = []
 
-    def failed(title: str, error: Exception) -> None:
+    def skipped(title: str, error: Exception) -> None:
+        if isinstance(error, NothingToDraw):
+            without_data.append(f"{title}: {error}")
+            return
         logger.debug("a figure failed", exc_info=error)
         failures.append(f"The figure \u201c{title}\u201d could not be drawn: {in_one_line(error)}")
 
     try:
         with naming_full_disk(study):
-            drawn = draw_all(evidence, study / FIGURES_FOLDER, failed)
-        return drawn, [f"{drawer.title}: {reason}" for drawer, reason in left_out(evidence)], failures
+            return draw_all(evidence, study / FIGURES_FOLDER, skipped), without_data, failures
     except Exception as error:  # a page without figures is better than none
         logger.debug("figures failed", exc_info=True)
         return [], [], [f"The figures could not be drawn: {in_one_line(error)}"]

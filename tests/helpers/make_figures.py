@@ -210,6 +210,21 @@ STUDIES = {
 }  # fmt: skip
 
 
+WITHOUT_DATA = {  # study -> figure -> reason
+    "one trial": {
+        "rank_by_lr": "only one rank and one learning rate were tried",
+        "parallel": "the search varied no hyperparameter",
+    },
+    "text": {
+        "gap_by_rank": "no trial has a value of adaptation_gap",
+        "rank_by_lr": "no complete searched LoRA trial has a CC",
+        "confirmed": "no finalist was confirmed",
+        "voxels": "text-only studies have no voxels",
+        "voxel_pairs": "text-only studies have no voxels",
+    },
+}
+
+
 def luminance(colour: Any) -> float:
     """Relative luminance by WCAG 2.2, part by part."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]

@@ -5,7 +5,7 @@
 
     draw_all(gather("results/lora_rank"), Path("figures"))
 
-A figure without data is left out; `left_out` returns the reason.
+A figure without data is left out.
 """
 
 from collections.abc import Callable
@@ -13,36 +13,27 @@ from typing import NamedTuple
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.storage import Place, atomic_path, make_folder
-from study.report.figures.heat import draw_heat, lacks_heat
-from study.report.figures.losses import draw_losses, lacks_losses
-from study.report.figures.parallel import draw_parallel, lacks_parallel
-from study.report.figures.rank import draw_gaps, draw_ranks, lacks_gaps, lacks_ranks
-from study.report.figures.search import (
-    draw_confirmed,
-    draw_history,
-    draw_importances,
-    draw_time,
-    lacks_confirmed,
-    lacks_history,
-    lacks_importances,
-    lacks_time,
-)
-from study.report.figures.style import Drawer, Picture, image_of, one_line, styled
-from study.report.figures.voxels import draw_histograms, draw_scatter, lacks_voxels
+from study.report.figures.heat import draw_heat
+from study.report.figures.losses import draw_losses
+from study.report.figures.parallel import draw_parallel
+from study.report.figures.rank import draw_gaps, draw_ranks
+from study.report.figures.search import draw_confirmed, draw_history, draw_importances, draw_time
+from study.report.figures.style import Drawer, NothingToDraw, Picture, image_of, one_line, styled
+from study.report.figures.voxels import draw_histograms, draw_scatter
 from study.results.evidence import Evidence
 
 FIGURES = (
-    Drawer("score_by_rank", "Does a higher rank help?", lacks_ranks, draw_ranks),
-    Drawer("gap_by_rank", "Does a higher rank overfit?", lacks_gaps, draw_gaps),
-    Drawer("losses", "Loss in training and on held-out text", lacks_losses, draw_losses),
-    Drawer("rank_by_lr", "Rank and learning rate", lacks_heat, draw_heat),
-    Drawer("confirmed", "The finalists, confirmed", lacks_confirmed, draw_confirmed),
-    Drawer("history", "The search, trial by trial", lacks_history, draw_history),
-    Drawer("importances", "Which settings matter", lacks_importances, draw_importances),
-    Drawer("parallel", "All trials and their settings", lacks_parallel, draw_parallel),
-    Drawer("voxels", "CC over voxels", lacks_voxels, draw_histograms),
-    Drawer("voxel_pairs", "Tuned against frozen, voxel by voxel", lacks_voxels, draw_scatter),
-    Drawer("time", "Time per trial", lacks_time, draw_time),
+    Drawer("score_by_rank", "Does a higher rank help?", draw_ranks),
+    Drawer("gap_by_rank", "Does a higher rank overfit?", draw_gaps),
+    Drawer("losses", "Loss in training and on held-out text", draw_losses),
+    Drawer("rank_by_lr", "Rank and learning rate", draw_heat),
+    Drawer("confirmed", "The finalists, confirmed", draw_confirmed),
+    Drawer("history", "The search, trial by trial", draw_history),
+    Drawer("importances", "Which settings matter", draw_importances),
+    Drawer("parallel", "All trials and their settings", draw_parallel),
+    Drawer("voxels", "CC over voxels", draw_histograms),
+    Drawer("voxel_pairs", "Tuned against frozen, voxel by voxel", draw_scatter),
+    Drawer("time", "Time per trial", draw_time),
 )
 
 
@@ -66,14 +57,14 @@ class Drawn(NamedTuple):
     alt: str
 
 
-def draw_all(evidence: Evidence, folder: Place, failed: Callable[[str, Exception], None] | None = None) -> list[Drawn]:
+def draw_all(evidence: Evidence, folder: Place, skipped: Callable[[str, Exception], None] | None = None) -> list[Drawn]:
     """Draw every figure that has data, and write each as PNG and SVG; equal evidence gives equal bytes.
 
     Parameters
     ----------
     folder : created if missing; files of these names are replaced
-    failed : called with title and error of a figure that cannot be drawn, which is then left out; without it the error
-        is raised
+    skipped : called with title and error of each figure without data (NothingToDraw) or that cannot be drawn; without
+        it the latter error is raised
 
     Raises
     ------
@@ -84,27 +75,20 @@ def draw_all(evidence: Evidence, folder: Place, failed: Callable[[str, Exception
     drawn = []
     for drawer in FIGURES:
         try:
-            if not drawer.lacking(evidence):
-                drawn.append(_write(drawer, evidence, folder))
+            drawn.append(_write(drawer, evidence, folder))
         except InputError:
             raise
         except Exception as error:
-            if failed is None:
+            if skipped is not None:
+                skipped(drawer.title, error)
+            elif not isinstance(error, NothingToDraw):
                 raise
-            failed(drawer.title, error)
     return drawn
 
 
-def left_out(evidence: Evidence) -> list[tuple[Drawer, str]]:
-    """Return the figures that `draw_all` leaves out, each with the reason."""
-    return [(drawer, reason) for drawer in FIGURES if (reason := drawer.lacking(evidence))]
-
-
 def draw(name: str, evidence: Evidence) -> Picture:
-    """Return one figure, named as in `FIGURES`; raise ValueError if there is nothing to draw."""
+    """Return one figure, named as in `FIGURES`; raise NothingToDraw without data."""
     drawer = next(drawer for drawer in FIGURES if drawer.name == name)
-    if reason := drawer.lacking(evidence):
-        raise ValueError(f"{name}: {reason}")
     with styled():
         return drawer.draw(evidence)
 

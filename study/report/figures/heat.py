@@ -14,18 +14,12 @@ MOST_RATES, MOST_CELLS = 12, 60  # of a heat map; more rates are drawn as points
 MOST_ACROSS = 8  # ranks whose cells have room for a number
 
 
-def lacks_heat(evidence: Evidence) -> str:
-    """Return why CC by rank and learning rate cannot be drawn."""
-    rows = style.known(evidence.rank_by_lr, "rank", "lr", "cc_mean")
-    if rows.empty:
-        return "no complete searched LoRA trial has a CC"
-    is_single = rows["rank"].nunique() < 2 and rows["lr"].nunique() < 2
-    return "only one rank and one learning rate were tried" if is_single else ""
-
-
 def draw_heat(evidence: Evidence) -> style.Picture:
     """Draw CC by rank and learning rate: a heat map for a few rates, else one point per trial."""
-    rows = style.known(evidence.rank_by_lr, "rank", "lr", "cc_mean").sort_values(["rank", "lr"])
+    needs = "no complete searched LoRA trial has a CC"
+    rows = style.required(evidence.rank_by_lr, "rank", "lr", "cc_mean", otherwise=needs).sort_values(["rank", "lr"])
+    if rows["rank"].nunique() < 2 and rows["lr"].nunique() < 2:
+        raise style.NothingToDraw("only one rank and one learning rate were tried")
     ranks, rates, scores = style.floats(rows, "rank", "lr", "cc_mean")
     figure, axes = style.canvas()
     margin = 0.0 if np.ptp(scores) else 1e-3

@@ -11,34 +11,29 @@ from study.report.figures import style
 from study.results.evidence import Evidence
 
 MOST_LINES = 24  # trials with a line each; with more, trials are thin and the mean of each rank thick
+NO_LOSS = "no searched trial reports a loss per epoch"
 LOSSES = (("mlm_loss_train", "mlm_loss_heldout"), ("loss_train", "loss_heldout"))  # masked LM; classifier
-
-
-def lacks_losses(evidence: Evidence) -> str:
-    """Return why losses cannot be drawn."""
-    return "" if len(_epochs(evidence)) else "no searched trial reports a loss per epoch"
 
 
 def _epochs(evidence: Evidence) -> pd.DataFrame:
     """Return the epochs of the trials that analyses of rank include, or without those of all searched trials."""
-    rows = evidence.epochs
-    if rows.empty:
-        return rows
+    rows = style.required(evidence.epochs, "epoch", otherwise=NO_LOSS)
     rows = rows[rows["phase"] == "search"]
     used = rows[rows["is_used"].fillna(False).astype(bool)]
-    rows = used if len(used) else rows
-    return rows if any(len(style.known(rows, "epoch", name)) for pair in LOSSES for name in pair) else rows.iloc[:0]
+    return used if len(used) else rows
 
 
 def draw_losses(evidence: Evidence) -> style.Picture:
     """Draw training and held-out loss by epoch, coloured by rank, on one scale."""
     rows = _epochs(evidence)
     rows = rows.assign(rank=style.floats(rows, "rank")[0])
-    pair = next(pair for pair in LOSSES if any(len(style.known(rows, "epoch", name)) for name in pair))
-    named = zip(pair, ("training", "held-out"), strict=True)
-    present = [(name, where) for name, where in named if len(style.known(rows, name))]
+    places = ("training", "held-out")
+    present = [(name, place) for pair in LOSSES for name, place in zip(pair, places, strict=True)]
+    present = [(name, place) for name, place in present if len(style.known(rows, "epoch", name))][:2]
+    if not present:
+        raise style.NothingToDraw(NO_LOSS)
     figure, axes = style.canvas(len(present))
-    unit = "masked-LM loss (nats per token)" if pair == LOSSES[0] else "loss (nats per text)"
+    unit = "masked-LM loss (nats per token)" if present[0][0] in LOSSES[0] else "loss (nats per text)"
     groups = _groups(rows)
     n_trials = rows["trial_id"].nunique()
     are_many = n_trials > MOST_LINES and len(groups) <= style.MOST_NAMED
@@ -54,9 +49,9 @@ def draw_losses(evidence: Evidence) -> style.Picture:
         panel.set_ylim(min(lows), max(highs))
     style.legend(figure, axes[0, 0], 4, "rank" if len(groups) > 1 or not np.isnan(next(iter(groups))) else None)
     thick = " Thin lines are trials, thick ones the mean of each rank." if are_many else " Each line is a trial."
-    places = " and ".join(where for _, where in present)
     unmarked = " Learning rates are not marked; lines of one rank differ by them too." * (rows["lr"].nunique() > 1)
-    caption = f"Loss by epoch ({places}), coloured by rank.{thick}{unmarked} {style.sample(evidence, n_trials)}."
+    shown = " and ".join(where for _, where in present)
+    caption = f"Loss by epoch ({shown}), coloured by rank.{thick}{unmarked} {style.sample(evidence, n_trials)}."
     alt = f"Loss by epoch, mean of each rank from the first to the last epoch; {'; '.join(means)}."
     return style.Picture(figure, caption, alt)
 

@@ -29,27 +29,14 @@ class Scale(NamedTuple):
     ticks: tuple[tuple[float, str], ...]
 
 
-def lacks_parallel(evidence: Evidence) -> str:
-    """Return why parallel coordinates cannot be drawn."""
-    rows = _rows(evidence)
-    if rows.empty:
-        return "no searched trial is complete"
-    return "" if _varied(evidence, rows) else "the search varied no hyperparameter"
-
-
 def _rows(evidence: Evidence) -> pd.DataFrame:
     """Return the trials that analyses of rank include, or without those all complete searched trials."""
-    used = style.known(evidence.used, evidence.facts.metric.column)
+    column, trials = evidence.facts.metric.column, evidence.trials
+    used = style.known(evidence.used, column)
     if len(used):
         return used
-    trials = evidence.trials
-    return style.known(
-        trials[(trials["phase"] == "search") & (trials["status"] == "COMPLETE")], evidence.facts.metric.column
-    )
-
-
-def _varied(evidence: Evidence, rows: pd.DataFrame) -> list[str]:
-    return [name for name in evidence.varied if name in rows and rows[name].notna().any()][:MOST_AXES]
+    complete = trials[(trials["phase"] == "search") & (trials["status"] == "COMPLETE")]
+    return style.required(complete, column, otherwise="no searched trial is complete")
 
 
 def draw_parallel(evidence: Evidence) -> style.Picture:
@@ -57,7 +44,10 @@ def draw_parallel(evidence: Evidence) -> style.Picture:
     facts, rows = evidence.facts, _rows(evidence)
     rows = rows.sort_values(facts.metric.column, ascending=facts.metric.is_gain, kind="stable")
     score = rows[facts.metric.column].to_numpy()
-    names = _varied(evidence, rows)
+    varied = [name for name in evidence.varied if name in rows]
+    names = [name for name in varied if rows[name].notna().any()][:MOST_AXES]
+    if not names:
+        raise style.NothingToDraw("the search varied no hyperparameter")
     scales = [
         *(scale_of(name, rows[name]) for name in names),
         scale_of(facts.metric.label, rows[facts.metric.column], True),
@@ -70,7 +60,7 @@ def draw_parallel(evidence: Evidence) -> style.Picture:
     plot.set_xlim(-0.75, len(scales) - 0.9)
     plot.set_ylim(-0.06, 1.06)
     _label(plot, scales)
-    beyond = len([name for name in evidence.varied if name in rows]) - len(names)
+    beyond = len(varied) - len(names)
     rest = f" {counted(beyond, 'further parameter')} not drawn." if beyond else ""
     best = rows.iloc[-1]
     settings = joined([f"{name} {_value(best[name])}" for name in names])

@@ -17,22 +17,6 @@ SEEDS_ONLY = "seeds only, not stories"
 GAP = "adaptation gap (difference in CC)"
 
 
-def lacks_ranks(evidence: Evidence) -> str:
-    """Return why the score cannot be drawn against rank."""
-    return _lacks(evidence, evidence.facts.metric.column)
-
-
-def lacks_gaps(evidence: Evidence) -> str:
-    """Return why the adaptation gap cannot be drawn against rank."""
-    return _lacks(evidence, "adaptation_gap")
-
-
-def _lacks(evidence: Evidence, column: str) -> str:
-    if style.known(evidence.used, "rank").empty:
-        return "no searched LoRA trial is complete"
-    return "" if len(style.known(evidence.used, "rank", column)) else f"no trial has a value of {column}"
-
-
 def draw_ranks(evidence: Evidence) -> style.Picture:
     """Draw the score against rank: trials as points, means with intervals, baselines and noise ceiling as lines."""
     facts, levels = evidence.facts, evidence.levels
@@ -70,7 +54,8 @@ def draw_gaps(evidence: Evidence) -> style.Picture:
 
 def _against_rank(axes: Axes, evidence: Evidence, column: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Draw trials and means against rank, and return the rows of both."""
-    trials = style.known(evidence.used, "rank", column)
+    used = style.required(evidence.used, "rank", otherwise="no searched LoRA trial is complete")
+    trials = style.required(used, column, otherwise=f"no trial has a value of {column}")
     means = style.known(evidence.by_rank[evidence.by_rank["outcome"] == column], "rank", "mean")
     if len(means) > MOST_MEANS:  # a sampler hardly tries the same rank twice
         means = means.iloc[:0]

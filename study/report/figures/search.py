@@ -18,14 +18,10 @@ STAGE_LOOKS = (("#123f66", ""), ("#d9822b", "//"), ("#8ab6d6", ".."), ("#e3e3e3"
 MOST_HATCHED = 60  # bars; with more, no hatching
 
 
-def lacks_history(evidence: Evidence) -> str:
-    """Return why there is no history to draw."""
-    return "" if len(style.known(evidence.history, "number", "value")) else "no searched trial is complete"
-
-
 def draw_history(evidence: Evidence) -> style.Picture:
     """Draw the score of each trial in the order of the search, the best so far, and the frozen baseline."""
-    facts, rows = evidence.facts, style.known(evidence.history, "number", "value").sort_values("number")
+    facts, needs = evidence.facts, "no searched trial is complete"
+    rows = style.required(evidence.history, "number", "value", otherwise=needs).sort_values("number")
     figure, axes = style.canvas()
     plot = axes[0, 0]
     x, y, best = style.floats(rows, "number", "value", "best_so_far")
@@ -51,15 +47,10 @@ def draw_history(evidence: Evidence) -> style.Picture:
     return style.Picture(figure, caption, alt)
 
 
-def lacks_importances(evidence: Evidence) -> str:
-    """Return why there are no importances to draw."""
-    rows = style.known(evidence.importances, "importance")
-    return "" if len(rows) else "too few complete trials, or nothing was varied"
-
-
 def draw_importances(evidence: Evidence) -> style.Picture:
     """Draw the share of the score's variance that each parameter explains, with its interval."""
-    rows = style.known(evidence.importances, "importance").head(MOST_BARS)
+    needs = "too few complete trials, or nothing was varied"
+    rows = style.required(evidence.importances, "importance", otherwise=needs).head(MOST_BARS)
     shares, low, high = style.floats(rows, "importance", "low", "high")
     figure, axes = style.canvas(height=max(1.9, 0.42 * len(rows) + 1.1))
     plot = axes[0, 0]
@@ -84,14 +75,10 @@ def draw_importances(evidence: Evidence) -> style.Picture:
     return style.Picture(figure, caption, f"Importance of hyperparameters: {'; '.join(parts)}.")
 
 
-def lacks_confirmed(evidence: Evidence) -> str:
-    """Return why there are no finalists to draw."""
-    return "" if len(style.known(evidence.confirmed, "cc_searched", "cc_confirmed")) else "no finalist was confirmed"
-
-
 def draw_confirmed(evidence: Evidence) -> style.Picture:
     """Draw the finalists: CC when searched and with fresh seeds, and the gain over frozen on the test stories."""
-    rows = style.known(evidence.confirmed, "cc_searched", "cc_confirmed").head(MOST_FINALISTS)
+    columns, needs = ("cc_searched", "cc_confirmed"), "no finalist was confirmed"
+    rows = style.required(evidence.confirmed, *columns, otherwise=needs).head(MOST_FINALISTS)
     names = [
         style.short(name, 10) + (" (winner)" if won else "")
         for name, won in zip(rows["trial_id"], rows["is_winner"], strict=True)
@@ -99,7 +86,7 @@ def draw_confirmed(evidence: Evidence) -> style.Picture:
     tested = len(style.known(rows, "gain_test")) > 0
     figure, axes = style.canvas(2 if tested else 1, height=max(2.4, 0.45 * len(rows) + 1.5))
     left, y = axes[0, 0], np.arange(len(rows))
-    searched, confirmed = style.floats(rows, "cc_searched", "cc_confirmed")
+    searched, confirmed = style.floats(rows, *columns)
     left.hlines(y, np.minimum(searched, confirmed), np.maximum(searched, confirmed), color="#bbbbbb", zorder=1)
     left.plot(searched, y, "o", color=style.INK, markerfacecolor="white", label="when searched")
     left.plot(confirmed, y, "D", color=style.BEST, label="fresh seeds")
@@ -154,19 +141,12 @@ def _confirmed_alt(rows: pd.DataFrame) -> str:
     return f"Finalists. {'; '.join(parts)}."
 
 
-def lacks_time(evidence: Evidence) -> str:
-    """Return why there are no times to draw."""
-    return "" if len(_timed(evidence)) else "no trial took any time: all took the results of earlier records"
-
-
-def _timed(evidence: Evidence) -> pd.DataFrame:
-    rows = evidence.seconds
-    return rows if rows.empty else rows[rows[list(STAGES)].sum(axis="columns") > 0]
-
-
 def draw_time(evidence: Evidence) -> style.Picture:
     """Draw the time of each trial as stacked stages, in the order of baselines, search and confirmation."""
-    rows = _timed(evidence)
+    rows = evidence.seconds
+    rows = rows[rows.reindex(columns=list(STAGES)).sum(axis="columns") > 0]
+    if rows.empty:
+        raise style.NothingToDraw("no trial took any time: all took the results of earlier records")
     stages = {name: np.nan_to_num(rows[name]) for name in STAGES}
     seconds = np.sum(list(stages.values()), axis=0)
     unit, size = ("h", 3600.0) if seconds.max() >= 7200 else ("min", 60.0) if seconds.max() >= 120 else ("s", 1.0)

@@ -64,18 +64,15 @@ class Picture(NamedTuple):
     alt: str
 
 
-class Drawer(NamedTuple):
-    """One kind of figure.
+class NothingToDraw(ValueError):
+    """A study has no data for a figure; the message says why."""
 
-    Attributes
-    ----------
-    lacking : returns why there is nothing to draw; empty if there is something
-    draw : to be called inside `styled`
-    """
+
+class Drawer(NamedTuple):
+    """One kind of figure; ``draw`` is called inside `styled` and raises NothingToDraw without data."""
 
     name: str
     title: str
-    lacking: Callable[[Evidence], str]
     draw: Callable[[Evidence], Picture]
 
 
@@ -149,6 +146,14 @@ def known(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
         return frame.iloc[:0]
     frame = frame.assign(**dict(zip(columns, floats(frame, *columns), strict=True)))
     return frame[np.isfinite(frame[list(columns)].to_numpy(float)).all(axis=1)]
+
+
+def required(frame: pd.DataFrame, *columns: str, otherwise: str) -> pd.DataFrame:
+    """Return the rows of `known`; raise NothingToDraw with the reason ``otherwise`` if there are none."""
+    rows = known(frame, *columns)
+    if rows.empty:
+        raise NothingToDraw(otherwise)
+    return rows
 
 
 def rank_colours(ranks: Iterable[float]) -> dict[float, Any]:

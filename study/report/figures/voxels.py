@@ -19,16 +19,6 @@ PER_ROW = 3
 UNIT = "CC of a voxel (correlation)"
 
 
-def lacks_voxels(evidence: Evidence) -> str:
-    """Return why CC over voxels cannot be drawn."""
-    if evidence.facts.task != "encoding":
-        return "text-only studies have no voxels"
-    if evidence.best_id is None:
-        return "no searched trial is complete"
-    rows = style.known(evidence.voxels, "frozen", "best")
-    return "" if len(rows) else "best trial and frozen baseline share no scored voxel"
-
-
 def draw_histograms(evidence: Evidence) -> style.Picture:
     """Draw the distribution of CC over voxels, best trial and frozen baseline, one panel per subject."""
     subjects = _subjects(evidence)
@@ -76,7 +66,12 @@ def draw_scatter(evidence: Evidence) -> style.Picture:
 
 def _subjects(evidence: Evidence) -> dict[str, pd.DataFrame]:
     """Return the voxels that both trials score, one table per subject, for the first few subjects."""
-    rows = style.known(evidence.voxels, "frozen", "best")
+    if evidence.facts.task != "encoding":
+        raise style.NothingToDraw("text-only studies have no voxels")
+    if evidence.best_id is None:
+        raise style.NothingToDraw("no searched trial is complete")
+    needs = "best trial and frozen baseline share no scored voxel"
+    rows = style.required(evidence.voxels, "frozen", "best", otherwise=needs)
     groups = {str(subject): group for subject, group in rows.groupby("subject", sort=False)}
     return dict(list(groups.items())[:MOST_SUBJECTS])
 

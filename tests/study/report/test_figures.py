@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from make_figures import EPOCHS, STUDIES, contrast, empty, figure_evidence
+from make_figures import EPOCHS, STUDIES, WITHOUT_DATA, contrast, empty, figure_evidence
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
@@ -15,8 +15,8 @@ from study.report.figures import parallel as figure_parallel
 from study.report.figures import search as figure_search
 from study.report.figures import style as figure_style
 from study.report.figures import voxels as figure_voxels
-from study.report.figures.figures import FIGURES, draw, draw_all, left_out
-from study.report.figures.style import known
+from study.report.figures.figures import FIGURES, draw, draw_all
+from study.report.figures.style import NothingToDraw, known
 from study.results.evidence import Levels
 
 
@@ -281,21 +281,18 @@ def test_scales_of_parallel_coordinates_equal_hand_computed_values() -> None:
 
 
 def test_study_without_results_has_no_figure_and_a_reason_for_each(tmp_path: Path) -> None:
-    absent = left_out(empty())
-    assert [drawer for drawer, _ in absent] == list(FIGURES)
-    assert all(re.fullmatch(r"[a-z][^.\n]{10,}", reason) for _, reason in absent)
+    skipped: dict[str, str] = {}
+    assert draw_all(empty(), tmp_path / "figures", lambda title, error: skipped.update({title: str(error)})) == []
+    assert list(skipped) == [drawer.title for drawer in FIGURES]
+    assert all(re.fullmatch(r"[a-z][^.\n]{10,}", reason) for reason in skipped.values())
     assert draw_all(empty(), tmp_path / "figures") == []
     assert list((tmp_path / "figures").iterdir()) == []
-    with pytest.raises(ValueError, match="confirmed: no finalist was confirmed"):
-        draw("confirmed", empty())
 
 
-def test_reasons_of_left_out_figures() -> None:
-    reasons = {drawer.name: reason for drawer, reason in left_out(STUDIES["one trial"])}
-    assert reasons == {
-        "rank_by_lr": "only one rank and one learning rate were tried",
-        "parallel": "the search varied no hyperparameter",
-    }
-    assert {drawer.name for drawer, _ in left_out(STUDIES["text"])} == {
-        "gap_by_rank", "rank_by_lr", "confirmed", "voxels", "voxel_pairs"
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("study", "name", "reason"),
+    [(study, name, reason) for study, reasons in WITHOUT_DATA.items() for name, reason in reasons.items()],
+)
+def test_figure_without_data_names_the_reason(study: str, name: str, reason: str) -> None:
+    with pytest.raises(NothingToDraw, match=f"^{reason}$"):
+        draw(name, STUDIES[study])

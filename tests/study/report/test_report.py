@@ -455,7 +455,7 @@ def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatc
     for trial in BASELINES:
         write_record(study, trial)
 
-    def draw_there(evidence: Evidence, folder: Place, failed: object) -> list[Drawn]:
+    def draw_there(evidence: Evidence, folder: Place, skipped: object) -> list[Drawn]:
         here = drawing(tmp_path)
         for file in (here.png, here.svg):
             with atomic_path(folder / file.name) as temporary:
