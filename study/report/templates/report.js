@@ -1,5 +1,5 @@
 "use strict";
-// Every column of a sortable table gets a button; what is empty stays last in both directions.
+// Every column of a sortable table gets a sort button; empty cells stay last in both directions.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -7,9 +7,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const sort = (column, ascending) => {
     const isNumber = headers[column].classList.contains("number");
     const sign = ascending ? 1 : -1;
-    const compare = (one, other) => {
-      const a = key(one, column);
-      const b = key(other, column);
+    const compare = (first, second) => {
+      const a = key(first, column);
+      const b = key(second, column);
       if (a === "" || b === "") return (a === "" ? 1 : 0) - (b === "" ? 1 : 0);
       if (isNumber) return sign * (Number(a) - Number(b));
       return sign * a.localeCompare(b, "en", { numeric: true });
@@ -26,7 +26,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.addEventListener("click", () => sort(column, header.getAttribute("aria-sort") !== "ascending"));
   });
 }
-// What is folded away on the screen is printed all the same.
+// Folded parts are printed too.
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
 });
