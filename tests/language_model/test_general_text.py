@@ -1,4 +1,4 @@
-"""Text that is no story: what is bundled, how a user's file is read, and that as much of it is read as asked for."""
+"""Text that is not stories: what is bundled, how a user's file is read, and how many tokens of it."""
 
 import csv
 from itertools import pairwise
@@ -45,11 +45,12 @@ def bundled_ids(part: str, tokenizer: BertTokenizerFast) -> list[list[int]]:
 # --- what is bundled --------------------------------------------------------------------------------------------------
 
 
-def test_every_bundled_file_belongs_to_one_half() -> None:
+def test_every_bundled_file_is_ascii_and_belongs_to_one_half() -> None:
     names = [path.name for path in FOLDER.iterdir()]
     halves = {part: [name for name in names if name.startswith(f"{part}_")] for part in ("probe", "control")}
     assert len(names) == len(halves["probe"]) + len(halves["control"])
     assert len(halves["probe"]) == len(halves["control"]) == 6
+    assert all(path.read_bytes().isascii() for path in FOLDER.iterdir())
 
 
 def test_the_halves_are_about_equal_and_share_no_phrase_with_each_other_or_a_story() -> None:
@@ -63,18 +64,13 @@ def test_the_halves_are_about_equal_and_share_no_phrase_with_each_other_or_a_sto
     sizes = {part: sum(map(len, texts)) for part, texts in words.items()}
     assert 1700 < sizes["control"] < sizes["probe"] < 2100
     phrases = {
-        part: [tuple(text[at : at + 5]) for text in texts for at in range(len(text) - 4)]
+        part: [tuple(text[start : start + 5]) for text in texts for start in range(len(text) - 4)]
         for part, texts in words.items()
     }
-    for one, other in (("probe", "control"), ("probe", "stories"), ("control", "stories")):
-        assert not set(phrases[one]) & set(phrases[other])
+    for first, second in (("probe", "control"), ("probe", "stories"), ("control", "stories")):
+        assert not set(phrases[first]) & set(phrases[second])
     for part in ("probe", "control"):
         assert len(set(phrases[part])) > 0.995 * len(phrases[part]), "no filler: hardly a phrase comes twice"
-
-
-def test_the_bundled_text_is_plain_ascii() -> None:
-    for path in FOLDER.iterdir():
-        assert path.read_bytes().isascii(), path.name
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -85,17 +81,12 @@ def test_the_probe_is_every_token_of_its_files_once(window_tokens: int, tokenize
     windows = probe_windows(tokenizer, window_tokens)
     expected = [token for ids in bundled_ids("probe", tokenizer) for token in ids]
     assert max(len(window.ids) for window in windows) == window_tokens
-    dropped = len(expected) - len(inner(windows))  # windows too short to train on, one a document at most
+    dropped = len(expected) - len(inner(windows))  # windows too short to train on, at most one per document
     assert 0 <= dropped <= 6 * 30
     if window_tokens == 16:
         np.testing.assert_array_equal(inner(windows), expected)
     assert all(window.ids[0] == tokenizer.cls_token_id for window in windows)
     assert all(window.ids[-1] == tokenizer.sep_token_id for window in windows)
-
-
-def test_the_probe_is_the_same_every_time(tokenizer: BertTokenizerFast) -> None:
-    one, other = probe_windows(tokenizer, 128), probe_windows(tokenizer, 128)
-    np.testing.assert_array_equal(inner(one), inner(other))
 
 
 def test_punctuation_marks_are_words_of_their_own(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:
@@ -120,11 +111,11 @@ def test_csv_and_text_give_the_same_probe(tokenizer: BertTokenizerFast, numbers:
     table = tmp_path / "numbers.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([line] for line in numbers.read_text().splitlines())])
-    one, other = probe_windows(tokenizer, 52, numbers), probe_windows(tokenizer, 52, table)
-    np.testing.assert_array_equal(inner(one), inner(other))
+    texts = [inner(probe_windows(tokenizer, 52, file)) for file in (numbers, table)]
+    np.testing.assert_array_equal(*texts)
 
 
-def test_of_a_long_file_the_start_is_read(
+def test_the_start_of_a_long_file_is_read(
     tokenizer: BertTokenizerFast, numbers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(general_text, "MAX_PROBE_TOKENS", 101)
@@ -136,27 +127,27 @@ def test_of_a_long_file_the_start_is_read(
 
 
 @pytest.mark.parametrize("n_tokens", [1, 100, 5000, 40_000])
-def test_the_control_has_as_many_tokens_as_asked(n_tokens: int, tokenizer: BertTokenizerFast) -> None:
-    found = control_text(tokenizer, 40, 38, n_tokens)
+def test_the_control_has_the_given_number_of_tokens(n_tokens: int, tokenizer: BertTokenizerFast) -> None:
+    control = control_text(tokenizer, 40, 38, n_tokens)
     n_bundled = sum(map(len, bundled_ids("control", tokenizer)))
     short = n_tokens % 38 if n_tokens > 38 and n_tokens % 38 < 30 else 0  # a last window too short to train on
-    assert len(inner(found.windows)) == n_tokens - short
-    assert found.n_tokens == n_tokens
-    assert found.n_passes == pytest.approx(n_tokens / n_bundled, rel=1e-12)
+    assert len(inner(control.windows)) == n_tokens - short
+    assert control.n_tokens == n_tokens
+    assert control.n_passes == pytest.approx(n_tokens / n_bundled, rel=1e-12)
 
 
-def test_a_pass_reads_every_document_once_in_an_order_of_its_own(tokenizer: BertTokenizerFast) -> None:
+def test_every_pass_reads_every_document_once_in_another_order(tokenizer: BertTokenizerFast) -> None:
     documents = bundled_ids("control", tokenizer)
     n = sum(map(len, documents))
     text = inner(control_text(tokenizer, 12, 10, 3 * n).windows)
     orders = []
-    for at in range(3):
-        one_pass = text[at * n : (at + 1) * n].tolist()
+    for number in range(3):
+        ids = text[number * n : (number + 1) * n].tolist()
         order, start = [], 0
         while start < n:
-            (which,) = (i for i, d in enumerate(documents) if one_pass[start : start + len(d)] == d)
-            order.append(which)
-            start += len(documents[which])
+            (index,) = (i for i, document in enumerate(documents) if ids[start : start + len(document)] == document)
+            order.append(index)
+            start += len(documents[index])
         assert sorted(order) == list(range(6))
         orders.append(tuple(order))
     assert len(set(orders)) == 3
@@ -166,49 +157,55 @@ def test_windows_are_those_of_one_long_story(tokenizer: BertTokenizerFast) -> No
     windows = control_text(tokenizer, 64, 20, 3000).windows
     assert {len(window.ids) for window in windows[:-1]} == {64}
     assert len(windows) == -(-(3000 - 62) // 20) + 1
-    for one, following in pairwise(windows):
-        np.testing.assert_array_equal(one.ids[21:-1], following.ids[1:43])
-        np.testing.assert_array_equal(one.word_ids[20:], following.word_ids[:42])
+    for window, following in pairwise(windows):
+        np.testing.assert_array_equal(window.ids[21:-1], following.ids[1:43])
+        np.testing.assert_array_equal(window.word_ids[20:], following.word_ids[:42])
     steps = np.diff(np.concatenate([window.word_ids[:20] for window in windows]))
     assert set(steps) == {0, 1}, "words count on from document to document"
 
 
 def test_same_seed_same_text_another_seed_another(tokenizer: BertTokenizerFast, numbers: Path) -> None:
     for file, n_tokens in ((None, 4000), (numbers, 60)):
-        one, again, other = (inner(control_text(tokenizer, 22, 20, n_tokens, file, seed).windows) for seed in (1, 1, 2))
-        np.testing.assert_array_equal(one, again)
-        assert not np.array_equal(one, other)
+        first, second, other = (
+            inner(control_text(tokenizer, 22, 20, n_tokens, file, seed).windows) for seed in (1, 1, 2)
+        )
+        np.testing.assert_array_equal(first, second)
+        assert not np.array_equal(first, other)
 
 
 def test_a_long_file_is_not_repeated(tokenizer: BertTokenizerFast, numbers: Path) -> None:
     whole = tokenizer.convert_tokens_to_ids(numbers.read_text().split())
-    round_it = np.array(whole * 2)
+    twice = np.array(whole * 2)
     starts = set()
     for seed in range(6):
-        found = control_text(tokenizer, 102, 100, 95, numbers, seed)  # a window holds more, so its order is the file's
-        text = inner(found.windows)
-        at = [s for s in range(0, 200, 5) if np.array_equal(round_it[s : s + 95], text)]
-        assert at, "consecutive texts of the file, from some place and round its end"
-        starts.add(at[0])
-        assert found.n_passes == 1
+        control = control_text(
+            tokenizer, 102, 100, 95, numbers, seed
+        )  # a window holds more, so its order is the file's
+        text = inner(control.windows)
+        matches = [start for start in range(0, 200, 5) if np.array_equal(twice[start : start + 95], text)]
+        assert matches, "consecutive texts of the file, from some text and around the end"
+        starts.add(matches[0])
+        assert control.n_passes == 1
     assert len(starts) > 1
 
 
-def test_all_of_it_once(tokenizer: BertTokenizerFast, numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = control_text(tokenizer, 12, 10, None, numbers)
-    assert (found.n_tokens, found.n_passes) == (200, 1)
+def test_without_a_number_all_of_it_is_read_once(
+    tokenizer: BertTokenizerFast, numbers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = control_text(tokenizer, 12, 10, None, numbers)
+    assert (control.n_tokens, control.n_passes) == (200, 1)
     whole = tokenizer.convert_tokens_to_ids(numbers.read_text().split())
-    assert sorted(inner(found.windows)) == sorted(whole)
+    assert sorted(inner(control.windows)) == sorted(whole)
     monkeypatch.setattr(general_text, "MAX_ONCE_TOKENS", 50)
     assert control_text(tokenizer, 12, 10, None, numbers).n_tokens == 50
     bundled = control_text(tokenizer, 12, 10, None)
     assert bundled.n_tokens == 50
 
 
-def test_a_note_says_what_was_read(tokenizer: BertTokenizerFast, numbers: Path) -> None:
-    once, often = (control_text(tokenizer, 22, 20, n, numbers) for n in (100, 500))
+def test_note_describes_the_text(tokenizer: BertTokenizerFast, numbers: Path) -> None:
+    once, repeated = (control_text(tokenizer, 22, 20, n, numbers) for n in (100, 500))
     assert describe_control(once) == "trained on 100 tokens of the bundled control text, not of stories"
-    assert describe_control(often, numbers) == (
+    assert describe_control(repeated, numbers) == (
         f"trained on 500 tokens of {numbers}, not of stories; the text is short and was repeated 2.5 times"
     )
 
@@ -232,14 +229,14 @@ def test_text_without_a_token_is_refused(tokenizer: BertTokenizerFast, tmp_path:
         probe_windows(tokenizer, 64, file)
 
 
-def test_no_tokens_is_a_programmer_s_mistake(tokenizer: BertTokenizerFast) -> None:
+def test_zero_tokens_are_refused(tokenizer: BertTokenizerFast) -> None:
     with pytest.raises(ValueError, match="n_tokens 0: must be 1 or more"):
         control_text(tokenizer, 64, 20, 0)
 
 
 @pytest.mark.demo
-def test_a_trained_encoder_finds_the_halves_alike() -> None:
-    """So that what is learnt on one half would show on the other: no [UNK], and word pieces as usual."""
+def test_the_halves_are_similar_to_a_trained_tokenizer() -> None:
+    """No [UNK] and a usual number of word pieces, so that learning on one half would show on the other."""
     tokenizer = load_encoder("minilm-plain").tokenizer
     for part in ("probe", "control"):
         ids = [token for document in bundled_ids(part, tokenizer) for token in document]

@@ -58,12 +58,12 @@ class Lines:
         self, model: Any, batch: NoisyLines, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
         self.parts.append(len(batch.x))
-        found = model(torch.from_numpy(batch.x).float())[:, 0]
+        values = model(torch.from_numpy(batch.x).float())[:, 0]
         if len(batch.x) > self.fits:
             raise RuntimeError(OUT_OF_MEMORY)
         third = torch.from_numpy(batch.indices % 3 == 0)
-        square = (found - torch.from_numpy(batch.y).float()).square()
-        return {"square": (square.sum(), len(batch.x)), "third": (found[third].abs().sum(), int(third.sum()))}
+        square = (values - torch.from_numpy(batch.y).float()).square()
+        return {"square": (square.sum(), len(batch.x)), "third": (values[third].abs().sum(), int(third.sum()))}
 
     def n_tokens(self, batch: NoisyLines) -> int:
         return 10 * len(batch.x)
@@ -85,13 +85,13 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 @pytest.fixture
 def gradients() -> Iterator[list[list[torch.Tensor]]]:
     """The gradients of every step, as AdamW receives them."""
-    found: list[list[torch.Tensor]] = []
+    steps: list[list[torch.Tensor]] = []
 
     def listen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        found.append([p.grad.clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None])
+        steps.append([p.grad.clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None])
 
     hook = register_optimizer_step_pre_hook(listen)
-    yield found
+    yield steps
     hook.remove()
 
 
@@ -110,14 +110,14 @@ def test_gradients_of_two_losses_equal_a_plain_loop(
     size, plain, rng = batch_size * accumulation, Lines(), generator(0, "masking", 1)
     assert objective.drawn == [order[at : at + size] for at in range(0, 20, size)]
     assert len(gradients) == len(objective.drawn)
-    for indices, found in zip(objective.drawn, gradients, strict=True):
+    for indices, gradient in zip(objective.drawn, gradients, strict=True):
         x, y, _ = plain.draw(indices, rng)
         weight, bias = (p.clone().double().requires_grad_() for p in start)
         values = [torch.from_numpy(row) @ weight[0] + bias[0] for row in x]
         squares = [(value - target) ** 2 for value, target in zip(values, y, strict=True)]
         thirds = [abs(value) for value, i in zip(values, indices, strict=True) if i % 3 == 0]
         (sum(squares) / len(squares) + sum(thirds) / max(len(thirds), 1)).backward()  # a step may lack one loss
-        for ours, theirs in zip(found, (weight.grad, bias.grad), strict=True):
+        for ours, theirs in zip(gradient, (weight.grad, bias.grad), strict=True):
             torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -138,8 +138,8 @@ def test_accumulation_is_the_big_batch_of_a_masked_lm(
     assert len(sizes[1]) > 1  # unequal numbers of masked tokens
     big, accumulated = gradients
     assert max(float(g.abs().max()) for g in big) > 1e-3
-    for one, other in zip(big, accumulated, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    for whole, summed in zip(big, accumulated, strict=True):
+        torch.testing.assert_close(whole, summed, rtol=0, atol=1e-6)
 
 
 def test_losses_with_another_number_of_terms_are_refused() -> None:
@@ -155,22 +155,22 @@ def test_losses_with_another_number_of_terms_are_refused() -> None:
 
 
 @pytest.mark.table
-@pytest.mark.parametrize(("fits", "kept"), [(7, 4), (4, 4), (3, 2), (1, 1)])
+@pytest.mark.parametrize(("fits", "micro_batch"), [(7, 4), (4, 4), (3, 2), (1, 1)])
 def test_smaller_micro_batches_give_the_same_gradients_and_are_kept(
-    fits: int, kept: int, gradients: list[list[torch.Tensor]], caplog: pytest.LogCaptureFixture
+    fits: int, micro_batch: int, gradients: list[list[torch.Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     training = replace(TRAINING, batch_size=8, epochs=2)
     models = [line(), line()]
     with caplog.at_level(logging.WARNING):
         (first, last), expected = (run(m, Lines(fits=n), training) for m, n in zip(models, (fits, 1000), strict=True))
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=1e-6)
-    for one, other in zip(gradients[:6], gradients[6:], strict=True):
-        for ours, theirs in zip(one, other, strict=True):
+    for small, large in zip(gradients[:6], gradients[6:], strict=True):
+        for ours, theirs in zip(small, large, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert (first.micro_batch, last.micro_batch) == (kept, kept)
+    assert (first.micro_batch, last.micro_batch) == (micro_batch, micro_batch)
     assert [progress.micro_batch for progress in expected] == [8, 8]
     assert [progress[:3] for progress in (first, last)] == [progress[:3] for progress in expected]
-    assert caplog.messages == [f"out of memory at step 1 of epoch 1: micro-batches of {kept} from here on"]
+    assert caplog.messages == [f"out of memory at step 1 of epoch 1: micro-batches of {micro_batch} from here on"]
 
 
 def test_only_the_step_that_ran_out_is_repeated() -> None:
@@ -185,10 +185,10 @@ def test_memory_may_run_out_in_the_middle_of_a_step_and_later() -> None:
         """The third forward pass of all meets a full memory: the first half of its step is computed already."""
 
         def losses(self, *args: Any) -> dict[str, tuple[torch.Tensor, int]]:
-            found = super().losses(*args)
+            losses = super().losses(*args)
             if len(self.parts) == 4:
                 raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-            return found
+            return losses
 
     training = replace(TRAINING, batch_size=4, accumulation=2)
     models = [line(), line()]
@@ -199,8 +199,8 @@ def test_memory_may_run_out_in_the_middle_of_a_step_and_later() -> None:
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=0, atol=1e-6)
 
 
-def test_dropout_begins_anew_with_the_step() -> None:
-    """What a failed attempt drew is put back: the result is that of a run that had the smaller size from the start."""
+def test_dropout_of_a_repeated_step_is_drawn_again() -> None:
+    """The random state is restored: the result is that of a run with the smaller size from the start."""
     models = [line(dropout=0.5), line(dropout=0.5)]
     run(models[0], Lines(fits=2), replace(TRAINING, batch_size=8, epochs=2))
     run(models[1], Lines(), replace(TRAINING, batch_size=2, accumulation=4, epochs=2))
@@ -278,13 +278,13 @@ def test_l2_sp_of_an_adapter_is_that_of_its_effective_update(rslora: bool, start
 
 def merged(model: PeftModel) -> dict[str, torch.Tensor]:
     """Weights with W + s B A multiplied out, by hand."""
-    found = {}
+    matrices = {}
     for name, layer in masked_lm(model).named_modules():
         if hasattr(layer, "lora_A"):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            found[name] = (layer.base_layer.weight + layer.scaling["default"] * b @ a).detach().double()
-            found[name + ".bias"] = layer.base_layer.bias.detach().clone().double()
-    return found
+            matrices[name] = (layer.base_layer.weight + layer.scaling["default"] * b @ a).detach().double()
+            matrices[name + ".bias"] = layer.base_layer.bias.detach().clone().double()
+    return matrices
 
 
 def test_l2_sp_leaves_heads_free() -> None:
@@ -296,7 +296,7 @@ def test_l2_sp_leaves_heads_free() -> None:
     assert penalty(terms) > 0
 
 
-def test_l2_sp_adds_its_gradient_once_a_step(gradients: list[list[torch.Tensor]]) -> None:
+def test_l2_sp_adds_its_gradient_once_per_step(gradients: list[list[torch.Tensor]]) -> None:
     """The derivative of c / 2 ||p - p0||^2 is c (p - p0), however the step is cut."""
     models = [line(), line()]
     start = [p.detach().clone() for p in models[0].parameters()]
@@ -314,9 +314,9 @@ def test_l2_sp_adds_its_gradient_once_a_step(gradients: list[list[torch.Tensor]]
     objective.draw(order[:4], rng)
     batch = objective.draw(order[4:], rng)
     sum(total / n for total, n in objective.losses(models[1], batch, "float32", CPU).values()).backward()
-    for found, p, place, p0 in zip(gradients[1], models[1].parameters(), places[1], start, strict=True):
+    for gradient, p, place, p0 in zip(gradients[1], models[1].parameters(), places[1], start, strict=True):
         assert float((place - p0).abs().max()) > 5e-3
-        torch.testing.assert_close(found, p.grad + 0.7 * (place - p0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, p.grad + 0.7 * (place - p0), rtol=1e-5, atol=1e-6)
 
 
 def test_l2_sp_holds_an_adapter_back(tiny_encoder: Encoder) -> None:
@@ -357,14 +357,23 @@ def test_an_epoch_of_more_steps_takes_several_passes() -> None:
     assert len(set(taken[12:])) == 4
 
 
-def test_schedules_count_the_steps_of_such_epochs() -> None:
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup_epochs", "n_warmup"), [(0, 0), (0.3, 1), (1.0, 4), (1.5, 6)])
+@pytest.mark.parametrize(("n_items", "steps_per_epoch"), [(16, None), (20, 4)])
+def test_learning_rates_follow_the_closed_form(
+    schedule: str, warmup_epochs: float, n_warmup: int, n_items: int, steps_per_epoch: int | None
+) -> None:
     lrs: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
-    training = replace(TRAINING, epochs=2, schedule="linear", warmup_epochs=0.5)
-    run(line(), Lines(), training, steps_per_epoch=4)
+    training = replace(TRAINING, epochs=3, schedule=schedule, warmup_epochs=warmup_epochs)
+    run(line(), Lines(n_items), training, steps_per_epoch=steps_per_epoch)
     hook.remove()
-    shares = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-    np.testing.assert_allclose(lrs, [1e-2 * share for share in shares], rtol=1e-12)
+    expected = [1e-2 * step / n_warmup for step in range(n_warmup)]
+    for step in range(12 - n_warmup):
+        done = step / (12 - n_warmup)
+        shares = {"constant": 1, "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}
+        expected.append(1e-2 * shares[schedule])
+    np.testing.assert_allclose(lrs, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("n_items", "steps"), [(0, None), (5, 0)])
@@ -377,9 +386,9 @@ def test_nothing_to_train_on_is_refused(n_items: int, steps: int | None) -> None
 def test_a_loss_that_is_not_finite_names_its_step(value: str) -> None:
     class Diverging(Lines):
         def losses(self, *args: Any) -> dict[str, tuple[torch.Tensor, int]]:
-            found = super().losses(*args)
-            total, n = found["third"]
-            return found | {"third": (total * (float(value) if len(self.parts) == 7 else 1), n)}
+            losses = super().losses(*args)
+            total, n = losses["third"]
+            return losses | {"third": (total * (float(value) if len(self.parts) == 7 else 1), n)}
 
     model, places = line(), []
     hook = register_optimizer_step_pre_hook(lambda *_: places.append(weights(model)))
@@ -390,13 +399,14 @@ def test_a_loss_that_is_not_finite_names_its_step(value: str) -> None:
     assert torch.isfinite(weights(model)).all()
 
 
-def test_same_seed_same_bits_other_seed_other_ones() -> None:
-    found = []
-    for seed in (3, 3, 4):
+def test_seed_determines_the_weights_and_dropout_is_on() -> None:
+    trained = []
+    for seed, dropout in ((3, 0.3), (3, 0.3), (4, 0.3), (3, 0.0)):
         torch.rand(4)
-        model = line(dropout=0.3)
+        model = line(dropout)
         torch.rand(4)
         run(model, Lines(), TRAINING, seed)
-        found.append(weights(model))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        trained.append(weights(model))
+    assert torch.equal(trained[0], trained[1])
+    assert not torch.equal(trained[0], trained[2])
+    assert not torch.equal(trained[0], trained[3])

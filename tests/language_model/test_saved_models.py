@@ -1,0 +1,271 @@
+"""Saved adapters and whole models: what is refused on loading, and that a loaded model takes effect."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_trials import PEFT_WARNS
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
+from tuned_models import add_lora, randomise_b, sentence_ids, train_briefly, word_vectors
+
+from bert_encoding.core.errors import InputError
+from bert_encoding.language_model.encoder import Encoder, load_encoder, weights_fingerprint
+from bert_encoding.language_model.lora import (
+    check_applied,
+    load_adapter,
+    load_whole,
+    masked_lm,
+    save_adapter,
+    save_whole,
+)
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[BertForMaskedLM, Path]:
+    """A model of which all weights were trained, and the folder where it was saved."""
+    model = train_briefly(tiny_encoder.copy_model(), tiny_encoder)
+    folder = tmp_path_factory.mktemp("whole") / "saved"
+    save_whole(model, folder)
+    return model, folder
+
+
+def other_encoder(tiny_bert: Path, folder: Path, **changes: int) -> Encoder:
+    """The tiny BERT in another shape, with the same tokenizer."""
+    shutil.copytree(tiny_bert, folder)
+    torch.manual_seed(1)
+    config = BertConfig.from_pretrained(tiny_bert)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return load_encoder(str(folder))
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def test_loaded_model_gives_the_vectors_of_the_trained_one(
+    whole: tuple[BertForMaskedLM, Path], tiny_encoder: Encoder
+) -> None:
+    model, folder = whole
+    loaded = load_whole(tiny_encoder, folder)
+    assert not loaded.training
+    vectors = word_vectors(tiny_encoder, loaded)
+    assert np.array_equal(vectors, word_vectors(tiny_encoder, model.bert))
+    assert np.abs(vectors - word_vectors(tiny_encoder, tiny_encoder.copy_model().bert)).max() > 0.01
+
+
+def test_whole_model_loads_with_plain_transformers(whole: tuple[BertForMaskedLM, Path]) -> None:
+    model, folder = whole
+    plain = BertForMaskedLM.from_pretrained(folder).eval()
+    assert weights_fingerprint(plain) == weights_fingerprint(model)
+    assert plain.cls.predictions.decoder.weight is plain.bert.embeddings.word_embeddings.weight
+    assert sorted(file.name for file in folder.glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_model_with_a_next_sentence_head_loads_too(tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig.from_pretrained(tiny_bert)).eval()
+    save_whole(model, tmp_path)
+    loaded = word_vectors(tiny_encoder, load_whole(tiny_encoder, tmp_path))
+    assert np.array_equal(loaded, word_vectors(tiny_encoder, model.bert))
+
+
+def test_the_pretrained_model_itself_is_refused(tiny_encoder: Encoder, tiny_bert: Path) -> None:
+    with pytest.raises(InputError, match="tiny: the model: changes nothing"):
+        load_whole(tiny_encoder, tiny_bert)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_folder_without_a_whole_model_is_refused(
+    name: str, whole: tuple[BertForMaskedLM, Path], tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    shutil.copytree(whole[1], tmp_path / "part")
+    (tmp_path / "part" / name).unlink()
+    with pytest.raises(InputError, match=f"part: no {re.escape(name)}"):
+        load_whole(tiny_encoder, tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size is 64, not 32"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, not 2"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, not 2"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, not 2"),  # all weights have the same shapes
+        ({"intermediate_size": 48}, "intermediate_size is 48, not 64"),
+        ({"vocab_size": 200}, "vocab_size is 200, not 103"),
+    ],
+)
+def test_whole_model_of_another_shape_is_refused(
+    changes: dict[str, int], message: str, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+) -> None:
+    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
+    save_whole(other.model, tmp_path / "saved")
+    with pytest.raises(InputError, match=f"saved: does not fit .*tiny, or is damaged: {message}") as refused:
+        load_whole(tiny_encoder, tmp_path / "saved")
+    assert "\n" not in str(refused.value)
+
+
+BIAS = "bert.encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("half the weights", "does not fit"),
+        ("no JSON", "does not fit"),
+        ("a missing weight", f"does not fit .*: {BIAS} is on one side only"),
+        ("an extra weight", "does not fit .*: bert.encoder.layer.1.output.more is on one side only"),
+        ("another shape", "does not fit"),
+        ("nan", f"{BIAS} is not finite"),
+    ],
+)
+def test_damaged_whole_model_is_refused(
+    damage: str, message: str, whole: tuple[BertForMaskedLM, Path], tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole[1], tmp_path / "damaged")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if damage == "half the weights":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "no JSON":
+        (folder / "config.json").write_text("{")
+    else:
+        if damage == "a missing weight":
+            del weights[BIAS]
+        weights |= {
+            "a missing weight": {},
+            "an extra weight": {"bert.encoder.layer.1.output.more": torch.ones(3)},
+            "another shape": {BIAS: torch.ones(31)},
+            "nan": {BIAS: torch.full((32,), torch.nan)},
+        }[damage]
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message) as refused:
+        load_whole(tiny_encoder, folder)
+    assert "\n" not in str(refused.value)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+# PEFT warns about the shallower one; we refuse both.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": 64}, {"intermediate_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}],
+    ids=str,
+)
+def test_adapter_of_a_model_of_another_shape_or_depth_is_refused(
+    changes: dict[str, int], tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+) -> None:
+    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
+    save_adapter(randomise_b(add_lora(other, "all")), tmp_path / "saved", other.name)
+    with pytest.raises(InputError, match="saved: does not fit") as refused:
+        load_adapter(tiny_encoder, tmp_path / "saved")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no configuration", r"no adapter_config\.json"),
+        ("no weights", "does not fit"),
+        ("half the weights", "damaged"),
+        ("an empty configuration", "damaged"),
+        ("nan", "is not finite"),  # torch's fused attention turns a NaN query into 0: embeddings do not show it
+    ],
+)
+def test_damaged_adapter_is_refused(
+    damage: str, message: str, trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained_adapter[1], tmp_path / "damaged")
+    file, configuration = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if damage == "no configuration":
+        configuration.unlink()
+    elif damage == "no weights":
+        file.unlink()
+    elif damage == "half the weights":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "an empty configuration":
+        configuration.write_text("{}")
+    else:
+        weights = load_file(file)
+        next(iter(weights.values()))[0, 0] = float("nan")
+        save_file(weights, file)
+    with pytest.raises(InputError, match=message):
+        load_adapter(tiny_encoder, folder)
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def test_loading_does_not_modify_the_encoder(
+    whole: tuple[BertForMaskedLM, Path], trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder
+) -> None:
+    before = weights_fingerprint(tiny_encoder.model)
+    load_adapter(tiny_encoder, trained_adapter[1])
+    load_whole(tiny_encoder, whole[1])
+    assert weights_fingerprint(tiny_encoder.model) == before
+    assert not tiny_encoder.model.training
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("init", ["zero", "pissa"])
+def test_saved_files_have_the_permissions_of_the_umask(
+    init: str, umask: int, tiny_encoder: Encoder, tmp_path: Path
+) -> None:
+    model = add_lora(tiny_encoder, "q", init=init)
+    before = os.umask(umask)
+    try:
+        save_adapter(model, tmp_path / "adapter", "m")
+        save_whole(tiny_encoder.copy_model(), tmp_path / "whole")
+    finally:
+        os.umask(before)
+    files = [file for folder in ("adapter", "whole") for file in (tmp_path / folder).iterdir()]
+    assert {file.name for file in files} >= {"adapter_model.safetensors", "model.safetensors"}
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}
+
+
+def test_check_applied_returns_the_largest_difference(
+    trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder
+) -> None:
+    tuned = masked_lm(trained_adapter[0]).bert.train()
+    difference = check_applied(tiny_encoder, tuned, "tuning")
+    assert tuned.training  # as before
+    tuned.eval()
+    ids = sentence_ids(tiny_encoder)
+    with torch.no_grad():
+        expected = (tuned(ids)[0] - tiny_encoder.model.bert(ids)[0]).abs().max()
+    assert difference == float(expected) > 0
+    assert check_applied(tiny_encoder, tuned, "tuning") == difference
+
+
+def with_nan(encoder: Encoder) -> Any:
+    model = add_lora(encoder, "v")  # torch's fused attention on a CPU turns NaN queries into 0, but not NaN values
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    return masked_lm(model).bert
+
+
+@pytest.mark.parametrize(
+    ("tuned", "message"),
+    [
+        (lambda encoder: encoder.copy_model(), "gives 103 numbers per token, not n_hidden 32"),
+        (lambda encoder: encoder.copy_model().bert, "changes nothing"),
+        (with_nan, "gives embeddings that are not finite"),
+    ],
+)
+def test_check_applied_refuses_logits_pretrained_and_not_finite_embeddings(
+    tuned: Any, message: str, tiny_encoder: Encoder
+) -> None:
+    with pytest.raises(InputError, match=f"^tuning: {message}"):
+        check_applied(tiny_encoder, tuned(tiny_encoder), "tuning")
