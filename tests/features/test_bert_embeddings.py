@@ -53,7 +53,7 @@ def plain_vectors(
     words: list[str], bert: BertModel, tokenizer: BertTokenizerFast, layer: int, window_tokens: int, stride: int
 ) -> np.ndarray:
     """One forward pass per window, no padding; a word's mean inside each window, then the mean of those."""
-    pieces = [(piece, at) for at, word in enumerate(words) for piece in tokenizer.tokenize(word)]
+    pieces = [(piece, index) for index, word in enumerate(words) for piece in tokenizer.tokenize(word)]
     n_inner = window_tokens - 2
     in_windows: list[list[np.ndarray]] = [[] for _ in words]
     start = 0
@@ -63,8 +63,10 @@ def plain_vectors(
         with torch.no_grad():
             output = bert(torch.tensor([ids]), output_hidden_states=True)
         hidden = output.hidden_states[layer][0, 1:-1].double().numpy()  # (n_inner, n_hidden)
-        for word in {at for _, at in inside}:
-            in_windows[word].append(np.mean([hidden[i] for i, (_, at) in enumerate(inside) if at == word], axis=0))
+        for word in {index for _, index in inside}:
+            in_windows[word].append(
+                np.mean([hidden[i] for i, (_, index) in enumerate(inside) if index == word], axis=0)
+            )
         if start + n_inner >= len(pieces):
             break
         start += stride
@@ -287,26 +289,26 @@ def test_all_layers_come_from_one_pass(tiny_encoder: Encoder) -> None:
     """As many forward calls as for one layer, for several and for their mean."""
     batches: list[int] = []
     embeddings = tiny_encoder.model.bert.embeddings
-    hook = embeddings.register_forward_hook(lambda module, given, output: batches.append(len(given[0])))
+    hook = embeddings.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
     try:
         embed(tiny_encoder, batch_size=8)
-        one = len(batches)
+        single = len(batches)
         embed_several(tiny_encoder, ALL_LAYERS, batch_size=8)
-        several = len(batches) - one
+        several = len(batches) - single
         embed(tiny_encoder, layer=(0, 1, 2), batch_size=8)
-        mean = len(batches) - one - several
+        mean = len(batches) - single - several
     finally:
         hook.remove()
-    n_windows = sum(batches[:one])
-    assert n_windows > 8 * (one - 1)  # full batches but for the last
-    assert (several, mean) == (one, one)
+    n_windows = sum(batches[:single])
+    assert n_windows > 8 * (single - 1)  # full batches but for the last
+    assert (several, mean) == (single, single)
     assert sum(batches) == 3 * n_windows
 
 
 def test_stories_come_back_in_their_order_and_own_their_memory(tiny_encoder: Encoder) -> None:
     vectors = embed_several(tiny_encoder, ALL_LAYERS)
     arrays = [vectors[layer][name] for layer in ALL_LAYERS for name in STORIES if len(STORIES[name])]
-    assert not any(np.shares_memory(a, b) for at, a in enumerate(arrays) for b in arrays[:at])
+    assert not any(np.shares_memory(a, b) for index, a in enumerate(arrays) for b in arrays[:index])
 
 
 @pytest.mark.parametrize(("layer", "message"), [(3, "layer 3: this BERT has"), (-1, "layer -1"), ((), "no layer")])
@@ -326,7 +328,7 @@ def test_a_layer_named_twice(tiny_encoder: Encoder) -> None:
 def test_sums_are_held_only_while_a_story_is_read(tiny_encoder: Encoder) -> None:
     """The float64 sums of 24 stories in three layers would be 6 times what comes back in a single layer."""
     words = story_words(800, seed=0)
-    tokens = {f"{at:02d}": tokenize(words, tiny_encoder.tokenizer) for at in range(24)}
+    tokens = {f"{index:02d}": tokenize(words, tiny_encoder.tokenizer) for index in range(24)}
     settings: dict[str, Any] = {"window_tokens": 512, "stride": 256, "precision": "float32", "device": CPU}
     tracemalloc.start()
     try:

@@ -58,8 +58,8 @@ def test_a_word_exactly_at_a_tr_counts_once_there_and_nowhere_else() -> None:
     vectors = np.array([[2.0, -3.0]])
     expected = np.zeros((15, 2))
     expected[6] = vectors[0]
-    got = lanczos_downsample(vectors, tr_times_s[6:7], tr_times_s)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-15)
+    downsampled = lanczos_downsample(vectors, tr_times_s[6:7], tr_times_s)
+    np.testing.assert_allclose(downsampled, expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("words_per_tr", [4, 8, 16])
@@ -68,8 +68,8 @@ def test_lanczos_is_a_sum_so_a_steady_word_rate_shows_in_proportion(words_per_tr
     tr_times_s = clock(30)
     times_s = np.arange(tr_times_s[0], tr_times_s[-1], 2.0 / words_per_tr) + 0.01
     area, _ = quad(lanczos, -3, 3)
-    got = lanczos_downsample(np.ones((len(times_s), 1)), times_s, tr_times_s)[4:-4]
-    np.testing.assert_allclose(got, words_per_tr * area, rtol=2e-3)
+    downsampled = lanczos_downsample(np.ones((len(times_s), 1)), times_s, tr_times_s)[4:-4]
+    np.testing.assert_allclose(downsampled, words_per_tr * area, rtol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -81,11 +81,11 @@ def test_delay_equals_the_huth_labs_code(delays: tuple[int, ...], dtype: type[np
 
 def test_delay_0_is_identity_and_returns_a_copy() -> None:
     X = np.random.default_rng(7).standard_normal((9, 2))
-    kept = X.copy()
+    before = X.copy()
     delayed = delay(X, [0])
-    np.testing.assert_array_equal(delayed, kept)
+    np.testing.assert_array_equal(delayed, before)
     delayed[:] = 0
-    np.testing.assert_array_equal(X, kept)
+    np.testing.assert_array_equal(X, before)
 
 
 def test_a_negative_delay_is_refused_by_its_value() -> None:
@@ -105,11 +105,11 @@ def test_story_features_equal_the_published_pipeline(trim: Trim, delays: tuple[i
     tr_times_s = clock(40)
     times_s = word_times(rng, tr_times_s, 150)
     vectors = rng.standard_normal((150, 5)).astype(np.float32)
-    whole = make_delayed(published_downsample(vectors, times_s, tr_times_s), delays)
-    expected = whole[trim.start_trs : 40 - trim.end_trs]
-    got = story_features(vectors, make_story(times_s, tr_times_s), delays, trim)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    untrimmed = make_delayed(published_downsample(vectors, times_s, tr_times_s), delays)
+    expected = untrimmed[trim.start_trs : 40 - trim.end_trs]
+    features = story_features(vectors, make_story(times_s, tr_times_s), delays, trim)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_trims_are_10_and_5_published_and_5_and_10_in_the_course() -> None:
@@ -135,9 +135,9 @@ def test_story_features_leave_the_vectors_and_times_as_they_were() -> None:
     tr_times_s = clock(30)
     times_s = word_times(rng, tr_times_s, 80)
     vectors = rng.standard_normal((80, 2))
-    kept = vectors.copy(), times_s.copy(), tr_times_s.copy()
+    originals = vectors.copy(), times_s.copy(), tr_times_s.copy()
     story_features(vectors, make_story(times_s, tr_times_s), (0, 1), TRIMS["published"])
-    for now, before in zip((vectors, times_s, tr_times_s), kept, strict=True):
+    for now, before in zip((vectors, times_s, tr_times_s), originals, strict=True):
         np.testing.assert_array_equal(now, before)
 
 
@@ -153,21 +153,21 @@ def test_one_vector_a_word_or_an_error_that_names_the_story(n_vectors: int) -> N
 def test_zscore_equals_scipys(dtype: type[np.floating], offset: float) -> None:
     rng = np.random.default_rng(12)
     X = (offset + rng.standard_normal((200, 7)) * np.logspace(-1, 2, 7)).astype(dtype)
-    got = ZScore.learn(X).apply(X)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, zscore(X.astype(np.float64), axis=0, ddof=0), rtol=0, atol=2e-6)
+    scores = ZScore.learn(X).apply(X)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, zscore(X.astype(np.float64), axis=0, ddof=0), rtol=0, atol=2e-6)
 
 
 def test_zscore_applies_what_it_learnt_to_other_rows() -> None:
     rng = np.random.default_rng(13)
-    learnt, other = rng.standard_normal((50, 3)), 5 + 9 * rng.standard_normal((20, 3))
+    fitted, applied = rng.standard_normal((50, 3)), 5 + 9 * rng.standard_normal((20, 3))
     expected = np.empty((20, 3))
     for column in range(3):
-        values = learnt[:, column].tolist()
+        values = fitted[:, column].tolist()
         mean = math.fsum(values) / 50
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 50)
-        expected[:, column] = [(value - mean) / std for value in other[:, column]]
-    np.testing.assert_allclose(ZScore.learn(learnt).apply(other), expected, rtol=1e-5)
+        expected[:, column] = [(value - mean) / std for value in applied[:, column]]
+    np.testing.assert_allclose(ZScore.learn(fitted).apply(applied), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -175,13 +175,13 @@ def test_zscore_applies_what_it_learnt_to_other_rows() -> None:
 def test_a_constant_column_becomes_0_and_leaves_the_others_alone(value: float, dtype: type[np.floating]) -> None:
     X = np.random.default_rng(14).standard_normal((301, 3)).astype(dtype)
     X[:, 1] = value
-    got = ZScore.learn(X).apply(X)
-    np.testing.assert_allclose(got[:, 1], np.zeros(301), rtol=0, atol=1e-9)
-    np.testing.assert_allclose(got[:, [0, 2]], zscore(X[:, [0, 2]].astype(np.float64), axis=0), rtol=0, atol=2e-6)
+    scores = ZScore.learn(X).apply(X)
+    np.testing.assert_allclose(scores[:, 1], np.zeros(301), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(scores[:, [0, 2]], zscore(X[:, [0, 2]].astype(np.float64), axis=0), rtol=0, atol=2e-6)
 
 
 def test_zscore_leaves_its_input_as_it_was() -> None:
     X = np.random.default_rng(15).standard_normal((20, 3))
-    kept = X.copy()
+    before = X.copy()
     ZScore.learn(X).apply(X)
-    np.testing.assert_array_equal(X, kept)
+    np.testing.assert_array_equal(X, before)

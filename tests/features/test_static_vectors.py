@@ -58,7 +58,7 @@ FORMS = {  # form -> name, content
 
 
 def table(words: tuple[str, ...] = WORDS, vectors: np.ndarray = VECTORS) -> StaticVectors:
-    return StaticVectors(Path("a.txt"), {word: at for at, word in enumerate(words)}, vectors)
+    return StaticVectors(Path("a.txt"), {word: row for row, word in enumerate(words)}, vectors)
 
 
 def refused(path: Path, *parts: str, words: tuple[str, ...] = WORDS) -> None:
@@ -80,14 +80,14 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def test_static_vectors_are_those_of_the_table() -> None:
-    got = static_vectors(SPOKEN, table())
+    vectors = static_vectors(SPOKEN, table())
     expected = np.zeros((len(SPOKEN), 5), np.float32)
-    for at, word in enumerate(SPOKEN):
+    for row, word in enumerate(SPOKEN):
         if word.lower().rstrip(",") in WORDS:
-            expected[at] = VECTORS[WORDS.index(word.lower().rstrip(","))]
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got, expected)
-    assert (got != 0).any(axis=1).tolist() == [True, True, False, True, True, True, True, False, False]
+            expected[row] = VECTORS[WORDS.index(word.lower().rstrip(","))]
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, expected)
+    assert (vectors != 0).any(axis=1).tolist() == [True, True, False, True, True, True, True, False, False]
 
 
 def test_coverage_is_the_share_of_spoken_words() -> None:
@@ -109,16 +109,16 @@ def test_no_word_known() -> None:
 def test_every_form_gives_what_gensim_reads(form: str, zipped: bool, tmp_path: Path, keyed_vectors: Any) -> None:
     name, content = FORMS[form]
     path = write(tmp_path / (name + ".gz" * zipped), gzip.compress(content) if zipped else content)
-    asked = {"don't", "\u00e9t\u00e9", "house", "New\u00a0York", "zebra", ""}
-    got = read_static_vectors(path, asked)
+    requested = {"don't", "\u00e9t\u00e9", "house", "New\u00a0York", "zebra", ""}
+    read = read_static_vectors(path, requested)
     if "glove" in form:  # with ``no_header`` gensim leaves a file open
         path = write(tmp_path / "b.txt", HEADER + content)
-    whole = keyed_vectors.load_word2vec_format(str(path), binary="binary" in form)
-    assert set(got.rows) == asked - {"zebra", ""}
-    assert got.vectors.dtype == np.float32 and got.vectors.shape == (4, 5)
-    for word, row in got.rows.items():
-        np.testing.assert_array_equal(got.vectors[row], whole[word])
-        np.testing.assert_array_equal(got.vectors[row], VECTORS[WORDS.index(word)])
+    reference = keyed_vectors.load_word2vec_format(str(path), binary="binary" in form)
+    assert set(read.rows) == requested - {"zebra", ""}
+    assert read.vectors.dtype == np.float32 and read.vectors.shape == (4, 5)
+    for word, row in read.rows.items():
+        np.testing.assert_array_equal(read.vectors[row], reference[word])
+        np.testing.assert_array_equal(read.vectors[row], VECTORS[WORDS.index(word)])
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -126,9 +126,9 @@ def test_files_that_gensim_writes(binary: bool, file: Path, keyed_vectors: Any) 
     written = keyed_vectors(5)
     written.add_vectors(list(WORDS), VECTORS)
     written.save_word2vec_format(str(file), binary=binary)
-    got = read_static_vectors(file, set(WORDS))
-    order = [got.rows[word] for word in WORDS]
-    np.testing.assert_allclose(got.vectors[order], VECTORS, rtol=1e-6)  # its text is rounded
+    read = read_static_vectors(file, set(WORDS))
+    order = [read.rows[word] for word in WORDS]
+    np.testing.assert_allclose(read.vectors[order], VECTORS, rtol=1e-6)  # its text is rounded
 
 
 def test_a_word_that_comes_twice_keeps_its_first_vector(file: Path) -> None:
@@ -139,10 +139,10 @@ def test_a_word_that_comes_twice_keeps_its_first_vector(file: Path) -> None:
 def test_binary_files_longer_than_a_chunk(file: Path) -> None:
     rng = np.random.default_rng(2)
     vectors = rng.standard_normal((3000, 250)).astype(np.float32)  # 3 MB
-    rows = (f"w{at}".encode() + b" " + row.tobytes() for at, row in enumerate(vectors))
+    rows = (f"w{number}".encode() + b" " + row.tobytes() for number, row in enumerate(vectors))
     write(file, b"3000 250\n" + b"".join(rows))
-    got = read_static_vectors(file, {f"w{at}" for at in range(3000)})
-    np.testing.assert_array_equal(got.vectors[[got.rows[f"w{at}"] for at in range(3000)]], vectors)
+    read = read_static_vectors(file, {f"w{number}" for number in range(3000)})
+    np.testing.assert_array_equal(read.vectors[[read.rows[f"w{number}"] for number in range(3000)]], vectors)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -150,13 +150,13 @@ def test_only_the_words_asked_for_are_held(binary: bool, file: Path) -> None:
     n, n_dims = 10_000, 200
     row = np.full(n_dims, 1.25, np.float32)  # 8 MB in all, however written
     end = row.tobytes() if binary else b" ".join([b"1.25"] * n_dims) + b"\n"
-    write(file, b"%d %d\n" % (n, n_dims) + b"".join(b"w%d " % at + end for at in range(n)))
+    write(file, b"%d %d\n" % (n, n_dims) + b"".join(b"w%d " % number + end for number in range(n)))
     read_static_vectors(file, {"w0"})
     tracemalloc.start()
-    got = read_static_vectors(file, {"w1", "w9999", "other"})
+    read = read_static_vectors(file, {"w1", "w9999", "other"})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert got.rows == {"w1": 0, "w9999": 1} and got.vectors.shape == (2, n_dims)
+    assert read.rows == {"w1": 0, "w9999": 1} and read.vectors.shape == (2, n_dims)
     assert peak < 4e6
 
 

@@ -189,11 +189,13 @@ def test_random_model_has_the_architecture_and_weights_as_before_pretraining(
     tiny_encoder: Encoder, ids: torch.Tensor
 ) -> None:
     model = prepare_model(TrialConfig(method="random"), tiny_encoder)
-    here, there = model.state_dict(), tiny_encoder.model.state_dict()
-    assert {name: value.shape for name, value in here.items()} == {name: value.shape for name, value in there.items()}
+    drawn, pretrained = model.state_dict(), tiny_encoder.model.state_dict()
+    assert {name: value.shape for name, value in drawn.items()} == {
+        name: value.shape for name, value in pretrained.items()
+    }
     assert not model.training
     assert model.config is not tiny_encoder.model.config
-    matrices = torch.cat([v.flatten() for n, v in here.items() if n.endswith(("dense.weight", "query.weight"))])
+    matrices = torch.cat([v.flatten() for n, v in drawn.items() if n.endswith(("dense.weight", "query.weight"))])
     assert float(matrices.std()) == pytest.approx(0.02, rel=0.03)  # BERT's initializer_range; 10,000 numbers
     assert (logits(model, ids) - logits(tiny_encoder.model, ids)).abs().max() > 0.1
 

@@ -90,7 +90,7 @@ def as_one_batch(batches: Sequence[MaskedBatch]) -> dict[str, torch.Tensor]:
             blank = longest - len(ids)
             rows["input_ids"].append([*ids.tolist(), *[0] * blank])
             rows["attention_mask"].append([*attention.tolist(), *[0] * blank])
-            rows["labels"].append([next(labels) if here else -100 for here in chosen] + [-100] * blank)
+            rows["labels"].append([next(labels) if is_chosen else -100 for is_chosen in chosen] + [-100] * blank)
         assert next(labels, None) is None
     return {name: torch.tensor(values) for name, values in rows.items()}
 

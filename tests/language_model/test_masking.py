@@ -54,12 +54,12 @@ def test_shares_of_chosen_masked_random_and_kept(probability: float, seed: int) 
     original, batch = plainly_padded(windows), mask(windows, probability, seed)
     assert_share(int(batch.chosen.sum()), int((original >= LOWEST).sum()), probability)
     now, before = batch.ids[batch.chosen], original[batch.chosen]
-    masked, kept = now == MASK, now == before
-    at_random = now[~masked & ~kept]
+    masked, unchanged = now == MASK, now == before
+    at_random = now[~masked & ~unchanged]
     # By chance 1 random token in 30 000 is the original: far inside the bands.
     assert_share(int(masked.sum()), now.size, 0.8)
     assert_share(at_random.size, now.size, 0.1)
-    assert_share(int(kept.sum()), now.size, 0.1)
+    assert_share(int(unchanged.sum()), now.size, 0.1)
     for low, high in ((0, 10_000), (10_000, 20_000), (20_000, 30_000)):
         assert_share(int(((at_random >= low) & (at_random < high)).sum()), at_random.size, 1 / 3)
 
@@ -102,10 +102,10 @@ def test_fate_does_not_depend_on_the_place() -> None:
 
 def test_same_generator_same_bits_other_generator_other_masks() -> None:
     windows = some_windows(n_windows=20)
-    once, again, other = mask(windows, seed=1), mask(windows, seed=1), mask(windows, seed=2)
-    for a, b in zip(once, again, strict=True):
+    first, second, other = mask(windows, seed=1), mask(windows, seed=1), mask(windows, seed=2)
+    for a, b in zip(first, second, strict=True):
         assert (a == b).all()
-    assert (once.chosen != other.chosen).any()
+    assert (first.chosen != other.chosen).any()
 
 
 def test_a_generator_moves_on() -> None:
@@ -156,7 +156,9 @@ def test_a_word_is_chosen_with_all_its_pieces_or_not_at_all(probability: float, 
         assert not chosen[0]
         assert not chosen[1 + window.word_ids.size :].any()  # [SEP] and padding
         for word in range(7, 47):  # a plain loop
-            pieces = [bool(here) for here, its in zip(chosen[1:], window.word_ids, strict=False) if its == word]
+            pieces = [
+                bool(is_chosen) for is_chosen, its in zip(chosen[1:], window.word_ids, strict=False) if its == word
+            ]
             assert len(set(pieces)) == 1
             n_words, n_chosen = n_words + 1, n_chosen + pieces[0]
     assert_share(n_chosen, n_words, probability)
@@ -181,7 +183,7 @@ def test_at_least_one_whole_word() -> None:
     windows = in_words(3)
     for seed in range(30):
         batch = mask(windows, 1e-12, seed, whole_words=True)
-        (row,) = {int(at) for at in np.nonzero(batch.chosen)[0]}
+        (row,) = {int(i) for i in np.nonzero(batch.chosen)[0]}
         words = windows[row].word_ids[np.nonzero(batch.chosen[row])[0] - 1]
         assert len(set(words)) == 1
         assert len(words) == (windows[row].word_ids == words[0]).sum()
@@ -234,19 +236,19 @@ def test_masks_do_not_depend_on_the_windows_that_follow(whole_words: bool) -> No
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
 def test_parts_of_a_batch_are_its_windows(size: int) -> None:
     windows = some_windows(7)
-    whole = mask(windows)
-    parts = split_masked(whole, size)
+    batch = mask(windows)
+    parts = split_masked(batch, size)
     assert [len(part.ids) for part in parts] == [min(size, 7 - start) for start in range(0, 7, size)]
-    at = 0
+    index = 0
     for part in parts:
-        assert part.ids.shape[1] == max(len(window.ids) for window in windows[at : at + len(part.ids)])
+        assert part.ids.shape[1] == max(len(window.ids) for window in windows[index : index + len(part.ids)])
         for row in range(len(part.ids)):
-            n = len(windows[at].ids)
+            n = len(windows[index].ids)
             assert part.attention[row].tolist() == [1] * n + [0] * (part.ids.shape[1] - n)
-            assert part.ids[row, :n].tolist() == whole.ids[at, :n].tolist()
-            assert part.chosen[row, :n].tolist() == whole.chosen[at, :n].tolist()
-            at += 1
-    assert np.concatenate([part.labels for part in parts]).tolist() == whole.labels.tolist()
+            assert part.ids[row, :n].tolist() == batch.ids[index, :n].tolist()
+            assert part.chosen[row, :n].tolist() == batch.chosen[index, :n].tolist()
+            index += 1
+    assert np.concatenate([part.labels for part in parts]).tolist() == batch.labels.tolist()
     assert [part.labels.size for part in parts] == [int(part.chosen.sum()) for part in parts]
 
 

@@ -132,8 +132,8 @@ def test_pairs_hold_every_token_and_fit_into_the_window(encoder: Encoder) -> Non
         batch = objective.draw(range(0, objective.n_items, 2), np.random.default_rng(0))  # the real ones
         lengths = batch.masked.attention.sum(axis=1)
         assert lengths.max() <= window_tokens
-        seen = {i for pair in taken_apart(batch) for segment in pair for i in segment}
-        assert seen == {int(i) for story in stories.values() for i in story.ids}
+        ids = {i for pair in taken_apart(batch) for segment in pair for i in segment}
+        assert ids == {int(i) for story in stories.values() for i in story.ids}
         others = objective.draw(range(1, objective.n_items, 2), np.random.default_rng(0))
         assert others.masked.attention.sum(axis=1).max() <= window_tokens
 
@@ -194,9 +194,9 @@ def test_whole_words_are_masked_within_their_own_segment(encoder: Encoder) -> No
         batch = objective.draw(range(objective.n_items), rng)
         for row, chosen in zip(originals(batch), batch.masked.chosen, strict=True):
             fates: dict[tuple[int, int], set[bool]] = {}
-            for token, here in zip(row.tolist(), chosen.tolist(), strict=True):
+            for token, is_chosen in zip(row.tolist(), chosen.tolist(), strict=True):
                 if token >= 1000:
-                    fates.setdefault((token // 1000, token % 1000 // 3), set()).add(here)
+                    fates.setdefault((token // 1000, token % 1000 // 3), set()).add(is_chosen)
             assert all(len(fate) == 1 for fate in fates.values())
             alike += [
                 fate == fates[2, word] for (story, word), fate in fates.items() if story == 1 and (2, word) in fates
@@ -210,7 +210,7 @@ def test_parts_of_a_step_are_its_pairs(size: int, encoder: Encoder) -> None:
     objective = pairs_of(numbered_stories(LENGTHS), encoder.tokenizer)
     whole = objective.draw(range(8), np.random.default_rng(0))
     parts = objective.split(whole, size)
-    assert [len(part.relation) for part in parts] == [min(size, 8 - at) for at in range(0, 8, size)]
+    assert [len(part.relation) for part in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
     assert [pair for part in parts for pair in taken_apart(part)] == taken_apart(whole)
     assert np.concatenate([part.relation for part in parts]).tolist() == whole.relation.tolist()
     for part in parts:
@@ -268,8 +268,8 @@ def test_short_stories_give_a_pair_or_none(encoder: Encoder) -> None:
     assert [segment.ids.tolist() for segment in objective.pairs[0]] == [[6000], [6001]]
     batch = objective.draw(range(0, objective.n_items, 2), np.random.default_rng(0))
     assert batch.masked.attention.sum(axis=1).max() <= 43
-    seen = {i for pair in taken_apart(batch) for segment in pair for i in segment}
-    assert seen == {6000, 6001, *range(7000, 7100)}
+    ids = {i for pair in taken_apart(batch) for segment in pair for i in segment}
+    assert ids == {6000, 6001, *range(7000, 7100)}
 
 
 @pytest.mark.parametrize(
@@ -448,9 +448,9 @@ def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder, tmp_p
 def themed_stories(tokenizer: BertTokenizerFast, seed: int) -> dict[str, Tokens]:
     """Three stories of six words each, in any order: whether B belongs to A can be told from their words."""
     stories = {}
-    for at in range(3):
-        draws = np.random.default_rng((seed, at)).integers(6, size=480)
-        stories[f"theme{at}"] = tokenize([WORDS[6 * at + int(i)] for i in draws], tokenizer)
+    for theme in range(3):
+        draws = np.random.default_rng((seed, theme)).integers(6, size=480)
+        stories[f"theme{theme}"] = tokenize([WORDS[6 * theme + int(i)] for i in draws], tokenizer)
     return stories
 
 

@@ -49,7 +49,7 @@ class Lines:
 
     def split(self, batch: NoisyLines, size: int) -> list[NoisyLines]:
         starts = range(0, len(batch.x), size)
-        return [NoisyLines(*(array[at : at + size] for array in batch)) for at in starts]
+        return [NoisyLines(*(array[start : start + size] for array in batch)) for start in starts]
 
     def n_terms(self, batch: NoisyLines) -> dict[str, int]:
         return {"square": len(batch.x), "third": int((batch.indices % 3 == 0).sum())}
@@ -108,7 +108,7 @@ def test_gradients_of_two_losses_equal_a_plain_loop(
     run(model, objective, replace(TRAINING, batch_size=batch_size, accumulation=accumulation, lr=0.0))
     order = generator(0, "windows", 1).permutation(20).tolist()
     size, plain, rng = batch_size * accumulation, Lines(), generator(0, "masking", 1)
-    assert objective.drawn == [order[at : at + size] for at in range(0, 20, size)]
+    assert objective.drawn == [order[start : start + size] for start in range(0, 20, size)]
     assert len(gradients) == len(objective.drawn)
     for indices, gradient in zip(objective.drawn, gradients, strict=True):
         x, y, _ = plain.draw(indices, rng)
@@ -352,7 +352,7 @@ def test_an_epoch_of_more_steps_takes_several_passes() -> None:
     results = run(line(), objective, TRAINING, steps_per_epoch=4)
     taken = [i for step in objective.drawn for i in step]
     assert results[0].optimizer_steps == 4
-    assert [sorted(taken[at : at + 6]) for at in (0, 6)] == [list(range(6))] * 2
+    assert [sorted(taken[start : start + 6]) for start in (0, 6)] == [list(range(6))] * 2
     assert len(taken) == 16
     assert len(set(taken[12:])) == 4
 

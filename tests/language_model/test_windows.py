@@ -29,7 +29,7 @@ def plain_spans(n_tokens: int, n_inner: int, stride: int) -> list[list[int]]:
     """Slide along, one stride at a time, until the end of the story has been seen."""
     spans, start = [], 0
     while True:
-        spans.append([at for at in range(start, start + n_inner) if at < n_tokens])
+        spans.append([index for index in range(start, start + n_inner) if index < n_tokens])
         if start + n_inner >= n_tokens:
             return spans
         start += stride
@@ -46,9 +46,9 @@ def test_windows_equal_a_plain_loop_and_cover_every_token(
         spans = plain_spans(n_tokens, n_inner, stride)
         assert len(windows) == len(spans)
         for window, span in zip(windows, spans, strict=True):
-            inner = [FIRST_ID + at for at in span]
+            inner = [FIRST_ID + index for index in span]
             assert window.ids.tolist() == [tokenizer.cls_token_id, *inner, tokenizer.sep_token_id]
-            assert window.word_ids.tolist() == [at // 3 for at in span]
+            assert window.word_ids.tolist() == [index // 3 for index in span]
             assert len(window.ids) <= window_tokens
         covered = {int(i) for window in windows for i in window.ids[1:-1]}
         assert covered == set(range(FIRST_ID, FIRST_ID + n_tokens))
@@ -92,7 +92,9 @@ def test_tokens_of_a_word_spell_it(tokenizer: BertTokenizerFast) -> None:
 
 def test_tokens_equal_those_of_each_word_alone(tokenizer: BertTokenizerFast) -> None:
     tokens = tokenize(WORDS, tokenizer)
-    one_by_one = [(i, at) for at, word in enumerate(WORDS) for i in tokenizer.encode(word, add_special_tokens=False)]
+    one_by_one = [
+        (i, index) for index, word in enumerate(WORDS) for i in tokenizer.encode(word, add_special_tokens=False)
+    ]
     assert list(zip(tokens.ids.tolist(), tokens.word_ids.tolist(), strict=True)) == one_by_one
 
 
@@ -119,10 +121,12 @@ def test_short_windows_are_dropped_from_training_alone(tokenizer: BertTokenizerF
     assert [len(window.ids) for window in kept_elsewhere] == [42, 32, 12, 42, 42, 13]
 
 
-@pytest.mark.parametrize(("n_inner", "kept"), [(29, False), (30, True)])
-def test_training_needs_32_tokens_special_ones_included(n_inner: int, kept: bool, tokenizer: BertTokenizerFast) -> None:
+@pytest.mark.parametrize(("n_inner", "is_kept"), [(29, False), (30, True)])
+def test_training_needs_32_tokens_special_ones_included(
+    n_inner: int, is_kept: bool, tokenizer: BertTokenizerFast
+) -> None:
     windows = training_windows([numbered(100, 1000), numbered(n_inner, 2000)], 102, 100, tokenizer)
-    assert [int(window.ids[1]) for window in windows] == ([1000, 2000] if kept else [1000])
+    assert [int(window.ids[1]) for window in windows] == ([1000, 2000] if is_kept else [1000])
 
 
 def test_short_windows_stay_where_there_is_no_other(tokenizer: BertTokenizerFast) -> None:

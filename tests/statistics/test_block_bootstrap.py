@@ -76,9 +76,9 @@ def test_interval_equals_copying_rows_and_correlating_again(n_models: int, dtype
 
 def test_the_size_of_panels_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Y, a, story_of_row, b = example()
-    whole = time_interval(Y, a, story_of_row, b, n_resamples=100)
+    all_voxels = time_interval(Y, a, story_of_row, b, n_resamples=100)
     monkeypatch.setattr(block_bootstrap, "WORK_BYTES", 1)
-    np.testing.assert_allclose(time_interval(Y, a, story_of_row, b, n_resamples=100)[:3], whole[:3], rtol=1e-12)
+    np.testing.assert_allclose(time_interval(Y, a, story_of_row, b, n_resamples=100)[:3], all_voxels[:3], rtol=1e-12)
 
 
 def test_offsets_and_units_change_nothing() -> None:
@@ -141,7 +141,10 @@ def test_a_better_model_differs_from_its_copy_with_noise_but_not_from_itself() -
 def panel_by_panel(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, seed: int = 4) -> Replicates:
     panels = [slice(0, 1), slice(1, 4), slice(4, 6)]
     return join_replicates(
-        [time_replicates(Y[:, at], predicted[:, at], story_of_row, n_resamples=100, seed=seed) for at in panels]
+        [
+            time_replicates(Y[:, columns], predicted[:, columns], story_of_row, n_resamples=100, seed=seed)
+            for columns in panels
+        ]
     )
 
 
@@ -155,12 +158,12 @@ def test_replicates_are_the_means_of_moved_rows() -> None:
 def test_joined_panels_equal_one_call() -> None:
     Y, a, story_of_row, _ = example()
     Y[:, 0] = 3.0  # a panel of its own, without any voxel to use
-    whole = time_replicates(Y, a, story_of_row, n_resamples=100, seed=4)
+    all_voxels = time_replicates(Y, a, story_of_row, n_resamples=100, seed=4)
     joined = panel_by_panel(Y, a, story_of_row)
-    np.testing.assert_allclose(joined.total, whole.total, rtol=1e-12)
+    np.testing.assert_allclose(joined.total, all_voxels.total, rtol=1e-12)
     np.testing.assert_array_equal(joined.used, [False, True, True, True, True, True])
-    assert (joined.n_voxels, joined.n_blocks, joined.draws) == (5, 11, whole.draws)
-    expected, interval = replicates_interval(whole), replicates_interval(joined)
+    assert (joined.n_voxels, joined.n_blocks, joined.draws) == (5, 11, all_voxels.draws)
+    expected, interval = replicates_interval(all_voxels), replicates_interval(joined)
     np.testing.assert_allclose(interval[:3], expected[:3], rtol=1e-12)
     assert interval[3:] == expected[3:] == (0.95, 11, TIME)
 
@@ -183,13 +186,19 @@ def test_the_mean_over_subjects_counts_each_once() -> None:
     Y, a, story_of_row, b = example()
     small, large = (slice(0, 2), slice(2, 6))
     of_a, of_b = (
-        [time_replicates(Y[:, at], p[:, at], story_of_row, n_resamples=100, seed=4) for at in (small, large)]
+        [
+            time_replicates(Y[:, columns], p[:, columns], story_of_row, n_resamples=100, seed=4)
+            for columns in (small, large)
+        ]
         for p in (a, b)
     )
     mean = mean_replicates(of_a)
-    loops = [by_moving_rows(Y[:, at], [a[:, at]], story_of_row, 100, seed=4) for at in (small, large)]
+    loops = [by_moving_rows(Y[:, columns], [a[:, columns]], story_of_row, 100, seed=4) for columns in (small, large)]
     np.testing.assert_allclose(mean.mean, (loops[0] + loops[1]) / 2, rtol=1e-10)
-    both = [by_moving_rows(Y[:, at], [a[:, at], b[:, at]], story_of_row, 100, seed=4) for at in (small, large)]
+    both = [
+        by_moving_rows(Y[:, columns], [a[:, columns], b[:, columns]], story_of_row, 100, seed=4)
+        for columns in (small, large)
+    ]
     low_high = np.quantile((both[0] + both[1])[1:] / 2, [0.025, 0.975])
     np.testing.assert_allclose(difference_interval(mean, mean_replicates(of_b))[1:3], low_high, rtol=1e-10)
 

@@ -49,9 +49,9 @@ def test_a_constant_prediction_scores_0(value: float, dtype: type[np.floating]) 
     Y, Y_predicted = rng.standard_normal((301, 3)).astype(dtype), rng.standard_normal((301, 3)).astype(dtype)
     Y_predicted[:, 1] = value
     expected = pearson_columns(Y[:, [0, 2]], Y_predicted[:, [0, 2]])
-    got = correlate(Y, Y_predicted)
-    assert got[1] == 0
-    np.testing.assert_allclose(got[[0, 2]], expected, rtol=0, atol=2e-7)
+    cc = correlate(Y, Y_predicted)
+    assert cc[1] == 0
+    np.testing.assert_allclose(cc[[0, 2]], expected, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -62,9 +62,9 @@ def test_a_constant_response_has_no_cc(value: float, dtype: type[np.floating]) -
     Y[:, [1, 3]] = value
     Y_predicted[:, 3] = value
     expected = pearson_columns(Y[:, [0, 2]], Y_predicted[:, [0, 2]])
-    got = correlate(Y, Y_predicted)
-    assert np.isnan(got[[1, 3]]).all()
-    np.testing.assert_allclose(got[[0, 2]], expected, rtol=0, atol=2e-7)
+    cc = correlate(Y, Y_predicted)
+    assert np.isnan(cc[[1, 3]]).all()
+    np.testing.assert_allclose(cc[[0, 2]], expected, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("shape", [(10, 2), (9, 3), (10, 1), (1, 3)])

@@ -33,15 +33,15 @@ def by_moving_rows(
     blocks = permutation._blocks(story_of_row, block_trs)
     chosen = permutation._permutations(blocks, n_permutations, generator(seed, "block permutation"))
     cc = np.zeros((1 + n_permutations, Y.shape[1]))
-    for at in range(1 + n_permutations):
+    for index in range(1 + n_permutations):
         moved, before = np.arange(len(Y)), 0
-        products = chosen.indices[chosen.indptr[at] : chosen.indptr[at + 1]]
+        products = chosen.indices[chosen.indptr[index] : chosen.indptr[index + 1]]
         for rows in blocks:
-            here = products[(products >= before) & (products < before + len(rows) ** 2)] - before
-            for product in here:
+            own = products[(products >= before) & (products < before + len(rows) ** 2)] - before
+            for product in own:
                 moved[rows[product // len(rows)]] = rows[product % len(rows)]
             before += len(rows) ** 2
-        cc[at] = [np.corrcoef(Y[:, v], predicted[moved, v])[0, 1] for v in range(Y.shape[1])]
+        cc[index] = [np.corrcoef(Y[:, v], predicted[moved, v])[0, 1] for v in range(Y.shape[1])]
         assert sorted(moved) == list(range(len(Y)))
         np.testing.assert_array_equal(story_of_row[moved], story_of_row)
     mean = cc[1:].mean(axis=0)
@@ -86,9 +86,9 @@ def inflation_by_pairs(Y: np.ndarray, predicted: np.ndarray, blocks: list[np.nda
         sums[1, lag] += p[t] * p[u]
         n[lag] += 1
     c_y, c_p = sums / np.maximum(n, 1)
-    whole = sum(c_y[lag] * c_p[lag] for lag, *_ in pairs)
+    total = sum(c_y[lag] * c_p[lag] for lag, *_ in pairs)
     inside = sum(c_y[lag] * c_p[lag] for lag, _, _, together in pairs if together)
-    return np.maximum(1, whole / inside)
+    return np.maximum(1, total / inside)
 
 
 @pytest.mark.table
@@ -108,12 +108,12 @@ def test_equals_moving_the_rows_and_correlating_again(seed: int, dtype: type[np.
 
 def test_the_size_of_panels_and_the_other_voxels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
-    whole = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
+    all_voxels = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
     monkeypatch.setattr(permutation, "WORK_BYTES", 8 * 3 * 500)
     panels = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
-    np.testing.assert_allclose(panels, whole, rtol=1e-10)
+    np.testing.assert_allclose(panels, all_voxels, rtol=1e-10)
     part = block_permutation_p(Y[:, 5:9], predicted[:, 5:9], stories(80, 70), n_permutations=200)
-    np.testing.assert_allclose(part, whole[5:9], rtol=1e-10)
+    np.testing.assert_allclose(part, all_voxels[5:9], rtol=1e-10)
 
 
 def test_one_seed_gives_the_same_p_and_another_does_not() -> None:
