@@ -137,7 +137,7 @@ def _done(options: Options, policy: ResumePolicy) -> Done:
 def _run(study: Study | TextStudy, policy: ResumePolicy, console: Console) -> bool:
     """Run a session; return whether it left any results."""
     try:
-        run_session(study, policy.resumes, console, policy.take_over, policy.force_resume, policy.look_again)
+        run_session(study, policy, console)
         return True
     except KeyboardInterrupt:
         has_results = (study.options.folder / STUDY_FILE).is_file()

@@ -1,4 +1,4 @@
-"""The rows that every trial is compared with, and the identity of a configuration."""
+"""The baselines with which every trial is compared, and the key that identifies a configuration."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,11 +12,11 @@ from study.setup.encoding_study import Study, file_hash
 from study.setup.spaces import to_trial_config
 from study.setup.text_study import TextStudy
 
-MakeKey = Callable[[TrialConfig, bool], str]
+MakeKey = Callable[..., str]  # (config, score_test=False) -> key
 
 
 def key_maker(identity: dict[str, Any]) -> MakeKey:
-    """Return the function that gives a configuration its identity in this study."""
+    """Return the function that computes the key of a configuration in this study."""
     data, model = identity["data"]["fingerprint"], identity["model"]["weights"]
     inputs = (data, model, identity["voxels"]["key"], str(identity.get("general_text")))
 
@@ -28,20 +28,20 @@ def key_maker(identity: dict[str, Any]) -> MakeKey:
 
 
 def missing_baselines(study: Study | TextStudy, records: list[TrialRecord]) -> list[TrialConfig]:
-    """Return the baselines that lack a record, on the trials' own stories, layer and voxels.
+    """Return the baselines without a complete record.
 
-    They are the base model frozen, word rate, and what else was asked for; on text alone, the frozen model.
+    They are the frozen encoder, word rate and those of ``--baselines``; in a text-only study, the frozen encoder.
     """
-    have = {record.method for record in records if record.phase == BASELINE and record.status == COMPLETE}
+    complete = {record.method for record in records if record.phase == BASELINE and record.status == COMPLETE}
     if study.space.task != ENCODING:
-        head = to_trial_config(study.space.baseline, study.base)  # a head alone wants a rate of its own
-        return [replace(head, method=FROZEN)] if FROZEN not in have else []
+        head = to_trial_config(study.space.baseline, study.base)  # a head alone needs its own learning rate
+        return [replace(head, method=FROZEN)] if FROZEN not in complete else []
     methods = (FROZEN, WORD_RATE, *study.options.baselines)
     vectors = {STATIC: study.options.static_vectors}
-    return [replace(study.base, method=m, static_vectors=vectors.get(m, "")) for m in methods if m not in have]
+    return [replace(study.base, method=m, static_vectors=vectors.get(m, "")) for m in methods if m not in complete]
 
 
 def baseline_job(config: TrialConfig, score_test: bool, make_key: MakeKey) -> Job:
-    """Return the job of a baseline; without a search it may read the test stories, for nothing was tuned."""
+    """Return the job of a baseline; without a search it may score the test stories, because nothing was tuned."""
     key = make_key(config, score_test)
     return Job(f"baseline-{config.method}", BASELINE, key, asdict(config), score_test=score_test)

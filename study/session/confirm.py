@@ -1,16 +1,16 @@
-"""The confirm phase: the best trials again with fresh seeds, a winner, and one look at the test stories.
+"""The confirm phase: the best trials again with fresh seeds, a winner, and one test-set evaluation.
 
 1. The finalists, the best searched configurations, run again with fresh seeds and are scored on the validation stories.
 2. ``confirm.json`` fixes the winner by their mean. It is written once, before any test story's responses are read.
 3. Every finalist and every baseline is refitted on fit + validation and scored once on the test stories.
 
-A study that is forced to go on although it changed (``--force-resume``) runs again what has other keys by now, unless
-a look is complete: that one stays as it is. The keys are part of ``confirm.json``, in which then, and only then, they
-are written anew.
+A changed study that is resumed by force (``--force-resume``) runs again the jobs whose keys changed, unless an
+evaluation is complete: that one stays as it is. The keys are part of ``confirm.json`` and are rewritten only then.
 
-What is done is known by what lies in the folder, so that a study that was killed goes on where it was.
+Finished jobs are recognised by their records, so that a study that was killed resumes where it was interrupted.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.files import content_key, write_json
 from bert_encoding.core.names import BASELINE, COMPLETE, CONFIRM, SEARCH, TUNED
 from bert_encoding.core.seeds import derive_seed
-from bert_encoding.core.storage import Place
 from bert_encoding.trial.config import OLDER_SETTINGS, TrialConfig
 from bert_encoding.trial.record import TrialRecord, read_records
 from study.results.locked_stories import (
@@ -34,45 +34,46 @@ from study.results.locked_stories import (
     read_looks,
 )
 from study.search.worker import Job
+from study.session.baselines import MakeKey
 from study.setup.options import Options
 
 SEEDS_BELOW = 1_000_000  # ids hold them
-MakeKey = Callable[..., str]
-Run = Callable[[str, list[Job]], str | None]  # (name, jobs) -> why it ended before its time
+Run = Callable[[str, list[Job]], str | None]  # (name, jobs) -> why it ended early
 
 
 def confirm(
-    options: Options, folder: Place, look: int, identity: dict[str, Any], make_key: MakeKey, run: Run, console: Console
+    options: Options, look: int, identity: dict[str, Any], make_key: MakeKey, run: Run, console: Console
 ) -> str | None:
-    """Run what the confirm phase still lacks.
+    """Run the jobs of the confirm phase that are not finished.
 
-    Whether another study has looked meanwhile is asked once more before ``confirm.json`` is written. Two studies that
-    both ask within the moment that it takes to write that file still both look, and neither knows of the other.
+    Other studies are checked once more before ``confirm.json`` is written. Two studies that both check while the other
+    one writes that file both score the test stories, and neither records the other.
 
     Parameters
     ----------
-    look : the number of this look at the test stories, from 1
-    identity : what ``study.json`` says of code, data and split, and who ``heard`` the test stories
+    look : number of this test-set evaluation, from 1
+    identity : code, data and split as in ``study.json``, and who ``heard`` the test stories
         (``locked_stories.heard_by``)
-    make_key : configuration -> identity
-    run : runs jobs; each leaves a record, unless it is interrupted
+    make_key : configuration -> key
+    run : runs jobs; each writes a record, unless it is interrupted
 
     Returns
     -------
-    Why it ended before its time; None if it did not, or was interrupted.
+    Why it ended early; None if it did not, or was interrupted.
 
     Raises
     ------
     InputError
-        if another study has read these test stories since this session began, unless this look is forced.
+        if another study has scored these test stories since this session began, unless this evaluation is forced.
     """
+    folder = options.folder
     if len(read_looks(folder)) < look:
         records = read_records(folder)
-        wanted = validation_jobs(options, records, look, make_key)
-        lacking = _lacking(wanted, records)
-        error = run(f"confirm-{look}", lacking) if lacking else None
+        jobs = validation_jobs(options, records, look, make_key)
+        unfinished = _unfinished(jobs, records)
+        error = run(f"confirm-{look}", unfinished) if unfinished else None
         records = read_records(folder)
-        if error is not None or _lacking(wanted, records):
+        if error is not None or _unfinished(jobs, records):
             return error
         fixed = fix_winner(options, records, look, identity)
         if fixed is None:
@@ -80,43 +81,41 @@ def confirm(
             return None
         check_looks(options, look, identity["heard"], is_again=False)
         write_json(folder / look_file(look), fixed | {"keys": _keys(final_jobs(fixed, records, make_key))})
-        _tell_winner(console, fixed)
+        _print_winner(console, fixed)
     fixed, records = read_looks(folder)[look - 1], read_records(folder)
     if is_complete(fixed, records):
         return None
     jobs = final_jobs(fixed, records, make_key)
-    if _keys(jobs).items() - fixed.get("keys", _keys(jobs)).items():  # it was forced to go on
+    if _keys(jobs).items() - fixed.get("keys", _keys(jobs)).items():  # the study was resumed by force
         write_json(folder / look_file(look), fixed | {"keys": _keys(jobs)})
-    lacking = _lacking(jobs, records)
-    return run(f"test-{look}", lacking) if lacking else None
+    unfinished = _unfinished(jobs, records)
+    return run(f"test-{look}", unfinished) if unfinished else None
 
 
 def choose_finalists(records: list[TrialRecord], k: int) -> list[TrialRecord]:
-    """Return the ``k`` best complete searched trials, best first: of each configuration, whatever its seed, the best.
+    """Return the ``k`` best complete searched trials, best first, one per configuration regardless of its seed.
 
-    Trials that repeat another or were stopped early are left out.
+    Trials that repeat another one or were stopped early are excluded.
     """
-    found: dict[str, TrialRecord] = {}
+    best: dict[str, TrialRecord] = {}
     searched = [r for r in records if r.phase == SEARCH and r.status == COMPLETE and r.repeat_of is None]
     for record in sorted(searched, key=lambda record: (-record.scores["cc_mean"], record.trial_id)):
-        found.setdefault(content_key(OLDER_SETTINGS | record.config | {"seed": None}), record)
-    return list(found.values())[:k]
+        best.setdefault(content_key(OLDER_SETTINGS | record.config | {"seed": None}), record)
+    return list(best.values())[:k]
 
 
 def fresh_seeds(seed: int, look: int, n: int, used: set[int]) -> list[int]:
-    """Return ``n`` different seeds that no searched trial had, the same whenever they are asked for."""
-    seeds: list[int] = []
-    at = 0
+    """Return ``n`` different seeds that no searched trial had; the same arguments give the same seeds."""
+    candidates = (derive_seed(seed, "confirm", look, index) % SEEDS_BELOW for index in itertools.count())
+    seeds: dict[int, None] = {}  # in order
     while len(seeds) < n:
-        candidate = derive_seed(seed, "confirm", look, at) % SEEDS_BELOW
-        if candidate not in used and candidate not in seeds:
-            seeds.append(candidate)
-        at += 1
-    return seeds
+        if (candidate := next(candidates)) not in used:
+            seeds[candidate] = None
+    return list(seeds)
 
 
 def validation_jobs(options: Options, records: list[TrialRecord], look: int, make_key: MakeKey) -> list[Job]:
-    """Return a job for every finalist and fresh seed, scored on the validation stories alone."""
+    """Return one job per finalist and fresh seed, scored on the validation stories only."""
     jobs = []
     for finalist in choose_finalists(records, options.confirm):
         for seed in _seeds(options, records, look):
@@ -129,13 +128,13 @@ def validation_jobs(options: Options, records: list[TrialRecord], look: int, mak
 def fix_winner(
     options: Options, records: list[TrialRecord], look: int, identity: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Return what ``confirm.json`` is to hold; None if every finalist failed with every seed.
+    """Return the content of ``confirm.json``; None if every finalist failed with every seed.
 
     The winner has the highest mean validation CC over the seeds that did not fail.
     """
     seeds = _seeds(options, records, look)
     finalists = [_validated(finalist, seeds, records) for finalist in choose_finalists(records, options.confirm)]
-    valid = [one for one in finalists if one["cc_confirmed"] is not None]
+    valid = [finalist for finalist in finalists if finalist["cc_confirmed"] is not None]
     if not valid:
         return None
     heard = identity["heard"]
@@ -152,14 +151,16 @@ def fix_winner(
         "asked": options.confirm,
         "seeds": seeds,
         "finalists": finalists,
-        "winner": max(valid, key=lambda one: one["cc_confirmed"])["trial_id"],
+        "winner": max(valid, key=lambda finalist: finalist["cc_confirmed"])["trial_id"],
         "test_was_read": _test_was_read(records),
-        "looks": [one._asdict() for one in (*earlier_looks(options, heard), *earlier_baselines(options, heard))],
+        "looks": [
+            earlier._asdict() for earlier in (*earlier_looks(options, heard), *earlier_baselines(options, heard))
+        ],
     }
 
 
 def final_jobs(fixed: dict[str, Any], records: list[TrialRecord], make_key: MakeKey) -> list[Job]:
-    """Return a job for every finalist that did not drop out, with the first fresh seed, and for every baseline.
+    """Return one job per finalist that did not drop out, with the first fresh seed, and one per baseline.
 
     Parameters
     ----------
@@ -183,19 +184,19 @@ def final_jobs(fixed: dict[str, Any], records: list[TrialRecord], make_key: Make
 
 
 def is_complete(fixed: dict[str, Any], records: list[TrialRecord]) -> bool:
-    """Whether a look has scored all that it is to score, under the keys that ``confirm.json`` says."""
-    wanted = (*kept(fixed), *(record.trial_id for record in records if _is_baseline(record)))
-    have, keys = {record.trial_id: record.key for record in records}, fixed.get("keys", {})
-    names = [id_on_test(name, fixed["look"]) for name in wanted]
-    return all(name in have and have[name] == keys.get(name, have[name]) for name in names)
+    """Whether all jobs of a test-set evaluation are finished, under the keys of ``confirm.json``."""
+    scored = (*kept(fixed), *(record.trial_id for record in records if _is_baseline(record)))
+    finished, keys = {record.trial_id: record.key for record in records}, fixed.get("keys", {})
+    names = [id_on_test(name, fixed["look"]) for name in scored]
+    return all(name in finished and finished[name] == keys.get(name, finished[name]) for name in names)
 
 
 def is_lacking(options: Options, records: list[TrialRecord], look: int | None) -> bool:
-    """Whether the confirm phase has something to run, once the search is complete.
+    """Whether the confirm phase has jobs to run, once the search is complete.
 
     Parameters
     ----------
-    look : the one that the session shall end with; None is none but the last
+    look : number of the evaluation with which the session is to end; None if it adds none
     """
     looks = read_looks(options.folder) if options.confirm else []
     if look is None or len(looks) >= look:
@@ -209,7 +210,7 @@ def is_lacking(options: Options, records: list[TrialRecord], look: int | None) -
 
 def kept(fixed: dict[str, Any]) -> list[str]:
     """Return the finalists that did not fail with every seed, in the order of the search."""
-    return [one["trial_id"] for one in fixed["finalists"] if one["cc_confirmed"] is not None]
+    return [finalist["trial_id"] for finalist in fixed["finalists"] if finalist["cc_confirmed"] is not None]
 
 
 def _validation_id(name: str, seed: int) -> str:
@@ -222,7 +223,7 @@ def _seeds(options: Options, records: list[TrialRecord], look: int) -> list[int]
 
 
 def _validated(finalist: TrialRecord, seeds: list[int], records: list[TrialRecord]) -> dict[str, Any]:
-    """Return what ``confirm.json`` says of a finalist: its CC when searched, with every seed, and their mean."""
+    """Return the entry of a finalist in ``confirm.json``: its CC in the search, with every seed, and their mean."""
     record_of = {record.trial_id: record for record in records}
     scored = {seed: record_of[_validation_id(finalist.trial_id, seed)] for seed in seeds}
     cc = {seed: r.scores["cc_mean"] if r.status == COMPLETE else None for seed, r in scored.items()}
@@ -236,7 +237,7 @@ def _validated(finalist: TrialRecord, seeds: list[int], records: list[TrialRecor
 
 
 def _without_patience(config: TrialConfig, validated: list[TrialRecord | None]) -> TrialConfig:
-    """Train as many epochs as held-out stories of the fresh seeds told, for in the end no story is held out."""
+    """Train for the mean number of epochs kept with the fresh seeds, because no story is held out in the end."""
     if config.patience is None:
         return config
     epochs = [r.scores["epoch_kept"] for r in validated if r is not None and r.status == COMPLETE]
@@ -252,7 +253,7 @@ def _is_baseline(record: TrialRecord) -> bool:
 
 
 def _test_was_read(records: list[TrialRecord]) -> bool:
-    """Whether this study has scored its baselines on the test stories already, or fine-tuning has read their text."""
+    """Whether this study has already scored its baselines on the test stories, or fine-tuned on their text."""
     return any("cc_test" in r.scores for r in records if r.phase == BASELINE) or any(
         r.config.get("mlm_text") == "all" for r in records if r.phase == SEARCH and r.method in TUNED
     )
@@ -262,17 +263,15 @@ def _keys(jobs: list[Job]) -> dict[str, str]:
     return {job.trial_id: job.key for job in jobs}
 
 
-def _lacking(jobs: list[Job], records: list[TrialRecord]) -> list[Job]:
-    have = {(record.trial_id, record.key) for record in records}
-    return [job for job in jobs if (job.trial_id, job.key) not in have]
+def _unfinished(jobs: list[Job], records: list[TrialRecord]) -> list[Job]:
+    finished = {(record.trial_id, record.key) for record in records}
+    return [job for job in jobs if (job.trial_id, job.key) not in finished]
 
 
-def _tell_winner(console: Console, fixed: dict[str, Any]) -> None:
-    cc = {one["trial_id"]: one["cc_confirmed"] for one in fixed["finalists"]}
-    console.print(
+def _print_winner(console: Console, fixed: dict[str, Any]) -> None:
+    cc = {finalist["trial_id"]: finalist["cc_confirmed"] for finalist in fixed["finalists"]}
+    print_lines(
+        console,
         f"the winner is trial {fixed['winner']}, by its mean validation CC {cc[fixed['winner']]:.4f} over "
-        f"{len(fixed['seeds'])} fresh seeds; now the test stories are read",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{len(fixed['seeds'])} fresh seeds; now the test stories are scored",
     )

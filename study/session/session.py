@@ -1,7 +1,7 @@
-"""One session of a study: new or resumed, its jobs through Ray Tune, its tables."""
+"""One session of a study: begin or resume it, run its jobs through Ray Tune, write its tables."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,17 @@ from study.cluster.worker_data import for_workers
 from study.results.locked_stories import check_looks, heard_by, next_look, permit_look, read_looks
 from study.search.worker import Job
 from study.session.baselines import MakeKey, baseline_job, key_maker, missing_baselines
-from study.session.confirm import confirm, is_complete, is_lacking
+from study.session.confirm import Run, confirm, is_complete, is_lacking
 from study.session.identity import AnyStudy, Difference, differences, identify, read_identity, resumed, settle_precision
 from study.session.voxel_choice import on_chosen_voxels
 from study.setup.encoding_study import Study
-from study.setup.options import Options
+from study.setup.options import Options, ResumePolicy
 
 _UNFINISHED = rf"\.({re.escape(STUDY_FILE)}|{re.escape(OWNER_FILE)})\.\d+\.tmp"  # as ``atomic_path`` names them
 
 
-def run_session(
-    study: AnyStudy,
-    resume: bool,
-    console: Console,
-    take_over: bool = False,
-    may_force: bool = False,
-    look_again: bool = False,
-) -> None:
-    """Run what the study still lacks.
-
-    Parameters
-    ----------
-    take_over : take it from another run that holds it in object storage
-    may_force : go on with it although it differs from its record
-    look_again : confirm on test stories that have been read before
+def run_session(study: AnyStudy, policy: ResumePolicy, console: Console) -> None:
+    """Run all trials of a study that have not been run yet.
 
     Raises
     ------
@@ -52,26 +39,26 @@ def run_session(
     """
     task, folder = study.task(), study.options.folder
     identity = identify(study, task)
-    hold = Hold(may_force=take_over)
-    with _open_folder(folder, identity, resume, hold, may_force, study.options.max_concurrent):
+    hold = Hold(may_force=policy.take_over)
+    with _open_folder(folder, identity, policy.resumes, hold, policy.force_resume, study.options.max_concurrent):
         try:
-            look = look_of_session(study.options, look_again)
-            if look is not None and look_again:
+            look = look_of_session(study.options, policy.look_again)
+            if look is not None and policy.look_again:
                 permit_look(folder, look)
-            _run_jobs(study, task, identity, folder, console, may_force, look)
+            _run_jobs(study, task, identity, console, policy.force_resume, look)
         finally:
             if hold.lost_to is None:
-                _tidy(folder, METRICS[study.space.task], not resume, study.options.keep_adapters)
+                _tidy(folder, METRICS[study.space.task], not policy.resumes, study.options.keep_adapters)
 
 
 def _tidy(folder: Place, metric: Metric, is_new: bool, n_adapters: int) -> None:
-    """Keep the best adapters and write the tables; remove a new study that has come to nothing."""
+    """Keep the best adapters and write the tables; remove a new study without results."""
     records = read_records(folder)
     if any(record.status == COMPLETE for record in records):
         keep_best(folder, n_adapters, metric)
         write_record_tables(folder, records)
     elif is_new and not any(_has_traceback(record) for record in records):
-        remove_tree(folder)  # nothing to keep, and nothing in the way of the next try
+        remove_tree(folder)  # so that the next attempt can use its name
 
 
 def _has_traceback(record: TrialRecord) -> bool:
@@ -84,7 +71,7 @@ def n_searched(folder: Place) -> int:
 
 
 def look_of_session(options: Options, look_again: bool) -> int | None:
-    """Return the number of the look at the test stories that a session shall end with; None for no new one."""
+    """Return the number of the test-set evaluation with which a session is to end; None if it adds none."""
     if options.confirm == 0:
         return None
     records, looks = read_records(options.folder), read_looks(options.folder)
@@ -93,12 +80,12 @@ def look_of_session(options: Options, look_again: bool) -> int | None:
 
 
 def check_look(study: AnyStudy, look_again: bool) -> None:
-    """Refuse, before anything runs, to look a second time at locked test stories.
+    """Refuse, before anything runs, a second evaluation on locked test stories.
 
     Raises
     ------
     InputError
-        naming the study that has looked, unless that is forced; or if there is nothing to force.
+        naming the study that has used them, unless that is forced; or if there is nothing to force.
     """
     options = study.options
     if look_again and options.confirm == 0:
@@ -118,25 +105,19 @@ def is_unconfirmed(options: Options) -> bool:
 
 
 def will_confirm(options: Options, look_again: bool) -> bool:
-    """Whether a session has something to confirm, once its search is complete."""
+    """Whether a session confirms trials once its search is complete."""
     return is_unconfirmed(options) or look_of_session(options, look_again) is not None
 
 
 def _run_jobs(
-    study: AnyStudy,
-    task: Any,
-    identity: dict[str, Any],
-    folder: Place,
-    console: Console,
-    may_force: bool,
-    look: int | None,
+    study: AnyStudy, task: Any, identity: dict[str, Any], console: Console, may_force: bool, look: int | None
 ) -> None:
-    options = study.options
+    options, folder = study.options, study.options.folder
     records = read_records(folder)
-    lacking = missing_baselines(study, records)
-    searches = bool(lacking) or n_searched(folder) < options.trials
+    baseline_configs = missing_baselines(study, records)
+    searches = bool(baseline_configs) or n_searched(folder) < options.trials
     if not searches and not is_lacking(options, records, look):
-        console.print(f"nothing to do: {options.trials} searched trials are on record; raise --trials to add some")
+        console.print(f"nothing to do: {options.trials} searched trials are finished; raise --trials to add some")
         return
     console.print("starting workers ...")
     with connect(options.machines) as private:
@@ -151,7 +132,7 @@ def _run_jobs(
             identity = identity | {"heard": heard_by(study.dataset, study.splits[0].test)}
         make_key = key_maker(in_key(identity | study.about(task), recorded.get("precision")))
         score_test = options.trials == 0 and study.space.task == ENCODING
-        baselines = [baseline_job(config, score_test, make_key) for config in lacking]
+        baselines = [baseline_job(config, score_test, make_key) for config in baseline_configs]
         first_id = _next_id(folder)
         error = None
         if searches:
@@ -161,59 +142,53 @@ def _run_jobs(
             return run_list(name, study, task, folder, read_records(folder), jobs, private, console)
 
         if error is None:
-            error = _confirm(options, folder, look, identity, make_key, run, console)
+            error = _confirm(options, look, identity, make_key, run, console)
     if error is not None:
         raise InputError(error)
 
 
 def _confirm(
-    options: Options,
-    folder: Place,
-    look: int | None,
-    identity: dict[str, Any],
-    make_key: MakeKey,
-    run: Callable[[str, list[Job]], str | None],
-    console: Console,
+    options: Options, look: int | None, identity: dict[str, Any], make_key: MakeKey, run: Run, console: Console
 ) -> str | None:
-    """Finish a look that was interrupted, then take a new one, once the search is complete; return an error."""
-    error = None
+    """Finish an interrupted test-set evaluation, then a new one, once the search is complete; return an error."""
+    error, folder = None, options.folder
     looks = read_looks(folder) if options.confirm else []
     for number in sorted({len(looks), look or 0} - {0}):
         was_interrupted = n_searched(folder) < options.trials or (
             number > len(looks) > 0 and not is_complete(looks[-1], read_records(folder))
         )
         if error is None and not was_interrupted:
-            error = confirm(options, folder, number, identity, make_key, run, console)
+            error = confirm(options, number, identity, make_key, run, console)
     return error
 
 
 def in_key(identity: dict[str, Any], precision: str | None) -> dict[str, Any]:
-    """Return the identity with all that a result depends on beside its own settings, under ``code``, for keys.
+    """Return the identity of which keys are made: ``code`` covers all that a result depends on but its own settings.
 
-    A study that was forced to go on under another precision, other versions or with other folds may not answer its
-    trials from records of before.
+    A study that was forced to resume under another precision, other versions or with other folds must not answer its
+    trials from earlier records.
 
     Parameters
     ----------
-    precision : in which trials multiply, which a cluster's driver learns from its workers
+    precision : of matrix products in trials, which a cluster's driver learns from its workers
     """
-    beside = (precision, identity["versions"], identity["config"].get("seed"), identity["data"].get("trim_trs"))
-    return identity | {"code": content_key(identity["code"], *beside)}
+    context = (precision, identity["versions"], identity["config"].get("seed"), identity["data"].get("trim_trs"))
+    return identity | {"code": content_key(identity["code"], *context)}
 
 
 def first_free_id(folder: Place, recorded: dict[str, Any]) -> int:
-    """Return a number that no trial of an earlier session has had, nor will have.
+    """Return a number that no trial of an earlier session has had or can still get.
 
-    A session that was killed may have workers that outlive it and have left nothing yet: at most as many as ran at
-    once, with the next numbers. A session that ended by itself has ended its workers.
+    Workers can outlive a session that was killed, with trials that have written nothing yet: at most as many as ran at
+    once, with the next numbers. A session that ended normally has ended its workers.
 
     Parameters
     ----------
-    recorded : content of ``study.json``, with a ``session`` if that did not end by itself
+    recorded : content of ``study.json``, with a ``session`` if that did not end normally
     """
     used = [int(path.name) for path in children(folder / "trials") if path.name.isdigit()]
-    before = recorded.get("session", {})
-    return int(max(max(used, default=0) + 1, before.get("first_id", 1)) + before.get("at_once", 0))
+    session = recorded.get("session", {})
+    return int(max(max(used, default=0) + 1, session.get("first_id", 1)) + session.get("at_once", 0))
 
 
 def _next_id(folder: Place) -> int:
@@ -230,7 +205,7 @@ def _next_trial(folder: Place) -> str:
 
 
 def changes(study: AnyStudy, may_force: bool) -> list[Difference]:
-    """Return in what a study differs from its record; nothing is written, and no model is fetched.
+    """Return how a study differs from its record; nothing is written, and no model is fetched.
 
     Raises
     ------
@@ -244,9 +219,9 @@ def changes(study: AnyStudy, may_force: bool) -> list[Difference]:
 
 
 def check_new(folder: Place, resume: bool) -> None:
-    """Refuse to begin a study where something lies; object storage is asked, so that it is known to answer.
+    """Refuse to begin a study in a folder that is not empty; this also verifies that object storage answers.
 
-    What a study leaves that ended before its first ``study.json`` is in nobody's way.
+    Leftovers of a study that ended before its first ``study.json`` are ignored.
 
     Raises
     ------
@@ -254,12 +229,12 @@ def check_new(folder: Place, resume: bool) -> None:
         if the folder exists and the study is not to be resumed, or the storage refuses us.
     """
     is_file = isinstance(folder, Path) and folder.exists() and not folder.is_dir()
-    if not resume and (is_file or any(not _is_of_beginning(place) for place in children(folder))):
-        raise InputError(f"{folder}: exists already; add --resume to go on with it, or choose another --name")
+    if not resume and (is_file or any(not _is_leftover(place) for place in children(folder))):
+        raise InputError(f"{folder}: exists already; add --resume to resume it, or choose another --name")
 
 
-def _is_of_beginning(place: Place) -> bool:
-    """Whether this lies in a study's folder before its ``study.json`` does, and holds nothing that could be lost."""
+def _is_leftover(place: Place) -> bool:
+    """Whether this file or folder precedes ``study.json`` and contains no results."""
     if place.name == "trials":
         return isinstance(place, Path) and place.is_dir() and not children(place)
     return place.name in (LOCK_FILE, OWNER_FILE) or re.fullmatch(_UNFINISHED, place.name) is not None
@@ -274,16 +249,16 @@ def _open_folder(
     may_force: bool = False,
     at_once: int = 1,
 ) -> Iterator[Place]:
-    """Yield the study's folder, held by this process alone, with its ``study.json`` written or compared.
+    """Lock the study's folder and yield it, with its ``study.json`` written or compared.
 
     Parameters
     ----------
-    at_once : how many trials may run at a time
+    at_once : number of trials that run concurrently
 
     Raises
     ------
     InputError
-        if it exists already, is in use, or holds another study than the one to resume, unless that may be forced.
+        if it exists already, is in use, or contains another study than the one to resume, unless that may be forced.
     """
     file, hold = folder / STUDY_FILE, hold or Hold()
     check_new(folder, resume)
@@ -291,7 +266,7 @@ def _open_folder(
         make_folder(folder)
         with holding(folder, hold):
             if not resume:
-                if file.exists():  # another run began it, and ended, since we looked
+                if file.exists():  # another run has begun and ended it since the first check
                     check_new(folder, resume)
                 make_folder(folder / "trials")
             recorded = read_identity(folder, identity) if resume else {}
@@ -300,7 +275,7 @@ def _open_folder(
             if hold.takeover is not None:
                 content = content | {"takeovers": [*content.get("takeovers", []), hold.takeover]}
             session = {"id": session_id(), "first_id": first_id, "at_once": at_once}
-            with _leaving_nothing(folder, is_new=not resume):
+            with _removing_on_failure(folder, is_new=not resume):
                 write_json(file, content | {"session": session})
             try:
                 yield folder
@@ -310,8 +285,8 @@ def _open_folder(
 
 
 @contextmanager
-def _leaving_nothing(folder: Place, is_new: bool) -> Iterator[None]:
-    """Remove the folder of a new study that cannot be begun: nothing to resume, and nothing in the way of a retry."""
+def _removing_on_failure(folder: Place, is_new: bool) -> Iterator[None]:
+    """Remove the folder of a new study that cannot be begun, so that the next attempt can use its name."""
     try:
         yield
     except BaseException:
@@ -321,12 +296,12 @@ def _leaving_nothing(folder: Place, is_new: bool) -> Iterator[None]:
 
 
 def _sign_off(file: Place) -> None:
-    """Note in ``study.json`` that a session ended by itself; where that fails the next one skips some numbers."""
+    """Record in ``study.json`` that a session ended normally; if that fails the next one skips some numbers."""
     with suppress(InputError, OSError):
         recorded = read_json(file) if file.is_file() else {}
         session = recorded.pop("session", {})
         if session.get("id") != session_id():
             return
-        if session["first_id"] > first_free_id(file.parent, {}):  # numbers of a killed session stay skipped
+        if session["first_id"] > first_free_id(file.parent, {}):  # the numbers of a killed session stay skipped
             recorded["session"] = {"id": "", "first_id": session["first_id"], "at_once": 0}
         write_json(file, recorded)

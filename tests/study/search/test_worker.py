@@ -40,6 +40,7 @@ from study.session import session
 from study.session.baselines import key_maker
 from study.session.session import in_key
 from study.setup.encoding_study import prepare
+from study.setup.options import ResumePolicy
 from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
@@ -334,7 +335,7 @@ def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
 
     monkeypatch.setattr(session, "connect", lambda machines: nullcontext(tmp_path))
     monkeypatch.setattr(tuning, "run_jobs", keep)
-    session.run_session(study, False, Console(file=io.StringIO()))
+    session.run_session(study, ResumePolicy(), Console(file=io.StringIO()))
     stamps = {one.stamp for story in sent["task"].dataset.stories.values() for one in story.responses.values()}
     files = {one.path for story in study.dataset.stories.values() for one in story.responses.values()}
     assert None not in stamps and len(stamps) == len(files) > 5

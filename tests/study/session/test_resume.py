@@ -88,7 +88,7 @@ def test_a_finished_study_can_be_resumed_and_has_nothing_to_do(study: FinishedSt
     before = read_files(study.folder / "trials")
     ended = resume()
     assert (ended.code, ended.error) == (0, "")
-    assert "nothing to do: 2 searched trials are on record; raise --trials" in ended.out
+    assert "nothing to do: 2 searched trials are finished; raise --trials" in ended.out
     assert "Best trial 0002: CC 0.3000; frozen baseline: CC 0.0000" in ended.out
     assert read_files(study.folder / "trials") == before
     assert (study.folder / "trials.parquet").is_file()
