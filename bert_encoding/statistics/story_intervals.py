@@ -30,27 +30,8 @@ class Interval(NamedTuple):
     unit: str
 
 
-class PairedDifference(NamedTuple):
-    """CC of one model minus CC of another.
-
-    Attributes
-    ----------
-    stories : names, in the order of the rows
-    difference : (n_stories, n_voxels) float64, NaN if one CC is missing
-    mean : (n_voxels,) over the stories with a difference, NaN if there are none
-    n_stories : (n_voxels,) number of stories with a difference
-    """
-
-    stories: tuple[str, ...]
-    difference: np.ndarray
-    mean: np.ndarray
-    n_stories: np.ndarray
-
-
-def paired_difference(
-    cc_by_story_a: Mapping[str, np.ndarray], cc_by_story_b: Mapping[str, np.ndarray]
-) -> PairedDifference:
-    """Subtract the CC of model b from that of model a, for each voxel and story.
+def paired_difference(cc_by_story_a: Mapping[str, np.ndarray], cc_by_story_b: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return CC of model a minus CC of model b, (n_stories, n_voxels) float64, NaN if a CC is missing.
 
     Parameters
     ----------
@@ -70,11 +51,7 @@ def paired_difference(
     a, b = (np.stack([table[name] for name in stories]).astype(np.float64) for table in (cc_by_story_a, cc_by_story_b))
     if a.shape != b.shape:
         raise ValueError(f"model a scores {a.shape[1]} voxels, model b {b.shape[1]}")
-    difference = a - b
-    n_stories = np.count_nonzero(~np.isnan(difference), axis=0)
-    total = np.nansum(difference, axis=0)
-    mean = np.divide(total, n_stories, out=np.full(total.shape, np.nan), where=n_stories > 0)
-    return PairedDifference(stories, difference, mean, n_stories)
+    return a - b
 
 
 def story_interval(values: np.ndarray) -> Interval:

@@ -104,7 +104,7 @@ def _gain_over_stories(folder: Place, trial_id: str, frozen_id: str) -> Interval
     tuned, frozen = (_cc_of_stories(_details(folder, name)) for name in (trial_id, frozen_id))
     if not tuned or tuned.keys() != frozen.keys():
         return None
-    of_subject = [np.nanmean(paired_difference(tuned[s], frozen[s]).difference, axis=1) for s in sorted(tuned)]
+    of_subject = [np.nanmean(paired_difference(tuned[s], frozen[s]), axis=1) for s in sorted(tuned)]
     return story_interval(np.mean(of_subject, axis=0))
 
 

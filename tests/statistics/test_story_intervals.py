@@ -11,15 +11,9 @@ def test_differences_are_paired_by_story_name() -> None:
     rng = np.random.default_rng(0)
     a = {name: rng.random(5).astype(np.float32) for name in ("x", "y", "z")}
     b = {name: rng.random(5).astype(np.float32) for name in ("z", "x", "y")}  # in another order
-    a["y"][1] = b["z"][1] = np.nan
-    a["x"][2] = a["y"][2] = b["z"][2] = np.nan
-    paired = paired_difference(a, b)
-    assert paired.stories == ("x", "y", "z")
-    expected = [[float(a[s][v]) - float(b[s][v]) for v in range(5)] for s in "xyz"]
-    np.testing.assert_array_equal(paired.difference, expected)
-    np.testing.assert_array_equal(paired.n_stories, [3, 1, 0, 3, 3])
-    np.testing.assert_allclose(paired.mean[[0, 3, 4]], np.mean(expected, axis=0)[[0, 3, 4]], rtol=1e-12)
-    np.testing.assert_array_equal(paired.mean[1:3], [expected[0][1], np.nan])
+    a["y"][1] = b["z"][2] = np.nan
+    expected = [[float(a[story][v]) - float(b[story][v]) for v in range(5)] for story in "xyz"]
+    np.testing.assert_array_equal(paired_difference(a, b), expected)
 
 
 @pytest.mark.parametrize(
