@@ -249,7 +249,7 @@ def restore_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Non
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if unmatched := sorted(trainable.keys() ^ state.keys()):
-        raise ValueError(f"{unmatched[0]} is on one side only")
+        raise ValueError(f"{unmatched[0]} is trainable in only one of model and state")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(state[name])

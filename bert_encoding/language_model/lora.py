@@ -240,7 +240,7 @@ def _refusing_misfits(encoder: Encoder, folder: Path) -> Iterator[None]:
 
 def _check_weights(encoder: Encoder, folder: Path, weights: Mapping[str, torch.Tensor], unmatched: set[str]) -> None:
     if unmatched:
-        raise InputError(f"{folder}: does not fit {encoder.name}: {min(unmatched)} is on one side only")
+        raise InputError(f"{folder}: does not fit {encoder.name}: {min(unmatched)} is in only one of file and model")
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise InputError(f"{folder}: {broken[0]} is not finite")  # fused attention can hide it
 

@@ -290,7 +290,7 @@ def test_trained_biases_are_saved_and_checked(tiny_encoder: Encoder, tmp_path: P
     assert torch.equal(loaded, saved[min(biases)])
     del saved[biases[0]]
     save_file(saved, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"query\.base_layer\.bias is on one side only"):
+    with pytest.raises(InputError, match=r"query\.base_layer\.bias is in only one"):
         load_adapter(tiny_encoder, tmp_path)
 
 

@@ -123,8 +123,8 @@ BIAS = "bert.encoder.layer.1.output.dense.bias"
     [
         ("half the weights", "does not fit"),
         ("no JSON", "does not fit"),
-        ("a missing weight", f"does not fit .*: {BIAS} is on one side only"),
-        ("an extra weight", "does not fit .*: bert.encoder.layer.1.output.more is on one side only"),
+        ("a missing weight", f"does not fit .*: {BIAS} is in only one"),
+        ("an extra weight", "does not fit .*: bert.encoder.layer.1.output.more is in only one"),
         ("another shape", "does not fit"),
         ("nan", f"{BIAS} is not finite"),
     ],

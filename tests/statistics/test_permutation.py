@@ -26,23 +26,24 @@ def stories(*n_rows: int) -> np.ndarray:
     return np.repeat(np.arange(len(n_rows)), n_rows)
 
 
+def blocks_of(story_of_row: np.ndarray, block_trs: int) -> list[np.ndarray]:
+    """Return the rows of the whole blocks of each story, (n_blocks, block_trs)."""
+    stories = [np.flatnonzero(story_of_row == label) for label in sorted(set(story_of_row))]
+    return [rows[: len(rows) // block_trs * block_trs].reshape(-1, block_trs) for rows in stories]
+
+
 def by_moving_rows(
     Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_permutations: int, block_trs: int, seed: int
 ) -> np.ndarray:
-    """Move rows with the same permutations, ask NumPy for the correlation each time, and inflate the result."""
-    blocks = permutation._blocks(story_of_row, block_trs)
-    chosen = permutation._permutations(blocks, n_permutations, generator(seed, "block permutation"))
+    """Move rows with the same permutations, correlate each time with NumPy, and inflate the result."""
+    blocks, rng = blocks_of(story_of_row, block_trs), generator(seed, "block permutation")
+    orders = [rng.permuted(np.tile(np.arange(len(rows)), (n_permutations, 1)), axis=1) for rows in blocks]
     cc = np.zeros((1 + n_permutations, Y.shape[1]))
     for index in range(1 + n_permutations):
-        moved, before = np.arange(len(Y)), 0
-        products = chosen.indices[chosen.indptr[index] : chosen.indptr[index + 1]]
-        for rows in blocks:
-            own = products[(products >= before) & (products < before + len(rows) ** 2)] - before
-            for product in own:
-                moved[rows[product // len(rows)]] = rows[product % len(rows)]
-            before += len(rows) ** 2
+        moved = np.arange(len(Y))
+        for rows, order in zip(blocks, orders, strict=True):
+            moved[rows] = rows[order[index - 1]] if index else rows
         cc[index] = [np.corrcoef(Y[:, v], predicted[moved, v])[0, 1] for v in range(Y.shape[1])]
-        assert sorted(moved) == list(range(len(Y)))
         np.testing.assert_array_equal(story_of_row[moved], story_of_row)
     mean = cc[1:].mean(axis=0)
     widened = mean + np.sqrt(inflation_by_pairs(Y, predicted, blocks)) * (cc[1:] - mean)
@@ -102,7 +103,7 @@ def test_equals_moving_the_rows_and_correlating_again(seed: int, dtype: type[np.
     p = block_permutation_p(Y, predicted, story_of_row, n_permutations=150, seed=seed)
     np.testing.assert_allclose(p, expected, rtol=1e-7 if dtype is np.float64 else 1e-4)
     assert p.dtype == np.float64 and p.min() < 0.02 and p.max() > 0.2
-    inflation = inflation_by_pairs(Y, predicted, permutation._blocks(story_of_row, 10))
+    inflation = inflation_by_pairs(Y, predicted, blocks_of(story_of_row, 10))
     assert inflation.min() == 1 and inflation.max() > 1.1  # both sides of the bound are covered
 
 
