@@ -75,7 +75,7 @@ RANK = Verdict(
 
 
 def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
-    """What is known of a grid of ``n`` complete trials, confirmed, of which nothing is special."""
+    """The facts of a confirmed grid of ``n`` complete trials."""
     stories = {"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}
     return Facts(
         name="lora_rank", task="encoding", question="Does a higher rank help?", space="lora_rank", sampler="grid",
@@ -85,22 +85,22 @@ def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
 
 
 def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> Evidence:
-    """What ``gather`` would find, with empty tables but for the trials."""
+    """As ``gather`` returns it, with empty tables except the trials."""
     trials, task = trials_frame(records), study["task"]
     tables = "epochs stories used by_rank rank_by_lr slopes importances history confirmed voxels seconds"
     searched = trials[trials["phase"] == "search"]
     n_of = searched["status"].value_counts()
     metric = {"encoding": "cc_mean", "classification": "accuracy", "adapt": "mlm_loss_heldout"}[task]
     done = searched[searched["status"] == "COMPLETE"].sort_values(metric, ascending=task == "adapt")
-    found = facts(
+    of_study = facts(
         len(searched), study["data"].get("n_voxels", {}), name=study["name"], task=task,
         question=study["space"]["source"].split('"""')[1], space=study["space"]["name"],
         sampler=study["options"]["sampler"], n_requested=study["options"]["trials"],
         n_complete=int(n_of.get("COMPLETE", 0)), n_failed=int(n_of.get("FAILED", 0)), stories={}, is_confirmed=False,
         study=study,
     )  # fmt: skip
-    made = Evidence(
-        facts=found,
+    evidence = Evidence(
+        facts=of_study,
         levels=Levels(0.1, 0.04),
         left_out="",
         trials=trials,
@@ -110,14 +110,14 @@ def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: An
         verdicts=(RANK,) if task == "encoding" else (),
         warnings=(),
     )
-    return made._replace(**changes)
+    return evidence._replace(**changes)
 
 
 def write_study(folder: Path, study: dict[str, Any], records: list[TrialRecord]) -> Path:
     folder.mkdir()
     write_json(folder / "study.json", study)
-    for one in records:
-        write_record(folder, one)
+    for trial in records:
+        write_record(folder, trial)
     return folder
 
 
@@ -139,10 +139,10 @@ def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidenc
         versions={HOSTILE: HOSTILE},
         general_text={"probe": HOSTILE},
     )
-    records = [replace(one) for one in (*BASELINES, *SEARCHED)]
-    for one in records:
-        one.notes = [f"note {HOSTILE}"]
-        one.params = {HOSTILE: HOSTILE}
+    records = [replace(trial) for trial in (*BASELINES, *SEARCHED)]
+    for trial in records:
+        trial.notes = [f"note {HOSTILE}"]
+        trial.params = {HOSTILE: HOSTILE}
     records[-1].error = f"Traceback\nValueError: {HOSTILE}"
     write_study(folder, study, records)
     verdict = RANK._replace(
@@ -155,7 +155,7 @@ def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidenc
 
 
 def drawing(folder: Path, words: str = "rank") -> Drawn:
-    """A figure with styles of its own, as matplotlib writes them, and a script, which it does not."""
+    """A figure with its own styles, as matplotlib writes them, and with a script."""
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 90 60" width="90" height="60">'
         '<style>rect {stroke: black}</style><rect width="90" height="60" style="fill: #ff0000"/>'
