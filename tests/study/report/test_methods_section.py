@@ -14,7 +14,7 @@ from study.report.methods.inference import inference_paragraphs
 from study.report.methods.methods import methods_paragraphs
 from study.results.evidence import Evidence
 from study.results.gather import gather
-from study.wording import counted, joined, number, one_or_several
+from study.wording import counted, duration, joined, number, one_or_several
 
 BASE = {"model": "tiny"}
 NOT_NAMED = {  # of a trial that trains on stories
@@ -237,6 +237,7 @@ def test_wording_of_counts_lists_and_numbers() -> None:
     counts = [counted(n, "story", "stories") for n in (0, 1, 2, 1200)]
     assert counts == ["0 stories", "1 story", "2 stories", "1,200 stories"]
     assert [joined(list(letters)) for letters in ("", "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+    assert [duration(seconds) for seconds in (0, 85, 720, 5400)] == ["1 s", "85 s", "12 min", "1.5 h"]
     numbers = [number(value) for value in (3, 3.0, 2.5, 1e-4, 1234, 3.0000001)]
     assert numbers == ["3", "3", "2.5", "0.0001", "1,234", "3"]
     assert one_or_several([None, 2, 2, "b", True]) == "none, 2, yes and b"
