@@ -178,7 +178,6 @@ def _open_task(folder: Path, content: dict[str, Any], data: str | None = None) -
 
 
 def _open_data(source: str, names: Sequence[str], subjects: tuple[str, ...], trim: Sequence[int]) -> Dataset:
-
     dataset = open_data(source, Trim(*trim))
     if source in DEMOS:
         return dataset
