@@ -204,7 +204,7 @@ def test_short_test_stories_have_no_permutation_test(tmp_path: Path, capsys: pyt
         (("DATA", "--layer", "9"), "--layer 9: "),
         (("DATA", "--model", "./nowhere"), "--model ./nowhere: no such folder"),
         (("DATA", "--subjects", "c"), "no subject c; it has a, b"),
-        (("DATA", "--test-stories", "omega"), "no story omega"),
+        (("DATA", "--test-stories", "omega"), "test story 'omega'"),
         (("DATA", "--train-stories", "7"), "--train-stories 7: "),
         (("DATA", "--train-stories", "2"), "2 stories left to fit; at least 3 are needed"),
         (("DATA", "--trim", "none"), "--trim none: must be one of published, course"),
