@@ -117,7 +117,8 @@ def _plan(
         print_text_plan(console, text, n_searched(options.folder) if policy.resumes else 0)
         return text, lambda: check_space_on_disk(options.folder, MIN_FREE_BYTES)
     study = prepare(options, space)
-    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options)
+    records = read_records(options.folder) if policy.resumes else []
+    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options, records)
     confirms = will_confirm(options, policy.look_again)
     done = _done(options, policy)
     print_plan(console, options, space, study.dataset, study.splits, study.n_voxels, forecast, done, confirms)

@@ -1,8 +1,10 @@
-"""What a study will do, said before it does it."""
+"""The plan of a study, printed before it starts: stories, trials, and how long it takes."""
 
+import math
 import os
 import shutil
-import time
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,39 +14,49 @@ from rich.table import Table
 from rich.text import Text
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.core.names import BASELINE, SEARCH
+from bert_encoding.core.names import BASELINE, COMPLETE, SEARCH, WORD_RATE
 from bert_encoding.core.storage import Place
 from bert_encoding.datasets.splits import Split
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.language_model.encoder import model_shape
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.record import read_records
+from bert_encoding.trial.record import TrialRecord, read_records
 from study.results.locked_stories import read_looks
 from study.search.worker import Job
 from study.session.confirm import final_jobs, kept, validation_jobs
 from study.session.memory import worker_bytes
+from study.session.probe import (
+    Rates,
+    Work,
+    block_weights,
+    decompose_flops,
+    embed_flops,
+    probe_rates,
+    product_flops,
+    train_flops,
+)
 from study.setup.options import Options
 from study.setup.spaces import Space
 from study.wording import counted, duration
 
-TOKENS_A_WORD = 1.2
-GPU_FLOPS = 1e14  # of one recent data-centre GPU in bfloat16, where it is not idle
-DOUBLE = 1.4  # float64 products, measured against float32 on a CPU
+TOKENS_PER_WORD = 1.2
 MIN_FREE_BYTES = 200e6
-TESTS_S = 1e-6  # of permutations and resamples, a voxel and scored row; 0.8e-6 to 1.4e-6 measured on one core
+UNKNOWN = Rates(Work(*[math.nan] * 5), 1.0, 1.0, "not known: this machine does not have the GPU that trials need")
 
 
 class Estimate(NamedTuple):
-    """A rough forecast.
+    """A forecast.
 
     Attributes
     ----------
-    trial_seconds, baseline_seconds : of one trial with the base settings, and of the frozen baseline without its tests
-    tests_seconds : of the permutations and resamples of one baseline
-    final_seconds, final_baseline_seconds : of what is scored on the test stories, a finalist and the frozen baseline;
-        tests included
-    final_tests_seconds : of these tests alone
-    disk_bytes : what the study may write
+    trial_seconds, baseline_seconds : one trial with the base settings; the frozen baseline without its tests
+    tests_seconds : permutations and resamples of one baseline
+    final_seconds, final_baseline_seconds : scoring a finalist, or the frozen baseline, on the test stories, tests
+        included
+    final_tests_seconds : these tests alone
+    trial_bytes, disk_bytes : memory of one trial; what the study may write
+    low, high : factors from these seconds to the range that is expected
+    source : where the seconds are from
     """
 
     trial_seconds: float
@@ -55,6 +67,20 @@ class Estimate(NamedTuple):
     final_tests_seconds: float
     trial_bytes: float
     disk_bytes: float
+    low: float = 1.0
+    high: float = 1.0
+    source: str = ""
+
+
+class JobWork(NamedTuple):
+    """Counted operations of the jobs that ``Estimate`` lists."""
+
+    trial: Work
+    baseline: Work
+    tests: Work
+    final: Work
+    final_baseline: Work
+    final_tests: Work
 
 
 class Done(NamedTuple):
@@ -105,44 +131,92 @@ def _no_key(config: TrialConfig) -> str:
 
 
 def estimate(
-    dataset: Dataset, splits: tuple[Split, ...], n_voxels: dict[str, int], base: TrialConfig, options: Options
+    dataset: Dataset,
+    splits: tuple[Split, ...],
+    n_voxels: dict[str, int],
+    base: TrialConfig,
+    options: Options,
+    records: Sequence[TrialRecord] = (),
 ) -> Estimate:
     """Forecast time, memory and disk from the number of words, voxels and weights; no model is loaded.
 
-    A forward pass costs 2 floating-point operations a weight and token; LoRA training twice that again for the
-    gradients of the activations.
+    Seconds are those of finished trials or, before any has finished, of a short probe on this machine.
     """
-    shape, v, epochs = model_shape(options.model), sum(n_voxels.values()), options.epochs
-    weights = shape["n_layers"] * (4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"])
-    train_tokens = TOKENS_A_WORD * (base.window_tokens - 2) / base.stride
-    embed_tokens = TOKENS_A_WORD * (base.embed_window_tokens - 2) / base.embed_stride
+    shape = model_shape(options.model)
+    work = count_work(dataset, splits, sum(n_voxels.values()), shape, base, options.epochs)
+    rates = measured_rates(records, work) or probe_rates(shape, base, options) or UNKNOWN
+    seconds = [sum(n * s for n, s in zip(job, rates.seconds, strict=True)) for job in work]
+    model_bytes = 4 * (block_weights(shape) + shape["n_hidden"] * 31_000)
+    trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
+    disk_bytes = MIN_FREE_BYTES + options.keep_adapters * 0.1 * model_bytes
+    disk_bytes += max(options.trials, 1) * (sum(n_voxels.values()) * 4 * 2 + 1e5)
+    return Estimate(*seconds, trial_bytes, disk_bytes, rates.low, rates.high, rates.source)
 
-    def read(stories: tuple[str, ...], tokens_a_word: float) -> float:
-        return 2 * weights * tokens_a_word * sum(len(dataset.stories[name].words) for name in stories)
 
-    def fit(stories: tuple[str, ...], n_fits: int, is_nested: bool = True) -> float:
-        n_fit, p = _n_rows(dataset, stories), shape["n_hidden"] * len(base.delays)
-        return _ridge_flops(n_fit, p, v, base, n_fits, is_nested)
+def count_work(
+    dataset: Dataset, splits: tuple[Split, ...], n_voxels: int, shape: dict[str, int], base: TrialConfig, epochs: int
+) -> JobWork:
+    """Count the operations of every kind of job."""
+    windows_per_token = (base.window_tokens - 2) / base.stride
+    embed_windows_per_token = (base.embed_window_tokens - 2) / base.embed_stride
+
+    def train(stories: tuple[str, ...]) -> float:
+        return train_flops(shape, base.mask_probability) * windows_per_token * _n_tokens(dataset, stories)
+
+    def embed(stories: tuple[str, ...]) -> float:
+        return embed_flops(shape) * embed_windows_per_token * _n_tokens(dataset, stories)
+
+    def ridge(stories: tuple[str, ...], n_fits: int, is_nested: bool = True) -> tuple[float, float]:
+        n_rows, n_features = _n_rows(dataset, stories), shape["n_hidden"] * len(base.delays)
+        return _ridge_flops(n_rows, n_features, n_voxels, base, n_fits, is_nested)
 
     n_scored = -(-epochs // base.score_every)  # the last epoch always
-    trial = frozen = 0.0
+    trial, baseline = [], []
     for split in splits:
-        embed = read(split.fit + split.validation, embed_tokens)
-        trial += epochs * 2 * read(split.fit, train_tokens) + n_scored * embed + fit(split.fit, n_scored)
-        frozen += embed + fit(split.fit, 1)
-    known = splits[0].fit + splits[0].validation
-    final_frozen = read(known + splits[0].test, embed_tokens) + fit(known, 1, is_nested=False)
-    final = final_frozen + epochs * 2 * read(known, train_tokens)
-    tests, final_tests = (
-        TESTS_S * v * sum(_n_rows(dataset, names) for names in scored)
-        for scored in ([split.validation for split in splits], [splits[0].test])
+        once = embed(split.fit + split.validation)
+        trial.append(Work(epochs * train(split.fit), n_scored * once, *ridge(split.fit, n_scored)))
+        baseline.append(Work(0.0, once, *ridge(split.fit, 1)))
+    known, test = splits[0].fit + splits[0].validation, splits[0].test
+    tests = n_voxels * sum(_n_rows(dataset, split.validation) for split in splits)
+    final_tests = n_voxels * _n_rows(dataset, test)
+    final = Work(epochs * train(known), embed(known + test), *ridge(known, 1, is_nested=False), final_tests)
+    return JobWork(
+        trial=Work(*map(sum, zip(*trial, strict=True))),
+        baseline=Work(*map(sum, zip(*baseline, strict=True))),
+        tests=Work(tests=tests),
+        final=final,
+        final_baseline=final._replace(train=0.0),
+        final_tests=Work(tests=final_tests),
     )
-    model_bytes = 4 * (weights + shape["n_hidden"] * 31_000)
-    trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
-    disk_bytes = MIN_FREE_BYTES + max(options.trials, 1) * (v * 4 * 2 + 1e5) + options.keep_adapters * 0.1 * model_bytes
-    speed = _flops_a_second(options)
-    finals = (final / speed + final_tests, final_frozen / speed + final_tests, final_tests)
-    return Estimate(trial / speed, frozen / speed, tests, *finals, trial_bytes, disk_bytes)
+
+
+def measured_rates(records: Sequence[TrialRecord], work: JobWork) -> Rates | None:
+    """Return how fast the finished trials of a study ran; None before any has finished."""
+    trials = [r.seconds for r in records if r.phase == SEARCH and r.status == COMPLETE and r.repeat_of is None]
+    if not trials:
+        return None
+
+    def median(stage: str) -> float:
+        return statistics.median(seconds[stage] for seconds in trials)
+
+    total, stages = median("total"), median("train") + median("embed") + median("ridge")
+    ridge = median("ridge") / (work.trial.decompose + work.trial.products)
+    # word rate has few features: what its ridge takes are the tests
+    tests = [r.seconds["ridge"] for r in records if r.phase == BASELINE and r.method == WORD_RATE and r.seconds]
+    seconds = Work(
+        total / stages * median("train") / work.trial.train,
+        total / stages * median("embed") / work.trial.embed,
+        total / stages * ridge,
+        total / stages * ridge,
+        (tests[0] if tests else 0.0) / work.tests.tests,
+    )
+    low, high = np.quantile([seconds["total"] for seconds in trials], [0.25, 0.75]) / total
+    source = f"from the seconds of {counted(len(trials), 'finished trial')}"
+    return Rates(seconds, float(low), float(high), source)
+
+
+def _n_tokens(dataset: Dataset, stories: tuple[str, ...]) -> float:
+    return TOKENS_PER_WORD * sum(len(dataset.stories[name].words) for name in stories)
 
 
 def _n_rows(dataset: Dataset, stories: tuple[str, ...]) -> int:
@@ -150,14 +224,14 @@ def _n_rows(dataset: Dataset, stories: tuple[str, ...]) -> int:
 
 
 def _ridge_flops(
-    n_fit: int, n_features: int, n_voxels: int, base: TrialConfig, n_fits: int, is_nested: bool = True
-) -> float:
-    """Some fits, and the nested ones of ``cc_seen``: eigendecompositions, and a prediction for every alpha."""
-    size = min(n_fit, n_features)
+    n_rows: int, n_features: int, n_voxels: int, base: TrialConfig, n_fits: int, is_nested: bool
+) -> tuple[float, float]:
+    """Return the operations of decompositions and of predictions, in some fits and the nested ones of ``cc_seen``."""
+    size = min(n_rows, n_features)
     n_folds, n_alphas = base.n_folds, len(base.ridge_alphas)
-    decompositions = n_fits * (n_folds + 1) + is_nested * n_folds * (n_folds + 1) / 2
-    predictions = n_fits * (n_alphas + 2) + is_nested * (n_folds - 1) * n_alphas
-    return DOUBLE * (10 * size**3 * decompositions + 2 * n_fit * size * n_voxels * predictions)
+    n_decompositions = n_fits * (n_folds + 1) + is_nested * n_folds * (n_folds + 1) / 2
+    n_predictions = n_fits * (n_alphas + 2) + is_nested * (n_folds - 1) * n_alphas
+    return n_decompositions * decompose_flops(size), product_flops(n_rows, size, n_voxels, n_predictions)
 
 
 def total_seconds(forecast: Estimate, options: Options, done: Done, confirms: bool) -> float:
@@ -257,9 +331,8 @@ def print_plan(
     add("workers", f"up to {options.max_concurrent} at once, {share} each")
     add(
         "estimate",
-        f"about {duration(forecast.trial_seconds)} and {forecast.trial_bytes / 1e9:.1f} GB a trial, "
-        f"{duration(total_seconds(forecast, options, done, confirms))} in all "
-        "(rough: from words, voxels and weights)",
+        f"{_range(forecast.trial_seconds, forecast)} and {forecast.trial_bytes / 1e9:.1f} GB per trial, "
+        f"{_range(total_seconds(forecast, options, done, confirms), forecast)} in all ({forecast.source})",
     )
     console.print(table, soft_wrap=True)
     for note in dataset.notes:
@@ -291,14 +364,11 @@ def _describe(dataset: Dataset, splits: tuple[Split, ...], role: str) -> str:
     return f"{counted(len(names), 'story', 'stories')}, {counted(words, 'word')}, {counted(rows, 'TR')}: {shown}"
 
 
-def _flops_a_second(options: Options) -> float:
-    """Measure the processor with a matrix product; assume a GPU's speed."""
-    if options.gpus_per_trial:
-        return GPU_FLOPS * min(options.gpus_per_trial, 1)
-    a = np.ones((1024, 1024), np.float32)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return float(2 * 1024**3 / min(seconds))
+def _range(seconds: float, forecast: Estimate) -> str:
+    """Return the range that is expected, as in ``2 to 5 min``."""
+    if math.isnan(seconds):
+        return "an unknown time"
+    low, high = duration(forecast.low * seconds), duration(forecast.high * seconds)
+    if low == high:
+        return f"about {high}"
+    return f"{low.removesuffix(high[high.index(' ') :])} to {high}"

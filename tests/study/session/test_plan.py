@@ -1,6 +1,7 @@
 """What is forecast, against sums written out."""
 
 import io
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from bert_encoding.core.files import write_json
@@ -17,11 +19,12 @@ from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, read_records, write_record
 from study import run
-from study.session import plan
+from study.session import plan, probe
 from study.session.confirm import validation_jobs
 from study.session.plan import Done, Estimate, done_so_far, estimate, print_plan, total_seconds
+from study.session.probe import Rates, Work
 
-SECONDS = Estimate(100.0, 10.0, 6.0, 50.0, 20.0, 4.0, 1e9, 1e9)
+SECONDS = Estimate(100.0, 10.0, 6.0, 50.0, 20.0, 4.0, 1e9, 1e9, source="x")
 
 
 def options(**changes: Any) -> Any:
@@ -109,17 +112,26 @@ def dataset() -> Dataset:
     return Dataset("here", stories, ("s",), ("d",), voxel_masks={"s": np.ones(4, bool)}, fingerprint="f")
 
 
-def test_tests_and_final_scores_are_forecast(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One floating-point operation a second, one weight and one second a test, so that everything can be counted."""
-    monkeypatch.setattr(plan, "model_shape", lambda name: {"n_layers": 1, "n_hidden": 0.5, "n_intermediate": 0})
-    monkeypatch.setattr(plan, "_flops_a_second", lambda options: 1.0)
-    monkeypatch.setattr(plan, "TESTS_S", 1.0)
-    monkeypatch.setattr(plan, "worker_bytes", lambda *given: 7.0)
-    monkeypatch.setattr(plan, "_ridge_flops", lambda n_fit, *given: 0.0)
-    split = Split(("a", "b"), ("c",), ("d",))
-    base = TrialConfig(model="m", window_tokens=102, stride=50, embed_window_tokens=202, embed_stride=100)
-    found = estimate(dataset, (split,), {"s": 4}, base, options(epochs=3))
-    train, embed = 1.2 * 2, 1.2 * 2  # tokens a word: every one is read in two windows
+@pytest.fixture
+def unit_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation per second, and one per weight and token, so that everything can be counted; no ridge."""
+    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(plan, "probe_rates", lambda *arguments: Rates(Work(1, 1, 1, 1, 1), 0.5, 2.0, "from a probe"))
+    monkeypatch.setattr(plan, "train_flops", lambda shape, mask_probability: 4.0)
+    monkeypatch.setattr(plan, "embed_flops", lambda shape: 2.0)
+    monkeypatch.setattr(plan, "worker_bytes", lambda *arguments: 7.0)
+    monkeypatch.setattr(plan, "_ridge_flops", lambda *arguments: (0.0, 0.0))
+
+
+SHAPE = {"n_layers": 1, "n_hidden": 2, "n_intermediate": 4}
+SPLIT = Split(("a", "b"), ("c",), ("d",))
+BASE = TrialConfig(model="m", window_tokens=102, stride=50, embed_window_tokens=202, embed_stride=100)
+
+
+@pytest.mark.usefixtures("unit_rates")
+def test_training_vectors_and_tests_are_forecast(dataset: Dataset) -> None:
+    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(epochs=3))
+    train, embed = 1.2 * 2, 1.2 * 2  # tokens per word: each is read in two windows
     expected = {
         "trial_seconds": 3 * (4 * train * 30 + 2 * embed * 60),
         "baseline_seconds": 2 * embed * 60,
@@ -128,11 +140,73 @@ def test_tests_and_final_scores_are_forecast(dataset: Dataset, monkeypatch: pyte
         "final_baseline_seconds": 2 * embed * 100 + 4 * 400,
         "final_tests_seconds": 4 * 400,
     }
-    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-12)
-    rarely = estimate(dataset, (split,), {"s": 4}, replace(base, score_every=2), options(epochs=3))
+    assert {name: getattr(forecast, name) for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert (forecast.low, forecast.high, forecast.source) == (0.5, 2.0, "from a probe")
+    rarely = estimate(dataset, (SPLIT,), {"s": 4}, replace(BASE, score_every=2), options(epochs=3))
     assert rarely.trial_seconds == pytest.approx(3 * 4 * train * 30 + 2 * 2 * embed * 60)  # after epochs 2 and 3
-    rotated = replace(base), (split, Split(("a", "c"), ("b",), ("d",)))
-    assert estimate(dataset, rotated[1], {"s": 4}, base, options(epochs=3)).tests_seconds == 4 * (300 + 200)
+    rotated = (SPLIT, Split(("a", "c"), ("b",), ("d",)))
+    assert estimate(dataset, rotated, {"s": 4}, BASE, options(epochs=3)).tests_seconds == 4 * (300 + 200)
+
+
+def test_finished_trials_replace_the_probe(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of 80, 100 and 120 s: the next takes 100 s, a final one as much more as it has more to compute."""
+    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(plan, "probe_rates", lambda *arguments: pytest.fail("finished trials tell"))
+
+    def record(name: str, phase: str, method: str, seconds: dict[str, float]) -> TrialRecord:
+        return TrialRecord("COMPLETE", method, {}, name, phase, seconds=seconds)
+
+    records = [
+        record(f"{n}", "search", "lora", {"train": 0.6 * n, "embed": 0.1 * n, "ridge": 0.2 * n, "total": n})
+        for n in (80, 100, 120)
+    ]
+    records.append(record("w", "baseline", "word_rate", {"train": 0.0, "embed": 0.0, "ridge": 6.0, "total": 6.1}))
+    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(epochs=3), records)
+    assert forecast.trial_seconds == pytest.approx(100)
+    assert forecast.tests_seconds == pytest.approx(6)
+    assert forecast.final_tests_seconds == pytest.approx(6 * 400 / 300)
+    work = plan.count_work(dataset, (SPLIT,), 4, SHAPE, BASE, 3)
+    ridge = (work.final.decompose + work.final.products) / (work.trial.decompose + work.trial.products)
+    expected = (60 * 60 / 30 + 10 * 100 / (3 * 60) + 20 * ridge) / 0.9 + 6 * 400 / 300  # words read
+    assert forecast.final_seconds == pytest.approx(expected)
+    assert (forecast.low, forecast.high) == pytest.approx((0.9, 1.1))
+    assert forecast.source == "from the seconds of 3 finished trials"
+    only_baselines = plan.measured_rates(records[3:], work)
+    assert only_baselines is None, "no trial has finished"
+
+
+def test_without_the_gpu_of_the_trials_the_time_is_unknown(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(probe, "machine_gpus", lambda: 0)
+    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(gpus_per_trial=1.0))
+    assert plan._range(forecast.trial_seconds, forecast) == "an unknown time"
+    assert "this machine does not have the GPU" in forecast.source
+
+
+def test_probe_measures_every_stage_and_leaves_torch_as_it_was() -> None:
+    before = torch.get_num_threads(), torch.get_rng_state()
+    base = TrialConfig(model="m", window_tokens=34, stride=32, embed_window_tokens=34, embed_stride=32)
+    here = SimpleNamespace(is_local=False)
+    rates = probe.probe_rates({"n_layers": 1, "n_hidden": 16, "n_intermediate": 16}, base, options(machines=here))
+    assert rates is not None
+    assert all(0 < seconds < 1e-3 for seconds in rates.seconds)
+    assert rates.low < 1 < rates.high
+    assert re.fullmatch(r"from a probe of [\d.]+ s on this machine, the cluster's others may differ", rates.source)
+    assert torch.get_num_threads() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "low", "high", "text"),
+    [
+        (100, 0.7, 2, "70 s to 3 min"),
+        (600, 0.7, 2, "7 to 20 min"),
+        (600, 1, 1, "about 10 min"),
+        (7200, 0.7, 2, "84 min to 4.0 h"),
+        (20_000, 0.7, 2, "3.9 to 11.1 h"),
+    ],
+)
+def test_range_names_a_unit_once(seconds: float, low: float, high: float, text: str) -> None:
+    assert plan._range(seconds, SECONDS._replace(low=low, high=high)) == text
 
 
 def test_only_a_confirm_phase_that_is_still_to_come_is_announced(dataset: Dataset) -> None:
@@ -147,7 +221,7 @@ def test_only_a_confirm_phase_that_is_still_to_come_is_announced(dataset: Datase
         )
         assert (told in out.getvalue()) == confirms
         seconds = 10 + 3 * 6 / 2 + (800 + (600 + 150 + 20 + 2 * 4) * confirms) / 2
-        assert f"about 2 min and 1.0 GB a trial, {seconds / 60:.0f} min in all" in out.getvalue()
+        assert f"about 2 min and 1.0 GB per trial, about {seconds / 60:.0f} min in all (x)" in out.getvalue()
 
 
 def test_one_is_not_several_and_what_is_done_is_said(dataset: Dataset) -> None:
