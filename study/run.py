@@ -76,8 +76,8 @@ def main(
     Parameters
     ----------
     dry_run
-        Print the plan and stop; this needs no internet connection and no model. With --resume, also list the changes
-        since the study began.
+        Print the plan and stop; this takes some seconds and needs no internet connection and no model. With --resume,
+        also list the changes since the study began.
     """
     console = _console()
     options, space = _options(options.set_values(), policy)

@@ -145,11 +145,14 @@ def estimate(
     shape = model_shape(options.model)
     work = count_work(dataset, splits, sum(n_voxels.values()), shape, base, options.epochs)
     rates = measured_rates(records, work) or probe_rates(shape, base, options) or UNKNOWN
-    seconds = [sum(n * s for n, s in zip(job, rates.seconds, strict=True)) for job in work]
+    trial, baseline, tests, final, final_baseline, final_tests = (
+        float(sum(n * s for n, s in zip(job, rates.seconds, strict=True))) for job in work
+    )
     model_bytes = 4 * (block_weights(shape) + shape["n_hidden"] * 31_000)
     trial_bytes = worker_bytes(dataset, splits, max(n_voxels.values()), shape, base, options.trials > 0)
     disk_bytes = MIN_FREE_BYTES + options.keep_adapters * 0.1 * model_bytes
     disk_bytes += max(options.trials, 1) * (sum(n_voxels.values()) * 4 * 2 + 1e5)
+    seconds = (trial, baseline, tests, final, final_baseline, final_tests)
     return Estimate(*seconds, trial_bytes, disk_bytes, rates.low, rates.high, rates.source)
 
 
