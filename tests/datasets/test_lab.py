@@ -19,7 +19,7 @@ from bert_encoding.datasets.lab import open_lab, read_transcripts
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset, spoken_text
 
-MODULES = (  # every spelling that FACTS.md or the module itself names, typed by hand
+MODULES = (  # every spelling in use, typed by hand
     "ridge_utils.DataSequence",
     "utils_ridge.DataSequence",
     "encoding.ridge_utils.DataSequence",
@@ -80,7 +80,7 @@ def test_reads_numpy_1_and_numpy_2_module_paths(protocol: int, tmp_path: Path) -
 
 
 def test_protocol_5_writes_frombuffer() -> None:
-    """Else the tests above would not see the route that the published pickles take."""
+    """Else the tests above would not cover the form of the published pickles."""
     assert b"_frombuffer" in pickle_as_lab({"alpha": sequence()}, protocol=5)
     assert b"_frombuffer" not in pickle_as_lab({"alpha": sequence()}, protocol=4)
 
@@ -100,8 +100,8 @@ def test_reading_imports_none_of_the_labs_code(lab: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from bert_encoding.datasets import open_dataset\n"
         "data = open_dataset(Path(sys.argv[1]))\n"
-        "found = [n for n in sys.modules if 'ridge' in n or n.split('.')[-1] == 'DataSequence']\n"
-        "print(len(data.stories), found)\n"
+        "modules = [n for n in sys.modules if 'ridge' in n or n.split('.')[-1] == 'DataSequence']\n"
+        "print(len(data.stories), modules)\n"
     )
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(lab)],

@@ -106,7 +106,7 @@ RESPONSES = {
     "one dimension": Case(npy(lambda y: y[:, 0]), (*LAB_ROWS, "shape (40,)", NUMBERS)),
     "three dimensions": Case(npy(lambda y: y[None]), (*LAB_ROWS, "shape (1, 40, 12)")),
     "no dimension": Case(npy(lambda y: y[0, 0]), (*LAB_ROWS, "shape ()")),
-    "no dimension, beside regions": Case(
+    "no dimension, with regions": Case(
         lambda data: (npy(lambda y: y[0, 0], "alpha")(data), with_file("subject2/rois.json", '{"V1": [3]}')(data)),
         ("{data}/subject2/rois.json: region V1: no voxel 3",),
     ),

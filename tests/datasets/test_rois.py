@@ -1,4 +1,4 @@
-"""Regions of interest: where they may lie, and what is refused."""
+"""Regions of interest: their files, and what is refused."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ def test_without_files_there_are_none(lab: Path) -> None:
     assert open_dataset(lab).rois == {}
 
 
-def test_the_only_subjects_regions_lie_beside_its_folder(lab: Path) -> None:
+def test_regions_of_the_only_subject_may_be_next_to_its_folder(lab: Path) -> None:
     (lab / "rois.json").write_text(json.dumps({"V1": [7, 3, 11], "AC": [0]}))
     assert lists(open_dataset(lab).rois) == {"subject2": {"V1": [3, 7, 11], "AC": [0]}}
 
 
-def test_each_subjects_regions_lie_in_its_folder(two: Path) -> None:
+def test_regions_of_a_subject_may_be_in_its_folder(two: Path) -> None:
     mask = np.zeros(N_VOXELS, bool)
     mask[[2, 5]] = True
     np.savez(two / "a" / "rois.npz", masked=mask, listed=np.array([9, 1], np.int16))
