@@ -143,8 +143,8 @@ def _plain(item: Any) -> Any:
 
 
 def limit_process() -> None:
-    """Limit processor time, and memory where the system enforces it."""
-    limits = {resource.RLIMIT_CPU: MAX_PROCESSOR_S}
+    """Limit processor time, and memory where the system enforces it; when they are exceeded, dump no core."""
+    limits = {resource.RLIMIT_CPU: MAX_PROCESSOR_S, resource.RLIMIT_CORE: 0}
     if sys.platform == "linux":
         limits[resource.RLIMIT_AS] = MAX_PROCESS_BYTES
     for kind, limit in limits.items():
