@@ -6,7 +6,7 @@ time, because a hundred bytes can fill a memo of 64 GB, or hash a tuple that hol
 for ever. Only the standard library is imported, so that the process starts in some 20 ms.
 
 Output is a list of [story, attributes]. An attribute is a list, ``{"raw": ..., "code": ...}`` for a NumPy array, or
-``{"type": ...}`` for anything else, as are the items of a list that are neither text nor numbers.
+``{"type": ...}`` for anything else, as are the items of a list that are not text, numbers or None.
 """
 
 import base64
@@ -137,7 +137,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _plain(item: Any) -> Any:
-    if isinstance(item, str | int | float):
+    if item is None or isinstance(item, str | int | float):
         return item
     return item.to_json() if isinstance(item, Array) else {"type": type(item).__name__}
 
