@@ -269,7 +269,7 @@ def test_a_full_disk_is_refused_before_the_start(
 
 @pytest.mark.slow
 def test_a_folder_without_permission_is_named(open_folder: Path) -> None:
-    """Files that may not be read are tested in ``test_malformed.py``."""
+    """Files that may not be read are tested in ``test_malformed_lab.py``."""
     closed, private = open_folder / "closed", open_folder / "private"
     (private / "inner").mkdir(parents=True)
     closed.mkdir()
