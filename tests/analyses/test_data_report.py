@@ -436,3 +436,11 @@ def test_a_real_listener_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
     assert "best at +2 TR (+4 s), above the noise" in out
     assert out.splitlines()[-1] == "verdict: usable"
     assert sum(line.rstrip().endswith(" ok") for line in out.splitlines()) == 101
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_a_real_listener_with_the_wrong_trim_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("check", str(REAL_DATA), "--trim", "course") == 2
+    reason = capsys.readouterr().out.splitlines()[-1]
+    assert "-3 TR (-6 s)" in reason and "--trim published" in reason
