@@ -1,4 +1,4 @@
-"""What a study found: its trial table, and CC beside the frozen baseline.
+"""Print the trial table of a study, and CC compared with the frozen baseline.
 
 python study/analysis.py results/<name>
 python study/analysis.py results/<one> results/<other>
@@ -27,31 +27,31 @@ from study.setup.delta import check_delta
 
 app = cyclopts.App(
     name=called_as("bert-encoding-analysis", "analysis.py"),
-    help="Print what a study found, or compare two.",
+    help="Print the results of a study, or compare two studies.",
     version_flags=[],
 )
 
 
 @app.default
 def main(folder: str, other: str | None = None, /, *, delta: Number = None) -> None:
-    """Print what a study found and rebuild its tables, or compare it with another one.
+    """Print the results of a study and rebuild its tables, or compare it with another study.
 
     Parameters
     ----------
     folder
         The study, e.g. results/lora_full-2026-01-31 or s3://bucket/results/lora_full-2026-01-31.
     other
-        Another study on the same data and stories, to stand beside it.
+        Another study on the same data and stories, to compare with.
     delta
-        CC below which an effect does not matter. [default: what the study was begun with]
+        Smallest difference in CC that matters. [default: the study's]
     """
     if delta is not None:
         check_delta(delta)
     console = Console(width=None if sys.stdout.isatty() else 400)
     if other is not None:
-        both = [open_place(one) for one in (folder, other)]
-        one, two = (gather(place, load_delta(place) if delta is None else delta) for place in both)
-        print_comparison(console, one, two)
+        both = [open_place(name) for name in (folder, other)]
+        first, second = (gather(place, load_delta(place) if delta is None else delta) for place in both)
+        print_comparison(console, first, second)
         return
     study = open_place(folder)
     records, task = load_records(study), load_task(study)

@@ -1,4 +1,4 @@
-"""The console scripts of an installation; each takes Ctrl-C before its imports, which take seconds."""
+"""The console scripts of an installation; each handles Ctrl-C before its slow imports."""
 
 from importlib import import_module
 

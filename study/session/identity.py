@@ -1,4 +1,4 @@
-"""What makes a study this study: kept in ``study.json``, compared when it goes on, recorded when it was forced to."""
+"""The identity of a study: recorded in ``study.json``, compared on resume, and updated when that is forced."""
 
 import importlib.metadata
 import platform
@@ -26,7 +26,7 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "optuna", "numpy", "scipy", 
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a later reader needs to run the study again."""
+    """Return what is needed to run the study again."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command_line": sys.argv,
@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 def git_commit() -> dict[str, Any] | None:
     """Return the commit of the source tree and whether it had changes; None outside a checkout.
 
-    An installation may be in the repository of another project, which does not track it.
+    An installation can lie inside the repository of another project, which does not track it.
     """
 
     def git(*arguments: str) -> str:
@@ -57,12 +57,12 @@ def git_commit() -> dict[str, Any] | None:
 
 AnyStudy = Study | TextStudy
 IDENTITY = ("options", "space", "data", "voxels", "model", "splits", "config", "code", "precision", "versions")
-OF_THE_BEGINNING = ("name", "created", "command_line")  # a study that goes on keeps these
+OF_THE_BEGINNING = ("name", "created", "command_line")  # a resumed study keeps these
 THE_TASK, THE_VOXELS, THE_PRECISION = "the task", "the voxels", "the precision of this machine"
 
 
 class Difference(NamedTuple):
-    """Something that a study recorded and that is otherwise now."""
+    """A property of a study that differs from its record."""
 
     what: str
     before: str
@@ -71,14 +71,10 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return f"{self.what} changed from {self.before} to {self.now}"
 
-    @property
-    def is_of_numbers(self) -> bool:
-        return self.before.isdecimal() or self.now.isdecimal()
-
 
 def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, Any]:
-    """Return what ``study.json`` keeps of a study. What is not known yet is None: the weights of a model on the hub
-    unless it ``may_fetch``, the precision on a cluster's workers."""
+    """Return the content of ``study.json``. What is not known yet is None: the weights of a model on the hub unless it
+    ``may_fetch``, and the precision on a cluster's workers."""
     space, model, base = study.space, study.options.model, study.base
     at_hand = may_fetch or model in BUNDLED or Path(model).is_dir()
     here = study.options.machines.is_local or base.precision != "auto"
@@ -99,7 +95,7 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
 
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[Difference]:
-    """Return what must not change and did; a larger budget is no difference, nor are data that were moved."""
+    """Return the changes that are not allowed; more trials and moved data are allowed."""
     before, now = _comparable(recorded), _comparable(identity)
     if recorded["data"]["fingerprint"] == identity["data"]["fingerprint"]:
         before["the data"] = now["the data"]
@@ -111,18 +107,18 @@ def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[Diff
 
 
 def read_identity(folder: Place, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``study.json`` says, with all that ``identity`` is compared with."""
+    """Return the content of ``study.json``, which must have all entries that ``identity`` is compared with."""
     return read_json(folder / STUDY_FILE, required=tuple(name for name in identity if name in IDENTITY))
 
 
 def resumed(
     folder: Place, recorded: dict[str, Any], identity: dict[str, Any], may_force: bool, first_trial: str
 ) -> dict[str, Any]:
-    """Return what ``study.json`` is to say of a study that goes on.
+    """Return the new content of ``study.json`` of a resumed study.
 
     Parameters
     ----------
-    may_force : go on although it differs, and record how
+    may_force : resume although it differs, and record the differences
     first_trial : id of the next trial
 
     Raises
@@ -130,45 +126,45 @@ def resumed(
     InputError
         naming the first difference, if there is one and it may not be forced.
     """
-    found = differences(recorded, identity)
-    _check(folder, found, may_force)
-    if not found:
+    changes = differences(recorded, identity)
+    _check(folder, changes, may_force)
+    if not changes:
         moved = {"data": recorded["data"] | {"source": identity["data"]["source"]}, "options": identity["options"]}
         return recorded | moved | ({} if recorded["precision"] else {"precision": identity["precision"]})
-    kept = {*OF_THE_BEGINNING, *(name for name in ("precision",) if identity[name] is None)}
-    if THE_VOXELS not in (one.what for one in found):
-        kept.add("voxels")  # with the key of those that the study chose
-    changed = {name: value for name, value in identity.items() if name not in kept and recorded.get(name) != value}
-    was = {name: recorded[name] for name in changed if name in recorded}
-    return record_force(recorded | changed, found, was, first_trial)
+    unchanged = {*OF_THE_BEGINNING, *(name for name in ("precision",) if identity[name] is None)}
+    if THE_VOXELS not in (change.what for change in changes):
+        unchanged.add("voxels")  # with the key of those that the study chose
+    updates = {name: value for name, value in identity.items() if name not in unchanged and recorded.get(name) != value}
+    was = {name: recorded[name] for name in updates if name in recorded}
+    return record_force(recorded | updates, changes, was, first_trial)
 
 
 def record_force(
-    recorded: dict[str, Any], found: list[Difference], was: dict[str, Any], first_trial: str
+    recorded: dict[str, Any], changes: list[Difference], was: dict[str, Any], first_trial: str
 ) -> dict[str, Any]:
-    """Return what ``study.json`` is to say of a study that went on although it differs.
+    """Return ``study.json`` with an entry for a study that was resumed although it differs.
 
     Parameters
     ----------
-    was : what it said before, where it differs
-    first_trial : the trials from this id on ran under what it says now
+    was : the earlier content where it differs
+    first_trial : id of the first trial that runs under the new content
     """
     forced = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "first_trial": first_trial,
-        "differences": [one._asdict() for one in found],
+        "differences": [change._asdict() for change in changes],
         "was": was,
     }
     return recorded | {"forced": [*recorded.get("forced", []), forced]}
 
 
 def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_trial: str) -> None:
-    """Ask a worker of a cluster in which precision it multiplies, which must stay the same; needs Ray.
+    """Record the precision of matrix products on a cluster's workers, which must stay the same; needs Ray.
 
     Raises
     ------
     InputError
-        if finished trials ran in another one, unless that may be forced, or the worker does not see the study.
+        if finished trials used another one, unless that may be forced, or if a worker cannot read the study.
     """
     if study.options.machines.is_local:
         return
@@ -177,9 +173,9 @@ def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_tria
         return
     settled = recorded | {"precision": now}
     if recorded["precision"] is not None:
-        found = [Difference(THE_PRECISION, str(recorded["precision"]), now)]
-        _check(folder, found, may_force)
-        settled = record_force(settled, found, {"precision": recorded["precision"]}, first_trial)
+        changes = [Difference(THE_PRECISION, str(recorded["precision"]), now)]
+        _check(folder, changes, may_force)
+        settled = record_force(settled, changes, {"precision": recorded["precision"]}, first_trial)
     write_json(folder / STUDY_FILE, settled)
 
 
@@ -198,32 +194,36 @@ def _ask_worker(study: AnyStudy, folder: Place) -> str:
 
 
 def _look_around(precision: str, folder: str) -> str:
-    """Return the precision here; a record that is written where nobody else looks would be lost."""
+    """Return the precision here, and verify that this machine shares the study's folder."""
     if not (open_place(folder) / STUDY_FILE).is_file():
         raise InputError(
             f"{folder}: {platform.node()}, a machine of the cluster, does not see it; give an --out on a disk that all "
-            "of them share, or s3://bucket/prefix"
+            "machines share, or s3://bucket/prefix"
         )
     return resolve_precision(precision, pick_device())
 
 
-def _check(folder: Place, found: list[Difference], may_force: bool) -> None:
-    """Refuse to mix two studies, by name. Never to be mixed are scores of two tasks, and voxels that a study chose."""
+def _check(folder: Place, changes: list[Difference], may_force: bool) -> None:
+    """Refuse to mix two studies; scores of two tasks and chosen voxels cannot be mixed even by force."""
     own = "give the recorded value, or begin a new study with another --name"
-    never = [one for one in found if one.what == THE_TASK or (one.what == THE_VOXELS and one.is_of_numbers)]
+    never = [change for change in changes if change.what == THE_TASK or _changes_chosen_voxels(change)]
     if never and may_force:
         raise InputError(f"{folder}: cannot resume, even by force: {never[0]}; {own}")
-    if found and not may_force:
-        others = ", ".join(one.what for one in found[1:])
+    if changes and not may_force:
+        others = ", ".join(change.what for change in changes[1:])
         also = f"; also changed: {others}" if others else ""
-        raise InputError(f"{folder}: cannot resume: {found[0]}; {own}, or go on with --force-resume{also}")
+        raise InputError(f"{folder}: cannot resume: {changes[0]}; {own}, or resume with --force-resume{also}")
+
+
+def _changes_chosen_voxels(change: Difference) -> bool:
+    return change.what == THE_VOXELS and (change.before.isdecimal() or change.now.isdecimal())
 
 
 def _comparable(identity: dict[str, Any]) -> dict[str, str]:
-    """Return what must not change, as text by name."""
+    """Return the properties that must not change, as texts."""
     stories = {
-        f"the {role} stories" + (f" of outer fold {at}" if len(identity["splits"]) > 1 else ""): ", ".join(names)
-        for at, split in enumerate(identity["splits"])
+        f"the {role} stories" + (f" of outer fold {fold}" if len(identity["splits"]) > 1 else ""): ", ".join(names)
+        for fold, split in enumerate(identity["splits"])
         for role, names in split.items()
     }
     config = OLDER_SETTINGS | identity["config"]
@@ -246,6 +246,6 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
 
 
 def _voxels_text(voxels: dict[str, Any]) -> str:
-    """Describe which voxels are scored; a choice that the study makes itself is checked when it is read."""
-    asked = str(voxels["asked"])
-    return asked if asked.isdecimal() else f"{Path(asked).name} ({voxels['key']})"
+    """Describe the scored voxels; voxels that the study chose are checked when they are read."""
+    requested = str(voxels["asked"])
+    return requested if requested.isdecimal() else f"{Path(requested).name} ({voxels['key']})"

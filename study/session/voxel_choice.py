@@ -1,4 +1,4 @@
-"""The voxels of a study, chosen once and kept with it."""
+"""The voxels of a study, chosen once and stored in its folder."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ VOXELS_FILE = "voxels.npz"
 
 
 def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) -> Task:
-    """Return the task on the study's voxels, choosing them on a worker if that has not been done; needs Ray.
+    """Return the task on the study's voxels, which are chosen on a worker the first time; needs Ray.
 
     Raises
     ------
     InputError
-        if the kept choice is damaged or is not the one that the finished trials used.
+        if the stored voxels are damaged or are not those of the finished trials.
     """
     if not study.options.voxels.isdecimal():
         return task
@@ -34,7 +34,7 @@ def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) 
     with local_copy(file) as copy:
         voxels = read_voxels(copy, task.dataset)
     chosen = task._replace(dataset=keep_voxels(task.dataset, voxels), voxels_are_chosen=True)
-    _check_kept(folder, file, voxels_key(chosen.dataset))
+    _check_voxels(folder, file, voxels_key(chosen.dataset))
     return chosen
 
 
@@ -45,19 +45,19 @@ def _choose(study: Study, task: Task) -> dict[str, Any]:
     remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(choose)
     threads, n = max(1, int(options.cpus_per_trial)), int(options.voxels)
     try:
-        found: dict[str, Any] = ray.get(remote.remote(study.base, task, n, threads, options.gpus_per_trial))
+        voxels: dict[str, Any] = ray.get(remote.remote(study.base, task, n, threads, options.gpus_per_trial))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
-    return found
+    return voxels
 
 
-def _check_kept(folder: Place, file: Place, key: str) -> None:
-    """Note the choice in ``study.json`` when it is made; afterwards it must stay the same."""
+def _check_voxels(folder: Place, file: Place, key: str) -> None:
+    """Record the voxels in ``study.json`` when they are chosen; later they must be the same."""
     identity = read_json(folder / STUDY_FILE, required=("voxels",))
-    kept = identity["voxels"].get("key")
-    if kept is None:
+    recorded = identity["voxels"].get("key")
+    if recorded is None:
         write_json(folder / STUDY_FILE, identity | {"voxels": identity["voxels"] | {"key": key}})
-    elif kept != key:
+    elif recorded != key:
         raise InputError(f"{file}: not the voxels on which this study's trials were scored; put the old file back")

@@ -1,4 +1,4 @@
-"""The effect that matters, set before anything is seen; alone in a file, for options read it without the statistics."""
+"""Delta, the smallest effect that matters; in its own file because options read it without the statistics."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ DELTA = 0.002  # CC
 
 
 def check_delta(delta: float) -> None:
-    """Refuse a delta that is no size of an effect.
+    """Refuse a delta that is not a possible difference in CC.
 
     Raises
     ------
@@ -20,12 +20,12 @@ def check_delta(delta: float) -> None:
 
 
 def delta_note(options: dict[str, Any], delta: float) -> str | None:
-    """Say of a delta that it is not the one that was set before there were results; None if it is.
+    """Return a note if delta is not the one that the study began with.
 
     Parameters
     ----------
-    options : of ``study.json``; a study that recorded none was begun with the default
-    delta : the one that verdicts go by
+    options : of ``study.json``; a study without a record of delta began with the default
+    delta : the value that verdicts use
     """
     first = [*options.get("deltas_before", []), options.get("delta", DELTA)][0]
     return None if delta == first else f"delta {delta:g} was chosen after the study ({first:g} was set)"

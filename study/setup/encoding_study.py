@@ -1,4 +1,4 @@
-"""From options to everything a study needs, checked; nothing is run or written."""
+"""Prepare an encoding study from its options and check it; nothing is run or written."""
 
 import functools
 import hashlib
@@ -22,6 +22,7 @@ from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels
 from study.setup.options import ALL, Options
 from study.setup.resolve import check_task
 from study.setup.spaces import Space, rehearse
+from study.wording import counted
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Study:
 
     @property
     def n_voxels(self) -> dict[str, int]:
-        """Voxels that will be scored, by subject."""
+        """Number of voxels that are scored, by subject."""
         if self.options.voxels.isdecimal():
             return dict.fromkeys(self.dataset.subjects, int(self.options.voxels))
         if self.dataset.voxel_masks is None:
@@ -44,7 +45,7 @@ class Study:
         return {subject: int(np.sum(mask)) for subject, mask in self.dataset.voxel_masks.items()}
 
     def about(self, task: Task) -> dict[str, Any]:
-        """Return what ``study.json`` says of data, voxels and split."""
+        """Return the entries of ``study.json`` on data, voxels and split."""
         dataset, is_open = task.dataset, self.options.voxels.isdecimal() and not task.voxels_are_chosen
         return {
             "data": {
@@ -60,21 +61,21 @@ class Study:
         }
 
     def task(self) -> Task:
-        """Return what all trials share."""
+        """Return the input that all trials share."""
         dataset = self.dataset
         if dataset.voxel_masks is None:
-            dataset = _on_given_voxels(self.options, simulate_listener(dataset)[0])
-        probe, control = given_files(self.options)
+            dataset = _select_file_voxels(self.options, simulate_listener(dataset)[0])
+        probe, control = general_text_files(self.options)
         return Task(dataset, self.splits, self.options.seed, probe_text=probe, control_text=control)
 
 
 def prepare(options: Options, space: Space) -> Study:
-    """Open the data, divide the stories, and check every setting that can be checked without a model.
+    """Open the data, split the stories, and check every setting that can be checked without a model.
 
     Raises
     ------
     InputError
-        if anything asked for does not exist or does not fit.
+        if something requested does not exist or does not fit.
     """
     check_task(options, is_text=False)
     check_model_name(options.model)
@@ -90,24 +91,24 @@ def prepare(options: Options, space: Space) -> Study:
             replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed
         )
         splits = split_stories(train, test, options.seed, options.outer_folds)
-        _check_choice(options, dict.fromkeys(dataset.subjects, N_VOXELS))
+        _check_number_of_voxels(options, dict.fromkeys(dataset.subjects, N_VOXELS))
         return Study(options, space, dataset, splits, base)
     train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
     used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
-    inspected = _on_given_voxels(options, inspect_aligned(used, train, options.trust_alignment))
-    _check_choice(options, {subject: inspected.n_valid(subject) for subject in subjects})
+    inspected = _select_file_voxels(options, inspect_aligned(used, train, options.trust_alignment))
+    _check_number_of_voxels(options, {subject: inspected.n_valid(subject) for subject in subjects})
     return Study(options, space, inspected, splits, base)
 
 
 def general_text(options: Options) -> dict[str, str]:
-    """Return hashes of the files of general text that were given."""
-    given = {"probe": options.probe, "control": options.control_text}
-    return {name: file_hash(file) for name, file in given.items() if file}
+    """Return hashes of the user's files of general text."""
+    files = {"probe": options.probe, "control": options.control_text}
+    return {name: file_hash(file) for name, file in files.items() if file}
 
 
-def given_files(options: Options) -> tuple[Path | None, Path | None]:
-    """Return the files of general text: probe and control, None where the bundled one is used."""
+def general_text_files(options: Options) -> tuple[Path | None, Path | None]:
+    """Return the user's probe and control text; None where the bundled one is used."""
     return (
         Path(options.probe) if options.probe else None,
         Path(options.control_text) if options.control_text else None,
@@ -116,37 +117,39 @@ def given_files(options: Options) -> tuple[Path | None, Path | None]:
 
 @functools.lru_cache(maxsize=8)
 def file_hash(path: str) -> str:
-    """Return a hash of a file's content, computed once a process."""
+    """Return a hash of a file's content, computed once per process."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _on_given_voxels(options: Options, dataset: Dataset) -> Dataset:
-    """Keep the voxels of a file; the choice of a number waits until the study runs."""
+def _select_file_voxels(options: Options, dataset: Dataset) -> Dataset:
+    """Keep the voxels of a file; a number of voxels is chosen when the study runs."""
     if options.voxels == ALL or options.voxels.isdecimal():
         return dataset
     return keep_voxels(dataset, read_voxels(Path(options.voxels), dataset))
 
 
-def _check_choice(options: Options, n_valid: dict[str, int]) -> None:
+def _check_number_of_voxels(options: Options, n_valid: dict[str, int]) -> None:
     for subject, n in n_valid.items():
         if options.voxels.isdecimal() and int(options.voxels) > n:
             raise InputError(f"--voxels {options.voxels}: subject {subject} has {n} that can be scored; give fewer")
 
 
 def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str, ...]:
-    """Say which stories have text alone and stay out."""
+    """Return notes on stories that are excluded because they have text only."""
     names = [n for n, story in dataset.stories.items() if any(s not in story.responses for s in subjects)]
     if not names:
         return ()
-    lost = [name for name in dataset.published_test if name in names]
-    tests = (f"published test stories that a subject did not hear stay out: {', '.join(lost)}",) if lost else ()
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return (f"{len(names)} stories lack responses of a subject and stay out: {shown}", *tests)
+    excluded = counted(len(names), "story is", "stories are")
+    notes = [f"{excluded} excluded because responses of a subject are missing: {shown}"]
+    if tests := [name for name in dataset.published_test if name in names]:
+        notes.append(f"published test stories without responses of a subject are excluded: {', '.join(tests)}")
+    return tuple(notes)
 
 
 def base_config(options: Options) -> TrialConfig:
-    """Return the settings that the command line fixes; a space sets the others.
+    """Return the settings that the command line fixes; the space sets the others.
 
     Raises
     ------

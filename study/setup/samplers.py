@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from bert_encoding.core.errors import InputError, first_line
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    # group: a parameter that only some trials have is modelled among those trials
+    # group: conditional parameters are modelled among the trials that have them
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
@@ -20,8 +20,8 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "grid": lambda seed: _grid(seed),
     "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
 }
-NEEDS_PACKAGE = {"cmaes": "cmaes"}  # sampler -> what it imports, an extra of ours with the same name
-FIXED_PARAMETERS_ONLY = ("gp", "cmaes")  # what only some trials have, they would draw at random
+NEEDS_PACKAGE = {"cmaes": "cmaes"}  # sampler -> package, an extra with the same name
+FIXED_PARAMETERS_ONLY = ("gp", "cmaes")  # they would draw conditional parameters at random
 MAX_GRID = 10_000
 
 Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
@@ -43,12 +43,12 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return SAMPLERS[name](seed)
 
 
-def check_searchable(sampler: str, seen: list[dict[str, BaseDistribution]]) -> None:
-    """Refuse a space of which a sampler would draw some parameters at random, without saying so.
+def check_searchable(sampler: str, suggested: list[dict[str, BaseDistribution]]) -> None:
+    """Refuse a space of which a sampler would silently draw some parameters at random.
 
     Parameters
     ----------
-    seen : what random suggestions asked for, a dict of parameter -> range each
+    suggested : parameter -> range of each random suggestion
 
     Raises
     ------
@@ -57,17 +57,19 @@ def check_searchable(sampler: str, seen: list[dict[str, BaseDistribution]]) -> N
     """
     if sampler not in FIXED_PARAMETERS_ONLY:
         return
-    names = list(dict.fromkeys(name for asked in seen for name in asked))
+    names = list(dict.fromkeys(name for ranges in suggested for name in ranges))
     for name in names:
-        if any(asked.get(name) != seen[0].get(name) for asked in seen):
+        if any(ranges.get(name) != suggested[0].get(name) for ranges in suggested):
             raise InputError(f"sampler {sampler}: {name} or its range depends on other parameters; use tpe or random")
-    ranges = {name: seen[0][name] for name in names if not seen[0][name].single()}
+    searched = {name: suggested[0][name] for name in names if not suggested[0][name].single()}
     if sampler == "cmaes":
-        for name, searched in ranges.items():
-            if isinstance(searched, CategoricalDistribution):
-                raise InputError(f"sampler cmaes: searches numbers alone, and {name} is a choice; use tpe or gp")
-        if len(ranges) < 2:
-            raise InputError(f"sampler cmaes: needs two numbers to search, the space has {len(ranges)}; use tpe or gp")
+        for name, distribution in searched.items():
+            if isinstance(distribution, CategoricalDistribution):
+                raise InputError(f"sampler cmaes: searches numbers only, and {name} is a choice; use tpe or gp")
+        if len(searched) < 2:
+            raise InputError(
+                f"sampler cmaes: needs two numbers to search, the space has {len(searched)}; use tpe or gp"
+            )
 
 
 def grid_size(path: Path, suggest: Suggest) -> int:
@@ -78,7 +80,7 @@ def grid_size(path: Path, suggest: Suggest) -> int:
     InputError
         if a range has no step, so that there is no grid.
     """
-    study, seen = quiet_study(make_sampler("grid", 0)), set()
+    study, points = quiet_study(make_sampler("grid", 0)), set()
     for _ in range(MAX_GRID):
         trial = study.ask()
         try:
@@ -88,11 +90,11 @@ def grid_size(path: Path, suggest: Suggest) -> int:
                 f"{path}: a grid of space(trial) cannot be made: {type(error).__name__}: {first_line(error)}"
             ) from None
         point = tuple(sorted((name, repr(value)) for name, value in trial.params.items()))
-        if point in seen:
+        if point in points:
             break
-        seen.add(point)
+        points.add(point)
         study.tell(trial, 0.0)
-    return max(1, len(seen))
+    return max(1, len(points))
 
 
 def quiet_study(
@@ -103,7 +105,7 @@ def quiet_study(
     Parameters
     ----------
     is_gain : whether more is better
-    pruner : says which trials to stop early; None stops none
+    pruner : decides which trials stop early; None stops none
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = optuna.study.StudyDirection.MAXIMIZE if is_gain else optuna.study.StudyDirection.MINIMIZE
@@ -113,7 +115,7 @@ def quiet_study(
 def _grid(seed: int) -> optuna.samplers.BaseSampler:
     """Return a sampler that visits every point once, in random order."""
     sampler = optuna.samplers.BruteForceSampler(seed=seed)
-    sampler.after_trial = lambda *ended: None  # type: ignore[method-assign]  # it would stop a study that nobody runs
+    sampler.after_trial = lambda *ended: None  # type: ignore[method-assign]  # it would stop a study that is not running
     return sampler
 
 
@@ -121,13 +123,13 @@ NO_SCHEDULER = "none"
 FIRST_EPOCH = 1  # epoch 0 is before training
 SCHEDULERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     NO_SCHEDULER: lambda: optuna.pruners.NopPruner(),
-    # asynchronous successive halving (arXiv 1810.05934): the better half goes on after epochs 1, 2, 4, 8, ...
+    # asynchronous successive halving (arXiv 1810.05934): the better half continues after epochs 1, 2, 4, 8, ...
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-    # stops what is below the median of complete trials at its epoch, once five are complete
+    # stops trials below the median of complete trials at its epoch, once five are complete
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
 }
 
 
 def make_pruner(scheduler: str) -> optuna.pruners.BasePruner:
-    """Return what decides in the driver."""
+    """Return the early-stopping rule."""
     return SCHEDULERS[scheduler]()

@@ -27,7 +27,7 @@ from study.setup.samplers import (
 )
 
 DEFAULT_TRIALS = 20
-# What all trials share, and the frozen baseline as far as it has it: a search over these compares different things.
+# Settings that all trials share with the frozen baseline; trials that differ in them are not comparable.
 SHARED_WITH_BASELINE = (
     "model layer embed_stride embed_window_tokens embed_precision score_every delays ridge_alphas n_folds probe_tokens"
 ).split()
@@ -42,10 +42,10 @@ class Space:
     ----------
     suggest : Optuna trial -> all values that the space sets, suggested and constant
     start : points tried first, each name -> value
-    scheduler : which rule stops trials early, if the command line names none
-    seeds : every configuration is run with each of them, a trial each; none means the study's seed alone
-    size : trials that there can be in a grid; None if it is none
-    baseline : settings of the frozen baseline of a text task, whose head trains too
+    scheduler : early-stopping rule, unless the command line sets one
+    seeds : every configuration runs with each of them, one trial per seed; empty means the study's seed only
+    size : number of trials of a grid; None for other samplers
+    baseline : settings of the frozen baseline of a text task, whose head is trained
     """
 
     name: str
@@ -69,13 +69,13 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
 
     Parameters
     ----------
-    n_layers : of the model; a file that asks for them has a value ``N_LAYERS``
-    sampler : instead of the file's own
+    n_layers : of the model; replaces the value ``N_LAYERS`` of a file that has one
+    sampler : replaces the file's own
 
     Raises
     ------
     InputError
-        if there is none, it cannot be imported, or it lacks what a space needs.
+        if it does not exist, cannot be imported, or lacks a required part.
     """
     path = _find(name)
     spec = importlib.util.spec_from_file_location(f"search_space_{path.stem}", path)
@@ -113,12 +113,12 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
 
 
 def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig:
-    """Turn what a space returned into settings: ``log2_rank`` is a rank, ``alpha_factor`` times it lora_alpha.
+    """Return the settings of a suggestion: ``log2_rank`` sets rank, ``alpha_factor`` times rank is lora_alpha.
 
     Raises
     ------
     InputError
-        if a name is no setting or a value is not allowed.
+        if a name is not a setting or a value is not allowed.
     """
     values = dict(suggested)
     for short, long in (("log2_rank", "rank"), ("alpha_factor", "lora_alpha")):
@@ -136,12 +136,12 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
 
 
 def rehearse(space: Space, base: TrialConfig) -> bool:
-    """Check the start points and many random suggestions before anything runs; return whether any of them trains BERT.
+    """Check start points and random suggestions before anything runs; return whether any of them trains BERT.
 
     Raises
     ------
     InputError
-        if a suggestion is no valid configuration, a start point lacks a parameter, or the sampler cannot search it
+        if a suggestion is not a valid configuration, a start point lacks a parameter, or the sampler cannot search it
         or is not installed.
     """
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
@@ -153,20 +153,20 @@ def rehearse(space: Space, base: TrialConfig) -> bool:
             trains |= _rehearse_one(space, base, fixed, f"START point {point}")
             if unused := sorted(set(point) - set(fixed.params)):
                 raise InputError(f"{space.path}: START point {point}: space(trial) never suggests {unused[0]!r}")
-        seen = []
+        suggested = []
         for _ in range(N_REHEARSALS):
-            asked = study.ask()
-            trains |= _rehearse_one(space, base, asked, "space(trial)")
-            seen.append(asked.distributions)
+            trial = study.ask()
+            trains |= _rehearse_one(space, base, trial, "space(trial)")
+            suggested.append(trial.distributions)
     try:
         make_sampler(space.sampler, 0)
-        check_searchable(space.sampler, seen)
+        check_searchable(space.sampler, suggested)
     except InputError as error:
         raise InputError(f"{space.path}: {error}") from None
     return trains
 
 
-def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, what: str) -> bool:
+def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial, source: str) -> bool:
     try:
         suggested = space.suggest(trial)
         if not isinstance(suggested, dict):
@@ -177,7 +177,7 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
         for name in SHARED_WITH_BASELINE:
             if name == "layer" and config.method == FROZEN:
                 check_layer(config.layer, base.model)
-                continue  # another layer of the untuned encoder is a row of its own
+                continue  # another layer of the frozen encoder is a trial of its own
             if getattr(config, name) != getattr(base, name):
                 raise InputError(
                     f"{name} {getattr(config, name)!r}: a space may not change it, since the baselines share it; "
@@ -187,7 +187,7 @@ def _rehearse_one(space: Space, base: TrialConfig, trial: optuna.trial.BaseTrial
     except InputError as error:
         raise InputError(f"{space.path}: {error}") from None
     except (Exception, SystemExit) as error:  # the file is the user's own code
-        raise InputError(f"{space.path}: {what} failed: {type(error).__name__}: {first_line(error)}") from None
+        raise InputError(f"{space.path}: {source} failed: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _find(name: str) -> Path:
@@ -226,8 +226,8 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
         "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
         "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),
     }
-    for expected, (name, good) in valid.items():
-        if not good:
+    for expected, (name, is_valid) in valid.items():
+        if not is_valid:
             raise InputError(f"{path}: {name} {values[name]!r}: must be {expected}")
     return values
 

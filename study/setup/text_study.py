@@ -1,4 +1,4 @@
-"""Studies on text alone: a corpus instead of stories and responses."""
+"""Text-only studies: a corpus instead of stories and responses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from bert_encoding.datasets.corpus import Corpus, describe, open_corpus
 from bert_encoding.language_model.encoder import MINILM_PLAIN, check_model_name
 from bert_encoding.text_tasks.task import TextTask, make_text_task
 from bert_encoding.trial.config import TrialConfig
-from study.setup.encoding_study import base_config, general_text, given_files
+from study.setup.encoding_study import base_config, general_text, general_text_files
 from study.setup.options import Options
 from study.setup.resolve import check_task
 from study.setup.spaces import Space, rehearse
@@ -29,11 +29,11 @@ class TextStudy:
     text_task: TextTask
 
     def task(self) -> TextTask:
-        """Return what all trials share."""
+        """Return the input that all trials share."""
         return self.text_task
 
     def about(self, task: TextTask) -> dict[str, Any]:
-        """Return what ``study.json`` says of the corpus and its split."""
+        """Return the entries of ``study.json`` on the corpus and its split."""
         corpus, parts = task.corpus, {"training": task.train, "held-out": task.heldout}
         split = {role: [f"{len(places)} texts ({content_key(places.tolist())})"] for role, places in parts.items()}
         return {
@@ -52,12 +52,12 @@ class TextStudy:
 
 
 def prepare_text(options: Options, space: Space) -> TextStudy:
-    """Open the corpus, divide its texts, and check what can be checked without a model.
+    """Open the corpus, split its texts, and check every setting that can be checked without a model.
 
     Raises
     ------
     InputError
-        if anything asked for does not exist or does not fit.
+        if something requested does not exist or does not fit.
     """
     check_task(options, is_text=True)
     check_model_name(options.model)
@@ -68,7 +68,7 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
     task = make_text_task(
         space.task, _open(options), options.seed, n_train=options.train_examples, max_length=options.max_length
     )
-    probe, control = given_files(options)
+    probe, control = general_text_files(options)
     return TextStudy(options, space, base, task._replace(probe_text=probe, control_text=control))
 
 

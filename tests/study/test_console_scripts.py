@@ -129,10 +129,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_installed_wheel_works_from_any_folder(scripts: Path, tmp_path: Path) -> None:
     (where,) = run([str(scripts / "python"), "-c", "import study; print(study.__file__)"], tmp_path).stdout.splitlines()
     assert Path(where).is_relative_to(scripts.parent)
-    for name, said in (("", "check"), ("-study", "--space"), ("-analysis", "Print what a study found")):
+    for name, text in (("", "check"), ("-study", "--space"), ("-analysis", "Print the results of a study")):
         script = scripts / f"bert-encoding{name}"
         done = run([str(script), "--help"], tmp_path)
-        assert done.returncode == 0 and f"Usage: {script.name}" in done.stdout and said in done.stdout, done.stderr
+        assert done.returncode == 0 and f"Usage: {script.name}" in done.stdout and text in done.stdout, done.stderr
     checked = run([str(scripts / "bert-encoding"), "check", "demo"], tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     planned = run([str(scripts / "bert-encoding-study"), "--space", "lora_full", "--dry-run"], tmp_path)

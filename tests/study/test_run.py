@@ -231,7 +231,7 @@ def test_a_published_test_story_that_a_subject_lacks_is_omitted_and_named(tmp_pa
     (folder / "subject2" / "onapproachtopluto.npy").unlink()
     ended = command("--data", str(folder), "--dry-run")
     assert ended.code == 0
-    assert "note: published test stories that a subject did not hear stay out: onapproachtopluto" in ended.out
+    assert "note: published test stories without responses of a subject are excluded: onapproachtopluto" in ended.out
 
 
 def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, command: Command) -> None:

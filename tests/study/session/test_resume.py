@@ -268,7 +268,7 @@ def test_a_forced_study_records_how_it_changed(
     now = read_json(study.folder / "study.json")
     old = change_record(study, code="older", versions=now["versions"] | {"torch": "1.0"}, created="long ago")
     refused = assert_refused(resume(), "the code of bert_encoding changed from older to ")
-    assert "or go on with --force-resume; also changed: the version of torch\n" in refused
+    assert "or resume with --force-resume; also changed: the version of torch\n" in refused
 
     before = read_files(study.folder)
     rehearsed = resume("--force-resume", "--dry-run")

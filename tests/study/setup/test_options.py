@@ -1,4 +1,4 @@
-"""What the user asked for, what a resumed study recorded, and defaults, in that order."""
+"""Options: requested values override recorded ones, and these override defaults."""
 
 import math
 import os
@@ -13,6 +13,7 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import write_json
 from bert_encoding.trial.config import OLDER_SETTINGS
 from study.cluster.machines import Machines, Node
+from study.run import app
 from study.session.identity import differences
 from study.setup import machine_share
 from study.setup.delta import delta_note
@@ -36,16 +37,16 @@ def _a_machine_of_four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, n_cpus: int, n_gpus: int) -> None:
-    """Pretend to run on another machine: the counts are all that the options ask of it."""
-    on(monkeypatch, Machines(None, "x", (Node(n_cpus, n_gpus),)))
+    """Imitate a machine with this many CPUs and GPUs."""
+    use_machines(monkeypatch, Machines(None, "x", (Node(n_cpus, n_gpus),)))
 
 
-def on(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
+def use_machines(monkeypatch: pytest.MonkeyPatch, machines: Machines) -> None:
     monkeypatch.setattr(machine_share, "find_machines", lambda address: machines)
 
 
-def resolve(space: Space, recorded: dict[str, Any] | None = None, **given: Any) -> Options:
-    return resolve_options({"space": "smoke"} | given, recorded or {}, space)
+def resolve(space: Space, recorded: dict[str, Any] | None = None, **requested: Any) -> Options:
+    return resolve_options({"space": "smoke"} | requested, recorded or {}, space)
 
 
 # --- defaults ---------------------------------------------------------------------------------------------------------
@@ -68,50 +69,50 @@ def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
 
 
 def test_real_data_get_bert_base_by_default(smoke: Space, tmp_path: Path) -> None:
-    found = resolve(smoke, data="some/folder")
-    assert found.model == "bert-base-uncased"
-    assert found.data == str(tmp_path / "some" / "folder")
+    options = resolve(smoke, data="some/folder")
+    assert options.model == "bert-base-uncased"
+    assert options.data == str(tmp_path / "some" / "folder")
     assert resolve(smoke, data="some/folder", model="minilm").model == "minilm"
     assert resolve(smoke, data="~/lab").data == str(Path.home().resolve() / "lab")
 
 
-def test_the_precision_of_word_vectors_is_kept_and_goes_into_every_trial(smoke: Space) -> None:
-    found = resolve(smoke, embed_precision="bfloat16")
-    assert base_config(found).embed_precision == options_record(found)["embed_precision"] == "bfloat16"
-    recorded = {name: value for name, value in options_record(found).items() if value is not None}
+def test_the_precision_of_word_vectors_is_recorded_and_used_by_every_trial(smoke: Space) -> None:
+    options = resolve(smoke, embed_precision="bfloat16")
+    assert base_config(options).embed_precision == options_record(options)["embed_precision"] == "bfloat16"
+    recorded = {name: value for name, value in options_record(options).items() if value is not None}
     assert resolve_options({}, recorded, smoke).embed_precision == "bfloat16"
 
 
-def test_a_study_that_could_not_choose_goes_on_as_it_was(smoke: Space) -> None:
+def test_a_study_older_than_an_option_resumes_with_the_older_setting(smoke: Space) -> None:
     recorded = {name: value for name, value in options_record(resolve(smoke)).items() if value is not None}
     older = {name: value for name, value in recorded.items() if name not in OLDER_SETTINGS}
     assert resolve_options({}, recorded, smoke).embed_precision == "auto"
-    found = base_config(resolve_options({}, older, smoke))
-    assert {name: getattr(found, name) for name in OLDER_SETTINGS} == {"embed_precision": "float32", "score_every": 1}
+    options = base_config(resolve_options({}, older, smoke))
+    assert {name: getattr(options, name) for name in OLDER_SETTINGS} == {"embed_precision": "float32", "score_every": 1}
     text = replace(smoke, task="classification")
     on_text = resolve_options({}, older | {"confirm": 0}, text)
-    check_task(on_text, is_text=True)  # where word vectors mean nothing, the option must not seem to be given
-    identity = {"config": asdict(found), "splits": [], "space": {"name": "s", "hash": "h"}, "precision": "float32"}
+    check_task(on_text, is_text=True)  # the default must not count as requested
+    identity = {"config": asdict(options), "splits": [], "space": {"name": "s", "hash": "h"}, "precision": "float32"}
     identity |= {"data": {"source": "d", "fingerprint": "f"}, "voxels": {"asked": "all", "key": "k"}, "code": "c"}
     identity |= {"model": {"name": "m", "weights": "w"}, "versions": {}}
-    before = identity | {"config": {k: v for k, v in asdict(found).items() if k not in OLDER_SETTINGS}}
+    before = identity | {"config": {k: v for k, v in asdict(options).items() if k not in OLDER_SETTINGS}}
     assert differences(before, identity) == []
-    (one,) = differences(before, identity | {"config": asdict(replace(found, embed_precision="bfloat16"))})
+    (one,) = differences(before, identity | {"config": asdict(replace(options, embed_precision="bfloat16"))})
     assert str(one) == "the setting embed_precision changed from float32 to bfloat16"
 
 
-def test_how_often_cc_is_computed_is_kept_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
-    found = resolve(smoke, score_every=3)
-    assert base_config(found).score_every == options_record(found)["score_every"] == 3
+def test_score_every_is_recorded_and_early_stopping_needs_every_epoch(smoke: Space) -> None:
+    options = resolve(smoke, score_every=3)
+    assert base_config(options).score_every == options_record(options)["score_every"] == 3
     with pytest.raises(InputError, match="--score-every 3: --scheduler asha needs the CC of every epoch"):
         resolve(smoke, score_every=3, scheduler="asha")
 
 
 def test_paths_become_absolute(smoke: Space, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
-    found = resolve(smoke, model="checkpoint", out="there", name="n")
-    assert found.model == str(tmp_path / "checkpoint")
-    assert found.folder == tmp_path / "there" / "n"
+    options = resolve(smoke, model="checkpoint", out="there", name="n")
+    assert options.model == str(tmp_path / "checkpoint")
+    assert options.folder == tmp_path / "there" / "n"
     assert resolve(smoke, model="no-such-folder").model == "no-such-folder"
 
 
@@ -126,7 +127,7 @@ def test_the_space_sets_trials_and_epochs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_cpus", "n_gpus", "given", "expected"),
+    ("n_cpus", "n_gpus", "requested", "expected"),
     [
         (1, 0, {}, (1.0, 0.0, 1)),
         (2, 0, {}, (2.0, 0.0, 1)),
@@ -142,22 +143,22 @@ def test_the_space_sets_trials_and_epochs(tmp_path: Path) -> None:
     ],
 )
 def test_trials_share_the_machine(
-    n_cpus: int, n_gpus: int, given: dict[str, Any], expected: tuple[float, float, int], smoke: Space,
+    n_cpus: int, n_gpus: int, requested: dict[str, Any], expected: tuple[float, float, int], smoke: Space,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     machine(monkeypatch, n_cpus, n_gpus)
-    found = resolve(smoke, **given)
-    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
-    if "max_concurrent" not in given:
-        assert found.max_concurrent * found.cpus_per_trial <= n_cpus
-        assert found.max_concurrent * found.gpus_per_trial <= n_gpus or not found.gpus_per_trial
+    options = resolve(smoke, **requested)
+    assert (options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent) == expected
+    if "max_concurrent" not in requested:
+        assert options.max_concurrent * options.cpus_per_trial <= n_cpus
+        assert options.max_concurrent * options.gpus_per_trial <= n_gpus or not options.gpus_per_trial
 
 
 # --- names and layers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("requested", "expected"),
     [
         (None, None),
         (["a"], ["a"]),
@@ -168,24 +169,26 @@ def test_trials_share_the_machine(
         (["a, b"], ["a", "b"]),
     ],
 )
-def test_names_may_be_given_in_several_ways(given: list[str] | None, expected: list[str] | None, smoke: Space) -> None:
-    assert resolve(smoke, subjects=given).subjects == expected
-    assert resolve(smoke, test_stories=given).test_stories == expected
+def test_names_are_separated_by_spaces_or_commas(
+    requested: list[str] | None, expected: list[str] | None, smoke: Space
+) -> None:
+    assert resolve(smoke, subjects=requested).subjects == expected
+    assert resolve(smoke, test_stories=requested).test_stories == expected
 
 
 LAYERS = [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None), ("4", 4), ("3-3", (3,))]
 
 
-@pytest.mark.parametrize(("given", "layer"), [*LAYERS, ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0))])
-def test_layers(given: str | int | None, layer: int | tuple[int, ...] | None, smoke: Space) -> None:
-    assert resolve(smoke, layer=given).layer == layer
+@pytest.mark.parametrize(("requested", "layer"), [*LAYERS, ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0))])
+def test_layers(requested: str | int | None, layer: int | tuple[int, ...] | None, smoke: Space) -> None:
+    assert resolve(smoke, layer=requested).layer == layer
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("requested", "message"),
     [
         ({"trials": -1}, "--trials -1: must be at least 0"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
@@ -212,17 +215,17 @@ def test_layers(given: str | int | None, layer: int | tuple[int, ...] | None, sm
         ({"name": ".hidden"}, "must be a plain folder name"),
     ],
 )
-def test_values_out_of_range_are_refused(given: dict[str, Any], said: str, smoke: Space) -> None:
-    with pytest.raises(InputError, match=said):
-        resolve(smoke, **given)
+def test_values_out_of_range_are_refused(requested: dict[str, Any], message: str, smoke: Space) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve(smoke, **requested)
 
 
-def test_a_share_of_gpus_is_a_number_and_above_1_a_whole_one(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_per_trial_above_1_must_be_a_whole_number(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, 4)
     assert resolve(smoke, gpus_per_trial=2.0).max_concurrent == 2
-    for given, said in ((1.5, "above 1 it must be a whole number"), (NAN, "this machine has 4$")):
-        with pytest.raises(InputError, match=f"^--gpus-per-trial {given}: {said}"):
-            resolve(smoke, gpus_per_trial=given)
+    for requested, message in ((1.5, "above 1 it must be a whole number"), (NAN, "this machine has 4$")):
+        with pytest.raises(InputError, match=f"^--gpus-per-trial {requested}: {message}"):
+            resolve(smoke, gpus_per_trial=requested)
 
 
 @pytest.mark.parametrize(("name", "value"), [("EPOCHS", 0), ("EPOCHS", "three"), ("TRIALS", -1), ("TRIALS", "many")])
@@ -241,13 +244,13 @@ RECORDED = {
 }
 
 
-def test_a_resumed_study_keeps_what_it_recorded(smoke: Space) -> None:
-    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED, smoke)
-    assert {name: getattr(found, name) for name in RECORDED} == RECORDED
+def test_a_resumed_study_uses_recorded_options(smoke: Space) -> None:
+    options = resolve_options({"space": "smoke", "name": "n"}, RECORDED, smoke)
+    assert {name: getattr(options, name) for name in RECORDED} == RECORDED
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("requested", "expected"),
     [
         ({"trials": 30}, {"trials": 30}),
         ({"layer": "last"}, {"layer": None}),
@@ -257,33 +260,39 @@ def test_a_resumed_study_keeps_what_it_recorded(smoke: Space) -> None:
         ({"data": "demo"}, {"data": "demo", "model": "bert-base-uncased"}),
     ],
 )
-def test_what_is_given_again_overrides_what_was_recorded(
-    given: dict[str, Any], expected: dict[str, Any], smoke: Space
+def test_requested_options_override_recorded_ones(
+    requested: dict[str, Any], expected: dict[str, Any], smoke: Space
 ) -> None:
-    found = resolve_options({"space": "smoke", "name": "n"} | given, RECORDED, smoke)
-    assert {name: getattr(found, name) for name in RECORDED} == RECORDED | expected
+    options = resolve_options({"space": "smoke", "name": "n"} | requested, RECORDED, smoke)
+    assert {name: getattr(options, name) for name in RECORDED} == RECORDED | expected
 
 
-ASKED = {"cpus_per_trial": 3.0, "gpus_per_trial": 0.25, "max_concurrent": 2, "trial_timeout": 60.0, "tensorboard": True}
+REQUESTED = {
+    "cpus_per_trial": 3.0,
+    "gpus_per_trial": 0.25,
+    "max_concurrent": 2,
+    "trial_timeout": 60.0,
+    "tensorboard": True,
+}
 
 
 def of(options: Options, *names: str) -> tuple[Any, ...]:
     return tuple(getattr(options, name) for name in names)
 
 
-def test_what_was_asked_of_the_machine_is_remembered(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_options_are_recorded_and_used_again(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, 1)
-    recorded = options_record(resolve(smoke, **ASKED))
+    recorded = options_record(resolve(smoke, **REQUESTED))
     resumed = resolve(smoke, recorded)
-    assert of(resumed, *ASKED) == tuple(ASKED.values())
+    assert of(resumed, *REQUESTED) == tuple(REQUESTED.values())
     assert options_record(resumed) == recorded
     assert resumed.machines.notes == ()
     changed = resolve(smoke, recorded, trial_timeout=5.0, gpus_per_trial=1.0)
-    assert of(changed, *ASKED) == (3.0, 1.0, 1, 5.0, True)
+    assert of(changed, *REQUESTED) == (3.0, 1.0, 1, 5.0, True)
     assert options_record(changed) == recorded | {"trial_timeout": 5.0, "gpus_per_trial": 1.0}
 
 
-def test_what_was_not_asked_is_chosen_anew_on_another_machine(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_options_without_request_follow_the_machine(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 64, 4)
     recorded = options_record(resolve(smoke))
     machine(monkeypatch, 4, 0)
@@ -299,24 +308,24 @@ def test_what_was_not_asked_is_chosen_anew_on_another_machine(smoke: Space, monk
         (2, (2.0, 0.0, 1), ["--cpus-per-trial 3", "--gpus-per-trial 0.25"]),
     ],
 )
-def test_what_another_machine_lacks_falls_back_with_a_note(
+def test_machine_options_that_do_not_fit_fall_back_to_defaults_with_a_note(
     smoke: Space, n_cpus: int, expected: tuple[float, float, int], noted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, 16, 1)
-    recorded = options_record(resolve(smoke, **ASKED))
+    recorded = options_record(resolve(smoke, **REQUESTED))
     machine(monkeypatch, n_cpus, 0)
     resumed = resolve(smoke, recorded)
     assert of(resumed, "cpus_per_trial", "gpus_per_trial", "max_concurrent") == expected
     notes = [f"the {one} of the study does not fit here; the default is used instead" for one in noted]
     assert sorted(resumed.machines.notes) == notes
-    assert options_record(resumed) == recorded, "where it was begun it is wanted still"
+    assert options_record(resumed) == recorded, "they are still recorded for the first machine"
     with pytest.raises(InputError, match=r"--gpus-per-trial 0\.5: this machine has 0"):
         resolve(smoke, recorded, gpus_per_trial=0.5)
 
 
-def test_a_study_goes_on_where_it_is_told_not_where_it_was(smoke: Space) -> None:
-    found = resolve_options({"space": "smoke", "name": "n"}, RECORDED | {"out": "/elsewhere"}, smoke)
-    assert found.out == str(Path("results").resolve())
+def test_a_resumed_study_uses_the_requested_location(smoke: Space) -> None:
+    options = resolve_options({"space": "smoke", "name": "n"}, RECORDED | {"out": "/elsewhere"}, smoke)
+    assert options.out == str(Path("results").resolve())
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/prefix", "gs://bucket/prefix"])
@@ -327,22 +336,22 @@ def test_tensorboard_needs_a_folder(out: str, smoke: Space) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "resume", "said"),
+    ("out", "resume", "message"),
     [
         ("s3://bucket/prefix", False, "--take-over: add --resume"),
         ("results", True, "--take-over: not available in a folder"),
         ("results", False, "--take-over: add --resume"),
     ],
 )
-def test_what_cannot_be_taken_over_is_refused(out: str, resume: bool, said: str, smoke: Space) -> None:
+def test_take_over_without_effect_is_refused(out: str, resume: bool, message: str, smoke: Space) -> None:
     options = resolve(smoke, out=out)
-    with pytest.raises(InputError, match=f"^{said}"):
+    with pytest.raises(InputError, match=f"^{message}"):
         check_take_over(options, ResumePolicy(resume=resume, take_over=True))
     check_take_over(options, ResumePolicy(resume=resume))
     check_take_over(resolve(smoke, out="s3://bucket/prefix"), ResumePolicy(resume=True, take_over=True))
 
 
-def test_what_is_recorded_is_read_back(smoke: Space, tmp_path: Path) -> None:
+def test_recorded_options_are_read_back(smoke: Space, tmp_path: Path) -> None:
     options = resolve(smoke, layer="3", subjects=["a,b"], trials=4, out=str(tmp_path), name="study")
     options.folder.mkdir()
     write_json(options.folder / "study.json", {"options": options_record(options)})
@@ -387,7 +396,7 @@ def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "is_text", "named"),
+    ("requested", "is_text", "named"),
     [
         ({"outer_folds": 3}, True, "--outer-folds"),
         ({"layer": "2"}, True, "--layer"),
@@ -398,17 +407,17 @@ def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
         ({"max_length": 64}, False, "--max-length"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(
-    smoke: Space, given: dict[str, Any], is_text: bool, named: str
+def test_options_of_the_other_kind_of_study_are_refused(
+    smoke: Space, requested: dict[str, Any], is_text: bool, named: str
 ) -> None:
-    options = resolve(smoke, **given)
+    options = resolve(smoke, **requested)
     with pytest.raises(InputError, match=f"{named}: not available for"):
         check_task(options, is_text)
     check_task(options, not is_text)
 
 
 @pytest.mark.parametrize("is_text", [True, False])
-def test_defaults_mean_something_everywhere(smoke: Space, is_text: bool) -> None:
+def test_defaults_are_accepted_in_both_kinds_of_studies(smoke: Space, is_text: bool) -> None:
     check_task(resolve(smoke), is_text)
 
 
@@ -424,7 +433,7 @@ def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) ->
 # --- how to search ----------------------------------------------------------------------------------------------------
 
 
-def test_the_space_chooses_sampler_and_scheduler_unless_told_otherwise(tmp_path: Path) -> None:
+def test_the_space_chooses_sampler_and_scheduler_by_default(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("SAMPLER, SCHEDULER = 'qmc', 'asha'\ndef space(trial):\n    return {}\n")
     own = load_space("./own.py")
     assert (resolve(own).sampler, resolve(own).scheduler) == ("qmc", "asha")
@@ -454,7 +463,7 @@ def test_a_time_limit_may_be_a_part_of_a_second(smoke: Space) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "can_add", "given", "expected"),
+    ("nodes", "can_add", "requested", "expected"),
     [
         (((8, 1),) * 3, (), {}, (8.0, 1.0, 3)),
         (((8, 1),) * 3, (), {"gpus_per_trial": 0.5}, (4.0, 0.5, 6)),
@@ -467,16 +476,16 @@ def test_a_time_limit_may_be_a_part_of_a_second(smoke: Space) -> None:
     ],
 )
 def test_trials_share_a_cluster(
-    nodes: tuple[tuple[int, int], ...], can_add: tuple[tuple[int, int], ...] | None, given: dict[str, Any],
+    nodes: tuple[tuple[int, int], ...], can_add: tuple[tuple[int, int], ...] | None, requested: dict[str, Any],
     expected: tuple[float, float, int], smoke: Space, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """``can_add`` is what an autoscaler may add, None where nobody here knows; then more may run than fit now."""
+    """``can_add`` is what an autoscaler may add; if it is None (unknown), more trials may run than fit now."""
     more = None if can_add is None else tuple(Node(*size) for size in can_add)
     machines = Machines("h:1", "x", tuple(Node(*size) for size in nodes), more)
-    on(monkeypatch, machines)
-    found = resolve(smoke, **given)
-    assert (found.cpus_per_trial, found.gpus_per_trial, found.max_concurrent) == expected
-    assert found.machines == machines
+    use_machines(monkeypatch, machines)
+    options = resolve(smoke, **requested)
+    assert (options.cpus_per_trial, options.gpus_per_trial, options.max_concurrent) == expected
+    assert options.machines == machines
 
 
 def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,13 +499,13 @@ def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: 
     resolve(smoke)
     resolve(smoke, address="10.0.0.5:6379")
     resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))
-    assert asked == [None, "10.0.0.5:6379", "h:1", None], "a study that goes on elsewhere is not sent back"
+    assert asked == [None, "10.0.0.5:6379", "h:1", None], "a study that is resumed elsewhere is not sent back"
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
+def test_keep_adapters_is_recorded(smoke: Space) -> None:
     recorded = options_record(resolve(smoke, keep_adapters=9))
     assert resolve(smoke, recorded).keep_adapters == 9
     assert resolve(smoke, recorded, keep_adapters=0).keep_adapters == 0
@@ -507,7 +516,7 @@ def test_how_many_adapters_are_kept_is_remembered(smoke: Space) -> None:
 # --- delta ------------------------------------------------------------------------------------------------------------
 
 
-def test_delta_is_recorded_and_what_it_was_is_kept(smoke: Space) -> None:
+def test_delta_and_earlier_deltas_are_recorded(smoke: Space) -> None:
     begun = options_record(resolve(smoke))
     assert (begun["delta"], begun["deltas_before"]) == (0.002, [])
     assert delta_note(begun, 0.002) is None
@@ -521,5 +530,27 @@ def test_delta_is_recorded_and_what_it_was_is_kept(smoke: Space) -> None:
     assert delta_note(again, 0.003) == "delta 0.003 was chosen after the study (0.002 was set)"
     assert delta_note(again, 0.002) is None, "the first one"
     old = resolve(smoke, {"space": "smoke", "seed": 1}, delta=0.01)
-    assert old.deltas_before == [0.002], "a study that recorded none was begun with the default"
+    assert old.deltas_before == [0.002], "a study without a record of delta began with the default"
     assert resolve(smoke, delta=0.01).deltas_before == [], "a new study may choose"
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_every_option_has_help_in_a_group() -> None:
+    arguments = app.assemble_argument_collection(parse_docstring=True)
+    leaves = [argument for argument in arguments if not argument.children and argument.parameter.parse is not False]
+    assert {argument.names[0] for argument in leaves} >= {"--space", "--keep-adapters", "--resume", "--dry-run"}
+    for argument in leaves:
+        assert argument.parameter.help, argument.names
+        assert argument.parameter.group[0].name != "Parameters", argument.names
+
+
+@pytest.mark.parametrize("arguments", [[], ["--baselines", "random", "--clean"], ["--trials", "3", "--layer", "4-6"]])
+def test_options_are_parsed_where_pydantic_is_imported_too(arguments: list[str]) -> None:
+    """The command line validates values, also of absent options, with pydantic if it was imported."""
+    pytest.importorskip("pydantic")
+    bound = app.parse_args(arguments, exit_on_error=False, print_error=False)[1]
+    values = bound.arguments["options"].set_values() if arguments else {}
+    expected = [{}, {"baselines": ["random"], "clean": True}, {"trials": 3, "layer": "4-6"}]
+    assert values in expected and bool(values) == bool(arguments)

@@ -135,7 +135,7 @@ MOVING += "    return {'rank': rank, 'lora_alpha': trial.suggest_float('lora_alp
 @pytest.mark.parametrize(
     ("sampler", "source", "said"),
     [
-        pytest.param("cmaes", CHOICE, "searches numbers alone, and t is a choice; use tpe", marks=needs_cmaes),
+        pytest.param("cmaes", CHOICE, "searches numbers only, and t is a choice; use tpe", marks=needs_cmaes),
         pytest.param("cmaes", ONE, "needs two numbers to search, the space has 1", marks=needs_cmaes),
         pytest.param("cmaes", CONDITIONAL, "rank or its range depends on other parameters", marks=needs_cmaes),
         ("gp", CONDITIONAL, "rank or its range depends on other parameters; use tpe"),
