@@ -142,7 +142,7 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
         (["--model", "a/b/c"], ["--model a/b/c: no such folder"]),
         (["--subjects", "nobody"], ["no subject nobody; it has subject2"]),
         (["--subjects", "subject2", "nobody"], ["no subject nobody"]),
-        (["--test-stories", "unheard"], ["no story unheard"]),
+        (["--test-stories", "unheard"], ["test story 'unheard' not found"]),
         (["--trials", "x"], ["--trials", "x"]),
         (["--trials", "-1"], ["--trials -1: must be at least 0"]),
         (["--trials", "1.5"], ["--trials", "1.5"]),
