@@ -229,12 +229,18 @@ def _n_rows(dataset: Dataset, stories: tuple[str, ...]) -> int:
 def _ridge_flops(
     n_rows: int, n_features: int, n_voxels: int, base: TrialConfig, n_fits: int, is_nested: bool
 ) -> tuple[float, float]:
-    """Return the operations of decompositions and of predictions, in some fits and the nested ones of ``cc_seen``."""
-    size = min(n_rows, n_features)
+    """Return the operations of decompositions and of predictions, in some fits and the nested ones of ``cc_seen``.
+
+    Without one fold or two the kernel is smaller; what leaves out one fold serves the nested fits too.
+    """
     n_folds, n_alphas = base.n_folds, len(base.ridge_alphas)
-    n_decompositions = n_fits * (n_folds + 1) + is_nested * n_folds * (n_folds + 1) / 2
+    full, but_one, but_two = (
+        decompose_flops(min(n_rows * (n_folds - n_left_out) // n_folds, n_features)) for n_left_out in range(3)
+    )
+    n_pairs = n_folds * (n_folds - 1) / 2
+    decompositions = n_fits * (full + n_folds * but_one) + is_nested * n_pairs * but_two
     n_predictions = n_fits * (n_alphas + 2) + is_nested * (n_folds - 1) * n_alphas
-    return n_decompositions * decompose_flops(size), product_flops(n_rows, size, n_voxels, n_predictions)
+    return decompositions, product_flops(n_rows, min(n_rows, n_features), n_voxels, n_predictions)
 
 
 def total_seconds(forecast: Estimate, options: Options, done: Done, confirms: bool) -> float:

@@ -28,7 +28,7 @@ from study.setup.options import Options
 
 VOCABULARY = 30_522  # word pieces of BERT
 N_LAYERS = 2  # of the probe's BERT; the time of a block does not depend on how many there are
-N_WINDOWS = 2  # per batch
+N_WINDOWS = 2  # of a training step, and per thread for word vectors
 SHORT_S = 1.0  # a run that takes less is repeated: the first one also prepares
 N_FEATURES, N_VOXELS, N_FOLDS = 384, 200, 3  # of the probe's ridge
 EIGH_SIZE = 768
@@ -144,17 +144,19 @@ def _measure_bert(shape: dict[str, int], base: TrialConfig, device: torch.device
     encoder = Encoder("probe", tokenizer, _random_bert(shape, base), has_head=True)
     model = prepare_model(replace(base, method=LORA, layer=None, lora_layers=None).tuning, encoder).to(device)
 
-    def story(n_inner: int, stride: int) -> Tokens:
-        n_tokens = n_inner + (N_WINDOWS - 1) * stride
+    def story(n_windows: int, n_inner: int, stride: int) -> Tokens:
+        n_tokens = n_inner + (n_windows - 1) * stride
         return Tokens(rng.integers(4, VOCABULARY, n_tokens), np.arange(n_tokens), n_tokens)
 
-    windows = cut_windows(story(base.window_tokens - 2, base.stride), base.window_tokens, base.stride, tokenizer)
+    tokens = story(N_WINDOWS, base.window_tokens - 2, base.stride)
+    windows = cut_windows(tokens, base.window_tokens, base.stride, tokenizer)
     batch = mask_windows(windows, base.mask_probability, rng, **special(tokenizer))
 
     def train() -> None:
         masked_lm_loss(masked_lm(model), batch, base.precision, device, "sum").backward()  # type: ignore[no-untyped-call]
 
-    read = {"story": story(base.embed_window_tokens - 2, base.embed_stride)}
+    n_read = N_WINDOWS * torch.get_num_threads()
+    read = {"story": story(n_read, base.embed_window_tokens - 2, base.embed_stride)}
 
     def embed() -> None:
         embed_stories(
@@ -165,7 +167,7 @@ def _measure_bert(shape: dict[str, int], base: TrialConfig, device: torch.device
     model.train()
     train_s, embed_s = _seconds(train, device), _seconds(embed, device)
     per_training_token = train_s / (len(windows) * base.window_tokens)
-    per_embedded_token = embed_s / (N_WINDOWS * base.embed_window_tokens)
+    per_embedded_token = embed_s / (n_read * base.embed_window_tokens)
     return per_training_token / train_flops(shape, base.mask_probability), per_embedded_token / embed_flops(shape)
 
 
