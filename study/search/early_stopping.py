@@ -1,7 +1,7 @@
-"""How a trial learns that it shall stop early: it ends after the epoch, and writes its record.
+"""Early stopping: a trial that should stop ends after the epoch and writes its record.
 
-Ray Tune's own schedulers end a trial's thread wherever it stands, and what it has not written is lost. Here a trial
-waits in its report of an epoch until the driver has decided, looks at the stop sign, and finishes what it began.
+Ray Tune's own schedulers end a trial's thread at any point, and unwritten results are lost. Here a trial waits in its
+report of an epoch until the driver has decided, reads the stop signal, and finishes in good order.
 """
 
 import logging
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class StopBoard:
-    """Which trials shall stop after which epoch; lives in a process of its own."""
+    """Records which trials stop after which epoch, in a process of its own."""
 
     def __init__(self) -> None:
         self.after: dict[str, int] = {}
@@ -21,15 +21,15 @@ class StopBoard:
     def put(self, trial_id: str, epoch: int) -> None:
         self.after.setdefault(trial_id, epoch)
 
-    def is_up(self, trial_id: str, epoch: int) -> bool:
+    def should_stop(self, trial_id: str, epoch: int) -> bool:
         return epoch >= self.after.get(trial_id, epoch + 1)
 
 
-class StopSign:
-    """The way from the driver, which decides, to the worker, which stops.
+class StopSignal:
+    """Passes the decision to stop from the driver to the worker.
 
-    A trial that is tried again after its worker died stops after the same epoch as before. A sign that cannot be
-    reached stops nobody.
+    A trial that is retried after its worker died stops after the same epoch as before. If the board cannot be reached,
+    no trial stops.
 
     Parameters
     ----------
@@ -40,12 +40,12 @@ class StopSign:
         self.board = board
 
     def put(self, trial_id: str, epoch: int) -> None:
-        """Say, in the driver, that a trial shall stop after this epoch."""
+        """Request, in the driver, that a trial stops after this epoch."""
         self._ask(self.board.put, trial_id, epoch)
 
-    def is_up(self, trial_id: str, epoch: int) -> bool:
-        """Whether a trial shall stop after this epoch; asked by its worker."""
-        return bool(self._ask(self.board.is_up, trial_id, epoch))
+    def should_stop(self, trial_id: str, epoch: int) -> bool:
+        """Return, in the worker, whether a trial stops after this epoch."""
+        return bool(self._ask(self.board.should_stop, trial_id, epoch))
 
     def _ask(self, method: Any, trial_id: str, epoch: int) -> Any:
         import ray
@@ -57,11 +57,11 @@ class StopSign:
             return None
 
 
-def put_up_sign() -> StopSign:
-    """Return the stop sign of a study, beside the driver. Needs Ray."""
+def make_stop_signal() -> StopSignal:
+    """Return the stop signal of a study, whose board runs on the driver's node. Needs Ray."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, scheduling_strategy=here)(StopBoard)
-    return StopSign(remote.remote())
+    return StopSignal(remote.remote())

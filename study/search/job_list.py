@@ -1,4 +1,4 @@
-"""Jobs that are known from the start, handed to Ray Tune one after the other."""
+"""A fixed list of jobs for Ray Tune."""
 
 from collections import deque
 from typing import Any
@@ -10,12 +10,12 @@ from study.search.worker import Job
 
 
 class JobList(Searcher):  # type: ignore[misc]  # Ray's own is untyped to us
-    """Hands out a list of jobs; how each ends is in its record, and one that fails stops nothing.
+    """Returns jobs in order; results are in their records, and a failure stops no other job.
 
     Parameters
     ----------
     jobs : to be run, in this order
-    measure : what the progress line shows of a trial
+    measure : the score in the progress line
     """
 
     def __init__(self, jobs: list[Job], measure: Metric) -> None:

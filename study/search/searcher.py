@@ -1,4 +1,4 @@
-"""Which trial comes next: the baselines, then what Optuna suggests, told honestly how each ended."""
+"""The order of trials: the baselines, then Optuna's suggestions; Optuna receives the result of each."""
 
 import warnings
 from collections import deque
@@ -16,7 +16,7 @@ from bert_encoding.core.seeds import derive_seed
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from study.search.dashboard import Journal
-from study.search.early_stopping import StopSign
+from study.search.early_stopping import StopSignal
 from study.search.worker import Job, curve
 from study.setup.samplers import FIRST_EPOCH, NO_SCHEDULER, make_pruner, make_sampler, quiet_study
 from study.setup.spaces import Space, to_trial_config
@@ -29,23 +29,22 @@ class StudySearcher(Searcher):
     """Hands jobs to Ray Tune: baselines first and alone, then the search.
 
     Finished records are the truth. They are replayed into a fresh in-memory Optuna study, so that a search can be
-    resumed and extended; the sampler's seed differs after each resume, or it would suggest the same points again.
+    resumed and extended; the sampler's seed differs after each resume, so that it suggests new points.
 
-    A configuration never runs twice: what has a record, complete or stopped early, is answered from it, and what runs
-    at this moment is waited for. With ``SEEDS`` a suggested point is a configuration for each seed, and Optuna is told
-    of each as a trial of its own.
+    A configuration never runs twice: one with a record, complete or stopped early, is answered from it, and one that is
+    running is waited for. With ``SEEDS`` a suggested point gives one configuration per seed, each a trial for Optuna.
 
     Parameters
     ----------
-    baselines : jobs that still lack a record
-    n_trials : how many searched trials the study shall have, those of ``records`` included
+    baselines : jobs without a record
+    n_trials : number of searched trials of the study, those of ``records`` included
     records : of earlier sessions
     make_key : configuration -> identity
-    metric : what Optuna is told of a trial
+    metric : the score that Optuna optimises
     scheduler : the rule that stops trials early
-    sign : where a trial is told to stop; without it none is
+    stop_signal : tells a trial to stop; None stops no trial
     journal : a copy for viewing
-    is_mixed : records may be of another state of the space; what it suggests no more counts, and Optuna is not told
+    is_mixed : records may come from another version of the space; Optuna does not receive those it cannot suggest
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class StudySearcher(Searcher):
         metric: Metric = METRICS[ENCODING],
         *,
         scheduler: str = NO_SCHEDULER,
-        sign: StopSign | None = None,
+        stop_signal: StopSignal | None = None,
         journal: Journal | None = None,
         is_mixed: bool = False,
     ) -> None:
@@ -69,7 +68,7 @@ class StudySearcher(Searcher):
         self.error: str | None = None
         self.reasons: dict[str, str] = {}  # Ray's id -> why a worker was ended
         self.space, self.base, self.make_key, self.measure = space, base, make_key, metric
-        self.sign, self.journal, self.is_mixed = sign, journal, is_mixed
+        self.stop_signal, self.journal, self.is_mixed = stop_signal, journal, is_mixed
         self.waiting_baselines = list(baselines)
         self.open_baselines = {job.trial_id for job in baselines}
         searched = [record for record in records if record.phase == SEARCH]
@@ -95,7 +94,7 @@ class StudySearcher(Searcher):
             self.jobs[trial_id] = self.waiting_baselines.pop(0)
             return self.jobs[trial_id].to_dict()
         if self.open_baselines:
-            return None  # a search beside a missing baseline has nothing to be compared with
+            return None  # without a baseline the search has nothing to be compared with
         if self.held is None and self.n_left == 0:
             return Searcher.FINISHED
         try:
@@ -112,14 +111,14 @@ class StudySearcher(Searcher):
         return self.jobs[trial_id].to_dict()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna of an epoch and, if its rule says so, put the stop sign up; the trial waits meanwhile."""
+        """Report an epoch to Optuna and, if its rule says so, request the stop; the trial waits meanwhile."""
         asked = self.asked.get(trial_id)
         if asked is None or result.get("ended") or self.measure.column not in result:
             return
         epoch = int(result["epoch"])
         should_stop = self._report(asked, epoch, result[self.measure.column])
-        if should_stop and self.sign is not None:
-            self.sign.put(self.jobs[trial_id].trial_id, epoch)
+        if should_stop and self.stop_signal is not None:
+            self.stop_signal.put(self.jobs[trial_id].trial_id, epoch)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self.jobs.get(trial_id)
@@ -153,7 +152,7 @@ class StudySearcher(Searcher):
         raise NotImplementedError("resume a study from its records, with --resume")
 
     def _ask(self) -> tuple[Job, optuna.Trial]:
-        """Return the next job: a point that waits, or a fresh one, whose other seeds then wait."""
+        """Return the next job: a waiting point, or a new one, whose other seeds then wait."""
         point, seed = self.waiting.popleft() if self.waiting else (None, None)
         if point is not None:
             self.study.enqueue_trial(point)
@@ -178,8 +177,8 @@ class StudySearcher(Searcher):
             self.journal.begin(asked)
 
     def _report(self, asked: optuna.Trial, epoch: int, value: float) -> bool:
-        """Tell Optuna of an epoch, once; return whether its rule would stop the trial there."""
-        if epoch in self.reported.setdefault(asked.number, set()):  # a trial that is tried again tells it again
+        """Report an epoch to Optuna, once; return whether its rule would stop the trial there."""
+        if epoch in self.reported.setdefault(asked.number, set()):  # a retried trial reports it again
             return False
         self.reported[asked.number].add(epoch)
         asked.report(value, epoch)
@@ -188,14 +187,14 @@ class StudySearcher(Searcher):
         return epoch >= FIRST_EPOCH and asked.should_prune()
 
     def _tell(self, asked: optuna.Trial, status: str, value: float | None) -> None:
-        """Tell Optuna how a trial ended; of one that was stopped it takes the last epoch's value itself."""
+        """Report the end of a trial to Optuna, which takes the last epoch's value of a stopped one."""
         self.reported.pop(asked.number, None)
         self.study.tell(asked, value if status == COMPLETE else None, state=STATES[status])
         if self.journal is not None:
             self.journal.end(asked, STATES[status], value)
 
     def _known(self, searched: list[TrialRecord]) -> list[TrialRecord]:
-        """Return the records that the space could have led to: all of them, unless the study is mixed."""
+        """Return the records that the space could have suggested: all of them, unless the study is mixed."""
         known = []
         for record in searched:
             if _suggests(self.space, record.params):
@@ -205,7 +204,7 @@ class StudySearcher(Searcher):
         return known
 
     def _replay(self, searched: list[TrialRecord], scheduler: str, sampler_seed: int) -> optuna.Study:
-        """Return a study that knows of the trials of earlier sessions what it would know had it seen them."""
+        """Return an Optuna study in the state it would have after the trials of earlier sessions."""
         idle = optuna.samplers.RandomSampler(seed=0)
         study = self.study = quiet_study(idle, self.measure.is_gain, make_pruner(scheduler))
         journal, self.journal = self.journal, None
@@ -238,14 +237,14 @@ def _suggests(space: Space, params: dict[str, Any]) -> bool:
 
 
 def _first_points(space: Space, searched: list[TrialRecord]) -> deque[tuple[dict[str, Any], int | None]]:
-    """Return what is to be run before anything is suggested: start points, and seeds that a point still lacks."""
+    """Return the points to run before any suggestion: start points, and missing seeds of known points."""
     tried: dict[frozenset[Any], tuple[dict[str, Any], set[int | None]]] = {}
     for record in searched:
         _, seeds = tried.setdefault(frozenset(record.params.items()), (record.params, set()))
         seeds.add(record.config.get("seed"))
 
     def seeds_of(start: dict[str, Any]) -> set[int | None]:
-        """Return the seeds of what was run with these values, and perhaps more of them."""
+        """Return the seeds of every point that includes these values."""
         return set().union(*(seeds for point, seeds in tried.values() if start.items() <= point.items()))
 
     if not space.seeds:

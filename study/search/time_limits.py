@@ -1,4 +1,4 @@
-"""What the driver does for trials that cannot end by themselves: a time limit, and records for the dead."""
+"""The driver's guard of trials: a time limit, and records of trials whose workers could not write any."""
 
 import time
 from typing import Any
@@ -20,12 +20,9 @@ MAX_UNRECORDED = 3  # trials in a row that could not write their records, before
 class TrialGuard(tune.Callback):
     """Ends trials that take too long, and records those that left no record: their worker died, or could not write.
 
-    A hanging trial may hold its whole process, so nothing inside it can be asked to stop: its worker is ended, and the
-    trial is not tried again. The other trials notice nothing.
-
-    What a worker could not write, for want of space, say, its driver may: it needs less, and may sit on another
-    machine. Where it cannot either, or several trials in a row could not, the study ends: the next ones would run for
-    nothing.
+    A hanging trial may block its whole process, so its worker is ended and the trial is not retried; other trials
+    continue. If a worker could not write its record, for example for lack of space, the driver may: it needs less, and
+    may be on another machine. If the driver cannot either, or several trials in a row could not, the study ends.
 
     Parameters
     ----------
@@ -68,7 +65,7 @@ class TrialGuard(tune.Callback):
         forget(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Record a trial that was given up, unless it has left a record itself."""
+        """Record a trial that was given up, unless it has a record."""
         self.running.pop(trial.trial_id, None)
         job = self.searcher.jobs[trial.trial_id]
         reason = self.searcher.reasons.get(trial.trial_id, died(RETRIES))
@@ -76,15 +73,15 @@ class TrialGuard(tune.Callback):
         forget(trial)
 
     def _record(self, job: Job, reason: str, by_user: bool = False) -> None:
-        """Record a failure, unless the trial has left a record itself; end the study if that cannot be done."""
+        """Record a failure, unless the trial has a record; end the study if that is impossible."""
         try:
             if find_record(self.folder, job) is None:
                 write_record(self.folder, failed_record(job, reason, by_user))
-        except (InputError, OSError) as error:  # no space, for one: nothing can be recorded any more
+        except (InputError, OSError) as error:  # such as no space: no trial can be recorded
             self.searcher.error = first_line(error)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """End what has taken too long; Ray Tune comes by several times a second."""
+        """End trials that take too long; Ray Tune calls this several times per second."""
         if self.limit_s is None:
             return
         now = time.monotonic()
@@ -98,19 +95,19 @@ class TrialGuard(tune.Callback):
         if worker is None:
             return
         self.searcher.reasons[trial.trial_id] = f"no end after {self.limit_s:g} s (--trial-timeout)"
-        trial.max_failures = 0  # it would only hang again
+        trial.max_failures = 0  # a retry would hang too
         ray.kill(worker)
 
 
 def forget(trial: Any) -> None:
-    """Free what Ray Tune keeps of an ended trial for tables of its own: most of what a trial costs the driver.
+    """Free Ray Tune's own tables of an ended trial, most of the driver's memory per trial.
 
-    Its last result stays: Ray Tune prints a line about a trial that has none.
+    Its last result stays: Ray Tune prints a line about a trial without one.
     """
-    for kept in (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
-        kept.clear()
+    for table in (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
+        table.clear()
 
 
 def died(retries: int) -> str:
-    """Return the reason that is recorded of a trial whose worker died whenever it was tried."""
+    """Return the recorded reason of a trial whose worker died in every attempt."""
     return f"its worker died {retries + 1} times"

@@ -1,4 +1,4 @@
-"""The jobs of a session through Ray Tune: who hands them out, who watches, who stops them."""
+"""The jobs of a session through Ray Tune, with their searcher, callbacks and interruption."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from bert_encoding.text_tasks.task import TextTask
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord
 from study.search.dashboard import JOURNAL_FILE, Journal
-from study.search.early_stopping import StopSign, put_up_sign
+from study.search.early_stopping import StopSignal, make_stop_signal
 from study.search.job_list import JobList
 from study.search.progress import ProgressLine
 from study.search.searcher import StudySearcher
@@ -61,7 +61,7 @@ def run_jobs(
     Why the search ended before its time, in one line; None if it did not.
     """
     options, metric = study.options, METRICS[study.space.task]
-    sign = None if options.scheduler == NO_SCHEDULER else put_up_sign()
+    stop_signal = None if options.scheduler == NO_SCHEDULER else make_stop_signal()
     journal = Journal(folder / JOURNAL_FILE, options.name, metric.is_gain) if isinstance(folder, Path) else None
     searcher = StudySearcher(
         study.space,
@@ -74,11 +74,11 @@ def run_jobs(
         first_id,
         metric,
         scheduler=options.scheduler,
-        sign=sign,
+        stop_signal=stop_signal,
         journal=journal,
         is_mixed=is_mixed,
     )
-    return _watch("search", study, task, folder, records, searcher, sign, private, console)
+    return _watch("search", study, task, folder, records, searcher, stop_signal, private, console)
 
 
 def run_list(
@@ -91,11 +91,11 @@ def run_list(
     private: Path,
     console: Console,
 ) -> str | None:
-    """Run given jobs, none of which stops early; parameters and result as of ``run_jobs``.
+    """Run a list of jobs without early stopping; parameters and result as in ``run_jobs``.
 
     Parameters
     ----------
-    name : tells these jobs from others of the session
+    name : of this list within the session
     """
     searcher = JobList(jobs, METRICS[study.space.task])
     return _watch(name, study, task, folder, records, searcher, None, private, console)
@@ -108,17 +108,17 @@ def _watch(
     folder: Place,
     records: list[TrialRecord],
     searcher: StudySearcher | JobList,
-    sign: StopSign | None,
+    stop_signal: StopSignal | None,
     private: Path,
     console: Console,
 ) -> str | None:
-    """Run what a searcher hands out, with a progress line and a guard; return its error."""
+    """Run the jobs of a searcher, with a progress line and a guard; return its error."""
     options, n_jobs = study.options, searcher.n_jobs
     with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
         watching: list[tune.Callback] = [TrialGuard(folder, searcher, options.trial_timeout), progress]
         if options.tensorboard and isinstance(folder, Path):
             watching.append(TensorBoard(folder))
-        _tune(name, study, task, folder, searcher, sign, watching, private, n_jobs)
+        _tune(name, study, task, folder, searcher, stop_signal, watching, private, n_jobs)
     return searcher.error
 
 
@@ -128,7 +128,7 @@ def _tune(
     task: Task | TextTask,
     folder: Place,
     searcher: StudySearcher | JobList,
-    sign: StopSign | None,
+    stop_signal: StopSignal | None,
     watching: list[tune.Callback],
     private: Path,
     n_jobs: int,
@@ -140,10 +140,10 @@ def _tune(
     KeyboardInterrupt
         if it was interrupted, be it after the last job.
     """
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # the records and the progress line tell them
-    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as behind nohup, and so it stays
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # they are in the records and the progress line
+    is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as behind nohup
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = str(int(is_ignored))  # it ends trials in good order
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = NEVER_S  # Ray Tune's own state, which nobody reads, grows with the trials
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = NEVER_S  # Ray Tune's own state is not read and grows with the trials
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     options = study.options
     trainable = tune.with_resources(
@@ -154,7 +154,7 @@ def _tune(
             metric=METRICS[study.space.task],
             n_threads=max(1, int(options.cpus_per_trial)),
             gpu_share=options.gpus_per_trial,
-            sign=sign,
+            stop_signal=stop_signal,
         ),
         {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial},
     )
@@ -179,16 +179,16 @@ def _tune(
 def passing_on_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt after a block in which Ray Tune was interrupted, and put the handler of Ctrl-C back.
 
-    Tune takes the first Ctrl-C with a handler of its own, ends as if all were well, and says nothing of it; without a
-    Ctrl-C it leaves that handler behind, which would swallow the next. Python notes every signal it handles in the file
-    of ``signal.set_wakeup_fd``, whoever's the handler is.
+    Tune handles the first Ctrl-C itself and ends without reporting it; without a Ctrl-C it leaves its handler in place,
+    which would swallow the next one. Python writes every signal to the file of ``signal.set_wakeup_fd``, whatever the
+    handler.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield
         return
     with tempfile.TemporaryFile() as noted:
-        os.set_blocking(noted.fileno(), False)  # asked for by the next line
+        os.set_blocking(noted.fileno(), False)  # required by the next line
         others = signal.set_wakeup_fd(noted.fileno(), warn_on_full_buffer=False)
         try:
             yield

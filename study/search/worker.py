@@ -25,7 +25,7 @@ from bert_encoding.trial.run import Report, run_test, run_trial
 from bert_encoding.trial.voxel_selection import choose_voxels
 from study.cluster.lock import is_held_by, session_id
 from study.cluster.worker_data import check_weights, with_settled_precision
-from study.search.early_stopping import StopSign
+from study.search.early_stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def objective(
     metric: Metric,
     n_threads: int,
     gpu_share: float,
-    sign: StopSign | None = None,
+    stop_signal: StopSignal | None = None,
 ) -> None:
     """Run one job in a Ray worker; a failure is recorded and reported, not raised, so the worker stays usable.
 
@@ -84,14 +84,14 @@ def objective(
 
     Parameters
     ----------
-    sign : tells after which epochs to stop; None never stops a trial
+    stop_signal : tells after which epochs to stop; None never stops a trial
     """
     from ray import tune
 
     def report(scores: dict[str, float]) -> bool:
         """Wait until the driver has received the scores, then return whether to continue."""
         tune.report({"job": job["trial_id"], "scores": list(scores), **scores})
-        return sign is None or not sign.is_up(job["trial_id"], int(scores["epoch"]))
+        return stop_signal is None or not stop_signal.should_stop(job["trial_id"], int(scores["epoch"]))
 
     _limit_resources(n_threads, gpu_share)
     received, unrecorded = Job(**job), False

@@ -114,7 +114,7 @@ def where_full(write: Any, learning_rates: tuple[float, ...]) -> Any:
 
 
 def stub_objective(
-    job: dict[str, Any], *, task: Any, study: str, metric: Any, n_threads: int, gpu_share: float, sign: Any
+    job: dict[str, Any], *, task: Any, study: str, metric: Any, n_threads: int, gpu_share: float, stop_signal: Any
 ) -> None:
     """The worker's own function, with a trial that pretends."""
     settings = ModuleType("bert_encoding.trial.config")  # the real one imports torch
@@ -126,7 +126,9 @@ def stub_objective(
     module._limit_resources = lambda *limits: None  # it imports torch
     module._run = lambda made, task, folder, report: pretend(made.config, folder, report)
     module.write_record = where_full(bert_encoding.trial.record.write_record, (FILLS_ITS_DISK, FILLS_EVERY_DISK))
-    module.objective(job, task=task, study=study, metric=metric, n_threads=n_threads, gpu_share=gpu_share, sign=sign)
+    module.objective(
+        job, task=task, study=study, metric=metric, n_threads=n_threads, gpu_share=gpu_share, stop_signal=stop_signal
+    )
 
 
 @contextmanager

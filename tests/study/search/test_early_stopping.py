@@ -10,15 +10,15 @@ from make_searcher import finished, searcher
 
 from bert_encoding.core.names import METRICS
 from bert_encoding.trial.record import TrialRecord
-from study.search.early_stopping import StopBoard, StopSign
+from study.search.early_stopping import StopBoard, StopSignal
 from study.search.searcher import StudySearcher
 from study.search.worker import curve
 from study.setup.samplers import SCHEDULERS, make_pruner, quiet_study
 from study.setup.spaces import Space, load_space
 
 
-class NotedSign:
-    """A stop sign that only remembers."""
+class RecordedSignal:
+    """A stop signal that only remembers."""
 
     def __init__(self) -> None:
         self.board = StopBoard()
@@ -39,13 +39,13 @@ def epoch(trial: str, at: int, cc: float) -> dict[str, Any]:
 
 
 def run_trial(found: StudySearcher, name: str, values: list[float], n_epochs: int) -> list[float]:
-    """Play a worker: report epoch by epoch until the sign is up; return the values that were reached."""
+    """Play a worker: report epoch by epoch until the signal says stop; return the values that were reached."""
     job = found.suggest(name)
     reached = []
     for at, value in enumerate(values[:n_epochs], 1):
         reached.append(value)
         found.on_trial_result(name, epoch(job["trial_id"], at, value))
-        if at < n_epochs and found.sign.board.is_up(job["trial_id"], at):
+        if at < n_epochs and found.stop_signal.board.should_stop(job["trial_id"], at):
             break
     status = "COMPLETE" if len(reached) == n_epochs else "STOPPED"
     ended = {"status": status, "value": reached[-1], "curve": list(enumerate(reached, 1)), "ended": True}
@@ -104,20 +104,20 @@ CURVES = [rising(value) for value in (0.5, 0.2, 0.6, 0.55, 0.9, 0.1, 0.3, 0.95, 
 def test_a_rule_stops_what_it_should(
     rule: str, by_hand: Callable[[list[list[float]]], list[int]], space: Space
 ) -> None:
-    found = searcher(space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign())
+    found = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
     given = play(found, CURVES)
     assert given == by_hand(CURVES)
     assert 0 < sum(n < 4 for n in given) < len(CURVES), "some are stopped, some are not"
 
 
 def test_none_stops_nothing(space: Space) -> None:
-    assert play(searcher(space, n_trials=len(CURVES), sign=NotedSign()), CURVES) == [4] * len(CURVES)
+    assert play(searcher(space, n_trials=len(CURVES), stop_signal=RecordedSignal()), CURVES) == [4] * len(CURVES)
     assert set(SCHEDULERS) == {"none", "asha", "median"}
 
 
 @pytest.mark.parametrize("rule", ["asha", "median"])
 def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
-    found = searcher(space, n_trials=8, scheduler=rule, sign=NotedSign(), metric=METRICS["adapt"])
+    found = searcher(space, n_trials=8, scheduler=rule, stop_signal=RecordedSignal(), metric=METRICS["adapt"])
     for at in range(6):
         found.suggest(f"ray{at}")
         for step in (1, 2):
@@ -126,15 +126,15 @@ def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
     for name, loss in (("low", 1.0), ("high", 4.0)):
         job = found.suggest(name)
         found.on_trial_result(name, {"epoch": 1, "mlm_loss_heldout": loss})
-        assert found.sign.board.is_up(job["trial_id"], 1) == (name == "high")
+        assert found.stop_signal.board.should_stop(job["trial_id"], 1) == (name == "high")
 
 
 def test_before_training_nobody_is_stopped(space: Space) -> None:
-    found = searcher(space, n_trials=9, scheduler="asha", sign=NotedSign())
+    found = searcher(space, n_trials=9, scheduler="asha", stop_signal=RecordedSignal())
     for at in range(4):
         job = found.suggest(f"ray{at}")
         found.on_trial_result(f"ray{at}", epoch(job["trial_id"], 0, -float(at)))
-        assert not found.sign.board.is_up(job["trial_id"], 0)
+        assert not found.stop_signal.board.should_stop(job["trial_id"], 0)
 
 
 # --- what Optuna is told ----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def told(found: StudySearcher) -> list[tuple[str, float | None, dict[int, float]
 
 
 def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
-    found = searcher(space, n_trials=2, scheduler="asha", sign=NotedSign())
+    found = searcher(space, n_trials=2, scheduler="asha", stop_signal=RecordedSignal())
     play(found, [rising(0.5), rising(0.2)])
     assert told(found) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
     assert found.study.best_value == 2.0, "a pruned trial is not the best one"
@@ -153,7 +153,7 @@ def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
 
 def test_a_trial_that_is_tried_again_tells_its_epochs_once(space: Space) -> None:
     """Its worker died after the second epoch; Ray runs it anew."""
-    found = searcher(space, n_trials=3, scheduler="asha", sign=NotedSign())
+    found = searcher(space, n_trials=3, scheduler="asha", stop_signal=RecordedSignal())
     job = found.suggest("a")
     for at, value in ((1, 0.5), (2, 0.6), (1, 0.5), (2, 0.6), (3, 0.7)):
         found.on_trial_result("a", epoch(job["trial_id"], at, value))
@@ -170,7 +170,7 @@ def record_of(space: Space, lr: float, at: int, values: list[float], status: str
 
 @pytest.mark.parametrize("rule", ["asha", "median"])
 def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Space) -> None:
-    whole = searcher(space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign())
+    whole = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
     given = play(whole, CURVES)
     n_before = 7
     records = [
@@ -178,7 +178,12 @@ def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Sp
         for at, (trial, n) in enumerate(zip(whole.study.trials[:n_before], given, strict=False))
     ]
     resumed = searcher(
-        space, n_trials=len(CURVES), scheduler=rule, sign=NotedSign(), records=records, first_id=n_before + 1
+        space,
+        n_trials=len(CURVES),
+        scheduler=rule,
+        stop_signal=RecordedSignal(),
+        records=records,
+        first_id=n_before + 1,
     )
     assert told(resumed) == told(whole)[:n_before]
     assert play(resumed, CURVES[n_before:]) == given[n_before:]
@@ -187,7 +192,7 @@ def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Sp
 def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> None:
     stopped = record_of(space, 0.5, 1, [0.2], "STOPPED")
     again = Space(**vars(space) | {"start": ({"lr": 0.5},)})
-    found = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", sign=NotedSign())
+    found = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", stop_signal=RecordedSignal())
     found.waiting.append(({"lr": 0.5}, None))
     assert found.suggest("a")["repeat_of"] == "0001"
     ended = {"status": "STOPPED", "value": 0.2, "curve": curve(stopped, METRICS["encoding"])}
@@ -227,8 +232,8 @@ def test_a_board_speaks_of_this_epoch_and_later_ones() -> None:
     board = StopBoard()
     board.put("0001", 2)
     board.put("0001", 3)
-    assert [board.is_up("0001", at) for at in (1, 2, 3)] == [False, True, True]
-    assert not board.is_up("0002", 5)
+    assert [board.should_stop("0001", at) for at in (1, 2, 3)] == [False, True, True]
+    assert not board.should_stop("0002", 5)
 
 
 class Unreachable:
@@ -239,13 +244,13 @@ class Unreachable:
         def remote(*given: Any) -> Any:
             raise ray.exceptions.ActorDiedError
 
-    is_up = put
+    should_stop = put
 
 
 def test_a_sign_out_of_reach_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    sign = StopSign(Unreachable())
-    sign.put("0001", 2)
-    assert not sign.is_up("0001", 2)
+    stop_signal = StopSignal(Unreachable())
+    stop_signal.put("0001", 2)
+    assert not stop_signal.should_stop("0001", 2)
     assert "early stopping of trial 0001 after epoch 2 is out of reach" in caplog.text
 
 
