@@ -80,19 +80,19 @@ def test_the_winner_has_the_best_mean_over_fresh_seeds_and_all_are_scored(folder
     def of(job: Job) -> float:
         return 0.5 if job.is_final else cc[job.config["rank"]][seeds.index(job.config["seed"])]
 
-    play = PretendRunner(folder, of)
-    play.confirm(confirm=3)
+    runner = PretendRunner(folder, of)
+    runner.confirm(confirm=3)
     (fixed,) = read_looks(folder)
     assert fixed["winner"] == "0004"
     assert [one["trial_id"] for one in fixed["finalists"]] == ["0002", "0004", "0001"]
     np.testing.assert_allclose([one["cc_confirmed"] for one in fixed["finalists"]], [0.18, 0.205, 0.18], rtol=1e-12)
     assert fixed["finalists"][1]["cc_of_seed"] == {str(seeds[0]): 0.21, str(seeds[1]): 0.20}
     assert (fixed["seeds"], fixed["n_searched"], fixed["looks"], fixed["code"]) == (seeds, 4, [], "c0de")
-    assert set(play.ran[:6]) == {f"confirm-{name}-seed{seed}" for name in ("0001", "0002", "0004") for seed in seeds}
+    assert set(runner.ran[:6]) == {f"confirm-{name}-seed{seed}" for name in ("0001", "0002", "0004") for seed in seeds}
     tested = ["test-baseline-frozen", "test-baseline-word_rate", "test-0001", "test-0002", "test-0004"]
-    assert sorted(play.ran[6:]) == sorted(tested)
+    assert sorted(runner.ran[6:]) == sorted(tested)
     assert {read_record(folder, f"test-000{at}").config["seed"] for at in (1, 2, 4)} == {seeds[0]}
-    assert "the winner is trial 0004, by its mean validation CC 0.2050 over 2 fresh seeds" in play.out.getvalue()
+    assert "the winner is trial 0004, by its mean validation CC 0.2050 over 2 fresh seeds" in runner.out.getvalue()
 
 
 def test_a_finalist_that_fails_with_every_seed_drops_out(folder: Path) -> None:
@@ -102,20 +102,20 @@ def test_a_finalist_that_fails_with_every_seed_drops_out(folder: Path) -> None:
         rank, seed = job.config["rank"], job.config["seed"]
         return None if rank == 2 or (rank == 4 and seed == first) else 0.3
 
-    play = PretendRunner(folder, of)
-    play.confirm()
+    runner = PretendRunner(folder, of)
+    runner.confirm()
     (fixed,) = read_looks(folder)
     assert fixed["winner"] == "0004"
     assert [one["cc_confirmed"] for one in fixed["finalists"]] == [None, 0.3]
-    assert "test-0002" not in play.ran and "test-0004" in play.ran
+    assert "test-0002" not in runner.ran and "test-0004" in runner.ran
     assert any("Finalist 0002 dropped out" in line for line in confirm_lines(folder, load_trials(folder)))
 
 
 def test_the_test_stories_stay_unread_if_every_finalist_fails(folder: Path) -> None:
-    play = PretendRunner(folder, lambda job: None)
-    play.confirm()
-    assert len(play.ran) == 4 and read_looks(folder) == []
-    assert "nothing is confirmed" in play.out.getvalue()
+    runner = PretendRunner(folder, lambda job: None)
+    runner.confirm()
+    assert len(runner.ran) == 4 and read_looks(folder) == []
+    assert "nothing is confirmed" in runner.out.getvalue()
     assert not is_lacking(make_options(folder), read_records(folder), 1), "a session that goes on has nothing to do"
 
 
@@ -148,8 +148,8 @@ def test_an_interrupted_confirm_phase_runs_what_is_missing(folder: Path, n: int)
 def test_an_interrupted_search_or_evaluation_is_not_followed_by_another_evaluation(folder: Path) -> None:
     console = Console(file=io.StringIO())
 
-    def session(play: PretendRunner, look: int | None, **changes: Any) -> None:
-        assert _confirm(make_options(folder, **changes), look, IDENTITY, key_of, play, console) is None
+    def session(runner: PretendRunner, look: int | None, **changes: Any) -> None:
+        assert _confirm(make_options(folder, **changes), look, IDENTITY, key_of, runner, console) is None
 
     interrupted = PretendRunner(folder, n_until_killed=5)
     session(interrupted, 1, trials=5)
@@ -194,9 +194,9 @@ def other_key_of(config: TrialConfig) -> str:
 
 
 def resume_forced(folder: Path, n_until_killed: int = 1000) -> PretendRunner:
-    play = PretendRunner(folder, n_until_killed=n_until_killed)
-    assert confirm(make_options(folder), 1, IDENTITY, other_key_of, play, Console(file=play.out)) is None
-    return play
+    runner = PretendRunner(folder, n_until_killed=n_until_killed)
+    assert confirm(make_options(folder), 1, IDENTITY, other_key_of, runner, Console(file=runner.out)) is None
+    return runner
 
 
 @pytest.mark.parametrize("n", [0, 3, 4])

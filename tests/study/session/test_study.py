@@ -143,8 +143,8 @@ def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_
     assert len(list(study.glob("trials/*/adapter"))) == 1
     for trial_id, before in finished.items():
         assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
-    (told,) = json.loads((study / "study.json").read_text())["forced"]
-    assert "[2, 4, 8, 16]" in told["was"]["space"]["source"]
+    (forced,) = json.loads((study / "study.json").read_text())["forced"]
+    assert "[2, 4, 8, 16]" in forced["was"]["space"]["source"]
 
 
 @pytest.mark.slow

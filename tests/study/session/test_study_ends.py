@@ -32,7 +32,7 @@ def open_new(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_study_that_cannot_be_begun_leaves_no_folder(
+def test_a_study_that_cannot_begin_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(*of: object) -> None:
@@ -48,7 +48,7 @@ def test_a_study_that_cannot_be_begun_leaves_no_folder(
     assert (study / "study.json").is_file()
 
 
-def test_a_study_that_goes_on_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_study_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_new(tmp_path / "s")
     before = (tmp_path / "s" / "study.json").read_bytes()
     monkeypatch.setattr(session, "read_identity", lambda *of: IDENTITY)
@@ -59,7 +59,7 @@ def test_a_study_that_goes_on_is_never_removed(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "s" / "study.json").read_bytes() == before
 
 
-def test_what_a_killed_beginning_leaves_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_beginning_are_ignored(tmp_path: Path) -> None:
     """Killed between the folder and ``study.json``."""
     study = tmp_path / "s"
     (study / "trials").mkdir(parents=True)
@@ -86,7 +86,7 @@ def _notes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fill", [_a_study, _a_trial, _weights, _notes])
-def test_where_anything_else_lies_no_study_begins(tmp_path: Path, fill: Callable[[Path], None]) -> None:
+def test_a_folder_with_other_content_is_refused(tmp_path: Path, fill: Callable[[Path], None]) -> None:
     study = tmp_path / "s"
     study.mkdir()
     fill(study)
@@ -97,7 +97,7 @@ def test_where_anything_else_lies_no_study_begins(tmp_path: Path, fill: Callable
     session.check_new(study, resume=True)
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_the_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").touch()
     with pytest.raises(InputError, match="exists already"):
         session.check_new(tmp_path / "s", resume=False)
@@ -137,7 +137,7 @@ def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int, heard: bool = True)
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGUSR1], [signal.SIGINT, signal.SIGINT]])
-def test_an_interrupt_that_tune_kept_to_itself_is_raised(signals: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_that_tune_swallowed_is_raised(signals: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised_in_a_copy(lambda: run_tune(monkeypatch, *signals)) == "KeyboardInterrupt()"
 
 

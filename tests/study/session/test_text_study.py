@@ -43,7 +43,7 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
     done = run_command(command(tmp_path, "classification", 6, *options), private_tmp)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
-    for said in (
+    for text in (
         "classes: ",
         "300 to train on, 100 held out",
         "Frozen encoder: accuracy",
@@ -51,7 +51,7 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
         "Examples of trial 000",
         "predicted_before",
     ):
-        assert said in done.stdout
+        assert text in done.stdout
     study = tmp_path / "out" / "s"
     trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
     assert list(trials.index) == ["baseline-frozen", "0001", "0002"]
@@ -64,9 +64,9 @@ def test_a_classification_study_and_its_classifier(tmp_path: Path, private_tmp: 
     assert len(record["examples"]) == 10
     assert record["scores"]["accuracy"] == trials.loc["0001", "accuracy"] > trials.loc["baseline-frozen", "accuracy"]
     texts = pd.read_csv(tmp_path / "texts.csv")
-    found = predict_texts(study / "trials" / "0001" / "adapter", texts["text"].tolist())
-    assert (found["label"].to_numpy() == texts["label"].to_numpy()).mean() > 0.8
-    assert np.all(found["probability"] > 0.5)
+    predicted = predict_texts(study / "trials" / "0001" / "adapter", texts["text"].tolist())
+    assert (predicted["label"].to_numpy() == texts["label"].to_numpy()).mean() > 0.8
+    assert np.all(predicted["probability"] > 0.5)
 
     again = run_command([sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out")], private_tmp)
     assert again.returncode == 0, again.stderr

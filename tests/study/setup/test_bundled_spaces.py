@@ -41,12 +41,12 @@ def grid_study(seed: int) -> optuna.Study:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.BruteForceSampler(seed=seed)
-    sampler.after_trial = lambda *ended: None  # it would stop a study that nobody runs
+    sampler.after_trial = lambda *ended: None  # it would stop a study that is not running
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
 def visit(suggest: Suggest, start: list[dict[str, Any]], n: int, n_at_once: int, seed: int) -> list[dict[str, Any]]:
-    """Ask for ``n`` trials, so many at a time, as a study does; every fourth of them fails."""
+    """Ask for ``n`` trials, ``n_at_once`` at a time, as a study does; every fourth of them fails."""
     study, running, suggested = grid_study(seed), [], []
     for point in start:
         study.enqueue_trial(point)
@@ -86,9 +86,9 @@ def test_full_vs_lora_visits_its_grid_once(n_at_once: int, seed: int) -> None:
     module = load("full_vs_lora")
     assert module.SAMPLER == "grid"
     assert module.TRIALS == len(GRID) == 45
-    found = points(visit(module.space, module.START, module.TRIALS, n_at_once, seed))
-    assert len(found) == len(set(found))
-    assert set(found) == GRID  # to the last bit of each learning rate
+    visited = points(visit(module.space, module.START, module.TRIALS, n_at_once, seed))
+    assert len(visited) == len(set(visited))
+    assert set(visited) == GRID  # to the last bit of each learning rate
 
 
 def test_full_vs_lora_goes_on_after_a_cut_with_what_is_left() -> None:
@@ -113,8 +113,8 @@ def test_full_vs_lora_goes_on_after_a_cut_with_what_is_left() -> None:
         trial = resumed.ask()
         left.append(module.space(trial))
         resumed.tell(trial, 0.0)
-    found = points([suggested for suggested, _ in done] + left)
-    assert sorted(found, key=str) == sorted(GRID, key=str)
+    visited = points([suggested for suggested, _ in done] + left)
+    assert sorted(visited, key=str) == sorted(GRID, key=str)
 
 
 def test_full_vs_lora_gives_each_way_as_many_trials() -> None:
@@ -189,7 +189,7 @@ RANKS = [
 
 
 def run_study(space: Space, n_at_once: int, jobs_done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Hand out what a study still lacks, so many trials at once; return its jobs."""
+    """Suggest the remaining trials, several at once; return the jobs."""
     records = [
         TrialRecord("COMPLETE", "lora", job["config"], job["trial_id"], "search", key=job["key"], params=job["params"])
         for job in jobs_done
@@ -214,8 +214,8 @@ def run_study(space: Space, n_at_once: int, jobs_done: list[dict[str, Any]]) -> 
 
 
 def ran(jobs: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
-    found = [(job["params"].get("alpha_rule", "rslora"), job["config"]) for job in jobs]
-    return Counter((config["rank"], rule, config["lr"], config["seed"]) for rule, config in found)
+    rules = [(job["params"].get("alpha_rule", "rslora"), job["config"]) for job in jobs]
+    return Counter((config["rank"], rule, config["lr"], config["seed"]) for rule, config in rules)
 
 
 @pytest.mark.parametrize(("name", "grid"), RANKS)
@@ -275,7 +275,7 @@ def test_the_docstring_sorts_every_parameter(name: str) -> None:
     sections = {
         title: re.search(rf"^{title}\n((?:    .*\n)+)", doc, re.MULTILINE) for title in ("Scientific", "Nuisance")
     }
-    text = "".join(found.group(1) for found in sections.values() if found)
+    text = "".join(match.group(1) for match in sections.values() if match)
     for point in module.START:
         trial = optuna.trial.FixedTrial(point)
         suggested = module.space(trial)

@@ -46,18 +46,18 @@ def quality(job: dict[str, Any]) -> float:
     return -abs(job["params"]["lr"] - 0.02) - abs(job["params"]["rank"] - 3) / 10
 
 
-def search(found: Any, n_at_once: int = 1) -> list[dict[str, Any]]:
-    """Run a search to its end, so many trials at once, each told how good it is."""
+def search(tune_search: Any, n_at_once: int = 1) -> list[dict[str, Any]]:
+    """Run a search to its end, ``n_at_once`` trials at once, and report their values."""
     jobs: list[dict[str, Any]] = []
     running: list[tuple[str, dict[str, Any]]] = []
     for at in range(300):
-        job = found.suggest(f"ray{at}") if len(running) < n_at_once else None
+        job = tune_search.suggest(f"ray{at}") if len(running) < n_at_once else None
         if isinstance(job, dict):
             jobs.append(job)
             running.append((f"ray{at}", job))
         elif running:
             name, ended = running.pop(0)
-            found.on_trial_complete(name, {"status": "COMPLETE", "value": quality(ended)})
+            tune_search.on_trial_complete(name, {"status": "COMPLETE", "value": quality(ended)})
         elif job == Searcher.FINISHED:
             return jobs
     raise AssertionError("the search has no end")
@@ -102,11 +102,11 @@ def test_a_model_beats_chance(name: str, load: Callable[..., Space]) -> None:
     smooth += "'weight_decay': trial.suggest_float('weight_decay', 0.0, 1.0)}\n"
 
     def late(sampler: str) -> float:
-        found = searcher(load(smooth, sampler), n_trials=30)
+        tune_search = searcher(load(smooth, sampler), n_trials=30)
         jobs = []
-        while isinstance(job := found.suggest(f"ray{len(jobs)}"), dict):
+        while isinstance(job := tune_search.suggest(f"ray{len(jobs)}"), dict):
             value = -((job["params"]["lr"] - 0.3) ** 2) - (job["params"]["weight_decay"] - 0.8) ** 2
-            found.on_trial_complete(f"ray{len(jobs)}", {"status": "COMPLETE", "value": value})
+            tune_search.on_trial_complete(f"ray{len(jobs)}", {"status": "COMPLETE", "value": value})
             jobs.append(value)
         return sum(jobs[15:]) / 15
 
@@ -117,8 +117,8 @@ def test_conditional_parameters_make_no_noise(
     load: Callable[..., Space], capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Tree-structured models keep what only some trials have; nothing falls back to chance, or says so."""
-    found = searcher(load(CONDITIONAL), n_trials=25)
-    assert len(ask_all(found)) == 25
+    tune_search = searcher(load(CONDITIONAL), n_trials=25)
+    assert len(ask_all(tune_search)) == 25
     assert capsys.readouterr().err == "" and caplog.text == ""
 
 
@@ -133,7 +133,7 @@ MOVING += "    return {'rank': rank, 'lora_alpha': trial.suggest_float('lora_alp
 
 
 @pytest.mark.parametrize(
-    ("sampler", "source", "said"),
+    ("sampler", "source", "message"),
     [
         pytest.param("cmaes", CHOICE, "searches numbers only, and t is a choice; use tpe", marks=needs_cmaes),
         pytest.param("cmaes", ONE, "needs two numbers to search, the space has 1", marks=needs_cmaes),
@@ -143,10 +143,10 @@ MOVING += "    return {'rank': rank, 'lora_alpha': trial.suggest_float('lora_alp
     ],
 )
 def test_what_a_sampler_would_draw_at_random_is_refused(
-    sampler: str, source: str, said: str, load: Callable[..., Space]
+    sampler: str, source: str, message: str, load: Callable[..., Space]
 ) -> None:
     space = load(source, sampler)
-    with pytest.raises(InputError, match=f"mine.py: sampler {sampler}: .*{said}"):
+    with pytest.raises(InputError, match=f"mine.py: sampler {sampler}: .*{message}"):
         rehearse(space, BASE)
     rehearse(load(source, "tpe"), BASE)
 
@@ -195,9 +195,9 @@ def test_every_suggested_point_is_run_with_every_seed(name: str, load: Callable[
 
 
 def test_optuna_is_told_of_each_seed(load: Callable[..., Space]) -> None:
-    found = searcher(load(SEEDED), n_trials=6)
-    jobs = search(found)
-    trials = found.study.get_trials(deepcopy=False)
+    tune_search = searcher(load(SEEDED), n_trials=6)
+    jobs = search(tune_search)
+    trials = tune_search.study.get_trials(deepcopy=False)
     assert [trial.params for trial in trials] == [job["params"] for job in jobs]
     assert [trial.user_attrs["seed"] for trial in trials] == [0, 1, 2, 0, 1, 2]
     assert [trial.user_attrs["trial_id"] for trial in trials] == [job["trial_id"] for job in jobs]

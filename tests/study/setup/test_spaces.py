@@ -103,11 +103,11 @@ def test_lora_full_starts_at_the_course_s_point() -> None:
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
     study.enqueue_trial(point)
     config = to_trial_config(space.suggest(study.ask()), TrialConfig(epochs=space.epochs or 0))
-    found = {
+    settings = {
         name: getattr(config, name)
         for name in "rank lora_alpha target_modules lora_dropout lr stride batch_size epochs method".split()
     }
-    assert found == {
+    assert settings == {
         **{"rank": 8, "lora_alpha": 16.0, "target_modules": "q,v", "lora_dropout": 0.1, "lr": 2e-4},
         **{"stride": 256, "batch_size": 8, "epochs": 3, "method": "lora"},
     }
@@ -195,7 +195,7 @@ SPACE = "def space(trial):\n    return {}\n"
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("def space(trial)\n    return {}\n", "cannot be loaded: SyntaxError"),
         ("import no_such_module_here\n", "cannot be loaded: ModuleNotFoundError: No module named"),
@@ -209,9 +209,9 @@ SPACE = "def space(trial):\n    return {}\n"
     ],
     ids=short,
 )
-def test_a_file_that_cannot_be_used_is_named(source: str, said: str, write: Callable[[str], str]) -> None:
+def test_a_file_that_cannot_be_used_is_named(source: str, message: str, write: Callable[[str], str]) -> None:
     path = write(source)
-    with pytest.raises(InputError, match=said) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         load_space(path)
     assert str(refused.value).startswith(f"{path}: ")
 
@@ -221,7 +221,7 @@ def returning(value: str, more: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         (returning("{'rank': 0}"), "rank 0: must be a number from 1"),
         (returning("{'rank': trial.suggest_int('rank', 0, 40)}"), "rank 0: must be a number from 1"),
@@ -257,10 +257,10 @@ def returning(value: str, more: str = "") -> str:
     ids=short,
 )
 def test_a_space_that_suggests_nonsense_is_refused_before_anything_runs(
-    source: str, said: str, write: Callable[[str], str]
+    source: str, message: str, write: Callable[[str], str]
 ) -> None:
     path = write(source)
-    with pytest.raises(InputError, match=said) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         rehearse(load_space(path), TrialConfig())
     assert str(refused.value).startswith(f"{path}: ")
     assert "\n" not in str(refused.value)
