@@ -99,9 +99,9 @@ def make_group(ec2: Any, ssh_from: str) -> str:
     if not networks:
         raise InputError("this region has no default VPC; make one: aws ec2 create-default-vpc")
     inside = [{"Name": "vpc-id", "Values": [networks[0]["VpcId"]]}, {"Name": "group-name", "Values": [GROUP]}]
-    found = ec2.describe_security_groups(Filters=inside)["SecurityGroups"]
-    if found:
-        group, rules = found[0]["GroupId"], found[0]["IpPermissions"]
+    groups = ec2.describe_security_groups(Filters=inside)["SecurityGroups"]
+    if groups:
+        group, rules = groups[0]["GroupId"], groups[0]["IpPermissions"]
     else:
         made = ec2.create_security_group(
             GroupName=GROUP, Description="Nodes of a BERT encoding study", VpcId=networks[0]["VpcId"]

@@ -1,7 +1,6 @@
 """A copy of the search for ``optuna-dashboard``, kept up to date while the study runs.
 
-It is for viewing: nothing ever reads it back, the records are the truth. A session that goes on with a study writes it
-anew.
+It is for viewing only and is never read back: the records are the truth. A resumed session writes it again.
 """
 
 import functools
@@ -39,7 +38,7 @@ def _never_fatal(method: Method) -> Method:
 
 
 class Journal:
-    """Writes what happens to the searched trials; one line of the file an event.
+    """Writes what happens to the searched trials; one line per event.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One line that says how far a study is: live in a terminal; in a log file a line a finished trial and one a minute."""
+"""The progress of a study: a live line in a terminal; in a log file one line per finished trial and per minute."""
 
 import time
 from typing import Any
@@ -14,9 +14,9 @@ from study.search.searcher import StudySearcher
 from study.search.time_limits import RETRIES, died
 from study.wording import duration
 
-EVERY_S = 60.0  # a log file hears at least so often that the study is alive, and at most so often beside its results
-SHOWN = 3  # running trials that are named
-ENOUGH, ENOUGH_SHARE = 2, 0.1  # trials that tell how long the others take: so many, or so much of all
+EVERY_S = 60.0  # between lines of a log file that only say what is running
+N_NAMED = 3  # running trials
+ENOUGH, ENOUGH_SHARE = 2, 0.1  # finished trials before the time left is estimated: a number, or a share of all
 
 
 class ProgressLine(tune.Callback):
@@ -41,7 +41,7 @@ class ProgressLine(tune.Callback):
         self.console, self.searcher, self.clock = console, searcher, clock
         self.phase = _phase(searcher)
         self.n_jobs, self.n_epochs, self.n_done, self.n_searched = n_jobs, n_epochs, 0, 0
-        self.search_began = self.last_said = clock()
+        self.search_began = self.last_printed = clock()
         self.running: dict[str, str] = {}  # trial -> how far it is
         self.best: tuple[float, str] | None = None
         self.frozen: float | None = None
@@ -86,9 +86,9 @@ class ProgressLine(tune.Callback):
         self._ended(job.config["method"], {"job": job.trial_id, "phase": job.phase, "status": FAILED, "error": reason})
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Say once in a while, in a log file, what is at work; Ray Tune comes by several times a second."""
-        if not self.console.is_terminal and self.running and self.clock() - self.last_said >= EVERY_S:
-            self._say(self._at_work())
+        """Print every minute, in a log file, what is running; Ray Tune calls this several times per second."""
+        if not self.console.is_terminal and self.running and self.clock() - self.last_printed >= EVERY_S:
+            self._print(self._at_work())
 
     def _ended(self, method: str, result: dict[str, Any]) -> None:
         self.n_done += 1
@@ -99,10 +99,10 @@ class ProgressLine(tune.Callback):
             self.n_searched += 1
         if result["status"] == COMPLETE and result["phase"] != CONFIRM:
             self._note(result["phase"], result["job"], method, result["value"])
-        said = f"{result['job']}: {self._outcome(result)}"
-        self._describe(said)
+        event = f"{result['job']}: {self._outcome(result)}"
+        self._describe(event)
         if not self.console.is_terminal:
-            self._say(said)
+            self._print(event)
 
     def _outcome(self, result: dict[str, Any]) -> str:
         if result["status"] == FAILED:
@@ -114,8 +114,8 @@ class ProgressLine(tune.Callback):
         return reached
 
     def _at_work(self) -> str:
-        named = [f"{name}{epoch}" for name, epoch in list(self.running.items())[:SHOWN]]
-        more = [f"{len(self.running) - SHOWN} more"] if len(self.running) > SHOWN else []
+        named = [f"{name}{epoch}" for name, epoch in list(self.running.items())[:N_NAMED]]
+        more = [f"{len(self.running) - N_NAMED} more"] if len(self.running) > N_NAMED else []
         return f"running {', '.join(named + more)}"
 
     def _note(self, phase: str, name: str, method: str, value: float) -> None:
@@ -124,14 +124,14 @@ class ProgressLine(tune.Callback):
         elif self.best is None or self.searcher.measure.better(value, self.best[0]):
             self.best = (value, name)
 
-    def _say(self, said: str) -> None:
-        self.last_said = self.clock()
-        line = f"[{self.phase} {self.n_done}/{self.n_jobs}] {said} | {self._standing()}"
+    def _print(self, event: str) -> None:
+        self.last_printed = self.clock()
+        line = f"[{self.phase} {self.n_done}/{self.n_jobs}] {event} | {self._standing()}"
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    def _describe(self, said: str) -> None:
-        told = f"{self.phase} {self.n_done}/{self.n_jobs} | {said} | {self._standing()}"
-        self.bar.update(self.task, completed=self.n_done, description=told)
+    def _describe(self, event: str) -> None:
+        text = f"{self.phase} {self.n_done}/{self.n_jobs} | {event} | {self._standing()}"
+        self.bar.update(self.task, completed=self.n_done, description=text)
 
     def _standing(self) -> str:
         label = self.searcher.measure.label
@@ -151,7 +151,7 @@ class ProgressLine(tune.Callback):
 
 
 def _phase(searcher: StudySearcher | JobList) -> str:
-    """Return what the jobs are for: ``search``, ``confirm`` (fresh seeds) or ``test`` (the test stories)."""
+    """Return the phase of the jobs: ``search``, ``confirm`` (fresh seeds) or ``test`` (the test stories)."""
     if not isinstance(searcher, JobList):
         return "search"
     return "test" if any(job.is_final for job in searcher.waiting) else "confirm"

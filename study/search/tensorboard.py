@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, an epoch a step, one run a trial."""
+"""Scalars for TensorBoard: one step per epoch, one run per trial."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ class TensorBoard(tune.Callback):
 
     Parameters
     ----------
-    folder : of the study; the scalars lie below ``tensorboard/<trial>``
+    folder : of the study; the scalars are in ``tensorboard/<trial>``
     """
 
     def __init__(self, folder: Path) -> None:

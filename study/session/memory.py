@@ -1,4 +1,4 @@
-"""How much memory a trial needs, said before it runs; what cannot fit is refused with the option that would."""
+"""The memory that a trial needs; a study that cannot fit is refused with the option that makes it fit."""
 
 import math
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def check_memory(need: Callable[[int], float], n_voxels: int, options: Options) 
     fits = int(free // need(n_voxels))
     raise InputError(
         f"memory: {at_once} trials at once need {at_once * need(n_voxels) / 1e9:.1f} GB, {max(free, 0) / 1e9:.1f} GB "
-        f"are free beside the driver; {_way_out(fits, need, n_voxels, free)}"
+        f"are free next to the driver; {_way_out(fits, need, n_voxels, free)}"
     )
 
 

@@ -246,7 +246,7 @@ def _ridge_flops(
 def total_seconds(forecast: Estimate, options: Options, done: Done, confirms: bool) -> float:
     """Return how long a study still takes; its workers are taken to be always busy.
 
-    Beside the frozen encoder, baselines cost little but their tests.
+    Except for the frozen encoder, baselines cost little but their tests.
     """
     n_baselines = 2 + len(options.baselines)
     seconds = 0.0
@@ -328,7 +328,7 @@ def print_plan(
     add("model", f"{options.model}, {layer}; masked LM reads the {options.mlm_text} stories")
     add(
         "trials",
-        f"{2 + len(options.baselines)} baselines, {options.trials} searched{_told(done.n_searched)}; "
+        f"{2 + len(options.baselines)} baselines, {options.trials} searched{_done(done.n_searched)}; "
         f"{counted(options.epochs, 'epoch')} each",
     )
     if confirms:
@@ -348,7 +348,7 @@ def print_plan(
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _told(n_done: int) -> str:
+def _done(n_done: int) -> str:
     return f", {n_done} of them done" if n_done else ""
 
 
@@ -357,7 +357,7 @@ def _describe_confirm(options: Options, done: Done) -> str:
     n_jobs = k * options.confirm_seeds + k + n_baselines
     return (
         f"the best {k}, with {counted(options.confirm_seeds, 'fresh seed')} each; then these and {n_baselines} "
-        f"baselines once on the test stories: {n_jobs} more trials{_told(sum(done) - done.n_searched)}"
+        f"baselines once on the test stories: {n_jobs} more trials{_done(sum(done) - done.n_searched)}"
     )
 
 

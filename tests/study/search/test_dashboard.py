@@ -38,20 +38,20 @@ def shown(trials: list[Any]) -> list[tuple[Any, ...]]:
 
 def test_a_viewer_sees_what_the_search_knows_at_every_moment(space: Space, tmp_path: Path) -> None:
     path = tmp_path / JOURNAL_FILE
-    found = searcher(space, n_trials=4, journal=Journal(path, "night", True), scheduler="asha")
+    search = searcher(space, n_trials=4, journal=Journal(path, "night", True), scheduler="asha")
     for name in "abcd":
-        found.suggest(name)
+        search.suggest(name)
     assert [t.state.name for t in read(path).trials] == ["RUNNING"] * 4
-    found.on_trial_result("a", {"epoch": 1.0, "cc_mean": 0.1})
-    found.on_trial_result("b", {"epoch": 1.0, "cc_mean": 0.05})
+    search.on_trial_result("a", {"epoch": 1.0, "cc_mean": 0.1})
+    search.on_trial_result("b", {"epoch": 1.0, "cc_mean": 0.05})
     assert [t.intermediate_values for t in read(path).trials] == [{1: 0.1}, {1: 0.05}, {}, {}]
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.3, "curve": [(1, 0.1), (2, 0.3)]})
-    found.on_trial_complete("b", {"status": "STOPPED", "value": 0.05, "curve": [(1, 0.05)]})
-    found.on_trial_complete("c", error=True)
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.3, "curve": [(1, 0.1), (2, 0.3)]})
+    search.on_trial_complete("b", {"status": "STOPPED", "value": 0.05, "curve": [(1, 0.05)]})
+    search.on_trial_complete("c", error=True)
     copy = read(path)
     assert copy.study_name == "night"
     assert copy.direction.name == "MAXIMIZE"
-    assert shown(copy.trials) == shown(found.study.trials)
+    assert shown(copy.trials) == shown(search.study.trials)
     assert [t.state.name for t in copy.trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [t.user_attrs["trial_id"] for t in copy.trials] == ["0001", "0002", "0003", "0004"]
     assert copy.best_value == 0.3
@@ -64,18 +64,18 @@ def test_a_resumed_study_writes_it_anew(space: Space, tmp_path: Path) -> None:
     path.write_text("not a journal")
     (tmp_path / f"{JOURNAL_FILE}.lock").touch()  # of a driver that was killed
     for _ in range(2):
-        found = searcher(space, n_trials=3, records=records, first_id=3, journal=Journal(path, "night", False))
-    found.suggest("a")
+        search = searcher(space, n_trials=3, records=records, first_id=3, journal=Journal(path, "night", False))
+    search.suggest("a")
     copy = read(path)
     assert copy.direction.name == "MINIMIZE"
-    assert shown(copy.trials) == shown(found.study.trials)
+    assert shown(copy.trials) == shown(search.study.trials)
     assert [t.state.name for t in copy.trials] == ["COMPLETE", "FAIL", "RUNNING"]
     assert copy.trials[0].intermediate_values == {1: 0.1, 2: 0.2}
 
 
 def test_it_holds_plain_text_alone(space: Space, tmp_path: Path) -> None:
-    found = searcher(space, n_trials=1, journal=Journal(tmp_path / JOURNAL_FILE, "night", True))
-    found.suggest("a")
+    search = searcher(space, n_trials=1, journal=Journal(tmp_path / JOURNAL_FILE, "night", True))
+    search.suggest("a")
     for line in (tmp_path / JOURNAL_FILE).read_text().splitlines():
         assert isinstance(json.loads(line), dict)
 
@@ -84,30 +84,30 @@ def test_a_copy_that_cannot_be_begun_ends_nothing(
     space: Space, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a_file").touch()
-    found = searcher(space, n_trials=1, journal=Journal(tmp_path / "a_file" / JOURNAL_FILE, "night", True))
-    assert found.suggest("a")["trial_id"] == "0001"
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
+    search = searcher(space, n_trials=1, journal=Journal(tmp_path / "a_file" / JOURNAL_FILE, "night", True))
+    assert search.suggest("a")["trial_id"] == "0001"
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
     assert caplog.text.count("the study goes on without it") == 1
 
 
 def test_a_copy_that_breaks_ends_nothing(space: Space, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path / JOURNAL_FILE, "night", True)
-    found = searcher(space, n_trials=2, journal=journal)
-    found.suggest("a")
+    search = searcher(space, n_trials=2, journal=journal)
+    search.suggest("a")
     journal.ids.clear()
-    found.on_trial_result("a", {"epoch": 1.0, "cc_mean": 0.1})
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
-    assert found.suggest("b")["trial_id"] == "0002"
+    search.on_trial_result("a", {"epoch": 1.0, "cc_mean": 0.1})
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
+    assert search.suggest("b")["trial_id"] == "0002"
     assert caplog.text.count("is not kept up to date any more") == 1
-    assert found.study.trials[0].value == 0.1
+    assert search.study.trials[0].value == 0.1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file descriptors are counted through /proc")
 def test_many_trials_leave_no_file_open(space: Space, tmp_path: Path) -> None:
-    found = searcher(space, n_trials=40, journal=Journal(tmp_path / JOURNAL_FILE, "night", True))
+    search = searcher(space, n_trials=40, journal=Journal(tmp_path / JOURNAL_FILE, "night", True))
     before = len(list(Path("/proc/self/fd").iterdir()))
     for at in range(40):
-        found.suggest(f"ray{at}")
-        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": at / 100})
+        search.suggest(f"ray{at}")
+        search.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": at / 100})
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
     assert len(read(tmp_path / JOURNAL_FILE).trials) == 40

@@ -38,24 +38,24 @@ def epoch(trial: str, at: int, cc: float) -> dict[str, Any]:
     return {"job": trial, "epoch": float(at), "cc_mean": cc, "mlm_loss_train": 2.0}
 
 
-def run_trial(found: StudySearcher, name: str, values: list[float], n_epochs: int) -> list[float]:
+def run_trial(search: StudySearcher, name: str, values: list[float], n_epochs: int) -> list[float]:
     """Play a worker: report epoch by epoch until the signal says stop; return the values that were reached."""
-    job = found.suggest(name)
+    job = search.suggest(name)
     reached = []
     for at, value in enumerate(values[:n_epochs], 1):
         reached.append(value)
-        found.on_trial_result(name, epoch(job["trial_id"], at, value))
-        if at < n_epochs and found.stop_signal.board.should_stop(job["trial_id"], at):
+        search.on_trial_result(name, epoch(job["trial_id"], at, value))
+        if at < n_epochs and search.stop_signal.board.should_stop(job["trial_id"], at):
             break
     status = "COMPLETE" if len(reached) == n_epochs else "STOPPED"
     ended = {"status": status, "value": reached[-1], "curve": list(enumerate(reached, 1)), "ended": True}
-    found.on_trial_complete(name, ended)
+    search.on_trial_complete(name, ended)
     return reached
 
 
-def play(found: StudySearcher, curves: list[list[float]]) -> list[int]:
+def play(search: StudySearcher, curves: list[list[float]]) -> list[int]:
     """Run trials one after the other; return how many epochs each was given."""
-    return [len(run_trial(found, f"ray{at}", values, len(values))) for at, values in enumerate(curves)]
+    return [len(run_trial(search, f"ray{at}", values, len(values))) for at, values in enumerate(curves)]
 
 
 def rising(value: float, n_epochs: int = 4) -> list[float]:
@@ -104,8 +104,8 @@ CURVES = [rising(value) for value in (0.5, 0.2, 0.6, 0.55, 0.9, 0.1, 0.3, 0.95, 
 def test_a_rule_stops_what_it_should(
     rule: str, by_hand: Callable[[list[list[float]]], list[int]], space: Space
 ) -> None:
-    found = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
-    given = play(found, CURVES)
+    search = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
+    given = play(search, CURVES)
     assert given == by_hand(CURVES)
     assert 0 < sum(n < 4 for n in given) < len(CURVES), "some are stopped, some are not"
 
@@ -117,48 +117,48 @@ def test_none_stops_nothing(space: Space) -> None:
 
 @pytest.mark.parametrize("rule", ["asha", "median"])
 def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
-    found = searcher(space, n_trials=8, scheduler=rule, stop_signal=RecordedSignal(), metric=METRICS["adapt"])
+    search = searcher(space, n_trials=8, scheduler=rule, stop_signal=RecordedSignal(), metric=METRICS["adapt"])
     for at in range(6):
-        found.suggest(f"ray{at}")
+        search.suggest(f"ray{at}")
         for step in (1, 2):
-            found.on_trial_result(f"ray{at}", {"epoch": step, "mlm_loss_heldout": 3.0 - at / 10})
-        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": 3.0 - at / 10})
+            search.on_trial_result(f"ray{at}", {"epoch": step, "mlm_loss_heldout": 3.0 - at / 10})
+        search.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": 3.0 - at / 10})
     for name, loss in (("low", 1.0), ("high", 4.0)):
-        job = found.suggest(name)
-        found.on_trial_result(name, {"epoch": 1, "mlm_loss_heldout": loss})
-        assert found.stop_signal.board.should_stop(job["trial_id"], 1) == (name == "high")
+        job = search.suggest(name)
+        search.on_trial_result(name, {"epoch": 1, "mlm_loss_heldout": loss})
+        assert search.stop_signal.board.should_stop(job["trial_id"], 1) == (name == "high")
 
 
 def test_before_training_nobody_is_stopped(space: Space) -> None:
-    found = searcher(space, n_trials=9, scheduler="asha", stop_signal=RecordedSignal())
+    search = searcher(space, n_trials=9, scheduler="asha", stop_signal=RecordedSignal())
     for at in range(4):
-        job = found.suggest(f"ray{at}")
-        found.on_trial_result(f"ray{at}", epoch(job["trial_id"], 0, -float(at)))
-        assert not found.stop_signal.board.should_stop(job["trial_id"], 0)
+        job = search.suggest(f"ray{at}")
+        search.on_trial_result(f"ray{at}", epoch(job["trial_id"], 0, -float(at)))
+        assert not search.stop_signal.board.should_stop(job["trial_id"], 0)
 
 
 # --- what Optuna is told ----------------------------------------------------------------------------------------------
 
 
-def told(found: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
-    return [(t.state.name, t.value, t.intermediate_values) for t in found.study.get_trials(deepcopy=False)]
+def told(search: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
+    return [(t.state.name, t.value, t.intermediate_values) for t in search.study.get_trials(deepcopy=False)]
 
 
 def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
-    found = searcher(space, n_trials=2, scheduler="asha", stop_signal=RecordedSignal())
-    play(found, [rising(0.5), rising(0.2)])
-    assert told(found) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
-    assert found.study.best_value == 2.0, "a pruned trial is not the best one"
+    search = searcher(space, n_trials=2, scheduler="asha", stop_signal=RecordedSignal())
+    play(search, [rising(0.5), rising(0.2)])
+    assert told(search) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
+    assert search.study.best_value == 2.0, "a pruned trial is not the best one"
 
 
 def test_a_trial_that_is_tried_again_tells_its_epochs_once(space: Space) -> None:
     """Its worker died after the second epoch; Ray runs it anew."""
-    found = searcher(space, n_trials=3, scheduler="asha", stop_signal=RecordedSignal())
-    job = found.suggest("a")
+    search = searcher(space, n_trials=3, scheduler="asha", stop_signal=RecordedSignal())
+    job = search.suggest("a")
     for at, value in ((1, 0.5), (2, 0.6), (1, 0.5), (2, 0.6), (3, 0.7)):
-        found.on_trial_result("a", epoch(job["trial_id"], at, value))
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.7, "curve": [(1, 0.5), (2, 0.6), (3, 0.7)]})
-    assert told(found) == [("COMPLETE", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})]
+        search.on_trial_result("a", epoch(job["trial_id"], at, value))
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.7, "curve": [(1, 0.5), (2, 0.6), (3, 0.7)]})
+    assert told(search) == [("COMPLETE", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})]
 
 
 def record_of(space: Space, lr: float, at: int, values: list[float], status: str) -> TrialRecord:
@@ -192,12 +192,12 @@ def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Sp
 def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> None:
     stopped = record_of(space, 0.5, 1, [0.2], "STOPPED")
     again = Space(**vars(space) | {"start": ({"lr": 0.5},)})
-    found = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", stop_signal=RecordedSignal())
-    found.waiting.append(({"lr": 0.5}, None))
-    assert found.suggest("a")["repeat_of"] == "0001"
+    search = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", stop_signal=RecordedSignal())
+    search.waiting.append(({"lr": 0.5}, None))
+    assert search.suggest("a")["repeat_of"] == "0001"
     ended = {"status": "STOPPED", "value": 0.2, "curve": curve(stopped, METRICS["encoding"])}
-    found.on_trial_complete("a", ended)
-    assert told(found) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
+    search.on_trial_complete("a", ended)
+    assert told(search) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
 
 
 # --- what is running --------------------------------------------------------------------------------------------------
@@ -205,24 +205,24 @@ def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> No
 
 def test_a_configuration_that_runs_at_this_moment_is_waited_for(space: Space) -> None:
     twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5}, {"lr": 0.6})})
-    found = searcher(twice, n_trials=3)
-    first = found.suggest("a")
-    assert found.suggest("b") is None, "it runs already"
-    assert found.suggest("c") is None
+    search = searcher(twice, n_trials=3)
+    first = search.suggest("a")
+    assert search.suggest("b") is None, "it runs already"
+    assert search.suggest("c") is None
     assert first["repeat_of"] is None
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
-    assert (found.suggest("d")["trial_id"], found.jobs["d"].repeat_of) == ("0002", "0001")
-    assert found.suggest("e")["params"] == {"lr": 0.6}
-    assert found.suggest("f") == StudySearcher.FINISHED
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
+    assert (search.suggest("d")["trial_id"], search.jobs["d"].repeat_of) == ("0002", "0001")
+    assert search.suggest("e")["params"] == {"lr": 0.6}
+    assert search.suggest("f") == StudySearcher.FINISHED
 
 
 def test_a_twin_of_a_failed_trial_runs_itself(space: Space) -> None:
     twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5})})
-    found = searcher(twice, n_trials=2)
-    found.suggest("a")
-    assert found.suggest("b") is None
-    found.on_trial_complete("a", error=True)
-    assert found.suggest("b")["repeat_of"] is None
+    search = searcher(twice, n_trials=2)
+    search.suggest("a")
+    assert search.suggest("b") is None
+    search.on_trial_complete("a", error=True)
+    assert search.suggest("b")["repeat_of"] is None
 
 
 # --- from the driver to the worker ------------------------------------------------------------------------------------

@@ -22,16 +22,16 @@ OK = {"status": "COMPLETE", "value": 0.1}
 
 
 def test_baselines_come_first_and_alone() -> None:
-    found = searcher(jobs=("frozen", "word_rate"))
-    assert found.n_jobs == 5
-    first, second = found.suggest("a"), found.suggest("b")
+    search = searcher(jobs=("frozen", "word_rate"))
+    assert search.n_jobs == 5
+    first, second = search.suggest("a"), search.suggest("b")
     assert (first["trial_id"], second["trial_id"]) == ("baseline-frozen", "baseline-word_rate")
     assert (first["phase"], first["key"]) == ("baseline", "key-frozen")
-    assert found.suggest("c") is None
-    found.on_trial_complete("b", OK)
-    assert found.suggest("c") is None, "one baseline is still missing"
-    found.on_trial_complete("a", OK)
-    job = found.suggest("c")
+    assert search.suggest("c") is None
+    search.on_trial_complete("b", OK)
+    assert search.suggest("c") is None, "one baseline is still missing"
+    search.on_trial_complete("a", OK)
+    job = search.suggest("c")
     assert (job["trial_id"], job["phase"]) == ("0001", "search")
 
 
@@ -54,21 +54,21 @@ def test_several_start_points_keep_their_order() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_the_budget_is_respected(n: int) -> None:
-    found = searcher(n_trials=n)
-    assert found.n_jobs == n
-    jobs = ask_all(found)
+    search = searcher(n_trials=n)
+    assert search.n_jobs == n
+    jobs = ask_all(search)
     assert [job["trial_id"] for job in jobs] == [f"{i:04d}" for i in range(1, n + 1)]
-    assert found.n_jobs == 0
-    assert found.suggest("late") == Searcher.FINISHED
+    assert search.n_jobs == 0
+    assert search.suggest("late") == Searcher.FINISHED
 
 
 def test_the_budget_counts_trials_that_run_at_once_and_those_that_fail() -> None:
-    found = searcher(n_trials=3)
-    jobs = [found.suggest(name) for name in "abc"]
+    search = searcher(n_trials=3)
+    jobs = [search.suggest(name) for name in "abc"]
     assert all(isinstance(job, dict) for job in jobs)
-    assert found.suggest("d") == Searcher.FINISHED
-    found.on_trial_complete("a", error=True)
-    assert found.suggest("d") == Searcher.FINISHED
+    assert search.suggest("d") == Searcher.FINISHED
+    search.on_trial_complete("a", error=True)
+    assert search.suggest("d") == Searcher.FINISHED
 
 
 def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
@@ -81,18 +81,20 @@ def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
 # --- what Optuna is told ----------------------------------------------------------------------------------------------
 
 
-def states(found: StudySearcher) -> list[tuple[str, float | None]]:
+def states(search: StudySearcher) -> list[tuple[str, float | None]]:
     return [
-        (trial.state.name, trial.value) for trial in found.study.get_trials(deepcopy=False) if trial.state.is_finished()
+        (trial.state.name, trial.value)
+        for trial in search.study.get_trials(deepcopy=False)
+        if trial.state.is_finished()
     ]
 
 
 def test_a_complete_trial_is_told_with_its_score() -> None:
-    found = searcher()
-    found.suggest("a")
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.25})
-    assert states(found) == [("COMPLETE", 0.25)]
-    assert found.study.best_value == 0.25
+    search = searcher()
+    search.suggest("a")
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.25})
+    assert states(search) == [("COMPLETE", 0.25)]
+    assert search.study.best_value == 0.25
 
 
 @pytest.mark.parametrize(
@@ -100,32 +102,32 @@ def test_a_complete_trial_is_told_with_its_score() -> None:
     [(None, True), (None, False), ({"status": "FAILED", "error": "nan", "value": None}, False), ({"epoch": 1}, False)],
 )
 def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(result: dict[str, Any] | None, error: bool) -> None:
-    found = searcher()
-    job = found.suggest("a")
-    found.on_trial_complete("a", result, error)
-    assert states(found) == [("FAIL", None)]
-    assert found.error is None
-    assert job["key"] not in found.done
-    assert found.suggest("b")["trial_id"] == "0002"
+    search = searcher()
+    job = search.suggest("a")
+    search.on_trial_complete("a", result, error)
+    assert states(search) == [("FAIL", None)]
+    assert search.error is None
+    assert job["key"] not in search.done
+    assert search.suggest("b")["trial_id"] == "0002"
 
 
 def test_a_crash_counts_even_beside_an_earlier_report() -> None:
-    found = searcher()
-    found.suggest("a")
-    found.on_trial_complete("a", {"status": "COMPLETE", "value": 0.5}, error=True)
-    assert states(found) == [("FAIL", None)]
+    search = searcher()
+    search.suggest("a")
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.5}, error=True)
+    assert states(search) == [("FAIL", None)]
 
 
 def test_no_trial_is_left_running() -> None:
-    found = searcher(n_trials=6)
-    ask_all(found)
-    assert [trial.state.name for trial in found.study.trials] == ["COMPLETE"] * 6
+    search = searcher(n_trials=6)
+    ask_all(search)
+    assert [trial.state.name for trial in search.study.trials] == ["COMPLETE"] * 6
 
 
 def test_an_unknown_trial_changes_nothing() -> None:
-    found = searcher()
-    found.on_trial_complete("never asked", OK)
-    assert states(found) == []
+    search = searcher()
+    search.on_trial_complete("never asked", OK)
+    assert states(search) == []
 
 
 @pytest.mark.parametrize(
@@ -139,11 +141,11 @@ def test_an_unknown_trial_changes_nothing() -> None:
 def test_a_failed_baseline_stops_the_search_with_its_reason(
     result: dict[str, Any] | None, error: bool, reason: str
 ) -> None:
-    found = searcher(jobs=("frozen", "word_rate"))
-    found.suggest("a")
-    found.on_trial_complete("a", result, error)
-    assert found.error == f"baseline baseline-frozen failed: {reason}"
-    assert found.suggest("b") == Searcher.FINISHED
+    search = searcher(jobs=("frozen", "word_rate"))
+    search.suggest("a")
+    search.on_trial_complete("a", result, error)
+    assert search.error == f"baseline baseline-frozen failed: {reason}"
+    assert search.suggest("b") == Searcher.FINISHED
 
 
 def test_a_nonsensical_suggestion_stops_the_search_with_its_reason() -> None:
@@ -151,10 +153,10 @@ def test_a_nonsensical_suggestion_stops_the_search_with_its_reason() -> None:
     broken = Space(
         **vars(space) | {"suggest": lambda trial: {"rank": trial.suggest_int("log2_rank", 0, 0)}, "start": ()}
     )
-    found = searcher(broken)
-    assert found.suggest("a") == Searcher.FINISHED
-    assert found.error is not None
-    assert found.error.startswith(f"{space.path}: rank 0:")
+    search = searcher(broken)
+    assert search.suggest("a") == Searcher.FINISHED
+    assert search.error is not None
+    assert search.error.startswith(f"{space.path}: rank 0:")
 
 
 # --- records of earlier sessions --------------------------------------------------------------------------------------
@@ -164,26 +166,26 @@ def test_finished_records_count_and_the_start_point_is_not_tried_again() -> None
     space = load_space("lora_full")
     other = COURSE | {"log2_rank": 5, "lr": 3e-4}
     records = [finished(space, COURSE, 1, 0.2), finished(space, other, 2, 0.3)]
-    found = searcher(n_trials=5, records=records, first_id=3)
-    assert found.n_jobs == 3
-    assert states(found) == [("COMPLETE", 0.2), ("COMPLETE", 0.3)]
-    assert found.study.best_params == other
-    jobs = ask_all(found)
+    search = searcher(n_trials=5, records=records, first_id=3)
+    assert search.n_jobs == 3
+    assert states(search) == [("COMPLETE", 0.2), ("COMPLETE", 0.3)]
+    assert search.study.best_params == other
+    jobs = ask_all(search)
     assert [job["trial_id"] for job in jobs] == ["0003", "0004", "0005"]
     assert COURSE not in [job["params"] for job in jobs]
 
 
 def test_a_start_point_that_was_not_reached_is_still_tried() -> None:
     space = load_space("smoke")
-    found = searcher(space, records=[finished(space, {"log2_rank": 1}, 1)], n_trials=3, first_id=2)
-    assert ask_all(found)[0]["params"]["log2_rank"] == 4
+    search = searcher(space, records=[finished(space, {"log2_rank": 1}, 1)], n_trials=3, first_id=2)
+    assert ask_all(search)[0]["params"]["log2_rank"] == 4
 
 
 def test_failed_records_count_and_are_told_as_failed() -> None:
     space = load_space("lora_full")
-    found = searcher(n_trials=2, records=[finished(space, COURSE, 1, None)], first_id=2)
-    assert states(found) == [("FAIL", None)]
-    jobs = ask_all(found)
+    search = searcher(n_trials=2, records=[finished(space, COURSE, 1, None)], first_id=2)
+    assert states(search) == [("FAIL", None)]
+    jobs = ask_all(search)
     assert len(jobs) == 1
     assert jobs[0]["params"] != COURSE
 
@@ -191,17 +193,17 @@ def test_failed_records_count_and_are_told_as_failed() -> None:
 def test_records_of_other_phases_are_no_part_of_the_search() -> None:
     space = load_space("lora_full")
     records = [finished(space, COURSE, 1, phase="confirm"), finished(space, COURSE, 2, phase="baseline")]
-    found = searcher(n_trials=2, records=records)
-    assert (found.n_jobs, states(found)) == (2, [])
-    assert found.suggest("a")["params"] == COURSE
+    search = searcher(n_trials=2, records=records)
+    assert (search.n_jobs, states(search)) == (2, [])
+    assert search.suggest("a")["params"] == COURSE
 
 
 def test_enough_records_leave_nothing_to_do() -> None:
     space = load_space("lora_full")
     records = [finished(space, COURSE | {"stride": 128 + 64 * i}, i) for i in range(4)]
-    found = searcher(n_trials=3, records=records, first_id=4)
-    assert found.n_jobs == 0
-    assert found.suggest("a") == Searcher.FINISHED
+    search = searcher(n_trials=3, records=records, first_id=4)
+    assert search.n_jobs == 0
+    assert search.suggest("a") == Searcher.FINISHED
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 1, 2)])
@@ -239,8 +241,8 @@ def test_a_long_study_is_resumed_without_comparing_all_records_with_all(monkeypa
         raise AssertionError("two records were compared")
 
     monkeypatch.setattr(TrialRecord, "__eq__", refuse)
-    found = searcher(space, records=records, n_trials=31, first_id=31)
-    assert len(found.study.trials) == 30
+    search = searcher(space, records=records, n_trials=31, first_id=31)
+    assert len(search.study.trials) == 30
 
 
 def test_the_sampler_differs_after_a_resume() -> None:
@@ -264,27 +266,27 @@ def one_point(space: Space) -> Space:
 
 
 def test_a_repeated_configuration_is_answered_from_its_record() -> None:
-    found = searcher(one_point(load_space("smoke")), n_trials=3)
-    first = found.suggest("a")
+    search = searcher(one_point(load_space("smoke")), n_trials=3)
+    first = search.suggest("a")
     assert first["repeat_of"] is None
-    found.on_trial_complete("a", OK)
-    second = found.suggest("b")
+    search.on_trial_complete("a", OK)
+    second = search.suggest("b")
     assert (second["trial_id"], second["repeat_of"], second["key"]) == ("0002", "0001", first["key"])
 
 
 def test_a_repeat_of_an_earlier_session_is_answered_too() -> None:
     space = one_point(load_space("smoke"))
-    found = searcher(space, n_trials=2, records=[finished(space, {"rank": 8}, 7)], first_id=8)
-    job = found.suggest("a")
+    search = searcher(space, n_trials=2, records=[finished(space, {"rank": 8}, 7)], first_id=8)
+    job = search.suggest("a")
     assert (job["trial_id"], job["repeat_of"]) == ("0008", "0007")
 
 
 def test_a_failed_trial_answers_no_repeat() -> None:
     space = one_point(load_space("smoke"))
-    found = searcher(space, n_trials=3, records=[finished(space, {"rank": 8}, 1, None)], first_id=2)
-    assert found.suggest("a")["repeat_of"] is None
-    found.on_trial_complete("a", {"status": "FAILED", "error": "again"})
-    assert found.suggest("b")["repeat_of"] is None
+    search = searcher(space, n_trials=3, records=[finished(space, {"rank": 8}, 1, None)], first_id=2)
+    assert search.suggest("a")["repeat_of"] is None
+    search.on_trial_complete("a", {"status": "FAILED", "error": "again"})
+    assert search.suggest("b")["repeat_of"] is None
 
 
 def test_another_configuration_is_no_repeat() -> None:
@@ -294,7 +296,7 @@ def test_another_configuration_is_no_repeat() -> None:
 
 
 def test_ray_s_own_restore_is_refused() -> None:
-    found = searcher()
-    assert found.set_search_properties("cc", "max", {})
+    search = searcher()
+    assert search.set_search_properties("cc", "max", {})
     with pytest.raises(NotImplementedError, match="--resume"):
-        found.restore("anywhere")
+        search.restore("anywhere")

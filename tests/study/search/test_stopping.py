@@ -28,15 +28,15 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """Read TensorBoard's files by their documented framing: length, its checksum, event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = {}
+    scalars = {}
     for file in folder.glob("events.out.tfevents.*"):
         content, at = file.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
             event = Event.FromString(content[at + 12 : at + 12 + length])
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
             at += 16 + length
-    return found
+    return scalars
 
 
 @pytest.mark.slow

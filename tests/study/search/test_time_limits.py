@@ -34,11 +34,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def test_only_what_is_too_late_is_ended(killed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = searcher()
+    search = searcher()
     trials = {name: ray_trial(name, f"worker of {name}") for name in "abc"}
-    guard = TrialGuard(tmp_path, found, 10)
+    guard = TrialGuard(tmp_path, search, 10)
     for name, began in (("a", 0), ("b", 1), ("c", 8)):
-        found.suggest(name)
+        search.suggest(name)
         clock(monkeypatch, began)
         guard.on_trial_start(0, [], trials[name])
     guard.on_trial_result(0, [], trials["b"], {"ended": True})
@@ -59,9 +59,9 @@ def test_only_what_is_too_late_is_ended(killed: list[Any], monkeypatch: pytest.M
 
 
 def test_without_a_limit_nothing_is_ended(killed: list[Any], tmp_path: Path) -> None:
-    found = searcher()
-    found.suggest("a")
-    guard = TrialGuard(tmp_path, found)
+    search = searcher()
+    search.suggest("a")
+    guard = TrialGuard(tmp_path, search)
     guard.on_trial_start(0, [], ray_trial("a"))
     guard.running["a"] = (time.monotonic() - 1e9, guard.running["a"][1])
     guard.on_step_end(0, [])
@@ -72,30 +72,30 @@ def test_without_a_limit_nothing_is_ended(killed: list[Any], tmp_path: Path) -> 
 def test_what_was_given_up_gets_a_record_with_its_reason(
     limit: float | None, killed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = searcher(jobs=("frozen",))
-    found.suggest("a")
-    guard = TrialGuard(tmp_path, found, limit)
+    search = searcher(jobs=("frozen",))
+    search.suggest("a")
+    guard = TrialGuard(tmp_path, search, limit)
     clock(monkeypatch, 0)
     guard.on_trial_start(0, [], ray_trial("a"))
     clock(monkeypatch, 4)
     guard.on_step_end(0, [])
-    found.on_trial_complete("a", None, error=True)
+    search.on_trial_complete("a", None, error=True)
     guard.on_trial_error(0, [], ray_trial("a"))
     reason = died(2) if limit is None else "no end after 3 s (--trial-timeout)"
     record = read_record(tmp_path, "baseline-frozen")
-    job = found.jobs["a"]
+    job = search.jobs["a"]
     assert (record.status, record.error) == ("FAILED", reason)
     assert (record.key, record.phase, record.method) == (job.key, "baseline", "frozen")
     assert record.config == {k: list(v) if isinstance(v, tuple) else v for k, v in job.config.items()}
-    assert found.error == f"baseline baseline-frozen failed: {'the worker died' if limit is None else reason}"
+    assert search.error == f"baseline baseline-frozen failed: {'the worker died' if limit is None else reason}"
 
 
 def test_a_record_that_was_written_before_death_stays(tmp_path: Path) -> None:
-    found = searcher()
-    found.suggest("a")
-    job = found.jobs["a"]
+    search = searcher()
+    search.suggest("a")
+    job = search.jobs["a"]
     write_record(tmp_path, TrialRecord("COMPLETE", "lora", job.config, job.trial_id, key=job.key))
-    TrialGuard(tmp_path, found).on_trial_error(0, [], ray_trial("a"))
+    TrialGuard(tmp_path, search).on_trial_error(0, [], ray_trial("a"))
     assert read_record(tmp_path, job.trial_id).status == "COMPLETE"
     found_again = find_record(tmp_path, job)
     assert found_again is not None and found_again.status == "COMPLETE"
@@ -108,10 +108,10 @@ def test_a_record_that_cannot_be_written_ends_the_search(tmp_path: Path, monkeyp
         raise InputError("no space left")
 
     monkeypatch.setattr(guard_module, "write_record", refuse)
-    found = searcher()
-    found.suggest("a")
-    TrialGuard(tmp_path, found).on_trial_error(0, [], ray_trial("a"))
-    assert found.error == "no space left"
+    search = searcher()
+    search.suggest("a")
+    TrialGuard(tmp_path, search).on_trial_error(0, [], ray_trial("a"))
+    assert search.error == "no space left"
     assert not has_record(tmp_path, "0001")
 
 
@@ -124,20 +124,22 @@ def ending(**more: Any) -> dict[str, Any]:
 
 
 def test_what_a_worker_could_not_write_the_driver_writes(tmp_path: Path) -> None:
-    found = searcher(n_trials=3)
-    guard = TrialGuard(tmp_path, found)
+    search = searcher(n_trials=3)
+    guard = TrialGuard(tmp_path, search)
     for name, by_user in (("a", True), ("b", False)):
-        found.suggest(name)
+        search.suggest(name)
         guard.on_trial_start(0, [], ray_trial(name))
         guard.on_trial_result(0, [], ray_trial(name), ending(is_user_error=by_user))
-        job, record = found.jobs[name], read_record(tmp_path, found.jobs[name].trial_id)
+        job, record = search.jobs[name], read_record(tmp_path, search.jobs[name].trial_id)
         assert (record.status, record.error, record.key, record.params) == ("FAILED", FULL, job.key, job.params)
         assert record.scores == ({"is_user_error": True} if by_user else {})
-    assert found.error is None and guard.running == {}
-    found.suggest("c")
-    written = TrialRecord("COMPLETE", "lora", found.jobs["c"].config, found.jobs["c"].trial_id, key=found.jobs["c"].key)
+    assert search.error is None and guard.running == {}
+    search.suggest("c")
+    written = TrialRecord(
+        "COMPLETE", "lora", search.jobs["c"].config, search.jobs["c"].trial_id, key=search.jobs["c"].key
+    )
     write_record(tmp_path, written)
-    TrialGuard(tmp_path, found).on_trial_result(0, [], ray_trial("c"), ending())
+    TrialGuard(tmp_path, search).on_trial_result(0, [], ray_trial("c"), ending())
     assert read_record(tmp_path, written.trial_id).status == "COMPLETE", "what is there stays"
 
 
@@ -146,29 +148,29 @@ def test_where_nobody_can_write_the_study_ends(tmp_path: Path, monkeypatch: pyte
         raise InputError(f"{folder}: no space left")
 
     monkeypatch.setattr(guard_module, "write_record", refuse)
-    found = searcher()
-    found.suggest("a")
-    TrialGuard(tmp_path, found).on_trial_result(0, [], ray_trial("a"), ending())
-    assert found.error == f"{tmp_path}: no space left"
-    assert found.suggest("b") == "FINISHED"
+    search = searcher()
+    search.suggest("a")
+    TrialGuard(tmp_path, search).on_trial_result(0, [], ray_trial("a"), ending())
+    assert search.error == f"{tmp_path}: no space left"
+    assert search.suggest("b") == "FINISHED"
 
 
 def test_a_study_ends_when_trials_in_a_row_cannot_write(tmp_path: Path) -> None:
-    found = searcher(n_trials=10)
-    guard = TrialGuard(tmp_path, found)
+    search = searcher(n_trials=10)
+    guard = TrialGuard(tmp_path, search)
     for name, unrecorded in (("a", True), ("b", True), ("c", False), ("d", True), ("e", True), ("f", True)):
-        assert found.error is None
-        found.suggest(name)
+        assert search.error is None
+        search.suggest(name)
         guard.on_trial_result(0, [], ray_trial(name), ending(unrecorded=unrecorded))
-    assert found.error == f"3 trials in a row could not write their records; the last: {FULL}"
+    assert search.error == f"3 trials in a row could not write their records; the last: {FULL}"
 
 
 def test_of_an_ended_trial_no_statistics_are_kept(tmp_path: Path) -> None:
-    found = searcher(n_trials=2)
-    guard = TrialGuard(tmp_path, found)
+    search = searcher(n_trials=2)
+    guard = TrialGuard(tmp_path, search)
     ended, given_up = ray_trial("a"), ray_trial("b")
-    found.suggest("a")
-    found.suggest("b")
+    search.suggest("a")
+    search.suggest("b")
     guard.on_trial_complete(0, [], ended)
     guard.on_trial_error(0, [], given_up)
     for trial in (ended, given_up):
