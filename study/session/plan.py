@@ -195,22 +195,26 @@ def count_work(
 
 def measured_rates(records: Sequence[TrialRecord], work: JobWork) -> Rates | None:
     """Return how fast the finished trials of a study ran; None before any has finished."""
-    trials = [r.seconds for r in records if r.phase == SEARCH and r.status == COMPLETE and r.repeat_of is None]
+    stages = ("train", "embed", "ridge", "total")
+    finished = [record.seconds for record in records if record.phase == SEARCH and record.status == COMPLETE]
+    trials = [seconds for seconds in finished if all(seconds.get(stage, 0) > 0 for stage in stages)]  # no repeats
     if not trials:
         return None
 
     def median(stage: str) -> float:
         return statistics.median(seconds[stage] for seconds in trials)
 
-    total, stages = median("total"), median("train") + median("embed") + median("ridge")
+    total, in_stages = median("total"), median("train") + median("embed") + median("ridge")
     ridge = median("ridge") / (work.trial.decompose + work.trial.products)
     # word rate has few features: what its ridge takes are the tests
-    tests = [r.seconds["ridge"] for r in records if r.phase == BASELINE and r.method == WORD_RATE and r.seconds]
+    tests = [
+        r.seconds["ridge"] for r in records if r.phase == BASELINE and r.method == WORD_RATE and "ridge" in r.seconds
+    ]
     seconds = Work(
-        total / stages * median("train") / work.trial.train,
-        total / stages * median("embed") / work.trial.embed,
-        total / stages * ridge,
-        total / stages * ridge,
+        total / in_stages * median("train") / work.trial.train,
+        total / in_stages * median("embed") / work.trial.embed,
+        total / in_stages * ridge,
+        total / in_stages * ridge,
         (tests[0] if tests else 0.0) / work.tests.tests,
     )
     low, high = np.quantile([seconds["total"] for seconds in trials], [0.25, 0.75]) / total

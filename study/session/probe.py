@@ -97,7 +97,8 @@ def probe_rates(shape: dict[str, int], base: TrialConfig, options: Options) -> R
     Only a process of its own uses a GPU: memory that the driver held there would be lost to the trials.
     """
     began = time.perf_counter()
-    settings = (tuple(shape.items()), base, max(1, int(options.cpus_per_trial)))
+    like_others = replace(base, model="probe", seed=0)  # which change no time
+    settings = (tuple(shape.items()), like_others, max(1, int(options.cpus_per_trial)))
     share = min(options.gpus_per_trial, 1.0)
     if not share:
         seconds = _measure(*settings, "cpu")
