@@ -222,8 +222,8 @@ def frames(
     )  # fmt: skip
     n_stories = cc.shape[1]
     names = np.array([f"story{at:02d}" for at in range(n_stories)])
-    told = {"trial_id": np.repeat(ids, n_stories), "split": 0, "role": "validation", "subject": "s1"}
-    return trials, pd.DataFrame(told | {"story": np.tile(names, len(ids)), "cc_mean": cc.ravel()})
+    columns = {"trial_id": np.repeat(ids, n_stories), "split": 0, "role": "validation", "subject": "s1"}
+    return trials, pd.DataFrame(columns | {"story": np.tile(names, len(ids)), "cc_mean": cc.ravel()})
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
@@ -313,8 +313,8 @@ def _confirm(listener: Listener, records: list[TrialRecord], name: str) -> tuple
         gain = listener.truth.tuning + listener.truth.effect * listener.place(point)
         test = _on_test(listener, one, level + gain + 0.0005 * rng.standard_normal(n_test))
         trials += [*fresh, test]
-        found = {"cc_searched": float(one.scores["cc_mean"]), "cc_of_seed": cc}
-        finalists.append({"trial_id": one.trial_id, **found, "cc_confirmed": float(np.mean(list(cc.values())))})
+        scores = {"cc_searched": float(one.scores["cc_mean"]), "cc_of_seed": cc}
+        finalists.append({"trial_id": one.trial_id, **scores, "cc_confirmed": float(np.mean(list(cc.values())))})
     winner = max(finalists, key=lambda one: one["cc_confirmed"])["trial_id"]
     fixed = {
         "look": 1, "at": "2026-01-31T12:00:00+00:00", "study": name, "data": "abc", "n_searched": len(searched),

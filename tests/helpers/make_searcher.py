@@ -49,14 +49,14 @@ def finished(
     )
 
 
-def ask_all(found: StudySearcher, cc: float = 0.1) -> list[dict[str, Any]]:
+def ask_all(search: StudySearcher, cc: float = 0.1) -> list[dict[str, Any]]:
     """Run a search to its end, one trial at a time."""
     jobs = []
     for at in range(100):
-        job = found.suggest(f"ray{at}")
+        job = search.suggest(f"ray{at}")
         if job == Searcher.FINISHED:
             return jobs
         assert job is not None
         jobs.append(job)
-        found.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": cc + at / 1000})
+        search.on_trial_complete(f"ray{at}", {"status": "COMPLETE", "value": cc + at / 1000})
     raise AssertionError("the search has no end")

@@ -73,4 +73,4 @@ def run_as_nobody(rehearsals: list[list[str]], cases: list[list[str]], folder: P
     assert ran.returncode == 0, ran.stderr[-2000:]
     ends = re.findall(r"((?:.*\n)*?)={20} (\d+)\n", ran.stderr)
     assert len(ends) == len(cases), ran.stderr[-2000:]
-    return [(said, int(code)) for said, code in ends]
+    return [(output, int(code)) for output, code in ends]

@@ -1,6 +1,6 @@
 """A study whose trials only pretend, on real Ray processes: python stub_study.py FOLDER OPTIONS; prints why it ended.
 
-What a trial does is told by its learning rate, see ``pretend``. The driver, the workers and the records are real; but
+Its learning rate decides what a trial does, see ``pretend``. The driver, the workers and the records are real; but
 workers import no torch, so that many of them fit here and what they cost is Ray's and ours.
 """
 
@@ -77,13 +77,13 @@ def pretend(given: dict[str, Any], folder: Path, report: Any) -> TrialRecord:
     return TrialRecord(status, "lora", given, scores=scores, epochs=epochs)
 
 
-def wait_for_the_end(told: Path) -> None:
+def wait_for_the_end(file: Path) -> None:
     """Say which process on which node this is, and wait to be killed."""
     import ray
 
-    half = told.with_suffix(".half")
+    half = file.with_suffix(".half")
     half.write_text(json.dumps({"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}))
-    half.rename(told)
+    half.rename(file)
     time.sleep(10_000)
 
 

@@ -30,11 +30,11 @@ def private_tmp() -> Iterator[Path]:
 
 
 def running_from(folder: Path) -> list[psutil.Process]:
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         if any(str(folder) in part for part in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def environment_of(private_tmp: Path) -> dict[str, str]:

@@ -114,12 +114,12 @@ def end_all(folder: Path) -> None:
 
 def of_folder(folder: Path) -> list[psutil.Process]:
     """Return our processes that were started with this folder as Ray's: their environment says so."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 WATCH = """
@@ -211,14 +211,14 @@ def test_half_gpu_trials_share_workers_that_come_and_go(cluster: Cluster, watch:
     size, most = [kind, float(worker["resources"]["CPU"]), float(worker["resources"]["GPU"])], worker["max_workers"]
     assert size[2] == 1 and most > 2, "the study below needs two of them, and could take more"
     lrs = [at / 100 for at in range(1, 9)]
-    said = run_study(cluster, tmp_path / "s", lrs, cpus_per_trial=2, gpus_per_trial=0.5, max_concurrent=AT_ONCE)
+    output = run_study(cluster, tmp_path / "s", lrs, cpus_per_trial=2, gpus_per_trial=0.5, max_concurrent=AT_ONCE)
     ended = time.time()
-    assert said.splitlines()[:2] == [
+    assert output.splitlines()[:2] == [
         f"runs on: the cluster at {cluster.address} (it runs on this node): 1 node, 0 CPUs, 0 GPUs, {most} more on "
         "demand",
         str(2 * most),
     ]
-    assert "ended: None" in said
+    assert "ended: None" in output
     records = by_lr(tmp_path / "s")
     assert [record.error for record in records.values()] == [None] * len(lrs)
     assert {lr: record.scores["cc_mean"] for lr, record in records.items()} == {lr: lr * 4 for lr in lrs}

@@ -221,10 +221,14 @@ def test_locks_are_exact_and_agree() -> None:
 def _needed(name: str, extra: str) -> set[str]:
     """Return what a package says it needs here; nothing of one that is not installed."""
     try:
-        said = [Requirement(line) for line in requires(name) or []]
+        requirements = [Requirement(line) for line in requires(name) or []]
     except PackageNotFoundError:
         return set()
-    return {canonicalize_name(one.name) for one in said if one.marker is None or one.marker.evaluate({"extra": extra})}
+    return {
+        canonicalize_name(one.name)
+        for one in requirements
+        if one.marker is None or one.marker.evaluate({"extra": extra})
+    }
 
 
 # --- shell ---
@@ -251,13 +255,13 @@ def _environment_after(home: Path, path: str) -> dict[str, str]:
 
 def test_environment_of_a_node(tmp_path: Path) -> None:
     for _ in range(2):  # it is read many times
-        found = _environment_after(tmp_path, f"{tmp_path}/ours-")
-        assert found["RAY_AUTH_MODE"] == "token"
-        assert "OMP_NUM_THREADS" not in found, "ray up sets 1 for all"
-        assert found["PATH"].startswith(f"{tmp_path}/bert-encoding/.venv/bin:")
-        assert found["RAY_TMPDIR"].startswith(f"{tmp_path}/ours-")
-        assert stat.S_IMODE(Path(found["RAY_TMPDIR"]).stat().st_mode) == 0o700
-    user = found["RAY_TMPDIR"].removeprefix(f"{tmp_path}/ours-")
+        variables = _environment_after(tmp_path, f"{tmp_path}/ours-")
+        assert variables["RAY_AUTH_MODE"] == "token"
+        assert "OMP_NUM_THREADS" not in variables, "ray up sets 1 for all"
+        assert variables["PATH"].startswith(f"{tmp_path}/bert-encoding/.venv/bin:")
+        assert variables["RAY_TMPDIR"].startswith(f"{tmp_path}/ours-")
+        assert stat.S_IMODE(Path(variables["RAY_TMPDIR"]).stat().st_mode) == 0o700
+    user = variables["RAY_TMPDIR"].removeprefix(f"{tmp_path}/ours-")
     (tmp_path / f"theirs-{user}").symlink_to(tmp_path)
     assert _environment_after(tmp_path, f"{tmp_path}/theirs-")["RAY_TMPDIR"] == "/nonexistent"
 
@@ -413,7 +417,7 @@ def _setup(tmp_path: Path, ssh_from: str = "203.0.113.7/32") -> dict[str, Any]:
 
 
 def _rules(session: Any, group: str) -> list[Any]:
-    (found,) = session.client("ec2").describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    (described,) = session.client("ec2").describe_security_groups(GroupIds=[group])["SecurityGroups"]
     return sorted(
         (
             rule["IpProtocol"],
@@ -421,7 +425,7 @@ def _rules(session: Any, group: str) -> list[Any]:
             [r["CidrIp"] for r in rule["IpRanges"]],
             len(rule["UserIdGroupPairs"]),
         )
-        for rule in found["IpPermissions"]
+        for rule in described["IpPermissions"]
     )
 
 

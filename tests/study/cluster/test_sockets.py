@@ -64,9 +64,9 @@ def test_every_open_port_refuses_who_has_no_token(study: subprocess.Popen, priva
         (service,) = (name for name, status in without.items() if status != UNIMPLEMENTED)
         assert without[service] == UNAUTHENTICATED, where
         assert call(host, port, METHODS[service], WRONG) == UNAUTHENTICATED, where
-        told = call(host, port, METHODS[service], token, patience_s=4)
-        assert told in (OK, SILENT), f"{where}: the token opens"
-        answered |= {service} if told == OK else set()
+        status = call(host, port, METHODS[service], token, patience_s=4)
+        assert status in (OK, SILENT), f"{where}: the token opens"
+        answered |= {service} if status == OK else set()
     assert answered == set(METHODS), "every kind of Ray's services was found and asked"
     assert {"gcs_server", "raylet", "ray"} <= names
     assert not [name for name in names if "dashboard" in name.lower()]
@@ -74,7 +74,7 @@ def test_every_open_port_refuses_who_has_no_token(study: subprocess.Popen, priva
 
 def open_ports(driver: int) -> list[tuple[psutil.Process, str, int]]:
     """Return what the processes of a study listen at beyond loopback: process, where to reach it, port."""
-    found = []
+    ports = []
     first = psutil.Process(driver)
     for process in [first, *first.children(recursive=True)]:
         for connection in process.net_connections("inet"):
@@ -82,8 +82,8 @@ def open_ports(driver: int) -> list[tuple[psutil.Process, str, int]]:
                 address = ipaddress.ip_address(connection.laddr.ip)
                 host = "127.0.0.1" if address.is_unspecified else str(address)
                 if not address.is_loopback:
-                    found.append((process, host, connection.laddr.port))
-    return found
+                    ports.append((process, host, connection.laddr.port))
+    return ports
 
 
 def call(host: str, port: int, method: str, token: str | None, patience_s: float = 20) -> str | None:
@@ -150,11 +150,11 @@ def test_rays_own_client_needs_the_token_too(study: subprocess.Popen, private_tm
     (port,) = (port for process, _, port in open_ports(study.pid) if process.name() == "gcs_server")
     clean = {name: value for name, value in environment_of(private_tmp).items() if not name.startswith("RAY_")}
     (file,) = private_tmp.glob("bert-encoding-*/auth_token")
-    said = {}
+    answers = {}
     for token in ("", WRONG, file.read_text()):
         more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-c", CLIENT, f"127.0.0.1:{port}"]
         done = subprocess.run(command, env=clean | more, capture_output=True, text=True, timeout=300)
-        said[token] = done.stdout.strip() or done.stderr
-    assert said.pop(file.read_text()) == "joined", json.dumps(said)
-    assert not [one for one in said.values() if "joined" in one]
+        answers[token] = done.stdout.strip() or done.stderr
+    assert answers.pop(file.read_text()) == "joined", json.dumps(answers)
+    assert not [one for one in answers.values() if "joined" in one]

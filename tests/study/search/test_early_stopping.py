@@ -1,4 +1,4 @@
-"""Early stopping: which trials the rules stop, what Optuna is told, and the way from driver to worker."""
+"""Early stopping: which trials the rules stop, what Optuna knows, and the way from driver to worker."""
 
 from collections.abc import Callable
 from typing import Any
@@ -137,17 +137,17 @@ def test_before_training_nobody_is_stopped(space: Space) -> None:
         assert not search.stop_signal.board.should_stop(job["trial_id"], 0)
 
 
-# --- what Optuna is told ----------------------------------------------------------------------------------------------
+# --- what Optuna knows ----------------------------------------------------------------------------------------------
 
 
-def told(search: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
+def known_to_optuna(search: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
     return [(t.state.name, t.value, t.intermediate_values) for t in search.study.get_trials(deepcopy=False)]
 
 
 def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
     search = searcher(space, n_trials=2, scheduler="asha", stop_signal=RecordedSignal())
     play(search, [rising(0.5), rising(0.2)])
-    assert told(search) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
+    assert known_to_optuna(search) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
     assert search.study.best_value == 2.0, "a pruned trial is not the best one"
 
 
@@ -158,7 +158,7 @@ def test_a_trial_that_is_tried_again_tells_its_epochs_once(space: Space) -> None
     for at, value in ((1, 0.5), (2, 0.6), (1, 0.5), (2, 0.6), (3, 0.7)):
         search.on_trial_result("a", epoch(job["trial_id"], at, value))
     search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.7, "curve": [(1, 0.5), (2, 0.6), (3, 0.7)]})
-    assert told(search) == [("COMPLETE", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})]
+    assert known_to_optuna(search) == [("COMPLETE", 0.7, {1: 0.5, 2: 0.6, 3: 0.7})]
 
 
 def record_of(space: Space, lr: float, at: int, values: list[float], status: str) -> TrialRecord:
@@ -185,7 +185,7 @@ def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Sp
         records=records,
         first_id=n_before + 1,
     )
-    assert told(resumed) == told(whole)[:n_before]
+    assert known_to_optuna(resumed) == known_to_optuna(whole)[:n_before]
     assert play(resumed, CURVES[n_before:]) == given[n_before:]
 
 
@@ -197,7 +197,7 @@ def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> No
     assert search.suggest("a")["repeat_of"] == "0001"
     ended = {"status": "STOPPED", "value": 0.2, "curve": curve(stopped, METRICS["encoding"])}
     search.on_trial_complete("a", ended)
-    assert told(search) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
+    assert known_to_optuna(search) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
 
 
 # --- what is running --------------------------------------------------------------------------------------------------

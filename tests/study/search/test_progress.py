@@ -124,13 +124,13 @@ def test_the_best_of_earlier_sessions_counts() -> None:
     assert "best CC 0.3000 (0001)" in play.lines[0]
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(50, "about 50 s"), (600, "about 10 min"), (7200, "about 2.0 h")])
-def test_time_left_is_said_in_a_fitting_unit(seconds: float, said: str) -> None:
+@pytest.mark.parametrize(("seconds", "text"), [(50, "about 50 s"), (600, "about 10 min"), (7200, "about 2.0 h")])
+def test_time_left_has_a_fitting_unit(seconds: float, text: str) -> None:
     play = Play(n_trials=2)
     play.begin("a")
     play.time = seconds
     play.end("a")
-    assert f"{said} left" in play.lines[0]
+    assert f"{text} left" in play.lines[0]
 
 
 def test_a_terminal_gets_no_lines_of_a_log() -> None:

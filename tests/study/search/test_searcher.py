@@ -78,7 +78,7 @@ def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
     assert Job(**job).to_dict() == job
 
 
-# --- what Optuna is told ----------------------------------------------------------------------------------------------
+# --- what Optuna knows ----------------------------------------------------------------------------------------------
 
 
 def states(search: StudySearcher) -> list[tuple[str, float | None]]:

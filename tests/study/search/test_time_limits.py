@@ -1,4 +1,4 @@
-"""The guard of trials, told by hand what Ray Tune would tell it; with real processes it is in test_stopping.py."""
+"""The guard of trials, called as Ray Tune calls it; with real processes it is in test_stopping.py."""
 
 import time
 from pathlib import Path

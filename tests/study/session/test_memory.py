@@ -89,8 +89,8 @@ def test_a_whole_brain_of_all_stories_is_forecast_in_single_gigabytes() -> None:
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
     monkeypatch.chdir(tmp_path)
-    found = resolve_options({"space": "smoke", "trials": 10}, {}, load_space("smoke"))
-    return replace(found, max_concurrent=4)
+    options = resolve_options({"space": "smoke", "trials": 10}, {}, load_space("smoke"))
+    return replace(options, max_concurrent=4)
 
 
 def refused(options: Options, monkeypatch: pytest.MonkeyPatch, free_gb: float, n_voxels: int = 50_000) -> str:

@@ -216,10 +216,10 @@ def test_only_a_confirm_phase_that_is_still_to_come_is_announced(dataset: Datase
         out = io.StringIO()
         given = options(baselines=["random"], max_concurrent=2, epochs=1)
         print_plan(Console(file=out, width=400), given, space, dataset, (split,), {"s": 4}, SECONDS, Done(), confirms)
-        told = (
+        text = (
             "the best 3, with 2 fresh seeds each; then these and 3 baselines once on the test stories: 12 more trials"
         )
-        assert (told in out.getvalue()) == confirms
+        assert (text in out.getvalue()) == confirms
         seconds = 10 + 3 * 6 / 2 + (800 + (600 + 150 + 20 + 2 * 4) * confirms) / 2
         assert f"about 2 min and 1.0 GB per trial, about {seconds / 60:.0f} min in all (x)" in out.getvalue()
 
@@ -255,11 +255,11 @@ def test_a_log_file_has_neither_trailing_spaces_nor_a_bar(dataset: Dataset, caps
 
 
 @pytest.mark.parametrize(
-    ("is_kept", "said"),
+    ("is_kept", "text"),
     [(False, "interrupted before any trial had ended; nothing was kept\n"), (True, "interrupted\n")],
 )
 def test_an_interruption_is_said_once(
-    is_kept: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    is_kept: bool, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*given: Any) -> None:
         raise KeyboardInterrupt
@@ -270,4 +270,4 @@ def test_an_interruption_is_said_once(
     monkeypatch.setattr(run, "run_session", interrupt)
     study: Any = SimpleNamespace(options=given)
     assert run._run(study, run.ResumePolicy(), run._console()) is is_kept
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == text
