@@ -124,7 +124,7 @@ def stub_objective(
     import study.search.worker as module
 
     module._limit_resources = lambda *limits: None  # it imports torch
-    module._run = lambda made, task, folder, report: pretend(made.config, folder, report)
+    module._run = lambda made, task, folder, report, cache: pretend(made.config, folder, report)
     module.write_record = where_full(bert_encoding.trial.record.write_record, (FILLS_ITS_DISK, FILLS_EVERY_DISK))
     module.objective(
         job, task=task, study=study, metric=metric, n_threads=n_threads, gpu_share=gpu_share, stop_signal=stop_signal
