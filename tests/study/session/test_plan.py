@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,11 @@ def test_probe_measures_every_stage_and_leaves_torch_as_it_was() -> None:
     assert rates.low < 1 < rates.high
     assert re.fullmatch(r"from a probe of [\d.]+ s on this machine, the cluster's others may differ", rates.source)
     assert torch.get_num_threads() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_probe_counts_processor_time_on_a_cpu() -> None:
+    """Waiting, for instance while other programs run, is not counted."""
+    assert probe._seconds(lambda: time.sleep(0.2), torch.device("cpu")) < 0.1
 
 
 @pytest.mark.parametrize(
