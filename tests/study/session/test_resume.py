@@ -280,7 +280,7 @@ def test_a_forced_study_records_how_it_changed(
     without_resume = study.arguments[1:]
     ended = run_study_command([*without_resume, "--force-resume", "--trials", "1"], capsys)
     assert (ended.code, ended.error) == (0, "")
-    message = "note: trials from 0003 on may not compare with those before: the study was forced to go on ("
+    message = "note: trials from 0003 on may not be comparable with earlier ones"
     assert message in ended.out
     after = read_json(study.folder / "study.json")
     (forced,) = after["forced"]

@@ -135,7 +135,7 @@ def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_
 
     forced = run_command([*resume, "--force-resume", "--keep-adapters", "1"], private_tmp)
     assert forced.returncode in (0, 3), forced.stderr + forced.stdout  # what it suggests may be too long for this BERT
-    assert "note: trials from 0003 on may not compare" in forced.stdout
+    assert "note: trials from 0003 on may not be comparable" in forced.stdout
     trials = load_trials(study).set_index("trial_id")
     assert list(trials.index[2:]) == ["0001", "0002", "0003", "0004"]
     assert trials.loc["0002", "rank"] == 2
