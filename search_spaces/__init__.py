@@ -1,1 +1,1 @@
-"""Search spaces: one question a file."""
+"""Search spaces: one question per file."""

@@ -233,7 +233,7 @@ class CrossValidatedRidge:
         return [self._cc_in_fold(basis, projected, block, fold) for fold in out]
 
     def _cc_in_fold(self, basis: Basis, projected: torch.Tensor, block: Targets, fold: int) -> torch.Tensor:
-        """Return the CC of a fold for every ridge_alpha; 0 for a voxel that is constant there, so other folds choose.
+        """Return the CC of a fold for every ridge_alpha; 0 in constant voxels, so that other folds choose.
 
         With ``p_a = H D_a P`` for the centred rows ``H`` of the fold, ``y'p_a`` is ``D_a`` times ``(H'y) * P`` summed
         over the basis, and only ``||p_a||`` needs the product.

@@ -147,7 +147,7 @@ class Targets(NamedTuple):
     Attributes
     ----------
     Y : (n_trs, n_voxels) float32 or float64, on the device where ridge computes
-    norms : (n_folds, n_voxels) norms of the centred rows of each fold; 0 for a voxel that is constant there
+    norms : (n_folds, n_voxels) norms of the centred rows of each fold; 0 in constant voxels
     """
 
     Y: torch.Tensor

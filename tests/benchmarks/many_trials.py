@@ -1,4 +1,4 @@
-"""What the driver costs: trials that do nothing, its seconds a trial, memory of driver and workers as the study grows.
+"""What the driver costs: trials that do nothing; its seconds per trial, memory of driver and workers with study size.
 
 Processor seconds of the driver are its own; seconds by the clock also depend on what else the machine does.
 
@@ -64,7 +64,7 @@ def main(*, trials: int = 1000, workers: int = 8, sampler: str = "tpe") -> None:
 
 
 def cost(samples: list[Sample], first: float, last: float) -> tuple[float, float, float]:
-    """Return seconds, processor seconds and MB of the driver a trial, between two shares of all records."""
+    """Return seconds, processor seconds and MB of the driver per trial, between two shares of all records."""
     n = samples[-1].n_records
     begin, end = at_record(samples, int(first * n)), at_record(samples, int(last * n))
     n_between = end.n_records - begin.n_records

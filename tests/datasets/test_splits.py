@@ -92,7 +92,7 @@ def test_splits_follow_the_seed_and_nothing_else(n_folds: int) -> None:
 
 
 def test_every_story_is_as_likely_to_validate_as_any_other() -> None:
-    """Counts over seeds are binomial: 2 of 10 stories a seed."""
+    """Counts over seeds are binomial: 2 of 10 stories per seed."""
     train, n_seeds = names(10), 600
     chosen = [name for seed in range(n_seeds) for name in split_stories(train, ["test"], seed, 1)[0].validation]
     counts = np.array([chosen.count(name) for name in train])

@@ -35,7 +35,7 @@ def long_textgrid(tiers: Tiers) -> str:
 
 
 def short_textgrid(tiers: Tiers, head: str = 'File type = "ooTextFile"\nObject class = "TextGrid"') -> str:
-    """Return a TextGrid with one value a line and no labels."""
+    """Return a TextGrid with one value per line and no labels."""
     end = _end(tiers)
     lines = [head, "", "0", f"{end}", "<exists>", f"{len(tiers)}"]
     for name, intervals in tiers:
