@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bert_encoding.core.command_line import Number, called_as
 from bert_encoding.core.storage import open_place
-from bert_encoding.trial.tables import write_record_tables
+from bert_encoding.trial.tables import write_tables
 from study.report.finish import print_answer
 from study.results.confirmed import confirm_lines
 from study.results.gather import gather
@@ -55,7 +55,7 @@ def main(folder: str, other: str | None = None, /, *, delta: Number = None) -> N
         return
     study = open_place(folder)
     records, task = load_records(study), load_task(study)
-    trials = write_record_tables(study, records)
+    trials = write_tables(study, records)
     print_study(console, records, trials, task, is_adaptive(load_options(study)))
     print_examples(console, study, trials, task)
     for line in (*confirm_lines(study, trials), *forced_lines(study)):

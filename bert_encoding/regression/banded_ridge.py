@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bert_encoding.core.seeds import generator
-from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, Prediction
+from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge
 from bert_encoding.regression.solvers import Targets, largest_eigenvalue, rows_of_folds
 
 N_CANDIDATES = 5
@@ -34,10 +34,6 @@ class BandedRidge:
     seed : of the weights of three bands or more
     device : where ridge is computed
 
-    Raises
-    ------
-    ValueError
-        if shapes disagree, values are not finite, or there are fewer than two folds.
     """
 
     def __init__(
@@ -50,7 +46,6 @@ class BandedRidge:
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        _check_features(X_bands, folds)
         self.X_bands = [np.asarray(X, np.float32) for X in X_bands]
         self.folds, self.ridge_alphas, self.device = folds, ridge_alphas, device
         self.band_weights = band_weights(len(X_bands), n_candidates, seed)
@@ -63,7 +58,7 @@ class BandedRidge:
         ridge.ridge_alphas = ridge_alphas
         return ridge
 
-    def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> Prediction:
+    def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Choose each voxel's penalties by the mean held-out CC over folds, fit on all rows, and predict other rows.
 
         Parameters
@@ -79,19 +74,19 @@ class BandedRidge:
         Raises
         ------
         ValueError
-            if rows disagree or values are not finite.
+            if rows disagree, values are not finite, or there are fewer than two folds.
         """
         targets = Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
-        best: Prediction | None = None
+        best: tuple[np.ndarray, ...] = ()
         for index, gamma in enumerate(self.band_weights):
             predicted, ridge_alphas, cv_cc = self.candidate(index).fit_predict(targets, X * self.scale(index))
-            candidate = Prediction(predicted, ridge_alphas / gamma[:, None], cv_cc)
+            candidate = predicted, ridge_alphas / gamma[:, None], cv_cc
             best = best or candidate
-            better = cv_cc.max(axis=0) > best.cv_cc.max(axis=0)
+            better = cv_cc.max(axis=0) > best[2].max(axis=0)
             for old, new in zip(best, candidate, strict=True):
                 old[:, better] = new[:, better]
-        assert best is not None
-        return best
+        predicted, ridge_alphas, cv_cc = best
+        return predicted, ridge_alphas, cv_cc
 
     def candidate(self, index: int) -> CrossValidatedRidge:
         """Return plain ridge on the bands scaled by one candidate's weights; cached if all candidates fit in memory."""
@@ -140,13 +135,3 @@ def _bytes_of(ridge: CrossValidatedRidge) -> int:
     n, size = min(ridge.n_rows, ridge.n_features), ridge.dtype.itemsize
     bases = size * (n**2 * (len(ridge.rows) + 1) + ridge.n_rows * n)
     return bases + ridge.eigh_dtype.itemsize * n**2 + (4 + size) * ridge.n_rows * ridge.n_features
-
-
-def _check_features(X_bands: Sequence[np.ndarray], folds: np.ndarray) -> None:
-    for index, X in enumerate(X_bands):
-        if len(X) != len(folds):
-            raise ValueError(f"rows disagree: band {index} {len(X)}, folds {len(folds)}")
-        if not np.isfinite(X).all():
-            raise ValueError(f"band {index} has non-finite values")
-    if np.unique(folds).size < 2:
-        raise ValueError("1 fold: at least 2 are needed to choose penalties on rows that are not scored")

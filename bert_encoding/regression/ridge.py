@@ -10,9 +10,9 @@ one limit the eigenvectors are computed in float64, above another everything is.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,20 +42,6 @@ class RidgeFit(NamedTuple):
     """
 
     weights: np.ndarray
-    ridge_alphas: np.ndarray
-    cv_cc: np.ndarray
-
-
-class Prediction(NamedTuple):
-    """The predictions of a fitted model for other rows.
-
-    Attributes
-    ----------
-    predicted : (n_rows, n_voxels) float32
-    ridge_alphas, cv_cc : as in ``RidgeFit``
-    """
-
-    predicted: np.ndarray
     ridge_alphas: np.ndarray
     cv_cc: np.ndarray
 
@@ -90,6 +76,7 @@ class CrossValidatedRidge:
         if not np.isfinite(X).all():
             raise ValueError("X has non-finite values")
         self.rows = rows_of_folds(folds)
+        self._every = range(len(self.rows))
         _check_n_folds(len(self.rows), 2)
         self.device = device or torch.device("cpu")
         self.ridge_alphas, self._precision = ridge_alphas, precision
@@ -108,12 +95,7 @@ class CrossValidatedRidge:
         return ridge
 
     def extended(self, beyond: Mapping[str, float]) -> "CrossValidatedRidge | None":
-        """Return ridge with the grid that ``extend_alphas`` returns, None if the grid is wide enough.
-
-        Parameters
-        ----------
-        beyond : ``share_beyond_grid`` of all voxels
-        """
+        """Return ridge with the grid that ``extend_alphas`` returns, None if the grid is wide enough."""
         ridge_alphas = extend_alphas(self.ridge_alphas, beyond, self.largest_eigenvalue)
         return None if ridge_alphas is None else self.with_alphas(ridge_alphas)
 
@@ -129,26 +111,30 @@ class CrossValidatedRidge:
         ValueError
             if rows disagree or values are not finite.
         """
-        parts = [
-            (weights.to(torch.float32).cpu().numpy(), alphas, cv_cc)
-            for weights, alphas, cv_cc in map(self._fit_block, self._blocks(Y))
-        ]
-        return RidgeFit(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+        return RidgeFit(*self._fit(Y, lambda weights: weights))
 
-    def fit_predict(self, Y: np.ndarray | Targets, X: np.ndarray) -> Prediction:
+    def fit_predict(self, Y: np.ndarray | Targets, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit, and predict other rows without keeping the weights, which may be large.
 
         Parameters
         ----------
         Y : as in ``fit``
         X : (n_rows, n_features)
+
+        Returns
+        -------
+        predicted : (n_rows, n_voxels) float32
+        ridge_alphas, cv_cc : as in ``RidgeFit``
         """
         rows = torch.from_numpy(X).to(self.device, torch.float32)
+        return self._fit(Y, lambda weights: rows @ weights)
+
+    def _fit(self, Y: np.ndarray | Targets, read: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         parts = [
-            ((rows @ weights.to(torch.float32)).cpu().numpy(), alphas, cv_cc)
+            (read(weights.to(torch.float32)).cpu().numpy(), alphas, cv_cc)
             for weights, alphas, cv_cc in map(self._fit_block, self._blocks(Y))
         ]
-        return Prediction(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+        return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
 
     def predict_left_out(self, Y: np.ndarray | Targets) -> np.ndarray:
         """Predict each fold from the other folds, (n_trs, n_voxels) float32; ridge_alphas are chosen inside these.
@@ -176,10 +162,6 @@ class CrossValidatedRidge:
         self._form: Form = FORMS[self._form_name](self._X.to(self.dtype), self.rows, self.eigh_dtype)
         self._bases: dict[tuple[int, ...], Basis] = {}
         self._held_out: dict[int, torch.Tensor] = {}
-
-    @property
-    def _every(self) -> range:
-        return range(len(self.rows))
 
     def _blocks(self, Y: np.ndarray | Targets) -> list[Targets]:
         targets = Targets.prepare(Y, self.rows, self.device) if isinstance(Y, np.ndarray) else Y
@@ -259,16 +241,12 @@ class CrossValidatedRidge:
 
     def _norms(self, rows: torch.Tensor, shrinkage: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the norm of each voxel's prediction for every ridge_alpha, (n_alphas, n_voxels)."""
-        fast = self._fast_dtype(rows)
+        fast = rows.dtype  # with few rows, bfloat16 would lose accuracy and save no time
+        if self._precision != "float64" and rows.numel() >= MANY_ROWS:
+            fast = torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
         projected = projected.to(fast)
         norms = [_column_norms((rows * shrunk).to(fast) @ projected) for shrunk in shrinkage]
         return torch.stack(norms).to(rows)
-
-    def _fast_dtype(self, rows: torch.Tensor) -> torch.dtype:
-        """Return the type of the norms: with few rows, bfloat16 would lose accuracy and save no time."""
-        if self._precision == "float64" or rows.numel() < MANY_ROWS:
-            return rows.dtype
-        return torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
 
 
 def block_bytes_per_voxel(n_rows: int, n_features: int, n_folds: int, itemsize: int) -> int:

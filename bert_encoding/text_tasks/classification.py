@@ -43,8 +43,7 @@ class ClassifyRun:
         self.max_length = resolve_max_length(task, config, self.encoder)
         self.precision = resolve_precision(config.precision, self.device)
         self.labels = class_names(task.corpus)
-        self.prepared = prepare_classifier(config, self.encoder, self.labels)
-        self.model = self.prepared.model
+        self.model, self.adapted = prepare_classifier(config, self.encoder, self.labels)
         self.texts = read_texts(task.corpus, self.encoder, cache)
         tokenizer = self.encoder.tokenizer
         self.windows = [text_window(tokens, self.max_length, tokenizer) for tokens in self.texts.tokens]
@@ -61,11 +60,8 @@ class ClassifyRun:
         if n_cut:
             n_texts = len(self.windows)
             yield f"{n_cut} of {n_texts} texts are longer than {self.max_length} tokens; only their end is read"
-        yield (
-            f"the pooler of {name} is used"
-            if pooler_weights(self.encoder) and self.config.method != RANDOM
-            else "the pooler is randomly initialised and trained"
-        )
+        is_pretrained = pooler_weights(self.encoder) and self.config.method != RANDOM
+        yield f"the pooler {f'of {name} is used' if is_pretrained else 'is randomly initialised and trained'}"
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train and yield scores; with patience, until this many epochs were no better than an earlier one."""
@@ -118,7 +114,7 @@ class ClassifyRun:
     def save(self, folder: Path) -> None:
         """Write the classifier for ``load_classifier``."""
         reading = ReadingSettings(self.labels, self.max_length, self.precision, self.task.corpus.clean)
-        save_classifier(folder, self.prepared, reading, self.encoder)
+        save_classifier(folder, self.model, self.adapted, reading, self.encoder)
 
     def _objective(self) -> Classification:
         train = self.task.train

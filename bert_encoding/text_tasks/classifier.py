@@ -28,21 +28,10 @@ from bert_encoding.trial.config import TrialConfig
 READ_BATCH = 32  # texts; the other texts of a batch may change a probability by a rounding error
 
 
-class Prepared(NamedTuple):
-    """A classifier to train.
-
-    Attributes
-    ----------
-    model : the parameters that train require gradients
-    adapted : PEFT's wrapper around the same encoder, for saving; None without an adapter
-    """
-
-    model: BertForSequenceClassification
-    adapted: PeftModel | None
-
-
-def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[str]) -> Prepared:
-    """Return a copy of the pristine encoder with a new head, ready for the method.
+def prepare_classifier(
+    config: TrialConfig, encoder: Encoder, labels: Sequence[str]
+) -> tuple[BertForSequenceClassification, PeftModel | None]:
+    """Return a copy of the pristine encoder with a new head, ready for the method, and PEFT's wrapper around it if any.
 
     The encoder trains as for a masked LM (see ``prepare_model``); the classes always train, the pooler if it is new or
     the method trains whole weights.
@@ -60,7 +49,7 @@ def prepare_classifier(config: TrialConfig, encoder: Encoder, labels: Sequence[s
     model.bert.pooler.requires_grad_(not pretrained or config.method in (FULL, PARTIAL))
     if config.hidden_dropout is not None:
         model.dropout.p = config.hidden_dropout
-    return Prepared(model, prepared if isinstance(prepared, PeftModel) else None)
+    return model, prepared if isinstance(prepared, PeftModel) else None
 
 
 def assemble(bert: BertModel, labels: Sequence[str], seed: int) -> BertForSequenceClassification:
@@ -102,28 +91,15 @@ def text_window(tokens: Tokens, max_length: int, tokenizer: BertTokenizerFast) -
 
 
 class TextBatch(NamedTuple):
-    """Texts with their classes.
+    """Texts with their classes."""
 
-    Attributes
-    ----------
-    windows : each text from [CLS] to [SEP]
-    labels : (n_texts,) classes
-    vectors : (n_texts, n_hidden) of [CLS], if BERT itself does not train; None to run it
-    """
-
-    windows: list[Window]
-    labels: np.ndarray
-    vectors: torch.Tensor | None
+    windows: list[Window]  # each text from [CLS] to [SEP]
+    labels: np.ndarray  # (n_texts,) classes
+    vectors: torch.Tensor | None  # (n_texts, n_hidden) of [CLS], if BERT itself does not train
 
 
 class Classification:
-    """The objective of ``train``: cross-entropy, in nats per text.
-
-    Parameters
-    ----------
-    windows, labels, vectors : as in ``TextBatch``
-    pad_id : token that pads the texts of a micro-batch
-    """
+    """The objective of ``train``: cross-entropy, in nats per text; texts as in ``TextBatch``."""
 
     def __init__(
         self, windows: Sequence[Window], labels: np.ndarray, pad_id: int, vectors: torch.Tensor | None = None

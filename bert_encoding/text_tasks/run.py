@@ -34,16 +34,8 @@ def run_text_trial(
 
     Parameters
     ----------
-    report : called after every epoch with its scores; False stops the trial there
+    report, cache : as in ``run_trial``, which raises the same errors
     adapter_folder : where to save the model: an adapter, or all weights
-    cache : shared with other trials of this process
-
-    Raises
-    ------
-    InputError
-        if the configuration does not fit the model or the task.
-    FloatingPointError, RuntimeError
-        if training diverged or a stage broke its promise.
     """
     started = time.perf_counter()
     _check_settings(config, task.kind)

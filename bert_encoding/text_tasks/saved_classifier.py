@@ -19,7 +19,7 @@ from bert_encoding.core.files import read_json, write_json
 from bert_encoding.datasets.corpus import clean_text
 from bert_encoding.language_model.encoder import Encoder, checkpoint_fingerprint, load_encoder, quiet
 from bert_encoding.language_model.lora import save_adapter, share_like
-from bert_encoding.text_tasks.classifier import Prepared, assemble, read_logits, read_vectors, text_window
+from bert_encoding.text_tasks.classifier import assemble, read_logits, read_vectors, text_window
 from bert_encoding.text_tasks.task import tokenize_texts
 
 SETTINGS_FILE = "classifier.json"
@@ -28,20 +28,12 @@ _HEAD = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weigh
 
 
 class ReadingSettings(NamedTuple):
-    """How a classifier reads texts.
+    """How a classifier reads texts."""
 
-    Attributes
-    ----------
-    labels : names of the classes, in the order of the outputs
-    max_length : number of tokens read, from the end of a text
-    precision : of matrix products
-    clean : whether texts are cleaned, as the training texts were
-    """
-
-    labels: tuple[str, ...]
-    max_length: int
-    precision: str
-    clean: bool
+    labels: tuple[str, ...]  # in the order of the outputs
+    max_length: int  # tokens read, from the end of a text
+    precision: str  # of matrix products
+    clean: bool  # whether texts are cleaned, as the training texts were
 
 
 class Classifier(NamedTuple):
@@ -52,7 +44,13 @@ class Classifier(NamedTuple):
     reading: ReadingSettings
 
 
-def save_classifier(folder: Path, prepared: Prepared, reading: ReadingSettings, encoder: Encoder) -> None:
+def save_classifier(
+    folder: Path,
+    model: BertForSequenceClassification,
+    adapted: PeftModel | None,
+    reading: ReadingSettings,
+    encoder: Encoder,
+) -> None:
     """Write a classifier for ``load_classifier``.
 
     An adapter is written in PEFT format, together with pooler and classes; without an adapter, all weights and the
@@ -60,13 +58,13 @@ def save_classifier(folder: Path, prepared: Prepared, reading: ReadingSettings, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = reading._asdict() | {"model": encoder.name}
-    if prepared.adapted is None:
+    if adapted is None:
         with quiet():
-            prepared.model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder))
             encoder.tokenizer.save_pretrained(str(folder))
     else:
-        save_adapter(prepared.adapted, folder, encoder.name)
-        _add_head(folder, prepared.model)
+        save_adapter(adapted, folder, encoder.name)
+        _add_head(folder, model)
         settings["checkpoint"] = checkpoint_fingerprint(encoder.name)
     write_json(folder / SETTINGS_FILE, settings)
 
@@ -95,9 +93,8 @@ def load_classifier(folder: Path) -> Classifier:
     settings = read_json(folder / SETTINGS_FILE, required=(*ReadingSettings._fields, "model"))
     load = _load_adapted if (folder / _ADAPTER).is_file() else _load_whole
     try:
-        reading = ReadingSettings(
-            tuple(settings["labels"]), settings["max_length"], settings["precision"], settings["clean"]
-        )
+        reading = ReadingSettings(*(settings[name] for name in ReadingSettings._fields))
+        reading = reading._replace(labels=tuple(reading.labels))
         with quiet():
             model, tokenizer = load(folder, settings)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:

@@ -143,7 +143,8 @@ class TrialConfig:
         target_regex(self.target_modules)
         _check_number("stride", self.stride, 1, self.window_tokens - 2)
         _check_number("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
-        if not self.delays or any(type(d) is not int or d < 0 for d in self.delays) or not _differ(self.delays):
+        differ = len(set(self.delays)) == len(self.delays)
+        if not self.delays or not differ or any(type(d) is not int or d < 0 for d in self.delays):
             raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
         if not self.ridge_alphas or not all(0 < ridge_alpha < float("inf") for ridge_alpha in self.ridge_alphas):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
@@ -203,7 +204,3 @@ def _check_layers(name: str, value: object) -> None:
         raise InputError(f"{name} {value!r}: a layer is named twice")
     if name == "lora_layers" and isinstance(value, int):
         raise InputError(f"{name} {value!r}: must be several, such as ({value},)")
-
-
-def _differ(values: tuple[int, ...]) -> bool:
-    return len(set(values)) == len(values)

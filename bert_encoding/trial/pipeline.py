@@ -149,11 +149,9 @@ class Chain:
 
     def _static_table(self, path: Path) -> StaticVectors:
         dataset = self.task.dataset
-        return self.cache.get(
-            "static vectors",
-            (path, dataset.fingerprint),
-            lambda: read_static_vectors(path, distinct_words(story.spoken for story in dataset.stories.values())),
-        )
+        spoken = (story.spoken for story in dataset.stories.values())
+        key = (path, dataset.fingerprint)
+        return self.cache.get("static vectors", key, lambda: read_static_vectors(path, distinct_words(spoken)))
 
     def score(
         self, downsampled: Vectors, fit: Names, scored: Names, *, with_tests: bool = False

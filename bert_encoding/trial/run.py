@@ -86,10 +86,8 @@ def run_trial(
 
     Raises
     ------
-    InputError
-        if the configuration does not fit the model.
-    FloatingPointError, RuntimeError
-        if training diverged or a stage broke its promise.
+    InputError, FloatingPointError, RuntimeError
+        if the configuration does not fit the model, training diverged, or a stage broke its promise.
     """
     started = time.perf_counter()
     if score_test and config.method in TUNED:
@@ -139,7 +137,6 @@ def run_test(
     ----------
     report : called after every epoch of training with its masked-LM loss in training; its answer is ignored
     adapter_folder : where to save the adapter, or all weights of ``full`` and ``partial``
-    cache : shared with other trials of this process
 
     Raises
     ------
@@ -154,7 +151,8 @@ def run_test(
     fold = _Fold(chain, split, wants_tests=False)
     epochs: list[dict[str, float]] = []
     for losses in fold.tune():
-        epochs.append({name: float(getattr(losses, name)) for name in _OF_TRAINING})
+        of_training = ("epoch", "mlm_loss_train", "optimizer_steps", "tokens_seen")
+        epochs.append({name: float(getattr(losses, name)) for name in of_training})
         report(epochs[-1])
     tested = chain.score_test(fold.bert, split)
     if adapter_folder is not None:
@@ -165,18 +163,10 @@ def run_test(
     return _encoding_record(chain, [fold], {"test": [tested]}, started, status=COMPLETE, scores=scores, epochs=epochs)
 
 
-_OF_TRAINING = ("epoch", "mlm_loss_train", "optimizer_steps", "tokens_seen")
-
-
 def _encoding_record(
     chain: Chain, folds: "Sequence[_Fold]", scored: dict[str, list[Scores]], started: float, **results: Any
 ) -> TrialRecord:
-    """Return the record of a trial that was scored.
-
-    Parameters
-    ----------
-    scored : ``validation`` and ``test``, or one of them -> the scores of each split
-    """
+    """Return the record of a trial; ``scored`` maps validation, test or both to the scores of each split."""
     dataset = chain.task.dataset
     ceilings = noise_ceilings([scores for splits in scored.values() for scores in splits], dataset, chain.cache)
     tables = [(scores, index, role) for role, splits in scored.items() for index, scores in enumerate(splits)]
@@ -200,14 +190,7 @@ def _encoding_record(
 
 
 def finished_record(config: TrialConfig, seconds: dict[str, float], started: float, **results: Any) -> TrialRecord:
-    """Return the record of a trial that this process has run.
-
-    Parameters
-    ----------
-    seconds : of each stage
-    started : by ``time.perf_counter``
-    results : further fields of the record
-    """
+    """Return the record of a trial that this process has run, with the ``seconds`` of each stage."""
     return TrialRecord(
         method=config.method,
         config=asdict(config),
@@ -274,12 +257,11 @@ class _Fold:
 
     def tune(self) -> Iterator[EpochLosses]:
         """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
-        if not self._is_tuned:
-            return
-        self._loss_before = self._general_loss()
-        for losses in self._finetune():
-            check_applied(self.chain.bert_encoder, self.bert, "fine-tuning")
-            yield losses
+        if self._is_tuned:
+            self._loss_before = self._general_loss()
+            for losses in self._finetune():
+                check_applied(self.chain.bert_encoder, self.bert, "fine-tuning")
+                yield losses
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
         """Return the epoch that counts, scored: the last, or with patience the one of the lowest held-out loss,

@@ -75,22 +75,17 @@ class SubjectScores(NamedTuple):
     ----------
     cc : (n_valid,) over the concatenated rows of the scored stories
     story_cc : story -> (n_valid,) CC inside that story, NaN for a voxel that is constant there
-    ridge_alphas : (n_valid,)
-    n_constant : voxels whose prediction is constant; they score 0
-    grid : the ridge_alphas to choose from
-    beyond_grid : ``ridge.share_beyond_grid``
     rois : region of interest -> its voxels, counted among the valid ones
-    tests : if requested
     """
 
     cc: np.ndarray
     story_cc: dict[str, np.ndarray]
-    ridge_alphas: np.ndarray
-    n_constant: int
-    grid: tuple[float, ...]
+    ridge_alphas: np.ndarray  # (n_valid,)
+    n_constant: int  # voxels whose prediction is constant; they score 0
+    grid: tuple[float, ...]  # the ridge_alphas to choose from
     rois: Mapping[str, np.ndarray] = MappingProxyType({})
     tests: PredictionTests | None = None
-    beyond_grid: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})
+    beyond_grid: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})  # ``share_beyond_grid``
 
     @property
     def edge_share(self) -> dict[str, float]:
@@ -255,12 +250,11 @@ def merge_subjects(scores: Mapping[str, SubjectScores]) -> dict[str, float]:
 def edge_notes(
     scores_of_role: Mapping[str, Sequence[Mapping[str, SubjectScores]]], grid: tuple[float, ...]
 ) -> list[str]:
-    """Say where the grid of ridge_alphas was widened, and where it is still too narrow; each once.
+    """Say where the configured grid of ridge_alphas was widened, and where it is still too narrow; each once.
 
     Parameters
     ----------
     scores_of_role : beginning of a note -> the scores of one or more splits, by subject
-    grid : the ridge_alphas of the configuration
     """
     notes = [
         role + note

@@ -7,7 +7,7 @@ import pandas as pd
 
 from bert_encoding.core.names import BASELINE, COMPLETE, CONFIRM, FROZEN, LORA, ROI_PREFIX, TUNED
 from bert_encoding.core.storage import Place, atomic_path, naming_full_disk
-from bert_encoding.trial.record import TrialRecord, read_records
+from bert_encoding.trial.record import TrialRecord
 
 # The documented columns of trials.parquet, in order; null if a column does not apply.
 _TEXT = "trial_id phase status error repeat_of method target_modules mlm_text node".split()
@@ -42,35 +42,17 @@ def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
     return frame.astype(types)
 
 
-def epochs_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row per trial and epoch."""
-    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **epoch} for r in records for epoch in r.epochs])
+def rows_frame(records: list[TrialRecord], table: str) -> pd.DataFrame:
+    """Return the rows of ``epochs``, ``stories`` or ``subjects`` of all records."""
+    return pd.DataFrame(
+        [{"trial_id": r.trial_id, "phase": r.phase, **row} for r in records for row in getattr(r, table)]
+    )
 
 
-def stories_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row per trial, subject and scored story."""
-    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **story} for r in records for story in r.stories])
-
-
-def subjects_frame(records: list[TrialRecord]) -> pd.DataFrame:
-    """Return one row per trial, role and subject."""
-    return pd.DataFrame([{"trial_id": r.trial_id, "phase": r.phase, **row} for r in records for row in r.subjects])
-
-
-def write_tables(study: Place) -> pd.DataFrame:
-    """Rebuild the Parquet tables from the records and return the trials."""
-    return write_record_tables(study, read_records(study))
-
-
-def write_record_tables(study: Place, records: list[TrialRecord]) -> pd.DataFrame:
+def write_tables(study: Place, records: list[TrialRecord]) -> pd.DataFrame:
     """Write the Parquet tables of a study's records and return the trials."""
     trials = trials_frame(records)
-    frames = {
-        "trials": trials,
-        "epochs": epochs_frame(records),
-        "stories": stories_frame(records),
-        "subjects": subjects_frame(records),
-    }
+    frames = {"trials": trials} | {name: rows_frame(records, name) for name in ("epochs", "stories", "subjects")}
     with naming_full_disk(study):
         for name, frame in frames.items():
             with atomic_path(study / f"{name}.parquet") as temporary:

@@ -28,13 +28,10 @@ def choose_voxels(config: TrialConfig, task: Task, n: int) -> dict[str, np.ndarr
     chain = Chain(replace(config, method=FROZEN), task)
     fit = task.splits[0].fit
     seen = chain.score_seen(chain.downsampled(chain.bert_encoder.copy_model().bert, fit, fit), fit)
-    return {subject: _best(task.dataset, subject, cc, n) for subject, cc in seen.items()}
-
-
-def _best(dataset: Dataset, subject: str, cc: np.ndarray, n: int) -> np.ndarray:
-    assert dataset.voxel_masks is not None
-    best = np.argsort(-cc, kind="stable")[:n]
-    return np.sort(np.flatnonzero(dataset.voxel_masks[subject])[best])
+    masks = task.dataset.voxel_masks
+    assert masks is not None
+    best = {subject: np.argsort(-cc, kind="stable")[:n] for subject, cc in seen.items()}
+    return {subject: np.sort(np.flatnonzero(masks[subject])[indices]) for subject, indices in best.items()}
 
 
 def keep_voxels(dataset: Dataset, voxels: Mapping[str, np.ndarray]) -> Dataset:

@@ -9,7 +9,7 @@ import pandas as pd
 from bert_encoding.core.names import BASELINE, COMPLETE, ENCODING, FAILED, FROZEN, SEARCH, WORD_RATE
 from bert_encoding.core.storage import Place, open_place
 from bert_encoding.trial.record import TrialRecord, read_cc, read_details
-from bert_encoding.trial.tables import epochs_frame, stories_frame, trials_frame
+from bert_encoding.trial.tables import rows_frame, trials_frame
 from study.results.confirmed import confirmed_table
 from study.results.evidence import Evidence, Levels
 from study.results.facts import Facts
@@ -49,7 +49,7 @@ def gather(path: str | Place, delta: float = DELTA) -> Evidence:
     trials = trials_frame(records)
     facts = _facts(study, looks, trials)
     used, left_out = used_trials(trials)
-    stories = _with_columns(stories_frame(records), STORIES)
+    stories = _with_columns(rows_frame(records, "stories"), STORIES)
     best_id, frozen_id = best_trial(trials, facts.task), _frozen_id(trials)
     evidence = Evidence(
         facts=facts,
@@ -140,7 +140,7 @@ def _ceiling(details: dict[str, np.ndarray], role: str) -> float | None:
 
 
 def _epochs(records: list[TrialRecord], trials: pd.DataFrame, used: pd.DataFrame) -> pd.DataFrame:
-    epochs = epochs_frame(records)
+    epochs = rows_frame(records, "epochs")
     if epochs.empty:
         return pd.DataFrame(columns=EPOCHS)
     of_trial = trials.set_index("trial_id")[["rank", "lr", "seed"]].astype("Float64").astype(float)

@@ -11,7 +11,7 @@ from rich.text import Text
 from bert_encoding.core.names import BASELINE, CLASSIFICATION, ENCODING, FAILED, METRICS, ROI_PREFIX, SEARCH
 from bert_encoding.core.storage import Place
 from bert_encoding.trial.record import TrialRecord, read_record
-from bert_encoding.trial.tables import COLUMNS, FURTHER_COLUMNS, stories_frame
+from bert_encoding.trial.tables import COLUMNS, FURTHER_COLUMNS, rows_frame
 from study.results.compare import compare
 from study.results.evidence import Evidence
 from study.results.standing import best_trial, cc_by_rank, gain_over_stories, standing, verdict_lines
@@ -48,7 +48,7 @@ def comparison_lines(records: list[TrialRecord], trials: pd.DataFrame, task: str
     result = standing(trials, task)
     if task != ENCODING or result.best_id is None:
         return verdict_lines(result)
-    return verdict_lines(result, gain_over_stories(stories_frame(records), result.best_id))
+    return verdict_lines(result, gain_over_stories(rows_frame(records, "stories"), result.best_id))
 
 
 def best_first(trials: pd.DataFrame, task: str) -> pd.DataFrame:

@@ -82,9 +82,6 @@ def objective(
     The last report states how the trial ended. If it is ``unrecorded``, the record could not be written here and the
     driver writes it; another try would fail in the same way.
 
-    Parameters
-    ----------
-    stop_signal : tells after which epochs to stop; None never stops a trial
     """
     from ray import tune
 
@@ -152,17 +149,10 @@ def run_job(
     that an earlier one may have assigned (``session.first_free_id``), and baselines and the confirm phase have ids of
     their own.
 
-    Parameters
-    ----------
-    report : called with the scores of every epoch; False stops the trial there
-    cache : shared with other jobs of this process
-
     Raises
     ------
-    LostLockError
-        if another session holds the lock.
-    InputError
-        if the record cannot be written.
+    LostLockError, InputError
+        if another session holds the lock, or the record cannot be written.
     """
     logging.getLogger("bert_encoding").setLevel(logging.WARNING)
     if (finished := find_record(study, job)) is not None:
@@ -175,13 +165,8 @@ def run_job(
         raise LostLockError(
             f"{study}: trial {job.trial_id} is dropped: its run of the study has ended or was taken over"
         )
-    write_record(study, _of_job(record, job))
-    return record
-
-
-def _of_job(record: TrialRecord, job: Job) -> TrialRecord:
-    """Return the record with the id, phase, key and parameters of its job."""
     record.trial_id, record.phase, record.key, record.params = job.trial_id, job.phase, job.key, job.params
+    write_record(study, record)
     return record
 
 
@@ -256,10 +241,8 @@ def failed_record(job: Job, error: Exception | str, is_user_error: bool = False,
 
 def _return_memory() -> None:
     """Return freed memory to the system: training fragments the heap, which would grow from trial to trial."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # in glibc, not in musl
-        if trim is not None:
-            trim(0)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # in glibc, not in musl
+        trim(0)
 
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:

@@ -13,7 +13,7 @@ from bert_encoding.core.files import content_key, read_json, write_json
 from bert_encoding.core.names import COMPLETE, ENCODING, FAILED, METRICS, SEARCH, STUDY_FILE, Metric
 from bert_encoding.core.storage import Place, children, make_folder, naming_full_disk, remove_tree
 from bert_encoding.trial.record import TrialRecord, keep_best, read_records
-from bert_encoding.trial.tables import write_record_tables
+from bert_encoding.trial.tables import write_tables
 from study.cluster.connect import connect
 from study.cluster.lock import LOCK_FILE, OWNER_FILE, Hold, holding, session_id
 from study.cluster.worker_data import for_workers
@@ -56,7 +56,7 @@ def _tidy(folder: Place, metric: Metric, is_new: bool, n_adapters: int) -> None:
     records = read_records(folder)
     if any(record.status == COMPLETE for record in records):
         keep_best(folder, n_adapters, metric)
-        write_record_tables(folder, records)
+        write_tables(folder, records)
     elif is_new and not any(_has_traceback(record) for record in records):
         remove_tree(folder)  # so that the next attempt can use its name
 

@@ -218,9 +218,11 @@ def test_all_subsets_of_a_subject_are_fitted_on_the_union_of_their_grids(banded:
     assert {fit.grid for fit in scores["t"].values()} == {narrow}
     assert [note[:2] for note in notes_on_grids(scores, narrow)] == ["s:"]
     for space, design in designs.items():
-        expected = CrossValidatedRidge(design.fit, design.folds, union).fit_predict(Y[:n_fit], design.scored)
-        np.testing.assert_array_equal(scores["s"][(space,)].ridge_alphas[0], expected.ridge_alphas)
-        np.testing.assert_allclose(scores["s"][(space,)].cc, correlate(Y[n_fit:], expected.predicted), atol=1e-6)
+        predicted, alphas, _ = CrossValidatedRidge(design.fit, design.folds, union).fit_predict(
+            Y[:n_fit], design.scored
+        )
+        np.testing.assert_array_equal(scores["s"][(space,)].ridge_alphas[0], alphas)
+        np.testing.assert_allclose(scores["s"][(space,)].cc, correlate(Y[n_fit:], predicted), atol=1e-6)
 
 
 def test_an_edge_without_a_gain_extends_no_grid() -> None:
@@ -319,7 +321,7 @@ def make_predictions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Y, known, joint = (values.astype(np.float32) for values in (Y / Y.std(axis=0), known, np.hstack([known, new])))
     folds, grid = np.arange(N_FIT) * 4 // N_FIT, tuple(np.logspace(0, 4, 9))
     by_joint, by_known = (
-        CrossValidatedRidge(X[:N_FIT], folds, grid).fit_predict(Y[:N_FIT], X[N_FIT:]).predicted for X in (joint, known)
+        CrossValidatedRidge(X[:N_FIT], folds, grid).fit_predict(Y[:N_FIT], X[N_FIT:])[0] for X in (joint, known)
     )
     return Y[N_FIT:], by_joint, by_known
 

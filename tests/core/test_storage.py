@@ -270,7 +270,7 @@ def test_records_are_the_same_in_both(tmp_path: Path, bucket: ObjectPath) -> Non
         write_json(study / "study.json", {"name": "study"})
         fill(study, scores)
         keep_best(study, 2)
-        write_tables(study)
+        write_tables(study, read_records(study))
     contents = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert sorted(contents) == [key for key in keys(bucket) if not key.endswith("/")], "the same files"
     assert {name: (bucket / name).read_bytes() for name in contents} == contents, "with the same bytes"

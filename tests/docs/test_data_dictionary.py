@@ -115,7 +115,7 @@ def write_encoding_study(root: Path, tiny_bert: Path) -> None:
     assert fixed is not None
     write_json(folder / "confirm.json", fixed | {"keys": {}})
     keep(folder, run_test(fresh, heard), f"test-{fixed['winner']}", "confirm")
-    write_tables(folder)
+    write_tables(folder, read_records(folder))
 
 
 def with_repeats(task: Task) -> Task:
@@ -135,7 +135,7 @@ def write_text_studies(root: Path) -> None:
         config = TrialConfig(model=bert, epochs=1, precision="float32", target_modules="all")
         keep(root / kind, run_text_trial(replace(config, method="frozen"), task), "baseline-frozen")
         keep(root / kind, run_text_trial(config, task), "0001", "search")
-        write_tables(root / kind)
+        write_tables(root / kind, read_records(root / kind))
 
 
 def keep(

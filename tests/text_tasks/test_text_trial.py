@@ -232,7 +232,7 @@ def windows_of(texts: list[str], encoder: Encoder) -> list[Any]:
 
 
 def test_the_classifier_is_transformers_own_on_the_pristine_encoder(encoder: Encoder, bert: str) -> None:
-    model = prepare_classifier(settings(bert, method="full"), encoder, LABELS).model
+    model, _ = prepare_classifier(settings(bert, method="full"), encoder, LABELS)
     texts = [example.text for example in negated_texts(40)]
     reference = BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
     reference.bert.pooler.load_state_dict(model.bert.pooler.state_dict())
@@ -250,7 +250,7 @@ def test_a_checkpoints_pooler_is_used(encoder: Encoder, bert: str) -> None:
     with_pooler = replace(encoder, next_sentence=known | {"cls.seq_relationship.weight": torch.ones(2, 32)})
     assert set(pooler_weights(with_pooler)) == {"weight", "bias"}
     for method, trains in {"frozen": False, "lora": False, "partial": True, "full": True}.items():
-        pooler = prepare_classifier(settings(bert, method=method), with_pooler, LABELS).model.bert.pooler
+        pooler = prepare_classifier(settings(bert, method=method), with_pooler, LABELS)[0].bert.pooler
         assert torch.equal(pooler.dense.weight, known["bert.pooler.dense.weight"])
         assert pooler.dense.weight.requires_grad == trains
     assert pooler_weights(encoder) == {}
@@ -272,7 +272,7 @@ def test_each_method_trains_exactly_its_parameters(encoder: Encoder, bert: str, 
     for method, names in expected.items():
         with subtests.test(method):
             config = settings(bert, method=method, target_modules="q,k", rank=4)
-            model = prepare_classifier(config, encoder, LABELS).model
+            model, _ = prepare_classifier(config, encoder, LABELS)
             assert {name for name, p in model.named_parameters() if p.requires_grad} == names | HEAD
 
 
@@ -281,8 +281,7 @@ def test_one_step_equals_a_plain_transformers_loop(method: str, encoder: Encoder
     """Gradients of one step, accumulated over micro-batches of unequal length, within 1e-6."""
     examples = negated_texts(10)
     windows, labels = windows_of([e.text for e in examples], encoder), np.array([e.label == "pos" for e in examples])
-    prepared = prepare_classifier(settings(bert, method=method), encoder, LABELS)
-    model: Any = prepared.model
+    model: Any = prepare_classifier(settings(bert, method=method), encoder, LABELS)[0]
     pad_id = encoder.tokenizer.pad_token_id
     vectors = read_vectors(model, windows, pad_id, "float32", CPU) if method == "frozen" else None
     objective = Classification(windows, labels.astype(np.int64), pad_id, vectors)

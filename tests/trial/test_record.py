@@ -31,7 +31,7 @@ from bert_encoding.trial.record import (
     read_records,
     write_record,
 )
-from bert_encoding.trial.tables import epochs_frame, stories_frame, trials_frame, write_tables
+from bert_encoding.trial.tables import rows_frame, trials_frame, write_tables
 
 # Typed from DESIGN.md, "What a study leaves behind".
 DOCUMENTED = [
@@ -215,7 +215,7 @@ def test_the_record_is_renamed_into_place_after_everything_else(
 
 def test_a_crash_while_tables_are_written_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_record(tmp_path, lora("0001"))
-    write_tables(tmp_path)
+    write_tables(tmp_path, read_records(tmp_path))
     before = files(tmp_path)
     write_record(tmp_path, lora("0002"))
 
@@ -225,7 +225,7 @@ def test_a_crash_while_tables_are_written_leaves_the_old_ones(tmp_path: Path, mo
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", half)
     with pytest.raises(Crash):
-        write_tables(tmp_path)
+        write_tables(tmp_path, read_records(tmp_path))
     after = files(tmp_path)
     assert {k: after[k] for k in before} == before
     assert not [name for name in after if "tmp" in name]
@@ -247,7 +247,7 @@ if what == "tables":
     records.write_record(study, record)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    write_tables(study) if what == "tables" else records.write_record(study, record)
+    write_tables(study, records.read_records(study)) if what == "tables" else records.write_record(study, record)
 except InputError as error:
     print(error)
 """
@@ -375,14 +375,14 @@ def test_without_the_frozen_baseline_there_is_no_gap() -> None:
 
 def test_epochs_and_stories_are_one_row_each() -> None:
     rows = [lora("0001", score=0.2), lora("0002", score=0.4), failed()]
-    epochs = epochs_frame(rows)
+    epochs = rows_frame(rows, "epochs")
     assert epochs.to_dict("list") == {
         "trial_id": ["0001", "0001", "0002", "0002"],
         "phase": ["search"] * 4,
         "epoch": [1, 2, 1, 2],
         "cc_mean": [0.1, 0.2, 0.2, 0.4],
     }
-    stories = stories_frame(rows)
+    stories = rows_frame(rows, "stories")
     assert stories["trial_id"].tolist() == ["0001", "0002"]
     assert stories[["subject", "story", "cc_mean"]].values.tolist() == [["s", "beta", 0.2], ["s", "beta", 0.4]]
 
@@ -391,16 +391,16 @@ def test_parquet_comes_back_as_the_frame(tmp_path: Path) -> None:
     rows = [baseline(), baseline("word_rate"), lora("0001"), lora("0002", score=0.3), failed()]
     for record in rows:
         write_record(tmp_path, record)
-    frame = write_tables(tmp_path)
+    frame = write_tables(tmp_path, read_records(tmp_path))
     assert frame["trial_id"].tolist() == ["baseline-frozen", "baseline-word_rate", "0001", "0002", "0009"]
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "trials.parquet"), frame)
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "epochs.parquet"), epochs_frame(rows))
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "stories.parquet"), stories_frame(rows))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "epochs.parquet"), rows_frame(rows, "epochs"))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "stories.parquet"), rows_frame(rows, "stories"))
 
 
 def test_tables_of_a_study_where_everything_failed(tmp_path: Path) -> None:
     write_record(tmp_path, failed())
-    write_tables(tmp_path)
+    write_tables(tmp_path, read_records(tmp_path))
     assert pd.read_parquet(tmp_path / "trials.parquet")["status"].tolist() == ["FAILED"]
     assert len(pd.read_parquet(tmp_path / "epochs.parquet")) == 0
 

@@ -17,7 +17,7 @@ from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.statistics.block_bootstrap import Replicates
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.record import TrialRecord, read_cc, read_details, read_record, write_record
+from bert_encoding.trial.record import TrialRecord, read_cc, read_details, read_record, read_records, write_record
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.scoring import PredictionTests, SubjectScores
 from bert_encoding.trial.summaries import (
@@ -272,7 +272,7 @@ def test_no_file_of_a_record_holds_nan(record: TrialRecord, dataset: Dataset, tm
         write_record(tmp_path, one)
         strict_json(tmp_path / "trials" / one.trial_id / "record.json")
     assert "share_significant" not in brief.scores and brief.scores["cc_norm"] is None
-    frame = write_tables(tmp_path).set_index("trial_id")
+    frame = write_tables(tmp_path, read_records(tmp_path)).set_index("trial_id")
     assert frame["share_significant"].notna().to_dict() == {record.trial_id: True, "0001": False}
     assert frame["cc_norm"].notna().to_dict() == {record.trial_id: True, "0001": False}
 

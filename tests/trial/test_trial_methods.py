@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from make_trials import quick_config
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
@@ -41,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "control text": {"mlm_text": "control"},
     "replay and l2": {"replay": 0.3, "l2_sp": 0.1},
     "cosine": {"schedule": "cosine", "accumulation": 2},
+    "dropout": {"target_modules": "all", "lr": 0.1, "hidden_dropout": 0.5},
 }
 
 
@@ -54,6 +56,8 @@ def test_every_method_changes_the_vectors_and_leaves_the_cached_encoder_unchange
     before = weights_fingerprint(resident.model)
     record = run_trial(config(tiny_encoder, **changes), task, cache=cache)
     assert weights_fingerprint(resident.model) == before
+    assert not any(part.training for part in resident.model.modules())
+    assert {part.p for part in resident.model.modules() if isinstance(part, torch.nn.Dropout)} == {0.1}
     frozen = run_trial(config(tiny_encoder, method="frozen"), task, cache=cache)
     assert np.abs(record.cc[SUBJECT] - frozen.cc[SUBJECT]).max() > 1e-6
     assert record.scores["delta_norm"] > 0
@@ -209,6 +213,10 @@ def test_a_users_probe_text_is_read(task: Task, tiny_encoder: Encoder, tmp_path:
         ({"lora_layers": (2,)}, "lora_layers"),
         ({"layer": 0}, "layer 0"),
         ({"layer": (1, 5)}, "layer 5"),
+        ({"layer": 3}, r"layer 3: .* has layers 0 \(embeddings\) to 2"),
+        ({"layer": 3, "method": "frozen"}, r"layer 3: .* has layers 0 \(embeddings\) to 2"),
+        ({"window_tokens": 513}, "window_tokens 513: .* reads at most 512"),
+        ({"embed_window_tokens": 513}, "embed_window_tokens 513: .* reads at most 512"),
         ({"objective": "mlm_nsp", "mlm_text": "control"}, "mlm_text 'control': not with objective 'mlm_nsp'"),
         ({"objective": "mlm_nsp", "replay": 0.5}, "replay 0.5: not with objective 'mlm_nsp'"),
         ({"patience": 2, "mlm_text": "all"}, "patience: with mlm_text 'all' no story is held out"),

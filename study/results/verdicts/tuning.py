@@ -44,7 +44,7 @@ def tuning_verdict(
 
     Parameters
     ----------
-    used, stories, slopes : of ``used_trials``, ``stories_frame`` and ``slope_table``
+    used, stories, slopes : of ``used_trials``, ``rows_frame`` and ``slope_table``
     frozen_id : trial of the frozen baseline; None without one
     confirmed : of ``confirmed_table``; without rows before the confirm phase
     frozen_seen : CC of the frozen baseline on the stories that fine-tuning read; None if unknown

@@ -20,7 +20,7 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
-from bert_encoding.trial.tables import stories_frame, trials_frame
+from bert_encoding.trial.tables import rows_frame, trials_frame
 from study import analysis
 from study.results.load import load_trials
 from study.results.standing import Standing, cc_by_rank, gain_over_stories, standing, verdict_lines
@@ -129,7 +129,7 @@ def test_gain_over_stories_is_paired_with_a_t_interval() -> None:
         with_stories(frozen(0.13), dict(zip("wxyz", plain, strict=True))),
         with_stories(trial("0002", 0.1), dict.fromkeys("wxyz", 0.5)),
     ]
-    gain = gain_over_stories(stories_frame(records), "0001")
+    gain = gain_over_stories(rows_frame(records, "stories"), "0001")
     difference = np.subtract(best, plain)
     expected = ttest_1samp(difference, 0).confidence_interval(0.95)
     assert gain is not None
@@ -140,11 +140,11 @@ def test_gain_over_stories_is_paired_with_a_t_interval() -> None:
 
 
 def test_gain_over_stories_needs_shared_stories() -> None:
-    alone = stories_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"y": 0.1})])
+    alone = rows_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"y": 0.1})], "stories")
     assert gain_over_stories(alone, "0001") is None
     assert gain_over_stories(alone, "0009") is None
-    assert gain_over_stories(stories_frame([frozen()]), "0001") is None
-    single = stories_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"x": 0.1})])
+    assert gain_over_stories(rows_frame([frozen()], "stories"), "0001") is None
+    single = rows_frame([with_stories(trial("0001", 0.15), {"x": 0.1}), with_stories(frozen(), {"x": 0.1})], "stories")
     assert len(verdict_lines(standing_of(trial("0001", 0.15), frozen()), gain_over_stories(single, "0001"))) == 2
 
 
