@@ -39,7 +39,6 @@ from bert_encoding.text_tasks.task import (
     TextTask,
     class_names,
     make_text_task,
-    read_texts,
     split_corpus,
     split_notes,
     tokenize_texts,
@@ -124,22 +123,17 @@ def test_a_split_is_stratified_complete_and_seeded(corpus: Corpus) -> None:
         ({"a": 97, "b": 3}, 10, {"a": 9, "b": 1}),  # b would get 0.3 of a text
         ({"a": 97, "b": 3}, 95, {"a": 93, "b": 2}),  # b would get 2.85 and judge with none
         ({"a": 5, "b": 5, "c": 5}, 7, {"a": 3, "b": 2, "c": 2}),
+        ({None: 10}, 7, {None: 7}),
     ],
 )
 def test_classes_are_shared_out_to_the_nearest_text(
-    write: Callable[..., Corpus], counts: dict[str, int], n_train: int, expected: dict[str, int]
+    write: Callable[..., Corpus], counts: dict[str | None, int], n_train: int, expected: dict[str | None, int]
 ) -> None:
     corpus = write(*(label for label, n in counts.items() for _ in range(n)))
     labels = [example.label for example in corpus]
     train, heldout = split_corpus(corpus, 0, n_train)
     assert Counter(labels[index] for index in train) == expected
-    assert len(heldout) == len(labels) - n_train
-
-
-def test_texts_without_labels_are_split_at_random(write: Callable[..., Corpus]) -> None:
-    train, heldout = split_corpus(write(*[None] * 10), 0, n_train=7)
-    assert (len(train), len(heldout)) == (7, 3)
-    assert np.array_equal(np.sort(np.concatenate([train, heldout])), np.arange(10))
+    assert np.array_equal(np.sort(np.concatenate([train, heldout])), np.arange(len(labels)))
 
 
 @pytest.mark.parametrize(
@@ -205,11 +199,6 @@ def test_tokens_know_their_words(encoder: Encoder) -> None:
     assert encoder.tokenizer.convert_ids_to_tokens(tokens.ids) == "the film ##s [UNK] not".split()
     assert tokens.word_ids.tolist() == [0, 1, 1, 2, 3]
     assert tokens.n_words == 4
-
-
-def test_texts_are_read_once_per_cache(corpus: Corpus, encoder: Encoder, cache: WorkerCache) -> None:
-    assert read_texts(corpus, encoder, cache) is read_texts(corpus, encoder, cache)
-    assert read_texts(corpus, encoder, cache).examples == tuple(corpus)
 
 
 # --- the classifier ---------------------------------------------------------------------------------------------------
@@ -446,20 +435,16 @@ def test_patience_ends_training(noise: TextTask, bert: str) -> None:
         ({"replay": 0.5}, "replay 0.5: not available"),
         ({"match_steps": True}, "match_steps True: not available"),
         ({"method": "partial", "frozen_blocks": 2}, "frozen_blocks 2: .* has 2 blocks"),
+        ({"max_length": 65}, r"--max-length 65: .*bert reads at most 64 tokens"),
+        ({"max_length": None}, r"window_tokens 512: .*bert reads at most 64 tokens"),
+        ({"max_length": 7}, "--max-length 7: must be 8 tokens or more"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, task: TextTask, bert: str) -> None:
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, corpus: Corpus, bert: str) -> None:
+    changes = {"max_length": 32} | changes
+    max_length = changes.pop("max_length")
     with pytest.raises(InputError, match=message):
-        run_text_trial(settings(bert, **changes), task)
-
-
-def test_a_length_that_the_model_cannot_read_is_refused(task: TextTask, bert: str) -> None:
-    with pytest.raises(InputError, match=r"--max-length 65: .*bert reads at most 64 tokens"):
-        run_text_trial(settings(bert), task._replace(max_length=65))
-    with pytest.raises(InputError, match=r"window_tokens 512: .*bert reads at most 64 tokens"):
-        run_text_trial(settings(bert), task._replace(max_length=None))
-    with pytest.raises(InputError, match="--max-length 7: must be 8 tokens or more"):
-        make_text_task(CLASSIFICATION, task.corpus, 0, max_length=7)
+        run_text_trial(settings(bert, **changes), make_text_task(CLASSIFICATION, corpus, 0, max_length=max_length))
 
 
 def test_long_texts_are_counted_and_example_texts_cut(tmp_path: Path, bert: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
@@ -45,7 +45,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "n_folds": (2, 5.0),
     "probe_tokens": (0, True, 2.5),
     "seed": (-1, 0.5, 2**63),
-    "target_modules": ("q,x", "", "q,q", "dense"),
+    "target_modules": ("q,x", "", "q,q", "dense", None, 3),
 }
 
 
@@ -57,12 +57,6 @@ def test_bad_value_is_named(name: str, value: Any) -> None:
     assert message.startswith(f"{name} ")
     assert repr(value) in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("value", [None, 3, ["q", "v"]])
-def test_target_modules_of_another_type_are_named(value: Any) -> None:
-    with pytest.raises(InputError, match=r"^target_modules .*: must be text"):
-        TrialConfig.from_dict({"target_modules": value})
 
 
 @pytest.mark.parametrize("part", ["", "embed_"])
@@ -87,11 +81,6 @@ def test_unknown_setting_is_named_beside_the_known_ones() -> None:
     assert str(refused.value).startswith("'learning_rate' is no setting")
     for field in fields(TrialConfig):
         assert field.name in str(refused.value)
-
-
-def test_from_dict_checks_values() -> None:
-    with pytest.raises(InputError, match=r"^rank 0"):
-        TrialConfig.from_dict({"rank": 0})
 
 
 ALONE: dict[str, Any] = {"objective": "mlm_nsp", "patience": 3}  # these do not go with some of the others
@@ -136,8 +125,3 @@ def test_training_part_holds_the_same_values() -> None:
     assert training == {name: OTHER[name] for name in training}
     part = "lr epochs batch_size accumulation weight_decay warmup_epochs schedule max_grad_norm precision l2_sp"
     assert set(training) == set(part.split())
-
-
-def test_configuration_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
-        TrialConfig().rank = 4  # type: ignore[misc]

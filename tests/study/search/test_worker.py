@@ -98,14 +98,6 @@ def test_a_record_that_cannot_be_written_is_reported_to_the_driver_and_not_retri
     assert end["value"] is None
 
 
-def test_a_written_record_is_reported(reports: list[dict[str, Any]], tmp_path: Path) -> None:
-    work(tmp_path, a_job())
-    end = reports[-1]
-    assert (end["status"], end["value"], end["curve"], end["unrecorded"]) == ("COMPLETE", 0.2, [(1, 0.2)], False)
-    record = read_record(tmp_path, "0007")
-    assert (record.key, record.params, record.phase) == ("key", {"lr": 0.1}, "search")
-
-
 # --- a worker that outlives its session -------------------------------------------------------------------------------
 
 
@@ -138,10 +130,17 @@ def test_a_job_names_its_session(study: Place) -> None:
         assert not is_held_by(study, first), "each session has an id of its own"
 
 
-def test_a_session_s_workers_write(study: Place, reports: list[dict[str, Any]]) -> None:
+def test_a_written_record_is_reported_and_answers_the_job_if_it_is_tried_again(
+    study: Place, reports: list[dict[str, Any]]
+) -> None:
     with holding(study, Hold()):
         work(study, a_job())
-    assert read_record(study, "0007").status == "COMPLETE"
+        again = run_job(a_job(), None, study, pytest.fail)
+    end = reports[-1]
+    assert (end["status"], end["value"], end["curve"], end["unrecorded"]) == ("COMPLETE", 0.2, [(1, 0.2)], False)
+    record = read_record(study, "0007")
+    assert (record.status, record.key, record.params, record.phase) == ("COMPLETE", "key", {"lr": 0.1}, "search")
+    assert again.scores["cc_mean"] == 0.2
 
 
 @pytest.mark.parametrize("token", ["another session's", None])
@@ -203,12 +202,16 @@ def test_a_forced_study_repeats_no_earlier_record() -> None:
 # --- a trial's share of the machine -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.25, [0.25]), (1, []), (2, []), (0, [])])
+@pytest.mark.parametrize(
+    ("has_gpu", "share", "expected"),
+    [(True, 0.25, [0.25]), (True, 1, []), (True, 2, []), (True, 0, []), (False, 0.25, [])],
+)
 def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
-    share: float, expected: list[float], reports: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    has_gpu: bool, share: float, expected: list[float], reports: list[dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     limits: list[float] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     work(tmp_path, a_job(), gpu_share=share)
     assert limits == expected
@@ -217,14 +220,6 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     monkeypatch.setattr(module, "choose_voxels", lambda config, *_: precisions.append(config.embed_precision) or {})
     module.choose(CONFIG, None, 3, torch.get_num_threads(), share)  # a task of its own, on the same card
     assert (limits, precisions) == (expected, ["float32"])
-
-
-def test_without_a_gpu_no_memory_share_is_set(
-    reports: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", pytest.fail)
-    work(tmp_path, a_job(), gpu_share=0.25)
 
 
 def test_a_trial_has_its_number_of_threads(reports: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -276,6 +271,8 @@ def test_other_responses_on_a_worker_s_disk_are_refused(dataset: Dataset) -> Non
     mine.path.unlink()
     with pytest.raises(InputError, match=r"no such file; the responses were there when the study began"):
         mine.read(np.arange(2))
+    with pytest.raises(InputError, match=r"\.npy: No such file"):
+        for_workers(dataset)
 
 
 def test_a_stamp_sees_size_start_end_and_samples(tmp_path: Path) -> None:
@@ -305,18 +302,6 @@ def test_responses_in_memory_travel_if_they_are_small(dataset: Dataset, monkeypa
     monkeypatch.setattr(travel, "MAX_SENT_BYTES", 999)
     with pytest.raises(InputError, match=r"0\.0 GB of responses in memory are too large to be sent to the workers"):
         for_workers(held)
-
-
-def test_a_file_that_is_gone_is_named(dataset: Dataset, lab: Path) -> None:
-    shutil.rmtree(lab)
-    with pytest.raises(InputError, match=r"\.npy: No such file"):
-        for_workers(dataset)
-
-
-def test_a_job_that_is_tried_again_is_answered_from_its_record(tmp_path: Path, reports: list[dict[str, Any]]) -> None:
-    work(tmp_path, a_job())
-    again = run_job(a_job(), None, tmp_path, pytest.fail)
-    assert again.scores["cc_mean"] == 0.2
 
 
 def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
