@@ -66,13 +66,7 @@ def main(*, region: str, bucket: str, ssh_from: str, write: Path) -> None:
 
 
 def check_network(network: str) -> None:
-    """Refuse to open SSH to half the world.
-
-    Raises
-    ------
-    InputError
-        if it is no network, or a wide one.
-    """
+    """Refuse to open SSH to half the world: raise InputError for a wide network, or none."""
     try:
         parsed = ipaddress.ip_network(network)
     except ValueError as error:

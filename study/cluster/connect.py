@@ -29,10 +29,7 @@ def connect(machines: Machines) -> Iterator[Path]:
 
     A Ray of our own ends with the block; a cluster is only left.
 
-    Raises
-    ------
-    InputError
-        if the cluster cannot be joined.
+    Raises InputError if the cluster cannot be joined.
     """
     if machines.address is None:
         with local_ray(machine_cpus(), machine_gpus()) as folder:
@@ -85,10 +82,7 @@ def local_ray(n_cpus: int, n_gpus: int | None = None) -> Iterator[Path]:
     Ray's processes listen on all interfaces even if configured for 127.0.0.1, so every connection needs a token that
     only this user can read; the dashboard stays off.
 
-    Raises
-    ------
-    InputError
-        if Ray does not start; its logs are kept.
+    Raises InputError if Ray does not start; its logs are kept.
     """
     folder = alias = Path(tempfile.mkdtemp(prefix=FOLDER))  # mode 0700
     try:
@@ -104,11 +98,6 @@ def _with_short_path(folder: Path) -> Path:
     """Return the folder or, if its path is too long for Ray's sockets, another private one with a link into it.
 
     Ray's files stay below TMPDIR; only their paths get shorter.
-
-    Raises
-    ------
-    InputError
-        if no folder with a short path can be made.
     """
     if _excess(folder) <= 0:
         return folder

@@ -96,14 +96,11 @@ def machine_gpus() -> int:
 def find_machines(address: str | None = None) -> Machines:
     """Return where trials run: at ``address``, else at RAY_ADDRESS, else in a cluster on this node, else here.
 
+    Raises InputError if the cluster does not answer, cannot be joined from this machine, or refuses our token.
+
     Parameters
     ----------
     address : ``host:port``, ``auto`` (a cluster on this node) or ``local`` (this machine)
-
-    Raises
-    ------
-    InputError
-        if the cluster does not answer, cannot be joined from this machine, or refuses our token.
     """
     requested = address or os.environ.get(ADDRESS_VARIABLE)
     source = "--address" if address else ADDRESS_VARIABLE
@@ -137,13 +134,7 @@ def describe_machines(machines: Machines) -> str:
 
 
 def check_fits(cpus_per_trial: float, gpus_per_trial: float, machines: Machines) -> list[str]:
-    """Refuse a trial that could never start on these machines; return a note if that is unknown.
-
-    Raises
-    ------
-    InputError
-        if a trial requests nothing, or more than any possible machine has.
-    """
+    """Refuse a trial that could never start on these machines; return a note if that is unknown."""
     owner = "this machine has" if machines.is_local else "the largest machine of the cluster has"
     most_cpus, most_gpus = max(node.n_cpus for node in machines.possible), machines.largest.n_gpus
     too_many_cpus, too_many_gpus = (
@@ -227,11 +218,6 @@ def _survey(address: str, chosen_by: str) -> Machines:
     """Join a cluster for a moment and ask for its nodes.
 
     A process of its own does it: where Ray cannot join, it tries for minutes and writes to standard error.
-
-    Raises
-    ------
-    InputError
-        if nothing answers there, or it refuses our token.
     """
     notes = _authenticate(address)
     _check_reachable(address)
@@ -256,13 +242,7 @@ def _survey(address: str, chosen_by: str) -> Machines:
 
 
 def _authenticate(address: str) -> tuple[str, ...]:
-    """Have Ray show a token, unless the user turned that off; return what is unsafe.
-
-    Raises
-    ------
-    InputError
-        if there is no token: Ray itself would abort the process.
-    """
+    """Have Ray show a token, without which it would abort, unless the user turned that off; return what is unsafe."""
     if os.environ.setdefault(MODE_VARIABLE, "token").lower() != "token":
         return (f"{MODE_VARIABLE} is {os.environ[MODE_VARIABLE]}: anyone who reaches {address} can run code there",)
     if os.environ.get(TOKEN_VARIABLE):

@@ -133,13 +133,7 @@ def _tune(
     private: Path,
     n_jobs: int,
 ) -> None:
-    """Run ``n_jobs`` jobs on resident workers.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        if it was interrupted, be it after the last job.
-    """
+    """Run ``n_jobs`` jobs on resident workers; raise KeyboardInterrupt if interrupted, be it after the last job."""
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # they are in the records and the progress line
     is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as behind nohup
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = str(int(is_ignored))  # it ends trials in good order

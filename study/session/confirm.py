@@ -60,11 +60,6 @@ def confirm(
     Returns
     -------
     Why it ended early; None if it did not, or was interrupted.
-
-    Raises
-    ------
-    InputError
-        if another study has scored these test stories since this session began, unless this evaluation is forced.
     """
     folder = options.folder
     if len(read_looks(folder)) < look:

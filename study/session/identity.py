@@ -116,15 +116,12 @@ def resumed(
 ) -> dict[str, Any]:
     """Return the new content of ``study.json`` of a resumed study.
 
+    Raises InputError, naming the first difference, if there is one and it may not be forced.
+
     Parameters
     ----------
     may_force : resume although it differs, and record the differences
     first_trial : id of the next trial
-
-    Raises
-    ------
-    InputError
-        naming the first difference, if there is one and it may not be forced.
     """
     changes = differences(recorded, identity)
     _check(folder, changes, may_force)
@@ -161,10 +158,7 @@ def record_force(
 def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_trial: str) -> None:
     """Record the precision of matrix products on a cluster's workers, which must stay the same; needs Ray.
 
-    Raises
-    ------
-    InputError
-        if finished trials used another one, unless that may be forced, or if a worker cannot read the study.
+    Raises InputError if finished trials used another one, unless that may be forced, or a worker cannot read the study.
     """
     if study.options.machines.is_local:
         return

@@ -278,13 +278,7 @@ def n_finalists(options: Options) -> int:
 
 
 def check_space_on_disk(folder: Place, needed_bytes: float) -> None:
-    """Refuse to begin where the results would not fit; object storage has no end.
-
-    Raises
-    ------
-    InputError
-        if the disk has less free than the study is expected to write.
-    """
+    """Refuse to begin where the results would not fit; object storage has no end."""
     if not isinstance(folder, Path):
         return
     parent = next(path for path in (folder, *folder.parents) if path.exists())

@@ -32,10 +32,8 @@ _UNFINISHED = rf"\.({re.escape(STUDY_FILE)}|{re.escape(OWNER_FILE)})\.\d+\.tmp" 
 def run_session(study: AnyStudy, policy: ResumePolicy, console: Console) -> None:
     """Run all trials of a study that have not been run yet.
 
-    Raises
-    ------
-    InputError
-        if the study exists and is not to be resumed, is in use, differs from its record, or a baseline fails.
+    Raises InputError if the study exists and is not to be resumed, is in use, differs from its record, or if a
+    baseline fails.
     """
     task, folder = study.task(), study.options.folder
     identity = identify(study, task)
@@ -82,10 +80,7 @@ def look_of_session(options: Options, look_again: bool) -> int | None:
 def check_look(study: AnyStudy, look_again: bool) -> None:
     """Refuse, before anything runs, a second evaluation on locked test stories.
 
-    Raises
-    ------
-    InputError
-        naming the study that has used them, unless that is forced; or if there is nothing to force.
+    The error names the study that has used them, unless that is forced; or says that there is nothing to force.
     """
     options = study.options
     if look_again and options.confirm == 0:
@@ -205,13 +200,7 @@ def _next_trial(folder: Place) -> str:
 
 
 def changes(study: AnyStudy, may_force: bool) -> list[Difference]:
-    """Return how a study differs from its record; nothing is written, and no model is fetched.
-
-    Raises
-    ------
-    InputError
-        if it differs from its record, unless that may be forced.
-    """
+    """Return how a study differs from its record, if that may be forced; no model is fetched and nothing written."""
     folder, identity = study.options.folder, identify(study, study.task(), may_fetch=False)
     recorded = read_identity(folder, identity)
     resumed(folder, recorded, identity, may_force, _next_trial(folder))
@@ -222,11 +211,6 @@ def check_new(folder: Place, resume: bool) -> None:
     """Refuse to begin a study in a folder that is not empty; this also verifies that object storage answers.
 
     Leftovers of a study that ended before its first ``study.json`` are ignored.
-
-    Raises
-    ------
-    InputError
-        if the folder exists and the study is not to be resumed, or the storage refuses us.
     """
     is_file = isinstance(folder, Path) and folder.exists() and not folder.is_dir()
     if not resume and (is_file or any(not _is_leftover(place) for place in children(folder))):
@@ -254,11 +238,6 @@ def _open_folder(
     Parameters
     ----------
     at_once : number of trials that run concurrently
-
-    Raises
-    ------
-    InputError
-        if it exists already, is in use, or contains another study than the one to resume, unless that may be forced.
     """
     file, hold = folder / STUDY_FILE, hold or Hold()
     check_new(folder, resume)

@@ -19,10 +19,7 @@ VOXELS_FILE = "voxels.npz"
 def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) -> Task:
     """Return the task on the study's voxels, which are chosen on a worker the first time; needs Ray.
 
-    Raises
-    ------
-    InputError
-        if the stored voxels are damaged or are not those of the finished trials.
+    Raises InputError if the stored voxels are damaged or are not those of the finished trials.
     """
     if not study.options.voxels.isdecimal():
         return task

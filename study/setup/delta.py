@@ -8,13 +8,7 @@ DELTA = 0.002  # CC
 
 
 def check_delta(delta: float) -> None:
-    """Refuse a delta that is not a possible difference in CC.
-
-    Raises
-    ------
-    InputError
-        if it is not above 0 and below 1.
-    """
+    """Refuse a delta that is not a difference in CC above 0 and below 1."""
     if not 0 < delta < 1:
         raise InputError(f"--delta {delta:g}: must be a CC above 0 and below 1")
 

@@ -70,13 +70,7 @@ class Study:
 
 
 def prepare(options: Options, space: Space) -> Study:
-    """Open the data, split the stories, and check every setting that can be checked without a model.
-
-    Raises
-    ------
-    InputError
-        if something requested does not exist or does not fit.
-    """
+    """Open the data, split the stories, and check every setting that can be checked without a model."""
     check_task(options, is_text=False)
     check_model_name(options.model)
     base = base_config(options)
@@ -149,13 +143,7 @@ def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str
 
 
 def base_config(options: Options) -> TrialConfig:
-    """Return the settings that the command line fixes; the space sets the others.
-
-    Raises
-    ------
-    InputError
-        if the model has no such layer.
-    """
+    """Return the settings that the command line fixes; the space sets the others."""
     check_layer(options.layer, options.model)
     return TrialConfig(
         model=options.model,

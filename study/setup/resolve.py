@@ -31,15 +31,12 @@ from study.setup.spaces import Space
 def resolve_options(requested: dict[str, Any], recorded: dict[str, Any], space: Space) -> Options:
     """Fill in every option that the user did not set.
 
+    Raises InputError if a value is out of range, or a named cluster does not answer.
+
     Parameters
     ----------
     requested : option -> value that the user set
     recorded : option -> value in ``study.json`` of the study to resume; empty for a new study
-
-    Raises
-    ------
-    InputError
-        if a value is out of range, or a named cluster does not answer.
     """
     requested = {name: value for name, value in requested.items() if value is not None}
     inherited = {name: recorded[name] for name in _names(STUDY, MACHINES) if recorded.get(name) is not None}
@@ -105,13 +102,7 @@ def model_of(requested: dict[str, Any], recorded: dict[str, Any]) -> str:
 
 
 def read_recorded(out: str | None, name: str | None, resume: bool) -> dict[str, Any]:
-    """Return the options of the study to resume, and its name; nothing for a new study.
-
-    Raises
-    ------
-    InputError
-        if there is no such study.
-    """
+    """Return the options of the study to resume, and its name; nothing for a new study."""
     if not resume:
         return {}
     root = parse_out(out or "results")
@@ -142,13 +133,7 @@ def _deltas_before(requested: dict[str, Any], recorded: dict[str, Any]) -> list[
 
 
 def check_task(options: Options, is_text: bool) -> None:
-    """Refuse options that have no effect in this kind of study.
-
-    Raises
-    ------
-    InputError
-        naming the first.
-    """
+    """Refuse options that have no effect in this kind of study."""
     other, kind = (ENCODING, "text-only") if is_text else (TEXT_ONLY, "encoding")
     for name, meaning in MEANINGS.items():
         if meaning.task == other and getattr(options, name) != meaning.default:
@@ -156,13 +141,7 @@ def check_task(options: Options, is_text: bool) -> None:
 
 
 def check_take_over(options: Options, policy: ResumePolicy) -> None:
-    """Refuse to take over a study where that has no effect.
-
-    Raises
-    ------
-    InputError
-        if no study is resumed, or it is in a folder, whose lock ends with its owner.
-    """
+    """Refuse to take over no study, or one in a folder, whose lock ends with its owner."""
     if policy.take_over and not policy.resumes:
         raise InputError("--take-over: add --resume, to resume a study that another run holds")
     if policy.take_over and not is_url(options.out):

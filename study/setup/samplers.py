@@ -28,13 +28,7 @@ Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
 
 
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Return a sampler.
-
-    Raises
-    ------
-    InputError
-        if it needs a package that is not installed.
-    """
+    """Return a sampler; raise InputError if it needs a package that is not installed."""
     package = NEEDS_PACKAGE.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         raise InputError(f"--sampler {name}: needs the package {package}; pip install 'bert-encoding-study[{package}]'")
@@ -49,11 +43,6 @@ def check_searchable(sampler: str, suggested: list[dict[str, BaseDistribution]])
     Parameters
     ----------
     suggested : parameter -> range of each random suggestion
-
-    Raises
-    ------
-    InputError
-        naming the parameter and samplers that can search it.
     """
     if sampler not in FIXED_PARAMETERS_ONLY:
         return
@@ -73,13 +62,7 @@ def check_searchable(sampler: str, suggested: list[dict[str, BaseDistribution]])
 
 
 def grid_size(path: Path, suggest: Suggest) -> int:
-    """Count the points of a grid by visiting them, up to ``MAX_GRID``.
-
-    Raises
-    ------
-    InputError
-        if a range has no step, so that there is no grid.
-    """
+    """Count the points of a grid by visiting them, up to ``MAX_GRID``; refuse a range without a step."""
     study, points = quiet_study(make_sampler("grid", 0)), set()
     for _ in range(MAX_GRID):
         trial = study.ask()

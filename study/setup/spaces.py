@@ -67,15 +67,12 @@ class Space:
 def load_space(name: str, n_layers: int | None = None, sampler: str | None = None) -> Space:
     """Load a bundled space by name, or a user's file.
 
+    Raises InputError if it does not exist, cannot be imported, or lacks a required part.
+
     Parameters
     ----------
     n_layers : of the model; replaces the value ``N_LAYERS`` of a file that has one
     sampler : replaces the file's own
-
-    Raises
-    ------
-    InputError
-        if it does not exist, cannot be imported, or lacks a required part.
     """
     path = _find(name)
     spec = importlib.util.spec_from_file_location(f"search_space_{path.stem}", path)
@@ -115,10 +112,7 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
 def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig:
     """Return the settings of a suggestion: ``log2_rank`` sets rank, ``alpha_factor`` times rank is lora_alpha.
 
-    Raises
-    ------
-    InputError
-        if a name is not a setting or a value is not allowed.
+    Raises InputError if a name is not a setting or a value is not allowed.
     """
     values = dict(suggested)
     for short, long in (("log2_rank", "rank"), ("alpha_factor", "lora_alpha")):
@@ -138,11 +132,8 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
 def rehearse(space: Space, base: TrialConfig) -> bool:
     """Check start points and random suggestions before anything runs; return whether any of them trains BERT.
 
-    Raises
-    ------
-    InputError
-        if a suggestion is not a valid configuration, a start point lacks a parameter, or the sampler cannot search it
-        or is not installed.
+    Raises InputError if a suggestion is not a valid configuration, a start point lacks a parameter, or the sampler
+    cannot search it or is not installed.
     """
     study = quiet_study(optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():

@@ -52,13 +52,7 @@ class TextStudy:
 
 
 def prepare_text(options: Options, space: Space) -> TextStudy:
-    """Open the corpus, split its texts, and check every setting that can be checked without a model.
-
-    Raises
-    ------
-    InputError
-        if something requested does not exist or does not fit.
-    """
+    """Open the corpus, split its texts, and check every setting that can be checked without a model."""
     check_task(options, is_text=True)
     check_model_name(options.model)
     if space.task == ADAPT and options.model == MINILM_PLAIN:
