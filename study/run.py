@@ -35,8 +35,9 @@ from study.results.load import forced_lines, is_adaptive, load_task, load_trials
 from study.results.locked_stories import read_looks
 from study.results.printing import print_examples, print_study
 from study.results.standing import standing
+from study.session.forecast import MIN_FREE_BYTES, estimate
 from study.session.memory import check_memory, worker_bytes
-from study.session.plan import MIN_FREE_BYTES, Done, check_space_on_disk, done_so_far, estimate, print_plan
+from study.session.plan import Done, check_space_on_disk, done_so_far, print_plan
 from study.session.session import (
     changes,
     check_look,
@@ -118,10 +119,8 @@ def _plan(
         return text, lambda: check_space_on_disk(options.folder, MIN_FREE_BYTES)
     study = prepare(options, space)
     records = read_records(options.folder) if policy.resumes else []
-    forecast = estimate(study.dataset, study.splits, study.n_voxels, study.base, options, records)
-    confirms = will_confirm(options, policy.look_again)
-    done = _done(options, policy)
-    print_plan(console, options, space, study.dataset, study.splits, study.n_voxels, forecast, done, confirms)
+    forecast = estimate(study, records)
+    print_plan(console, study, forecast, _done(options, policy), will_confirm(options, policy.look_again))
     return study, lambda: _check_machine(study, forecast.disk_bytes)
 
 

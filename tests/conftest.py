@@ -95,7 +95,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this input should have been refused before Ray starts")
 
     monkeypatch.setattr("study.session.session.connect", refuse)
-    monkeypatch.setattr("study.session.plan.probe_rates", lambda *arguments: None)  # takes seconds
+    monkeypatch.setattr("study.session.forecast.probe_rates", lambda *arguments: None)  # takes seconds
     monkeypatch.setenv("RAY_ADDRESS", "local")
 
 

@@ -29,19 +29,27 @@ def worker_bytes(
     It is the sum of what is alive while ridge runs, or while the encoder trains, whichever is more. Responses count by
     the panel, so that above a panel's width more voxels cost nothing.
     """
-    widest = max(splits, key=lambda split: sum(_rows(dataset, split.fit)))
-    n_fit = sum(_rows(dataset, widest.fit))
-    n_rows = n_fit + sum(_rows(dataset, widest.validation))
+    widest = max(splits, key=lambda split: sum(story_rows(dataset, split.fit)))
+    n_fit = sum(story_rows(dataset, widest.fit))
+    n_rows = n_fit + sum(story_rows(dataset, widest.validation))
     n_words = sum(len(dataset.stories[name].words) for name in widest.fit + widest.validation)
     n_features = shape["n_hidden"] * len(config.delays)
-    layer = 4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"]
-    model = 4 * (shape["n_layers"] * layer + VOCABULARY * shape["n_hidden"])
-    resident = PROCESS_BYTES + model * (1 + len(splits)) + 4 * n_words * shape["n_hidden"] * len(splits)
+    resident = PROCESS_BYTES + model_bytes(shape) * (1 + len(splits)) + 4 * n_words * shape["n_hidden"] * len(splits)
     return resident + max(
         _ridge_bytes(n_fit, n_rows, n_features, n_voxels, config.n_folds)
         + cached_bytes(_cached_rows(dataset, splits, config.n_folds), n_voxels),
         _training_bytes(shape, config) if trains else 0.0,
     )
+
+
+def block_weights(shape: dict[str, int]) -> int:
+    """Return the number of weights in the products of BERT's blocks."""
+    return shape["n_layers"] * (4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"])
+
+
+def model_bytes(shape: dict[str, int]) -> int:
+    """Return the size of BERT in float32."""
+    return 4 * (block_weights(shape) + VOCABULARY * shape["n_hidden"])
 
 
 def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_folds: int) -> float:
@@ -60,8 +68,8 @@ def _ridge_bytes(n_fit: int, n_rows: int, n_features: int, n_voxels: int, n_fold
 
 def _cached_rows(dataset: Dataset, splits: tuple[Split, ...], n_folds: int) -> int:
     """Return the rows of cached responses of all subjects, with norms: of every split and of the test stories."""
-    of_splits = sum(sum(_rows(dataset, split.fit + split.validation)) + n_folds for split in splits)
-    everything = sum(_rows(dataset, tuple(dataset.stories))) + n_folds + len(dataset.stories)
+    of_splits = sum(sum(story_rows(dataset, split.fit + split.validation)) + n_folds for split in splits)
+    everything = sum(story_rows(dataset, tuple(dataset.stories))) + n_folds + len(dataset.stories)
     return len(dataset.subjects) * (of_splits + everything)
 
 
@@ -132,5 +140,6 @@ def _way_out(fits: int, need: Callable[[int], float], n_voxels: int, free: float
     return "use fewer stories (--train-stories), a smaller --model, or a machine with more memory"
 
 
-def _rows(dataset: Dataset, stories: tuple[str, ...]) -> list[int]:
+def story_rows(dataset: Dataset, stories: tuple[str, ...]) -> list[int]:
+    """Return the number of rows (TRs) of each story."""
     return [len(dataset.stories[name].tr_times_s) - sum(dataset.trim) for name in stories]

@@ -24,6 +24,7 @@ from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import examine_predictions
 from study.cluster.machines import machine_gpus
+from study.session.memory import block_weights
 from study.setup.options import Options
 
 VOCABULARY = 30_522  # word pieces of BERT
@@ -60,11 +61,6 @@ class Rates(NamedTuple):
     low: float
     high: float
     source: str
-
-
-def block_weights(shape: dict[str, int]) -> int:
-    """Return the number of weights in the products of BERT's blocks."""
-    return shape["n_layers"] * (4 * shape["n_hidden"] ** 2 + 2 * shape["n_hidden"] * shape["n_intermediate"])
 
 
 def embed_flops(shape: dict[str, int]) -> float:

@@ -20,9 +20,11 @@ from bert_encoding.datasets.story import Dataset, Story
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, read_records, write_record
 from study import run
+from study.session import forecast as forecast_module
 from study.session import plan, probe
 from study.session.confirm import validation_jobs
-from study.session.plan import Done, Estimate, done_so_far, estimate, print_plan, total_seconds
+from study.session.forecast import Estimate, count_work, estimate, measured_rates
+from study.session.plan import Done, done_so_far, print_plan, total_seconds
 from study.session.probe import Rates, Work
 
 SECONDS = Estimate(100.0, 10.0, 6.0, 50.0, 20.0, 4.0, 1e9, 1e9, source="x")
@@ -38,38 +40,42 @@ def options(**changes: Any) -> Any:
     return SimpleNamespace(**given | changes)
 
 
+def study_of(dataset: Dataset, n_voxels: int = 4, splits: tuple[Split, ...] = (), **changes: Any) -> Any:
+    """Return a study on the four stories of ``dataset``."""
+    base, space = changes.pop("base", BASE), SimpleNamespace(question="Does it?", name="x")
+    about = {"dataset": dataset, "splits": splits or (SPLIT,), "n_voxels": {"s": n_voxels}, "base": base}
+    return SimpleNamespace(options=options(**changes), space=space, **about)
+
+
+def printed_plan(study: Any, done: Done, confirms: bool) -> str:
+    out = io.StringIO()
+    print_plan(Console(file=out, width=400), study, SECONDS, done, confirms)
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("changes", "n_done", "confirms", "expected"),
+    ("changes", "done", "confirms", "expected"),
     [
-        ({}, 0, True, 10 + 2 * 6 + 8 * 100 + 3 * 2 * 100 + 3 * 50 + 20 + 4),
-        ({}, 0, False, 10 + 2 * 6 + 8 * 100),
-        ({}, 5, True, 3 * 100 + 3 * 2 * 100 + 3 * 50 + 20 + 4),
-        ({}, 8, False, 0),
-        ({"trials": 2}, 0, True, 10 + 2 * 6 + 2 * 100 + 2 * 2 * 100 + 2 * 50 + 20 + 4),  # no more finalists than trials
-        ({"baselines": ["random", "static"]}, 0, True, 10 + 4 * 6 + 800 + 600 + 150 + 20 + 3 * 4),
-        ({"voxels": "500"}, 0, False, 2 * 10 + 2 * 6 + 800),
-        ({"max_concurrent": 4}, 0, True, 10 + 2 * 6 / 2 + (800 + 600 + 150 + 20 + 4) / 4),
-        ({"trials": 0, "confirm": 0}, 0, False, 10 + 2 * 6 + 20 + 4),  # baselines with their test scores
+        ({}, Done(), True, 10 + 2 * 6 + 8 * 100 + 3 * 2 * 100 + 3 * 50 + 20 + 4),
+        ({}, Done(), False, 10 + 2 * 6 + 8 * 100),
+        ({}, Done(5), True, 3 * 100 + 3 * 2 * 100 + 3 * 50 + 20 + 4),
+        ({}, Done(8), False, 0),
+        ({"trials": 2}, Done(), True, 10 + 2 * 6 + 2 * 100 + 2 * 2 * 100 + 2 * 50 + 20 + 4),  # at most 2 finalists
+        ({"baselines": ["random", "static"]}, Done(), True, 10 + 4 * 6 + 800 + 600 + 150 + 20 + 3 * 4),
+        ({"voxels": "500"}, Done(), False, 2 * 10 + 2 * 6 + 800),
+        ({"max_concurrent": 4}, Done(), True, 10 + 2 * 6 / 2 + (800 + 600 + 150 + 20 + 4) / 4),
+        ({"trials": 0, "confirm": 0}, Done(), False, 10 + 2 * 6 + 20 + 4),  # baselines with their test scores
+        ({}, Done(8, 4), True, 2 * 100 + 3 * 50 + 20 + 4),
+        ({}, Done(8, 6), True, 3 * 50 + 20 + 4),
+        ({}, Done(8, 6, 0, 1), True, 3 * 50 + 4),  # the frozen encoder comes first
+        ({}, Done(8, 6, 2, 2), True, 50),
+        ({}, Done(8, 6, 3, 2), True, 0),
     ],
 )
-def test_the_whole_is_the_sum_of_all_jobs(
-    changes: dict[str, Any], n_done: int, confirms: bool, expected: float
+def test_total_is_the_sum_of_the_jobs_that_are_not_done(
+    changes: dict[str, Any], done: Done, confirms: bool, expected: float
 ) -> None:
-    assert total_seconds(SECONDS, options(**changes), Done(n_done), confirms) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("done", "expected"),
-    [
-        (Done(8, 4), 2 * 100 + 3 * 50 + 20 + 4),
-        (Done(8, 6), 3 * 50 + 20 + 4),
-        (Done(8, 6, 0, 1), 3 * 50 + 4),  # the frozen encoder comes first
-        (Done(8, 6, 2, 2), 50),
-        (Done(8, 6, 3, 2), 0),
-    ],
-)
-def test_what_the_confirm_phase_has_behind_it_is_not_forecast(done: Done, expected: float) -> None:
-    assert total_seconds(SECONDS, options(), done, True) == pytest.approx(expected, rel=1e-12)
+    assert total_seconds(SECONDS, options(**changes), done, confirms) == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_is_done_is_counted_by_phase(tmp_path: Path) -> None:
@@ -116,12 +122,14 @@ def dataset() -> Dataset:
 @pytest.fixture
 def unit_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """One operation per second, and one per weight and token, so that everything can be counted; no ridge."""
-    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
-    monkeypatch.setattr(plan, "probe_rates", lambda *arguments: Rates(Work(1, 1, 1, 1, 1), 0.5, 2.0, "from a probe"))
-    monkeypatch.setattr(plan, "train_flops", lambda shape, mask_probability: 4.0)
-    monkeypatch.setattr(plan, "embed_flops", lambda shape: 2.0)
-    monkeypatch.setattr(plan, "worker_bytes", lambda *arguments: 7.0)
-    monkeypatch.setattr(plan, "_ridge_flops", lambda *arguments: (0.0, 0.0))
+    monkeypatch.setattr(forecast_module, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(
+        forecast_module, "probe_rates", lambda *arguments: Rates(Work(1, 1, 1, 1, 1), 0.5, 2.0, "from a probe")
+    )
+    monkeypatch.setattr(forecast_module, "train_flops", lambda shape, mask_probability: 4.0)
+    monkeypatch.setattr(forecast_module, "embed_flops", lambda shape: 2.0)
+    monkeypatch.setattr(forecast_module, "worker_bytes", lambda *arguments: 7.0)
+    monkeypatch.setattr(forecast_module, "_ridge_flops", lambda *arguments: (0.0, 0.0))
 
 
 SHAPE = {"n_layers": 1, "n_hidden": 2, "n_intermediate": 4}
@@ -131,7 +139,7 @@ BASE = TrialConfig(model="m", window_tokens=102, stride=50, embed_window_tokens=
 
 @pytest.mark.usefixtures("unit_rates")
 def test_training_vectors_and_tests_are_forecast(dataset: Dataset) -> None:
-    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(epochs=3))
+    forecast = estimate(study_of(dataset, epochs=3))
     train, embed = 1.2 * 2, 1.2 * 2  # tokens per word: each is read in two windows
     expected = {
         "trial_seconds": 3 * (4 * train * 30 + 2 * embed * 60),
@@ -143,16 +151,16 @@ def test_training_vectors_and_tests_are_forecast(dataset: Dataset) -> None:
     }
     assert {name: getattr(forecast, name) for name in expected} == pytest.approx(expected, rel=1e-12)
     assert (forecast.low, forecast.high, forecast.source) == (0.5, 2.0, "from a probe")
-    rarely = estimate(dataset, (SPLIT,), {"s": 4}, replace(BASE, score_every=2), options(epochs=3))
+    rarely = estimate(study_of(dataset, base=replace(BASE, score_every=2), epochs=3))
     assert rarely.trial_seconds == pytest.approx(3 * 4 * train * 30 + 2 * 2 * embed * 60)  # after epochs 2 and 3
     rotated = (SPLIT, Split(("a", "c"), ("b",), ("d",)))
-    assert estimate(dataset, rotated, {"s": 4}, BASE, options(epochs=3)).tests_seconds == 4 * (300 + 200)
+    assert estimate(study_of(dataset, splits=rotated, epochs=3)).tests_seconds == 4 * (300 + 200)
 
 
 def test_finished_trials_replace_the_probe(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of 80, 100 and 120 s: the next takes 100 s, a final one as much more as it has more to compute."""
-    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
-    monkeypatch.setattr(plan, "probe_rates", lambda *arguments: pytest.fail("finished trials tell"))
+    monkeypatch.setattr(forecast_module, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(forecast_module, "probe_rates", lambda *arguments: pytest.fail("finished trials tell"))
 
     def record(name: str, phase: str, method: str, seconds: dict[str, float]) -> TrialRecord:
         return TrialRecord("COMPLETE", method, {}, name, phase, seconds=seconds)
@@ -162,24 +170,23 @@ def test_finished_trials_replace_the_probe(dataset: Dataset, monkeypatch: pytest
         for n in (80, 100, 120)
     ]
     records.append(record("w", "baseline", "word_rate", {"train": 0.0, "embed": 0.0, "ridge": 6.0, "total": 6.1}))
-    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(epochs=3), records)
+    forecast = estimate(study_of(dataset, epochs=3), records)
     assert forecast.trial_seconds == pytest.approx(100)
     assert forecast.tests_seconds == pytest.approx(6)
     assert forecast.final_tests_seconds == pytest.approx(6 * 400 / 300)
-    work = plan.count_work(dataset, (SPLIT,), 4, SHAPE, BASE, 3)
+    work = count_work(dataset, (SPLIT,), 4, SHAPE, BASE, 3)
     ridge = (work.final.decompose + work.final.products) / (work.trial.decompose + work.trial.products)
     expected = (60 * 60 / 30 + 10 * 100 / (3 * 60) + 20 * ridge) / 0.9 + 6 * 400 / 300  # words read
     assert forecast.final_seconds == pytest.approx(expected)
     assert (forecast.low, forecast.high) == pytest.approx((0.9, 1.1))
     assert forecast.source == "from the seconds of 3 finished trials"
-    only_baselines = plan.measured_rates(records[3:], work)
-    assert only_baselines is None, "no trial has finished"
+    assert measured_rates(records[3:], work) is None, "no trial has finished"
 
 
 def test_without_the_gpu_of_the_trials_the_time_is_unknown(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "model_shape", lambda name: SHAPE)
+    monkeypatch.setattr(forecast_module, "model_shape", lambda name: SHAPE)
     monkeypatch.setattr(probe, "machine_gpus", lambda: 0)
-    forecast = estimate(dataset, (SPLIT,), {"s": 4}, BASE, options(gpus_per_trial=1.0))
+    forecast = estimate(study_of(dataset, gpus_per_trial=1.0))
     assert plan._range(forecast.trial_seconds, forecast) == "an unknown time"
     assert "this machine does not have the GPU" in forecast.source
 
@@ -215,44 +222,35 @@ def test_range_names_a_unit_once(seconds: float, low: float, high: float, text: 
     assert plan._range(seconds, SECONDS._replace(low=low, high=high)) == text
 
 
-def test_only_a_confirm_phase_that_is_still_to_come_is_announced(dataset: Dataset) -> None:
-    space: Any = SimpleNamespace(question="Does it?", name="x")
-    split = Split(("a", "b"), ("c",), ("d",))
-    for confirms in (True, False):
-        out = io.StringIO()
-        given = options(baselines=["random"], max_concurrent=2, epochs=1)
-        print_plan(Console(file=out, width=400), given, space, dataset, (split,), {"s": 4}, SECONDS, Done(), confirms)
-        text = (
-            "the best 3, with 2 fresh seeds each; then these and 3 baselines once on the test stories: 12 more trials"
-        )
-        assert (text in out.getvalue()) == confirms
-        seconds = 10 + 3 * 6 / 2 + (800 + (600 + 150 + 20 + 2 * 4) * confirms) / 2
-        assert f"about 2 min and 1.0 GB per trial, about {seconds / 60:.0f} min in all (x)" in out.getvalue()
-
-
-def test_one_is_not_several_and_what_is_done_is_said(dataset: Dataset) -> None:
-    space: Any = SimpleNamespace(question="Does it?", name="x")
-    split = Split(("a", "b"), ("c",), ("d",))
-    out = io.StringIO()
-    given = options(epochs=1, confirm_seeds=1)
-    print_plan(Console(file=out, width=400), given, space, dataset, (split,), {"s": 1}, SECONDS, Done(8, 2, 0, 0), True)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert "data        here: s 1 voxel" in lines
-    assert "fit         2 stories, 30 words, 300 TRs: a, b" in lines
-    assert "validation  1 story, 30 words, 300 TRs: c" in lines
-    assert "trials      2 baselines, 8 searched, 8 of them done; 1 epoch each" in lines
-    assert "delta       0.003 CC: an effect within it does not matter" in lines
-    assert (
-        "confirm     the best 3, with 1 fresh seed each; then these and 2 baselines once on the test stories: 8 more "
-        "trials, 2 of them done" in lines
+@pytest.mark.parametrize("confirms", [True, False])
+def test_only_a_confirm_phase_that_is_still_to_come_is_announced(confirms: bool, dataset: Dataset) -> None:
+    text = printed_plan(study_of(dataset, baselines=["random"], max_concurrent=2, epochs=1), Done(), confirms)
+    announced = (
+        "the best 3, with 2 fresh seeds each; then these and 3 baselines once on the test stories: 12 more trials"
     )
+    assert (announced in text) == confirms
+    seconds = 10 + 3 * 6 / 2 + (800 + (600 + 150 + 20 + 2 * 4) * confirms) / 2
+    assert f"about 2 min and 1.0 GB per trial, about {seconds / 60:.0f} min in all (x)" in text
+
+
+def test_plan_uses_singular_nouns_and_prints_what_is_done(dataset: Dataset) -> None:
+    text = printed_plan(study_of(dataset, n_voxels=1, epochs=1, confirm_seeds=1), Done(8, 2, 0, 0), True)
+    lines = [line.rstrip() for line in text.splitlines()]
+    for line in (
+        "data        here: s 1 voxel",
+        "fit         2 stories, 30 words, 300 TRs: a, b",
+        "validation  1 story, 30 words, 300 TRs: c",
+        "trials      2 baselines, 8 searched, 8 of them done; 1 epoch each",
+        "delta       0.003 CC: an effect within it does not matter",
+        "confirm     the best 3, with 1 fresh seed each; then these and 2 baselines once on the test stories: 8 more "
+        "trials, 2 of them done",
+    ):
+        assert line in lines
 
 
 def test_a_log_file_has_neither_trailing_spaces_nor_a_bar(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-    space: Any = SimpleNamespace(question="Does it?", name="x")
-    split = Split(("a", "b"), ("c",), ("d",))
     console = run._console()
-    print_plan(console, options(), space, dataset, (split,), {"s": 4}, SECONDS, Done(), False)
+    print_plan(console, study_of(dataset), SECONDS, Done(), False)
     console.print("a  b  ", end="")
     console.print("c")
     lines = capsys.readouterr().out.splitlines()
