@@ -53,7 +53,7 @@ from study.setup.encoding_study import Study, prepare
 from study.setup.options import THE_STUDY, Options, ResumePolicy
 from study.setup.resolve import check_take_over, model_of, options_record, read_recorded, resolve_options
 from study.setup.spaces import Space, load_space
-from study.setup.text_study import TextStudy, prepare_text, print_text_plan
+from study.setup.text_study import AnyStudy, prepare_text, print_text_plan
 from study.wording import counted, run_command
 
 WIDTH_OF_A_LOG = 400
@@ -111,7 +111,7 @@ def _options(requested: dict[str, Any], policy: ResumePolicy) -> tuple[Options, 
 
 def _plan(
     console: Console, options: Options, space: Space, policy: ResumePolicy
-) -> tuple[Study | TextStudy, Callable[[], None]]:
+) -> tuple[AnyStudy, Callable[[], None]]:
     """Prepare the study and print its plan; return it, and the check that this machine can run it."""
     if space.task != ENCODING:
         text = prepare_text(options, space)
@@ -134,7 +134,7 @@ def _done(options: Options, policy: ResumePolicy) -> Done:
     return done_so_far(options, look)
 
 
-def _run(study: Study | TextStudy, policy: ResumePolicy, console: Console) -> bool:
+def _run(study: AnyStudy, policy: ResumePolicy, console: Console) -> bool:
     """Run a session; return whether it left any results."""
     try:
         run_session(study, policy, console)

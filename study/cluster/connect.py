@@ -9,9 +9,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bert_encoding.core.errors import InputError, first_line
 from study.cluster.machines import Machines, cannot_join, machine_cpus, machine_gpus
@@ -42,6 +43,19 @@ def connect(machines: Machines) -> Iterator[Path]:
             yield folder
     finally:
         _end(folder)
+
+
+def ask_worker(cpus: float, gpus: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns on a worker with a trial's CPUs and GPUs; its InputError is raised here."""
+    import ray
+
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(function)
+    try:
+        return ray.get(remote.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
 
 
 def _end(*folders: Path) -> None:

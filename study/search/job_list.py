@@ -1,26 +1,33 @@
-"""A fixed list of jobs for Ray Tune."""
+"""What hands jobs to Ray Tune, and a fixed list of jobs."""
 
 from collections import deque
 from typing import Any
 
+from ray import tune
 from ray.tune.search import Searcher
 
 from bert_encoding.core.names import Metric
 from study.search.worker import Job
 
 
-class JobList(Searcher):  # type: ignore[misc]  # Ray's own is untyped to us
-    """Returns jobs in order; results are in their records, and a failure stops no other job.
+class TuneCallback(tune.Callback):
+    """A callback that Ray Tune may pickle, for a restore of its own that we never use."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class JobSearcher(Searcher):
+    """Hands jobs to Ray Tune.
 
     Parameters
     ----------
-    jobs : to be run, in this order
     measure : the score in the progress line
     """
 
-    def __init__(self, jobs: list[Job], measure: Metric) -> None:
+    def __init__(self, measure: Metric) -> None:
         super().__init__()
-        self.waiting, self.measure = deque(jobs), measure
+        self.measure = measure
         self.error: str | None = None
         self.reasons: dict[str, str] = {}  # Ray's id -> why a worker was ended
         self.jobs: dict[str, Job] = {}
@@ -28,6 +35,32 @@ class JobList(Searcher):  # type: ignore[misc]  # Ray's own is untyped to us
     @property
     def n_jobs(self) -> int:
         """Jobs still to be handed out."""
+        raise NotImplementedError
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: records are the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("resume a study from its records, with --resume")
+
+
+class JobList(JobSearcher):
+    """Returns jobs in order; results are in their records, and a failure stops no other job.
+
+    Parameters
+    ----------
+    jobs : to be run, in this order
+    """
+
+    def __init__(self, jobs: list[Job], measure: Metric) -> None:
+        super().__init__(measure)
+        self.waiting = deque(jobs)
+
+    @property
+    def n_jobs(self) -> int:
         return len(self.waiting)
 
     def suggest(self, trial_id: str) -> Any:
@@ -38,12 +71,3 @@ class JobList(Searcher):  # type: ignore[misc]  # Ray's own is untyped to us
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn: the jobs are given."""
-
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: records are the truth."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("resume a study from its records, with --resume")

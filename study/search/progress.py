@@ -3,14 +3,12 @@
 import time
 from typing import Any
 
-from ray import tune
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bert_encoding.core.names import BASELINE, COMPLETE, CONFIRM, FAILED, STOPPED
 from bert_encoding.trial.record import TrialRecord
-from study.search.job_list import JobList
-from study.search.searcher import StudySearcher
+from study.search.job_list import JobList, JobSearcher, TuneCallback
 from study.search.time_limits import RETRIES, died
 from study.wording import duration
 
@@ -19,7 +17,7 @@ N_NAMED = 3  # running trials
 ENOUGH, ENOUGH_SHARE = 2, 0.1  # finished trials before the time left is estimated: a number, or a share of all
 
 
-class ProgressLine(tune.Callback):
+class ProgressLine(TuneCallback):
     """Follows a study through Ray Tune's events.
 
     Parameters
@@ -32,7 +30,7 @@ class ProgressLine(tune.Callback):
     def __init__(
         self,
         console: Console,
-        searcher: StudySearcher | JobList,
+        searcher: JobSearcher,
         records: list[TrialRecord],
         n_jobs: int,
         n_epochs: int,
@@ -52,10 +50,6 @@ class ProgressLine(tune.Callback):
             BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=True
         )
         self.task = self.bar.add_task("starting workers", total=n_jobs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def __enter__(self) -> "ProgressLine":
         if self.console.is_terminal:
@@ -150,7 +144,7 @@ class ProgressLine(tune.Callback):
         return f"about {duration(left)} left"
 
 
-def _phase(searcher: StudySearcher | JobList) -> str:
+def _phase(searcher: JobSearcher) -> str:
     """Return the phase of the jobs: ``search``, ``confirm`` (fresh seeds) or ``test`` (the test stories)."""
     if not isinstance(searcher, JobList):
         return "search"

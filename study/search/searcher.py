@@ -17,6 +17,7 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from study.search.dashboard import Journal
 from study.search.early_stopping import StopSignal
+from study.search.job_list import JobSearcher
 from study.search.worker import Job, curve
 from study.setup.samplers import FIRST_EPOCH, NO_SCHEDULER, make_pruner, make_sampler, quiet_study
 from study.setup.spaces import Space, to_trial_config
@@ -25,7 +26,7 @@ SAMPLER_SEEDS = 2**31  # NumPy's legacy generator, which Optuna uses, takes no l
 STATES = {COMPLETE: TrialState.COMPLETE, STOPPED: TrialState.PRUNED, FAILED: TrialState.FAIL}
 
 
-class StudySearcher(Searcher):
+class StudySearcher(JobSearcher):
     """Hands jobs to Ray Tune: baselines first and alone, then the search.
 
     Finished records are the truth. They are replayed into a fresh in-memory Optuna study, so that a search can be
@@ -64,17 +65,14 @@ class StudySearcher(Searcher):
         journal: Journal | None = None,
         is_mixed: bool = False,
     ) -> None:
-        super().__init__()
-        self.error: str | None = None
-        self.reasons: dict[str, str] = {}  # Ray's id -> why a worker was ended
-        self.space, self.base, self.make_key, self.measure = space, base, make_key, metric
+        super().__init__(metric)
+        self.space, self.base, self.make_key = space, base, make_key
         self.stop_signal, self.journal, self.is_mixed = stop_signal, journal, is_mixed
         self.waiting_baselines = list(baselines)
         self.open_baselines = {job.trial_id for job in baselines}
         searched = [record for record in records if record.phase == SEARCH]
         self.n_left, self.next_id = max(0, n_trials - len(searched)), first_id
         self.done = {record.key: record.trial_id for record in records if record.status in (COMPLETE, STOPPED)}
-        self.jobs: dict[str, Job] = {}
         self.asked: dict[str, optuna.Trial] = {}
         self.reported: dict[int, set[int]] = {}  # Optuna's number of a trial -> epochs
         self.held: tuple[Job, optuna.Trial] | None = None  # waits for a running trial with the same key
@@ -84,7 +82,6 @@ class StudySearcher(Searcher):
 
     @property
     def n_jobs(self) -> int:
-        """Jobs still to be handed out."""
         return len(self.waiting_baselines) + self.n_left
 
     def suggest(self, trial_id: str) -> Any:
@@ -141,15 +138,6 @@ class StudySearcher(Searcher):
             for epoch, reached in result.get("curve", ()):
                 self._report(asked, epoch, reached)
         self._tell(asked, status, value)
-
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: records are the truth."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("resume a study from its records, with --resume")
 
     def _ask(self) -> tuple[Job, optuna.Trial]:
         """Return the next job: a waiting point, or a new one, whose other seeds then wait."""

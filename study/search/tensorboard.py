@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from study.search.job_list import TuneCallback
 
 TENSORBOARD_FOLDER = "tensorboard"
 NOT_SCORES = ("epoch", "ended", "is_best", "micro_batch")
@@ -12,7 +12,7 @@ NOT_SCORES = ("epoch", "ended", "is_best", "micro_batch")
 _log = logging.getLogger(__name__)
 
 
-class TensorBoard(tune.Callback):
+class TensorBoard(TuneCallback):
     """Writes the scores of every epoch as they come; a failure to write ends the writing and nothing else.
 
     Parameters
@@ -23,10 +23,6 @@ class TensorBoard(tune.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder / TENSORBOARD_FOLDER
         self.writers: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -4,20 +4,18 @@ import time
 from typing import Any
 
 import ray
-from ray import tune
 
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.core.storage import Place
 from bert_encoding.trial.record import write_record
-from study.search.job_list import JobList
-from study.search.searcher import StudySearcher
+from study.search.job_list import JobSearcher, TuneCallback
 from study.search.worker import Job, failed_record, find_record
 
 RETRIES = 2  # of a trial whose worker died
 MAX_UNRECORDED = 3  # trials in a row that could not write their records, before a study ends
 
 
-class TrialGuard(tune.Callback):
+class TrialGuard(TuneCallback):
     """Ends trials that take too long, and records those that left no record: their worker died, or could not write.
 
     A hanging trial may block its whole process, so its worker is ended and the trial is not retried; other trials
@@ -30,14 +28,10 @@ class TrialGuard(tune.Callback):
     limit_s : seconds that a trial may take, from the start of its worker's work on it; None is no limit
     """
 
-    def __init__(self, folder: Place, searcher: StudySearcher | JobList, limit_s: float | None = None) -> None:
+    def __init__(self, folder: Place, searcher: JobSearcher, limit_s: float | None = None) -> None:
         self.folder, self.searcher, self.limit_s = folder, searcher, limit_s
         self.running: dict[str, tuple[float, Any]] = {}  # Ray's id -> when it began, Ray's trial
         self.n_unrecorded = 0  # in a row
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running[trial.trial_id] = (time.monotonic(), trial)

@@ -8,35 +8,32 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ray import tune
 from rich.console import Console
 
 from bert_encoding.core.names import METRICS
-from bert_encoding.core.storage import Place
 from bert_encoding.text_tasks.task import TextTask
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord
 from study.search.dashboard import JOURNAL_FILE, Journal
 from study.search.early_stopping import StopSignal, make_stop_signal
-from study.search.job_list import JobList
+from study.search.job_list import JobSearcher
 from study.search.progress import ProgressLine
 from study.search.searcher import StudySearcher
 from study.search.tensorboard import TensorBoard
 from study.search.time_limits import RETRIES, TrialGuard
 from study.search.worker import Job, objective
-from study.setup.encoding_study import Study
 from study.setup.samplers import NO_SCHEDULER
-from study.setup.text_study import TextStudy
+from study.setup.text_study import AnyStudy
 
-NEVER_S = "1e9"
 OF_TUNE = {signal.SIGINT, signal.SIGUSR1}  # what Ray Tune takes for an interruption
 
 
-def run_jobs(
-    study: Study | TextStudy,
+def run_search(
+    study: AnyStudy,
     task: Task | TextTask,
-    folder: Place,
     records: list[TrialRecord],
     baselines: list[Job],
     make_key: Callable[..., str],
@@ -51,7 +48,6 @@ def run_jobs(
     ----------
     records : of earlier sessions
     baselines : jobs that lack a record
-    make_key : configuration -> identity
     first_id : number of the next trial
     private : folder for Ray Tune's own files
     is_mixed : the study was forced to go on although it had changed
@@ -60,9 +56,8 @@ def run_jobs(
     -------
     Why the search ended before its time, in one line; None if it did not.
     """
-    options, metric = study.options, METRICS[study.space.task]
+    options, folder, metric = study.options, study.options.folder, METRICS[study.space.task]
     stop_signal = None if options.scheduler == NO_SCHEDULER else make_stop_signal()
-    journal = Journal(folder / JOURNAL_FILE, options.name, metric.is_gain) if isinstance(folder, Path) else None
     searcher = StudySearcher(
         study.space,
         study.base,
@@ -75,98 +70,75 @@ def run_jobs(
         metric,
         scheduler=options.scheduler,
         stop_signal=stop_signal,
-        journal=journal,
+        journal=Journal(folder / JOURNAL_FILE, options.name, metric.is_gain) if isinstance(folder, Path) else None,
         is_mixed=is_mixed,
     )
-    return _watch("search", study, task, folder, records, searcher, stop_signal, private, console)
+    return run_jobs("search", study, task, records, searcher, private, console, stop_signal)
 
 
-def run_list(
+def run_jobs(
     name: str,
-    study: Study | TextStudy,
+    study: AnyStudy,
     task: Task | TextTask,
-    folder: Place,
     records: list[TrialRecord],
-    jobs: list[Job],
+    searcher: JobSearcher,
     private: Path,
     console: Console,
+    stop_signal: StopSignal | None = None,
 ) -> str | None:
-    """Run a list of jobs without early stopping; parameters and result as in ``run_jobs``.
+    """Run the jobs of a searcher, with a progress line and a guard; parameters and result as in ``run_search``.
+
+    Raises KeyboardInterrupt if it was interrupted, be it after the last job.
 
     Parameters
     ----------
-    name : of this list within the session
+    name : of these jobs within the session
     """
-    searcher = JobList(jobs, METRICS[study.space.task])
-    return _watch(name, study, task, folder, records, searcher, None, private, console)
-
-
-def _watch(
-    name: str,
-    study: Study | TextStudy,
-    task: Task | TextTask,
-    folder: Place,
-    records: list[TrialRecord],
-    searcher: StudySearcher | JobList,
-    stop_signal: StopSignal | None,
-    private: Path,
-    console: Console,
-) -> str | None:
-    """Run the jobs of a searcher, with a progress line and a guard; return its error."""
-    options, n_jobs = study.options, searcher.n_jobs
+    options, folder, n_jobs = study.options, study.options.folder, searcher.n_jobs
+    _set_up_tune()
     with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
-        watching: list[tune.Callback] = [TrialGuard(folder, searcher, options.trial_timeout), progress]
+        callbacks: list[tune.Callback] = [TrialGuard(folder, searcher, options.trial_timeout), progress]
         if options.tensorboard and isinstance(folder, Path):
-            watching.append(TensorBoard(folder))
-        _tune(name, study, task, folder, searcher, stop_signal, watching, private, n_jobs)
+            callbacks.append(TensorBoard(folder))
+        tuner = tune.Tuner(
+            _trainable(study, task, stop_signal),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, num_samples=n_jobs, max_concurrent_trials=options.max_concurrent, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(private),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=callbacks,
+                verbose=0,
+            ),
+        )
+        with passing_on_interrupts():
+            tuner.fit()
     return searcher.error
 
 
-def _tune(
-    name: str,
-    study: Study | TextStudy,
-    task: Task | TextTask,
-    folder: Place,
-    searcher: StudySearcher | JobList,
-    stop_signal: StopSignal | None,
-    watching: list[tune.Callback],
-    private: Path,
-    n_jobs: int,
-) -> None:
-    """Run ``n_jobs`` jobs on resident workers; raise KeyboardInterrupt if interrupted, be it after the last job."""
+def _set_up_tune() -> None:
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # they are in the records and the progress line
     is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as behind nohup
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = str(int(is_ignored))  # it ends trials in good order
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = NEVER_S  # Ray Tune's own state is not read and grows with the trials
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1e9"  # Ray Tune's own state is not read and grows with the trials
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+
+
+def _trainable(study: AnyStudy, task: Task | TextTask, stop_signal: StopSignal | None) -> Any:
+    """Return the worker's function with what all trials share, and a trial's CPUs and GPUs."""
     options = study.options
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            objective,
-            task=task,
-            study=str(folder),
-            metric=METRICS[study.space.task],
-            n_threads=max(1, int(options.cpus_per_trial)),
-            gpu_share=options.gpus_per_trial,
-            stop_signal=stop_signal,
-        ),
-        {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial},
+    trainable = tune.with_parameters(
+        objective,
+        task=task,
+        study=str(options.folder),
+        metric=METRICS[study.space.task],
+        n_threads=max(1, int(options.cpus_per_trial)),
+        gpu_share=options.gpus_per_trial,
+        stop_signal=stop_signal,
     )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=searcher, num_samples=n_jobs, max_concurrent_trials=options.max_concurrent, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=str(private),
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=watching,
-            verbose=0,
-        ),
-    )
-    with passing_on_interrupts():
-        tuner.fit()
+    return tune.with_resources(trainable, {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial})
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from bert_encoding.core.names import BASELINE, COMPLETE, ENCODING, FROZEN, STATI
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from study.search.worker import Job, job_key
-from study.setup.encoding_study import Study, file_hash
+from study.setup.encoding_study import file_hash
 from study.setup.spaces import to_trial_config
-from study.setup.text_study import TextStudy
+from study.setup.text_study import AnyStudy
 
 MakeKey = Callable[..., str]  # (config, score_test=False) -> key
 
@@ -27,7 +27,7 @@ def key_maker(identity: dict[str, Any]) -> MakeKey:
     return make_key
 
 
-def missing_baselines(study: Study | TextStudy, records: list[TrialRecord]) -> list[TrialConfig]:
+def missing_baselines(study: AnyStudy, records: list[TrialRecord]) -> list[TrialConfig]:
     """Return the baselines without a complete record.
 
     They are the frozen encoder, word rate and those of ``--baselines``; in a text-only study, the frozen encoder.

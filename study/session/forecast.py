@@ -75,7 +75,9 @@ def estimate(study: Study, records: Sequence[TrialRecord] = ()) -> Estimate:
     trial_bytes = worker_bytes(study.dataset, study.splits, max(voxels), shape, base, options.trials > 0)
     disk_bytes = MIN_FREE_BYTES + options.keep_adapters * 0.1 * model_bytes(shape)
     disk_bytes += max(options.trials, 1) * (sum(voxels) * 4 * 2 + 1e5)
-    return Estimate(*seconds, trial_bytes, disk_bytes, rates.low, rates.high, rates.source)
+    return Estimate(
+        *seconds, trial_bytes=trial_bytes, disk_bytes=disk_bytes, low=rates.low, high=rates.high, source=rates.source
+    )
 
 
 def count_work(

@@ -18,9 +18,9 @@ from bert_encoding.core.names import ENCODING, STUDY_FILE
 from bert_encoding.core.storage import Place, open_place
 from bert_encoding.language_model.encoder import BUNDLED, checkpoint_fingerprint
 from bert_encoding.trial.config import OLDER_SETTINGS
-from study.setup.encoding_study import Study
+from study.cluster.connect import ask_worker
 from study.setup.resolve import options_record
-from study.setup.text_study import TextStudy
+from study.setup.text_study import AnyStudy
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "optuna", "numpy", "scipy", "pandas")
 
@@ -55,7 +55,6 @@ def git_commit() -> dict[str, Any] | None:
         return None
 
 
-AnyStudy = Study | TextStudy
 IDENTITY = ("options", "space", "data", "voxels", "model", "splits", "config", "code", "precision", "versions")
 OF_THE_BEGINNING = ("name", "created", "command_line")  # a resumed study keeps these
 THE_TASK, THE_VOXELS, THE_PRECISION = "the task", "the voxels", "the precision of this machine"
@@ -162,7 +161,9 @@ def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_tria
     """
     if study.options.machines.is_local:
         return
-    recorded, now = read_json(folder / STUDY_FILE, required=("precision",)), _ask_worker(study, folder)
+    options, recorded = study.options, read_json(folder / STUDY_FILE, required=("precision",))
+    shares = (options.cpus_per_trial, options.gpus_per_trial)
+    now = str(ask_worker(*shares, _look_around, study.base.precision, str(folder)))
     if recorded["precision"] == now:
         return
     settled = recorded | {"precision": now}
@@ -171,20 +172,6 @@ def settle_precision(study: AnyStudy, folder: Place, may_force: bool, first_tria
         _check(folder, changes, may_force)
         settled = record_force(settled, changes, {"precision": recorded["precision"]}, first_trial)
     write_json(folder / STUDY_FILE, settled)
-
-
-def _ask_worker(study: AnyStudy, folder: Place) -> str:
-    """Return the precision of a worker with a trial's resources."""
-    import ray
-
-    options = study.options
-    remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(_look_around)
-    try:
-        return str(ray.get(remote.remote(study.base.precision, str(folder))))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
 
 
 def _look_around(precision: str, folder: str) -> str:

@@ -21,10 +21,11 @@ from study.results.locked_stories import check_looks, heard_by, next_look, permi
 from study.search.worker import Job
 from study.session.baselines import MakeKey, baseline_job, key_maker, missing_baselines
 from study.session.confirm import Run, confirm, is_complete, is_lacking
-from study.session.identity import AnyStudy, Difference, differences, identify, read_identity, resumed, settle_precision
+from study.session.identity import Difference, differences, identify, read_identity, resumed, settle_precision
 from study.session.voxel_choice import on_chosen_voxels
 from study.setup.encoding_study import Study
 from study.setup.options import Options, ResumePolicy
+from study.setup.text_study import AnyStudy
 
 _UNFINISHED = rf"\.({re.escape(STUDY_FILE)}|{re.escape(OWNER_FILE)})\.\d+\.tmp"  # as ``atomic_path`` names them
 
@@ -116,7 +117,8 @@ def _run_jobs(
         return
     console.print("starting workers ...")
     with connect(options.machines) as private:
-        from study.search.tuning import run_jobs, run_list
+        from study.search.job_list import JobList
+        from study.search.tuning import run_jobs, run_search
 
         settle_precision(study, folder, may_force, _next_trial(folder))
         recorded = read_json(folder / STUDY_FILE)
@@ -131,10 +133,11 @@ def _run_jobs(
         first_id = _next_id(folder)
         error = None
         if searches:
-            error = run_jobs(study, task, folder, records, baselines, make_key, first_id, private, console, is_mixed)
+            error = run_search(study, task, records, baselines, make_key, first_id, private, console, is_mixed)
 
         def run(name: str, jobs: list[Job]) -> str | None:
-            return run_list(name, study, task, folder, read_records(folder), jobs, private, console)
+            job_list = JobList(jobs, METRICS[study.space.task])
+            return run_jobs(name, study, task, read_records(folder), job_list, private, console)
 
         if error is None:
             error = _confirm(options, look, identity, make_key, run, console)

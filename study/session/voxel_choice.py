@@ -1,7 +1,5 @@
 """The voxels of a study, chosen once and stored in its folder."""
 
-from typing import Any
-
 from rich.console import Console
 
 from bert_encoding.core.errors import InputError
@@ -10,6 +8,7 @@ from bert_encoding.core.names import STUDY_FILE
 from bert_encoding.core.storage import Place, atomic_path, local_copy
 from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.voxel_selection import keep_voxels, read_voxels, voxels_key, write_voxels
+from study.cluster.connect import ask_worker
 from study.search.worker import choose
 from study.setup.encoding_study import Study
 
@@ -21,33 +20,21 @@ def on_chosen_voxels(study: Study, task: Task, folder: Place, console: Console) 
 
     Raises InputError if the stored voxels are damaged or are not those of the finished trials.
     """
-    if not study.options.voxels.isdecimal():
+    options = study.options
+    if not options.voxels.isdecimal():
         return task
     file = folder / VOXELS_FILE
     if not file.exists():
-        console.print(f"choosing {study.options.voxels} voxels by the frozen encoder's CC inside the fit stories ...")
+        console.print(f"choosing {options.voxels} voxels by the frozen encoder's CC inside the fit stories ...")
         with atomic_path(file) as temporary:
-            write_voxels(temporary, _choose(study, task))
+            shares = (options.cpus_per_trial, options.gpus_per_trial)
+            chosen_by = (study.base, task, int(options.voxels), max(1, int(shares[0])), shares[1])
+            write_voxels(temporary, ask_worker(*shares, choose, *chosen_by))
     with local_copy(file) as copy:
         voxels = read_voxels(copy, task.dataset)
     chosen = task._replace(dataset=keep_voxels(task.dataset, voxels), voxels_are_chosen=True)
     _check_voxels(folder, file, voxels_key(chosen.dataset))
     return chosen
-
-
-def _choose(study: Study, task: Task) -> dict[str, Any]:
-    import ray
-
-    options = study.options
-    remote = ray.remote(num_cpus=options.cpus_per_trial, num_gpus=options.gpus_per_trial, max_retries=2)(choose)
-    threads, n = max(1, int(options.cpus_per_trial)), int(options.voxels)
-    try:
-        voxels: dict[str, Any] = ray.get(remote.remote(study.base, task, n, threads, options.gpus_per_trial))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise error.cause from None
-        raise
-    return voxels
 
 
 def _check_voxels(folder: Place, file: Place, key: str) -> None:

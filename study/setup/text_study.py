@@ -13,7 +13,7 @@ from bert_encoding.datasets.corpus import Corpus, describe, open_corpus
 from bert_encoding.language_model.encoder import MINILM_PLAIN, check_model_name
 from bert_encoding.text_tasks.task import TextTask, make_text_task
 from bert_encoding.trial.config import TrialConfig
-from study.setup.encoding_study import base_config, general_text, general_text_files
+from study.setup.encoding_study import Study, base_config, general_text, general_text_files
 from study.setup.options import Options
 from study.setup.resolve import check_task
 from study.setup.spaces import Space, rehearse
@@ -49,6 +49,9 @@ class TextStudy:
             "splits": [split],
             "general_text": general_text(self.options),
         }
+
+
+AnyStudy = Study | TextStudy
 
 
 def prepare_text(options: Options, space: Space) -> TextStudy:

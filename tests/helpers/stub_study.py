@@ -160,7 +160,7 @@ def three_nodes(folder: Path, n_cpus: int) -> Iterator[Path]:
 
 
 def main(folder: Path, given: dict[str, Any]) -> None:
-    options = SimpleNamespace(**OPTIONS | given)
+    options = SimpleNamespace(**OPTIONS | given, folder=folder)
     os.environ["STUB_SECONDS"] = str(options.seconds)
     space = load_space(str(folder / "space.py"))
     base = TrialConfig(model="none", epochs=options.epochs)
@@ -175,8 +175,8 @@ def main(folder: Path, given: dict[str, Any]) -> None:
         study.search.tuning.objective = stub_objective
         study.search.time_limits.write_record = where_full(study.search.time_limits.write_record, (FILLS_EVERY_DISK,))
         key_of, first_id = lambda config: content_key(asdict(config)), _next_id(folder)
-        about = (folder, read_records(folder), [], key_of, first_id)
-        error = study.search.tuning.run_jobs(stub, None, *about, private, Console(width=400))
+        about = (read_records(folder), [], key_of, first_id)
+        error = study.search.tuning.run_search(stub, None, *about, private, Console(width=400))
     print(f"ended: {error}")
 
 

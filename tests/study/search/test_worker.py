@@ -313,13 +313,12 @@ def test_a_session_sends_stamped_paths_and_jobs_that_know_it(
     study = prepare(resolve_options(options, {}, space), space)
     sent: dict[str, Any] = {}
 
-    def keep(
-        study: Any, task: Any, folder: Path, records: Any, baselines: list[Job], make_key: Any, *rest: Any
-    ) -> None:
-        sent.update(task=task, jobs=baselines, key=make_key(CONFIG), file=read_json(folder / "study.json"))
+    def keep(study: Any, task: Any, records: Any, baselines: list[Job], make_key: Any, *rest: Any) -> None:
+        file = read_json(study.options.folder / "study.json")
+        sent.update(task=task, jobs=baselines, key=make_key(CONFIG), file=file)
 
     monkeypatch.setattr(session, "connect", lambda machines: nullcontext(tmp_path))
-    monkeypatch.setattr(tuning, "run_jobs", keep)
+    monkeypatch.setattr(tuning, "run_search", keep)
     session.run_session(study, ResumePolicy(), Console(file=io.StringIO()))
     stamps = {one.stamp for story in sent["task"].dataset.stories.values() for one in story.responses.values()}
     files = {one.path for story in study.dataset.stories.values() for one in story.responses.values()}
