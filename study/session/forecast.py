@@ -71,13 +71,14 @@ def estimate(study: Study, records: Sequence[TrialRecord] = ()) -> Estimate:
     shape = model_shape(options.model)
     work = count_work(study.dataset, study.splits, sum(voxels), shape, base, options.epochs)
     rates = measured_rates(records, work) or probe_rates(shape, base, options) or UNKNOWN
-    seconds = [float(sum(n * s for n, s in zip(job, rates.seconds, strict=True))) for job in work]
+    trial, baseline, tests, final, final_baseline, final_tests = (
+        float(sum(n * s for n, s in zip(job, rates.seconds, strict=True))) for job in work
+    )
+    seconds = (trial, baseline, tests, final, final_baseline, final_tests)
     trial_bytes = worker_bytes(study.dataset, study.splits, max(voxels), shape, base, options.trials > 0)
     disk_bytes = MIN_FREE_BYTES + options.keep_adapters * 0.1 * model_bytes(shape)
     disk_bytes += max(options.trials, 1) * (sum(voxels) * 4 * 2 + 1e5)
-    return Estimate(
-        *seconds, trial_bytes=trial_bytes, disk_bytes=disk_bytes, low=rates.low, high=rates.high, source=rates.source
-    )
+    return Estimate(*seconds, trial_bytes, disk_bytes, rates.low, rates.high, rates.source)
 
 
 def count_work(
