@@ -1,6 +1,7 @@
 """How a study ends before it has begun, and in the last moment of its search; without Ray's processes."""
 
 import errno
+import io
 import os
 import signal
 import threading
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 from ray.tune.tune import _setup_signal_catching
+from rich.console import Console
 from study_process import raised_in_a_copy
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import write_json
+from bert_encoding.core.names import METRICS
 from bert_encoding.trial.record import TrialRecord, write_record
 from study.cluster.lock import LOCK_FILE, OWNER_FILE
 from study.search import tuning
+from study.search.job_list import JobList
 from study.session import session
 
 IDENTITY: dict[str, Any] = {"name": "s", "code": "c"}
@@ -107,7 +111,7 @@ def test_a_file_with_the_name_of_the_study_is_refused(tmp_path: Path) -> None:
 
 
 def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int, heard: bool = True) -> None:
-    """Run ``_tune`` with a Tuner that does with signals what Ray Tune does, and ends well though one came.
+    """Run no jobs with a Tuner that does with signals what Ray Tune does, and ends well though one came.
 
     For a copy of this process.
     """
@@ -125,13 +129,17 @@ def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int, heard: bool = True)
     names = ("with_parameters", "with_resources", "TuneConfig", "RunConfig", "FailureConfig")
     stub = SimpleNamespace(**dict.fromkeys(names, passing), Tuner=lambda *args, **kwargs: SimpleNamespace(fit=fit))
     monkeypatch.setattr(tuning, "tune", stub)
-    options = SimpleNamespace(cpus_per_trial=1.0, gpus_per_trial=0.0, max_concurrent=1)
+    options = SimpleNamespace(
+        **{"cpus_per_trial": 1.0, "gpus_per_trial": 0.0, "max_concurrent": 1, "epochs": 1, "trial_timeout": None},
+        **{"tensorboard": False, "folder": Path("s")},
+    )
     study: Any = SimpleNamespace(options=options, space=SimpleNamespace(task="encoding"))
     for name in ("TUNE_PRINT_ALL_TRIAL_ERRORS", "TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_SIGINT_HANDLER"):
         monkeypatch.setenv(name, "1")  # put back afterwards
-    searcher: Any = None
+    task: Any = None
     try:
-        tuning._tune("search", study, None, Path("s"), searcher, None, [], Path("p"), 1)
+        searcher = JobList([], METRICS["encoding"])
+        tuning.run_jobs("search", study, task, [], searcher, Path("p"), Console(file=io.StringIO()))
     finally:
         assert signal.getsignal(signal.SIGINT) is before
 
