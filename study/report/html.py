@@ -33,17 +33,8 @@ logger = logging.getLogger(__name__)
 def write_report(path: str | Place, evidence: Evidence | None = None) -> Place:
     """Write ``report.html`` and the folder ``figures`` next to ``study.json``, also while the study runs.
 
-    A figure that cannot be drawn is named in the report's warnings.
-
-    Parameters
-    ----------
-    path : a folder, or the URL of one in object storage
-    evidence : of ``gather``, if that has been done
-
-    Raises
-    ------
-    InputError
-        if no study is there, or it may not be written.
+    A figure that cannot be drawn is named in the report's warnings. ``path`` is as in ``load_study``, with its error;
+    ``evidence`` is of ``gather``, if that has been done. InputError if the report may not be written.
     """
     study = open_place(path)
     evidence = gather(study, load_delta(study)) if evidence is None else evidence

@@ -15,7 +15,7 @@ from study.report.figures.figures import Drawn
 from study.report.methods.data import vectors_precision
 from study.report.methods.inference import inference_paragraphs
 from study.report.methods.methods import methods_paragraphs
-from study.report.tables import MEANINGS, OUTCOMES, Sheet, brief, p_value, sheet, signed, trial_sheet
+from study.report.tables import BRIEF, MEANINGS, OUTCOMES, SIGNED, Sheet, p_value, sheet, trial_sheet
 from study.results.confirmed import confirm_lines
 from study.results.evidence import Evidence
 from study.results.load import forced_lines
@@ -75,9 +75,7 @@ def make_page(
         "incomplete": incomplete_lines(evidence, records),
         "terms": _terms(evidence),
         "verdicts": [shown_verdict(verdict) for verdict in evidence.verdicts] if has_result else [],
-        "lines": _lines(study, evidence, records)
-        if has_result
-        else ["No trial is complete yet, so there is nothing to compare."],
+        "lines": _lines(study, evidence, records, has_result),
         "numbers": _numbers(evidence),
         "slopes": _slopes(evidence.slopes),
         "figures": figures,
@@ -135,8 +133,10 @@ def _confirm_is_pending(evidence: Evidence, records: list[TrialRecord]) -> bool:
     return not fresh or COMPLETE in fresh or not evidence.facts.is_finished
 
 
-def _lines(study: Place, evidence: Evidence, records: list[TrialRecord]) -> list[str]:
+def _lines(study: Place, evidence: Evidence, records: list[TrialRecord], has_result: bool) -> list[str]:
     """Return the comparison with the baselines and the results of the confirm phase, in words."""
+    if not has_result:
+        return ["No trial is complete yet, so there is nothing to compare."]
     confirmed = confirm_lines(study, evidence.trials)
     if len(evidence.confirmed):  # a table shows each finalist
         confirmed = [line for line in confirmed if not line.startswith("  ") and not line.endswith(":")]
@@ -155,7 +155,7 @@ def _numbers(evidence: Evidence) -> list[Sheet]:
         over = f" over {joined(units)}" if units else ""
         caption = f"Finalists on the test stories, the winner first; low, high: 95% interval of gain_test{over}"
         differences = ("selection_bias", "gain_test", "low", "high", "gain_of_stories")
-        formats = {"lr": brief} | dict.fromkeys(differences, signed)
+        formats = {"lr": BRIEF} | dict.fromkeys(differences, SIGNED)
         sheets.append(sheet(caption, frame.dropna(axis=1, how="all"), formats=formats))
     return sheets
 
@@ -167,7 +167,7 @@ def _slopes(slopes: pd.DataFrame) -> Sheet | None:
     frame = slopes[[name for name in SHORT_SLOPES if name in slopes]]
     frame = frame.assign(outcome=frame["outcome"].replace(OUTCOMES))
     caption = "Slope per doubling of rank, and effect over the range of ranks tried with its 95% interval"
-    return sheet(caption, frame, formats=dict.fromkeys(("slope", "effect", "low", "high"), signed) | {"p": p_value})
+    return sheet(caption, frame, formats=dict.fromkeys(("slope", "effect", "low", "high"), SIGNED) | {"p": p_value})
 
 
 def _levels(evidence: Evidence) -> pd.DataFrame:
@@ -266,9 +266,8 @@ def shared_notes(records: Sequence[TrialRecord]) -> list[str]:
     for record in records:
         for note in record.notes:
             trials_of.setdefault(note, []).append(record.trial_id)
-    return [f"{note} ({_trials(names)})" for note, names in trials_of.items()]
-
-
-def _trials(names: Sequence[str]) -> str:
-    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
-    return f"trial{'s' * (len(names) > 1)} {joined([*names[:MOST_NAMED], *more])}"
+    lines = []
+    for note, names in trials_of.items():
+        more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+        lines.append(f"{note} (trial{'s' * (len(names) > 1)} {joined([*names[:MOST_NAMED], *more])})")
+    return lines

@@ -10,7 +10,7 @@ from bert_encoding.core.names import METRICS
 from study.results.printing import best_first, suggested_columns, trial_columns
 from study.wording import counted, score
 
-SETTINGS = ("lr", "lora_alpha", "scaling")
+BRIEF, SIGNED = "{:.4g}".format, "{:+.4f}".format  # of settings and of differences
 MEANINGS = {
     "trial_id": "name of the trial; its files are in trials/<id>",
     "phase": "baseline, search, or confirm (fresh seeds, and the test stories)",
@@ -59,7 +59,7 @@ OUTCOMES = {  # of ``slopes.slope_table``; for the last three the "effect" is a 
 
 
 class Cell(NamedTuple):
-    """The text to show and the value to sort by; both empty without a value."""
+    """One value; both fields are empty without one."""
 
     text: str
     sort: str
@@ -86,7 +86,7 @@ def trial_sheet(trials: pd.DataFrame, task: str) -> Sheet:
     """Return the trial table, best first by the score that the search optimised, without empty columns."""
     metric = METRICS[task]
     order = {metric.column: "descending" if metric.is_gain else "ascending"}
-    formats = dict.fromkeys((*SETTINGS, *suggested_columns(trials)), brief)
+    formats = dict.fromkeys(("lr", "lora_alpha", "scaling", *suggested_columns(trials)), BRIEF)
     shown = best_first(trials, task)[trial_columns(trials, task)]
     return sheet(counted(len(trials), "trial"), shown, order, formats=formats)
 
@@ -98,13 +98,9 @@ def sheet(
     wide: Sequence[str] = (),
     formats: Mapping[str, Callable[[float], str]] | None = None,
 ) -> Sheet:
-    """Return a table of the report.
+    """Return a table of the report; ``wide`` are columns of running text.
 
-    Parameters
-    ----------
-    order : column -> direction, for the column that the rows are sorted by
-    wide : columns of running text
-    formats : column -> format of its numbers
+    ``order`` maps the column that the rows are sorted by to its direction, ``formats`` columns to number formats.
     """
     names = [str(name) for name in frame.columns]
     columns = tuple(
@@ -122,16 +118,6 @@ def cell(value: Any, show: Callable[[float], str] = score) -> Cell:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return Cell(str(value), str(value))
     return Cell(show(float(value)), repr(float(value)))
-
-
-def brief(value: float) -> str:
-    """Return a setting, such as 0.001, with at most four digits."""
-    return f"{value:.4g}"
-
-
-def signed(value: float) -> str:
-    """Return a difference with its sign."""
-    return f"{value:+.4f}"
 
 
 def p_value(value: float) -> str:

@@ -11,11 +11,7 @@ from study.results.evidence import Evidence
 def compare(first: Evidence, second: Evidence) -> pd.DataFrame:
     """Return the results of two studies, one row per finding and one column per study.
 
-    Raises
-    ------
-    InputError
-        if they were evaluated on other data, stories or voxels, so that their scores are not comparable; it names the
-        first difference.
+    InputError names the first difference in data, stories or voxels, which makes their scores not comparable.
     """
     check_comparable(first.facts.study, second.facts.study)
     names = [first.facts.name, second.facts.name]

@@ -32,22 +32,14 @@ class ScoreOnTest(NamedTuple):
 
 
 class Finalist(NamedTuple):
-    """A confirmed trial compared with the frozen baseline, as in ``summary.json``.
-
-    Attributes
-    ----------
-    searched, confirmed : validation CC in the search, and mean over fresh seeds
-    test : None if scoring failed
-    gain : test CC minus that of the frozen baseline, interval over time inside these stories; None without either
-    gain_of_stories : the same story by story, interval over stories
-    """
+    """A confirmed trial compared with the frozen baseline, as in ``summary.json``."""
 
     trial_id: str
-    searched: float
-    confirmed: float
-    test: ScoreOnTest | None
-    gain: Interval | None
-    gain_of_stories: Interval | None
+    searched: float  # validation CC in the search
+    confirmed: float  # its mean over fresh seeds
+    test: ScoreOnTest | None  # None if scoring failed
+    gain: Interval | None  # test CC minus that of the frozen baseline, interval over time; None without either
+    gain_of_stories: Interval | None  # the same story by story, interval over stories
 
 
 def confirmed_trials(path: str | Place, look: dict[str, Any], trials: pd.DataFrame) -> list[Finalist]:

@@ -3,29 +3,52 @@
 ``gather`` (gather.py) reads a study and returns an ``Evidence``; figures and report only present it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from study.results.facts import Facts
+from bert_encoding.core.names import METRICS, Metric
 from study.results.verdicts.rules import Verdict
 
 
+class Facts(NamedTuple):
+    """Identity, size and state of a study."""
+
+    name: str
+    task: str  # encoding, classification or adapt
+    question: str  # first line of the search space's docstring
+    space: str
+    sampler: str
+    is_adaptive: bool  # settings, or the end of a trial, depended on earlier scores: conclusions are exploratory
+    n_requested: int  # searched trials that the study is to have
+    n_searched: int  # that have ended
+    n_complete: int  # with repeats of a complete trial
+    n_failed: int
+    n_voxels: dict[str, int]  # by subject; empty for text-only studies
+    stories: dict[str, tuple[str, ...]]  # split -> stories, over all outer folds; empty for text-only studies
+    is_confirmed: bool  # some finalist was scored on the test stories
+    looks: list[dict[str, Any]]  # test-set evaluations: contents of ``confirm.json`` and later ones
+    study: dict[str, Any]  # content of ``study.json``
+
+    @property
+    def metric(self) -> Metric:
+        """The score that the search optimised."""
+        return METRICS[self.task]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all searched trials have ended."""
+        return self.n_searched >= self.n_requested
+
+
 class Levels(NamedTuple):
-    """Reference lines of a CC axis; None where unknown.
+    """Reference lines of a CC axis; None where unknown."""
 
-    Attributes
-    ----------
-    frozen, word_rate : score of the baselines on the validation stories (held-out texts)
-    frozen_test, word_rate_test : on the test stories
-    ceiling, ceiling_test : mean noise ceiling CC_max over voxels and over the stories that have repeats
-    """
-
-    frozen: float | None = None
+    frozen: float | None = None  # on the validation stories (held-out texts)
     word_rate: float | None = None
     frozen_test: float | None = None
     word_rate_test: float | None = None
-    ceiling: float | None = None
+    ceiling: float | None = None  # mean of CC_max over voxels and over the stories that have repeats
     ceiling_test: float | None = None
 
 
@@ -34,7 +57,6 @@ class Evidence(NamedTuple):
 
     Attributes
     ----------
-    facts, levels : see their classes
     left_out : searched trials that analyses of rank exclude, in words; empty if none
     trials : one row per trial of any phase and status (``load_trials``)
     epochs : one row per trial and epoch: trial_id, phase, epoch, rank, lr, seed, cc_mean, mlm_loss_train,
@@ -46,10 +68,7 @@ class Evidence(NamedTuple):
     by_rank : one row per outcome and rank: outcome, rank, n_trials, n_seeds, n_stories, mean, low, high (95%, NaN where
         unknown), sd_seeds (between seeds of one setting), covers (what the interval includes, in words)
     rank_by_lr : one row per rank and learning rate: rank, lr, n_trials, cc_mean
-    slopes : one row per outcome, adjustment and subset (``slopes.COLUMNS``; see slopes.py). Outcomes are cc_mean,
-        mlm_loss_heldout, adaptation_gap, loss_gap and cc_seen; cc_bend is the CC of middle ranks minus the mean of
-        both ends, cc_rank_by_lr the effect of rank at the highest learning rate minus that at the lowest,
-        cc_rank_by_rule the effect with the second of two scaling rules minus that with the first
+    slopes : one row per outcome, adjustment and subset (``slopes.COLUMNS``; ``SlopeKey`` describes the outcomes)
     importances : one row per parameter, most important first: parameter, importance (share of the score's variance,
         fANOVA), low, high (95% bootstrap over trials), n_trials
     history : one row per complete searched trial in order: number (from 1), trial_id, value, best_so_far

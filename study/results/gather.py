@@ -11,8 +11,7 @@ from bert_encoding.core.storage import Place, open_place
 from bert_encoding.trial.record import TrialRecord, read_cc, read_details
 from bert_encoding.trial.tables import rows_frame, trials_frame
 from study.results.confirmed import confirmed_table
-from study.results.evidence import Evidence, Levels
-from study.results.facts import Facts
+from study.results.evidence import Evidence, Facts, Levels
 from study.results.importances import importances, varied_parameters
 from study.results.load import forced_lines, is_adaptive, load_records, load_study
 from study.results.locked_stories import id_on_test, read_looks
@@ -34,15 +33,7 @@ STAGES = "seconds_train seconds_embed seconds_ridge".split()
 def gather(path: str | Place, delta: float = DELTA) -> Evidence:
     """Read a study, also one that is still running, and return all that figures and report show.
 
-    Parameters
-    ----------
-    path : a folder, or the URL of one in object storage
-    delta : smallest effect that matters, CC
-
-    Raises
-    ------
-    InputError
-        if no study is there.
+    ``path`` is as in ``load_study``, with its error; ``delta`` is the smallest effect that matters, CC.
     """
     folder = open_place(path)
     study, records, looks = load_study(folder), load_records(folder), read_looks(folder)

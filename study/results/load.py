@@ -17,40 +17,26 @@ ADAPTIVE = ("tpe", "gp", "cmaes")
 
 
 def load_study(path: str | Place) -> dict[str, Any]:
-    """Return the content of ``study.json``.
-
-    Parameters
-    ----------
-    path : a folder, or the URL of one in object storage
-
-    Raises
-    ------
-    InputError
-        if no study is there.
-    """
+    """Return the content of ``study.json`` in a folder, or at the URL of one; InputError if no study is there."""
     folder = open_place(path)
     if not (folder / STUDY_FILE).is_file():
         raise InputError(f"{folder}: no study here ({STUDY_FILE} is missing)")
-    study: dict[str, Any] = read_json(folder / STUDY_FILE)
-    return study
+    return read_json(folder / STUDY_FILE)
 
 
 def load_records(path: str | Place) -> list[TrialRecord]:
-    """Return the records of a study, without CC per voxel; arguments and errors of ``load_study``."""
+    """Return the records of a study, without CC per voxel."""
     load_study(path)
     return read_records(open_place(path))
 
 
 def load_trials(path: str | Place) -> pd.DataFrame:
-    """Return the trials of a study, also while it runs, one row per trial with the documented columns.
-
-    Arguments and errors of ``load_study``.
-    """
+    """Return the trials of a study, also while it runs, one row per trial with the documented columns."""
     return trials_frame(load_records(path))
 
 
 def load_options(path: str | Place) -> dict[str, Any]:
-    """Return the options that a study recorded; arguments and errors of ``load_study``."""
+    """Return the options that a study recorded."""
     options: dict[str, Any] = load_study(path).get("options", {})
     return options
 

@@ -26,17 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 class Look(NamedTuple):
-    """A study that has used test stories, when, and which of the requested ones.
-
-    Attributes
-    ----------
-    baselines_only : only baselines were scored (``--trials 0``), so nothing was chosen by these stories
-    """
+    """A study that has used test stories, when, and which of the requested ones."""
 
     study: str
     at: str
     stories: tuple[str, ...]
-    baselines_only: bool = False
+    baselines_only: bool = False  # ``--trials 0``: nothing was chosen by these stories
 
     def __str__(self) -> str:
         return f"study {self.study} ({self.at})"
@@ -138,11 +133,8 @@ def _shared(look: dict[str, Any], heard: Heard) -> tuple[str, ...]:
 def next_look(options: Options, n_searched: int, is_again: bool, is_complete: bool) -> int | None:
     """Return the number of the evaluation that a session is to end with; None if there is nothing new to confirm.
 
-    Parameters
-    ----------
-    n_searched : searched trials that have ended
-    is_again : the user requests another evaluation
-    is_complete : the last evaluation has scored all its trials
+    ``n_searched`` searched trials have ended, ``is_again`` is the user's request for another evaluation, and
+    ``is_complete`` says whether the last one has scored all its trials.
     """
     if options.confirm == 0:
         return None
@@ -157,10 +149,7 @@ def next_look(options: Options, n_searched: int, is_again: bool, is_complete: bo
 def check_looks(options: Options, look: int | None, heard: Heard, is_again: bool) -> None:
     """Refuse to evaluate the same test stories a second time, except those of the simulated demo listeners.
 
-    Raises
-    ------
-    InputError
-        if this study or another in the same place has done so already, and the user does not force it.
+    InputError if this study or another in the same place has done so already, and the user does not force it.
     """
     if look is None or options.data in DEMOS or is_again or _permitted(options.folder) >= look:
         return

@@ -45,33 +45,19 @@ COLUMNS = (
 
 
 class SlopeKey(NamedTuple):
-    """Which slope to estimate.
+    """Which slope to estimate."""
 
-    Attributes
-    ----------
-    outcome : of ``OUTCOMES``, ``SEEN`` or ``SHAPES``
-    adjustment : ``NONE`` (seeds only), ``NUISANCE``, or ``STEP_SIZE``: also log2 of the LoRA scaling
-    subset : all trials, one scaling rule, two of them (``a | b``), or one learning rate (``lr 0.001``)
-    """
-
-    outcome: str
-    adjustment: str
-    subset: str = ALL
+    outcome: str  # of ``OUTCOMES``, ``SEEN`` or ``SHAPES``, which ``make_design`` describes
+    adjustment: str  # ``NONE`` (seeds only), ``NUISANCE``, or ``STEP_SIZE``: also log2 of the LoRA scaling
+    subset: str = ALL  # or one scaling rule, two of them (``a | b``), or one learning rate (``lr 0.001``)
 
 
 class DesignMatrix(NamedTuple):
-    """The columns that an outcome is fitted by.
+    """The columns that an outcome is fitted by."""
 
-    Attributes
-    ----------
-    X : (n_trials, n_columns) float64; the last column is the one of interest
-    adjusted_for : in words
-    share : of the variance of the last column that the others do not explain
-    """
-
-    X: np.ndarray
-    adjusted_for: tuple[str, ...]
-    share: float
+    X: np.ndarray  # (n_trials, n_columns) float64; the last column is the one of interest
+    adjusted_for: tuple[str, ...]  # in words
+    share: float  # of the variance of the last column that the others do not explain
 
 
 def slope_table(used: pd.DataFrame, stories: pd.DataFrame) -> pd.DataFrame:
@@ -143,11 +129,8 @@ def _outcome(used: pd.DataFrame, outcome: str, cc_of_story: np.ndarray) -> np.nd
 def _estimate(design: DesignMatrix, y: np.ndarray, cc_of_story: np.ndarray, reach: float) -> dict[str, object]:
     """Fit one slope and return its effect over the range of ranks with intervals; NaN if it cannot be separated.
 
-    Parameters
-    ----------
-    y : (n_trials,) float64
-    cc_of_story : (n_trials, n_stories); without stories the interval is over trials only
-    reach : range of the design's last column
+    ``y`` is (n_trials,), ``cc_of_story`` (n_trials, n_stories); without stories the interval is over trials only.
+    ``reach`` is the range of the design's last column.
     """
     slope = se = p = sd_trial = np.nan
     df, weights = 0, np.full(len(y), np.nan)  # slope = weights @ y
@@ -195,14 +178,10 @@ def make_design(used: pd.DataFrame, adjustment: str, shape: str = "") -> DesignM
     A nuisance with few values gets one column for each but the first, one with many values a line, the learning rate a
     parabola. Columns that earlier ones explain are left out.
 
-    Parameters
-    ----------
-    adjustment : see ``SlopeKey``
-    shape : if given, log2 rank becomes a nuisance and the last column is another one. ``BEND``: a parabola over log2
-        rank, 1 in the middle of the range and 0 at its ends; its slope is the middle minus the mean of the ends.
-        ``BY_LR``: log2 rank times log lr, scaled to 0 at the lowest and 1 at the highest rate; its slope is that of
-        rank at the highest rate minus that at the lowest. ``BY_RULE``: the same for the second and the first of two
-        scaling rules
+    With a ``shape``, log2 rank becomes a nuisance and the last column is another one. ``BEND``: a parabola over log2
+    rank, 1 in the middle of the range and 0 at its ends; its slope is the middle minus the mean of the ends. ``BY_LR``:
+    log2 rank times log lr, scaled to 0 at the lowest and 1 at the highest rate; its slope is that of rank at the
+    highest rate minus that at the lowest. ``BY_RULE``: the same for the second and the first of two scaling rules.
     """
     n = len(used)
     X, words = np.ones((n, 1)), []

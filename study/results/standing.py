@@ -49,9 +49,8 @@ class Standing(NamedTuple):
 def standing(trials: pd.DataFrame, task: str = ENCODING) -> Standing:
     """Compare the best complete searched trial with the baselines."""
     metric = METRICS[task].column
-    before_confirm = trials[trials["phase"] != CONFIRM]
-    best_id = best_trial(trials, task)
-    searched = before_confirm[(before_confirm["phase"] == SEARCH) & (before_confirm["status"] == COMPLETE)]
+    before_confirm, best_id = trials[trials["phase"] != CONFIRM], best_trial(trials, task)
+    searched = trials[(trials["phase"] == SEARCH) & (trials["status"] == COMPLETE)]
     return Standing(
         frozen=baseline_score(trials, FROZEN, metric),
         frozen_test=baseline_score(trials, FROZEN, "cc_test"),
@@ -132,14 +131,8 @@ def verdict_lines(result: Standing, gain: Interval | None = None) -> list[str]:
             f"Story by story the difference is {gain.estimate:+z.4f}, {gain.level:.0%} interval over {gain.n} stories "
             f"{gain.low:+z.4f} to {gain.high:+z.4f}."
         )
-    return [*lines, f"{bias}; {_use_of_test_stories(result)}."]
-
-
-def _use_of_test_stories(result: Standing) -> str:
-    if result.test_was_read:
-        return "some trial has used the test stories"
-    unused = "the search did not use the test stories"
-    return unused if result.is_confirmed else "the test stories have not been scored yet"
+    unused = "search did not use the test stories" if result.is_confirmed else "test stories have not been scored yet"
+    return [*lines, f"{bias}; {'some trial has used the test stories' if result.test_was_read else f'the {unused}'}."]
 
 
 def _baseline_line(role: str, frozen: float | None, word_rate: float | None) -> str:

@@ -38,38 +38,22 @@ FIGURES = (
 
 
 class Drawn(NamedTuple):
-    """A figure in two files.
+    """A figure in two files. Caption and alt may contain names that a user chose: escape them in HTML."""
 
-    Attributes
-    ----------
-    name : of both files, without extension
-    title : for a heading; it is not in the figure
-    caption : what is shown, and n
-    alt : the content in words and numbers, for screen readers. Caption and alt may contain names that a user chose:
-        escape them in HTML
-    """
-
-    name: str
+    name: str  # of both files, without extension
     png: Place
     svg: Place
-    title: str
-    caption: str
-    alt: str
+    title: str  # for a heading; it is not in the figure
+    caption: str  # what is shown, and n
+    alt: str  # the content in words and numbers, for screen readers
 
 
 def draw_all(evidence: Evidence, folder: Place, skipped: Callable[[str, Exception], None] | None = None) -> list[Drawn]:
     """Draw every figure that has data, and write each as PNG and SVG; equal evidence gives equal bytes.
 
-    Parameters
-    ----------
-    folder : created if missing; files of these names are replaced
-    skipped : called with title and error of each figure without data (NothingToDraw) or that cannot be drawn; without
-        it the latter error is raised
-
-    Raises
-    ------
-    InputError
-        if the folder may not be written.
+    The folder is created if missing, files of these names are replaced; InputError if it may not be written.
+    ``skipped`` is called with title and error of each figure without data (NothingToDraw) or that cannot be drawn;
+    without it the latter error is raised.
     """
     make_folder(folder)
     drawn = []

@@ -47,19 +47,14 @@ def _cells(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) -> N
     if len(ranks) <= MOST_ACROSS and image.size <= MOST_CELLS:
         for (y, x), score in np.ndenumerate(image):
             if np.isfinite(score):
-                colour = _text_colour(style.SEQUENTIAL(norm(score)))
+                light = style.luminance(style.SEQUENTIAL(norm(score))) + 0.05
+                colour = "white" if 1.05 / light > light / 0.05 else style.INK  # the higher contrast
                 axes.text(x, y, f"{score:.4f}", ha="center", va="center", fontsize=8, color=colour)
     shown = [int(i) for i in style.some_of(range(len(ranks)))]
     axes.set_xticks(shown, [f"{ranks[i]:g}" for i in shown])
     axes.set_yticks(range(len(table)), [style.plain(lr) for lr in table.index])
     axes.set_xlabel(style.RANK)
     axes.set_ylabel("learning rate")
-
-
-def _text_colour(background: tuple[float, ...]) -> str:
-    """Return the text colour with the higher contrast."""
-    light = style.luminance(background) + 0.05
-    return "white" if 1.05 / light > light / 0.05 else style.INK
 
 
 def _scatter(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) -> None:

@@ -16,17 +16,11 @@ LOG_FROM = 8  # a parameter whose highest value is this many times its lowest ge
 
 
 class Scale(NamedTuple):
-    """A parameter on its own axis.
-
-    Attributes
-    ----------
-    places : (n_trials,) from 0 to 1, NaN for trials without a value
-    ticks : position and text of each label
-    """
+    """A parameter on its own axis."""
 
     name: str
-    places: np.ndarray
-    ticks: tuple[tuple[float, str], ...]
+    places: np.ndarray  # (n_trials,) from 0 to 1, NaN for trials without a value
+    ticks: tuple[tuple[float, str], ...]  # position and text of each label
 
 
 def _rows(evidence: Evidence) -> pd.DataFrame:
@@ -55,11 +49,7 @@ def draw_parallel(evidence: Evidence) -> style.Picture:
     figure, axes = style.canvas(width=max(6.6, 1.35 * len(scales)), height=4.4)
     plot = axes[0, 0]
     _lines(plot, scales, score if facts.metric.is_gain else -score)
-    for x, scale in enumerate(scales):
-        _axis(plot, x, scale)
-    plot.set_xlim(-0.75, len(scales) - 0.9)
-    plot.set_ylim(-0.06, 1.06)
-    _label(plot, scales)
+    _draw_axes(plot, scales)
     beyond = len(varied) - len(names)
     rest = f" {counted(beyond, 'further parameter')} not drawn." if beyond else ""
     best = rows.iloc[-1]
@@ -121,15 +111,14 @@ def _lines(axes: Axes, scales: list[Scale], goodness: np.ndarray) -> None:
         )
 
 
-def _axis(axes: Axes, x: int, scale: Scale) -> None:
-    axes.axvline(x, color=style.GREY, linewidth=0.8, zorder=0)
-    for place, text in scale.ticks:
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
-        axes.text(x - 0.06, place, text, ha="right", va="center", fontsize=7.5, color=style.INK, bbox=box, zorder=5)
-
-
-def _label(axes: Axes, scales: list[Scale]) -> None:
-    """Label the axes, every second label one line lower to make room."""
+def _draw_axes(axes: Axes, scales: list[Scale]) -> None:
+    """Draw and label one axis per scale, every second label one line lower to make room."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
+    for x, scale in enumerate(scales):
+        axes.axvline(x, color=style.GREY, linewidth=0.8, zorder=0)
+        for place, text in scale.ticks:
+            axes.text(x - 0.06, place, text, ha="right", va="center", fontsize=7.5, color=style.INK, bbox=box, zorder=5)
+    axes.set(xlim=(-0.75, len(scales) - 0.9), ylim=(-0.06, 1.06))
     axes.set_yticks([])
     axes.set_xticks(range(len(scales)), [style.short(scale.name, 20) for scale in scales])
     for tick in axes.xaxis.get_major_ticks()[1::2]:

@@ -14,7 +14,6 @@ MOST_MEANS = 12  # ranks
 MOST_RULES = 4  # scaling rules with a marker each
 MEAN_SHIFT = 0.27  # of a mean to the right of its rank, as a share of the distance to the next rank
 SEEDS_ONLY = "seeds only, not stories"
-GAP = "adaptation gap (difference in CC)"
 
 
 def draw_ranks(evidence: Evidence) -> style.Picture:
@@ -42,7 +41,7 @@ def draw_gaps(evidence: Evidence) -> style.Picture:
     figure, axes = style.canvas()
     trials, means = _against_rank(axes[0, 0], evidence, "adaptation_gap")
     axes[0, 0].axhline(0, color=style.GREY, linestyle="--", linewidth=1.4, label="no gap")
-    axes[0, 0].set_ylabel(GAP)
+    axes[0, 0].set_ylabel("adaptation gap (difference in CC)")
     style.legend(figure, axes[0, 0], 3)
     caption = (
         "Adaptation gap against LoRA rank: the gain in CC over the frozen baseline on the stories that fine-tuning "
@@ -68,7 +67,9 @@ def _against_rank(axes: Axes, evidence: Evidence, column: str) -> tuple[pd.DataF
         axes.plot(x[rows], trials[column][rows], marker, label=name, **hollow)
     if len(means):
         x_means = np.log2(means["rank"]) + MEAN_SHIFT * _spacing(ranks)
-        axes.plot(x_means, means["mean"], "D", color=style.INK, markersize=6, label=_mean_name(means), zorder=4)
+        is_narrow = _has_bars(means) and _covers(means) == [SEEDS_ONLY]
+        label = f"mean of a rank{' (bars: seeds only)' if is_narrow else ''}"
+        axes.plot(x_means, means["mean"], "D", color=style.INK, markersize=6, label=label, zorder=4)
         bars = style.known(means, "low", "high")
         reach = (np.zeros(len(bars)), bars["high"] - bars["low"])
         look: dict[str, Any] = {"color": style.INK, "capsize": 4, "linewidth": 1.6, "fmt": "none", "zorder": 3}
@@ -129,12 +130,6 @@ def _points(evidence: Evidence, trials: pd.DataFrame, means: pd.DataFrame) -> st
     if evidence.facts.is_adaptive:
         sentences.append("The search was adaptive: exploratory.")
     return " ".join(sentences)
-
-
-def _mean_name(means: pd.DataFrame) -> str:
-    """Return the legend entry of the means, with a note if the bars do not cover other stories."""
-    is_narrow = _has_bars(means) and _covers(means) == [SEEDS_ONLY]
-    return f"mean of a rank{' (bars: seeds only)' if is_narrow else ''}"
 
 
 def _has_bars(means: pd.DataFrame) -> bool:

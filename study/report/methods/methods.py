@@ -116,20 +116,17 @@ def _confirmed(look: dict[str, Any], records: Sequence[TrialRecord]) -> str:
     finalists, seeds = look["finalists"], look["seeds"]
     best = "the best configuration" if len(finalists) == 1 else f"the best {len(finalists)} configurations"
     again = "" if look.get("look", 1) == 1 else f" (test-set evaluation {look['look']})"
+    tests = f"the test {story(look['test_stories'])} ({', '.join(look['test_stories'])})"
+    tested = (
+        "Only then were finalists and baselines refitted to fit and validation stories together, with seed "
+        f"{seeds[0]}, and scored on {tests}."
+    )
+    pending = f"The scores on {tests} are not complete yet."
     return (
         f"Afterwards {best} of {counted(look['n_searched'], 'searched trial')} {were(finalists)} trained again with "
         f"{counted(len(seeds), 'fresh seed')} ({joined([str(seed) for seed in seeds])}), and the winner, trial "
-        f"{look['winner']}, was fixed by the mean validation CC{again}. {_tested(look, records)}"
-    )
-
-
-def _tested(look: dict[str, Any], records: Sequence[TrialRecord]) -> str:
-    stories = f"the test {story(look['test_stories'])} ({', '.join(look['test_stories'])})"
-    if not is_complete(look, list(records)):
-        return f"The scores on {stories} are not complete yet."
-    return (
-        "Only then were finalists and baselines refitted to fit and validation stories together, with seed "
-        f"{look['seeds'][0]}, and scored on {stories}."
+        f"{look['winner']}, was fixed by the mean validation CC{again}. "
+        f"{tested if is_complete(look, list(records)) else pending}"
     )
 
 

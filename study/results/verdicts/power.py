@@ -13,32 +13,19 @@ MAX_FOLDS = 5
 
 
 class Spread(NamedTuple):
-    """What makes an effect of rank uncertain, CC.
+    """What makes an effect of rank uncertain, CC."""
 
-    Attributes
-    ----------
-    sd_trial : of a trial around the fit
-    sd_story : of the effect over the range of ranks, between stories
-    """
-
-    sd_trial: float
-    sd_story: float
+    sd_trial: float  # of a trial around the fit
+    sd_story: float  # of the effect over the range of ranks, between stories
 
 
 class Grid(NamedTuple):
-    """A search space that compares ranks.
+    """A search space that compares ranks."""
 
-    Attributes
-    ----------
-    space : its name in ``search_spaces``
-    variance : of log2 rank over its trials, the range taken as 1
-    n_columns : of the fit
-    """
-
-    space: str
+    space: str  # its name in ``search_spaces``
     n_trials: int
-    variance: float
-    n_columns: int
+    variance: float  # of log2 rank over its trials, the range taken as 1
+    n_columns: int  # of the fit
 
 
 def _variance(ranks: tuple[int, ...]) -> float:
@@ -53,21 +40,13 @@ GRIDS = (
 
 
 class Runs(NamedTuple):
-    """The smallest runs that could decide.
-
-    Attributes
-    ----------
-    n_folds : outer folds; 1 if the validation stories of a single split suffice
-    n_stories : validation stories in all folds
-    half_90 : half the expected 90% interval, CC
-    is_enough : an effect of 0 would be told from one of delta with a probability of ``POWER``
-    """
+    """The smallest runs that could decide."""
 
     grid: Grid
-    n_folds: int
-    n_stories: int
-    half_90: float
-    is_enough: bool
+    n_folds: int  # outer folds; 1 if the validation stories of a single split suffice
+    n_stories: int  # validation stories in all folds
+    half_90: float  # half the expected 90% interval, CC
+    is_enough: bool  # an effect of 0 would be distinguished from one of delta with a probability of ``POWER``
 
 
 def upper_sd(sd: float, df: int) -> float:
@@ -111,13 +90,8 @@ def smallest_runs(delta: float, spread: Spread, n_stories: int, n_fitted: int, n
     """Return the cheapest runs that would tell no effect from one of delta; the most precise ones if none would.
 
     More seeds reduce the error from trials, only more stories that from stories; outer folds, which validate every
-    story once, use more stories of the same data.
-
-    Parameters
-    ----------
-    n_stories : validation stories of the study, in all its outer folds
-    n_fitted : stories that it can rotate: fit and validation
-    n_folds : its outer folds
+    story once, use more stories of the same data. The study has ``n_stories`` validation stories in all its
+    ``n_folds`` outer folds, and can rotate ``n_fitted``: fit and validation.
     """
     known = Spread(spread.sd_trial, spread.sd_story if np.isfinite(spread.sd_story) else delta)
     folds = (n_folds,) if n_folds > 1 or n_fitted <= n_stories else (1, min(MAX_FOLDS, n_fitted))

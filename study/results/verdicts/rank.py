@@ -4,21 +4,8 @@ import numpy as np
 import pandas as pd
 
 from study.results.slopes import ALL, BEND, BY_LR, BY_RULE, NONE, NUISANCE, PAIR, SEEN, find_slope, rate_name
-from study.results.verdicts.rules import (
-    CANNOT_TELL,
-    HELPS,
-    MIN_DF,
-    MIN_STORIES,
-    NO_EFFECT,
-    NOTHING_TO_RUN,
-    OVERFITS,
-    Effect,
-    NextRuns,
-    Verdict,
-    cannot_tell_verdict,
-    decide,
-    is_none,
-)
+from study.results.verdicts import rules
+from study.results.verdicts.rules import Effect, NextRuns, Verdict
 from study.setup.delta import DELTA
 from study.wording import capitalised, counted, joined
 
@@ -32,24 +19,25 @@ def rank_verdict(
     delta: float = DELTA,
     is_adaptive: bool = False,
     left_out: str = "",
-    next_runs: NextRuns = NOTHING_TO_RUN,
+    next_runs: NextRuns = rules.NOTHING_TO_RUN,
 ) -> Verdict:
     """Return the verdict on rank, from the results of ``slope_table`` and ``used_trials``."""
     reason, effect = _missing(slopes, used), _effect(slopes, "cc_mean")
     if reason or effect is None:
-        return cannot_tell_verdict(RANK_QUESTION, reason, effect, delta, is_adaptive, next_runs)
+        return rules.cannot_tell_verdict(RANK_QUESTION, reason, effect, delta, is_adaptive, next_runs)
     gap, plain, seen = _effect(slopes, "adaptation_gap"), _effect(slopes, "cc_mean", NONE), _effect(slopes, SEEN)
-    answer = decide(effect, gap, delta, is_adaptive, plain, seen=seen)
-    hidden = _hidden(slopes, delta) if answer in (NO_EFFECT, CANNOT_TELL) else ""
-    if answer == NO_EFFECT and hidden:
-        answer = CANNOT_TELL
-    if not hidden and answer == CANNOT_TELL and effect.n_stories < MIN_STORIES and is_none(effect, delta):
+    answer = rules.decide(effect, gap, delta, is_adaptive, plain, seen=seen)
+    hidden = _hidden(slopes, delta) if answer in (rules.NO_EFFECT, rules.CANNOT_TELL) else ""
+    if answer == rules.NO_EFFECT and hidden:
+        answer = rules.CANNOT_TELL
+    is_near_0 = effect.n_stories < rules.MIN_STORIES and rules.is_none(effect, delta)
+    if not hidden and answer == rules.CANNOT_TELL and is_near_0:
         stories = counted(effect.n_stories, "validation story", "validation stories")
-        hidden = f"{stories} cannot show that rank has no effect; at least {MIN_STORIES} are needed"
+        hidden = f"{stories} cannot show that rank has no effect; at least {rules.MIN_STORIES} are needed"
     ranks = f"from rank {used['rank'].min():g} to {used['rank'].max():g}"
     headline = capitalised("exploratory: " * is_adaptive + _headline(answer, ranks, effect, gap, seen, delta, hidden))
     sentences = _sentences(slopes, used, effect, left_out, is_adaptive)
-    runs = next_runs if answer == CANNOT_TELL else NOTHING_TO_RUN
+    runs = next_runs if answer == rules.CANNOT_TELL else rules.NOTHING_TO_RUN
     sentences += [runs.text] if runs.text else []
     return Verdict(RANK_QUESTION, answer, headline, tuple(sentences), effect, delta, is_adaptive, runs.command)
 
@@ -65,9 +53,9 @@ def _missing(slopes: pd.DataFrame, used: pd.DataFrame) -> str:
     if row is None or not np.isfinite(row["effect"]):
         others = "" if row is None else joined([name for name in str(row["adjusted_for"]).split(", ") if name])
         return f"rank and {others or 'other settings'} varied together, so their effects cannot be separated"
-    if row["df"] < MIN_DF:
+    if row["df"] < rules.MIN_DF:
         left = f"{counted(n, 'trial')} leave {counted(int(row['df']), 'degree')} of freedom"
-        return f"{left}; at least {MIN_DF} are needed to estimate the noise"
+        return f"{left}; at least {rules.MIN_DF} are needed to estimate the noise"
     if row["n_stories"] < 2:
         stories = counted(int(row["n_stories"]), "validation story", "validation stories")
         return f"only {stories}; at least 2 are needed to estimate how much stories differ"
@@ -102,11 +90,11 @@ def _hidden(slopes: pd.DataFrame, delta: float) -> str:
 def _headline(
     answer: str, ranks: str, effect: Effect, gap: Effect | None, seen: Effect | None, delta: float, hidden: str
 ) -> str:
-    if answer == NO_EFFECT:
+    if answer == rules.NO_EFFECT:
         return f"no detectable effect of rank within +-{delta:g} CC: {ranks}, CC changes by {effect.with_90()}."
-    if answer == HELPS:
+    if answer == rules.HELPS:
         return f"a higher rank helps: {ranks}, CC rises by {effect}."
-    if answer == OVERFITS:
+    if answer == rules.OVERFITS:
         return f"a higher rank overfits: {ranks}, CC falls by {effect} and the adaptation gap widens by {gap}."
     if hidden:
         return f"cannot tell: {hidden}; {ranks}, CC changes by {effect}."

@@ -46,26 +46,17 @@ HELPS, OVERFITS, NO_EFFECT, CANNOT_TELL = "helps", "overfits", "no effect", "can
 
 
 class Effect(NamedTuple):
-    """A difference with its intervals.
-
-    Attributes
-    ----------
-    estimate, low, high : CC; the 95% interval, NaN if there is none
-    low_90, high_90 : the 90% interval, for the test of equivalence
-    n_trials, n_stories : that it is estimated from
-    covers : what the interval covers, in words
-    low_99, high_99 : the 99% interval, for adaptive searches
-    """
+    """A difference in CC with its intervals, NaN if there are none."""
 
     estimate: float
-    low: float
+    low: float  # 95%
     high: float
-    low_90: float
+    low_90: float  # for the test of equivalence
     high_90: float
     n_trials: int
     n_stories: int
-    covers: str
-    low_99: float = float("nan")
+    covers: str  # what the intervals cover, in words
+    low_99: float = float("nan")  # for adaptive searches
     high_99: float = float("nan")
 
     def __str__(self) -> str:
@@ -91,29 +82,16 @@ NOTHING_TO_RUN = NextRuns()
 
 
 class Verdict(NamedTuple):
-    """An answer by the rules of this module.
-
-    Attributes
-    ----------
-    question : in words
-    answer : ``helps``, ``overfits``, ``no effect`` (none detectable within +-delta) or ``cannot tell``
-    headline : the answer in one sentence with its numbers
-    sentences : what it is based on, and its limits
-    effect : CC; of rank over the range of ranks tried, of tuning compared with frozen; None if unknown
-    delta : CC
-    is_exploratory : the search was adaptive, so the answer needs confirmation by a designed study
-    command : shell command for the runs that could decide, or for the pending confirm phase; None if there is nothing
-        to run
-    """
+    """An answer by the rules of this module."""
 
     question: str
-    answer: str
-    headline: str
-    sentences: tuple[str, ...]
-    effect: Effect | None
-    delta: float
-    is_exploratory: bool
-    command: str | None
+    answer: str  # ``HELPS``, ``OVERFITS``, ``NO_EFFECT`` (none detectable within +-delta) or ``CANNOT_TELL``
+    headline: str  # the answer in one sentence with its numbers
+    sentences: tuple[str, ...]  # what it is based on, and its limits
+    effect: Effect | None  # None if unknown
+    delta: float  # CC
+    is_exploratory: bool  # the search was adaptive, so the answer needs confirmation by a designed study
+    command: str | None  # for the runs that could decide, or for the pending confirm phase; None if nothing is to run
 
 
 def decide(
@@ -128,13 +106,9 @@ def decide(
 ) -> str:
     """Return the answer by the rules of this module, except what a mean effect of rank may hide.
 
-    Parameters
-    ----------
-    effect : on held-out CC
-    gap : on the adaptation gap; None if unknown
-    plain : the effect without adjustment, which must hold too in an adaptive search
-    seen : on CC of stories that fine-tuning read; None if unknown
-    min_stories : from which *no effect* can be shown
+    The effects are on held-out CC, on the adaptation gap, on held-out CC without adjustment (``plain``, which must hold
+    too in an adaptive search) and on CC of ``seen`` stories; None is unknown. From ``min_stories`` on *no effect* can
+    be shown.
     """
     if effect.n_stories >= min_stories and is_none(effect, delta):
         return NO_EFFECT

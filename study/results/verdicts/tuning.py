@@ -5,22 +5,8 @@ import pandas as pd
 
 from study.results.rank_tables import story_gains
 from study.results.slopes import find_slope
-from study.results.verdicts.rules import (
-    CANNOT_TELL,
-    HELPS,
-    MIN_DF,
-    MIN_STORIES,
-    NO_EFFECT,
-    NOTHING_TO_RUN,
-    OVERFITS,
-    Effect,
-    NextRuns,
-    Verdict,
-    cannot_tell_verdict,
-    decide,
-    effect_with_intervals,
-    is_none,
-)
+from study.results.verdicts import rules
+from study.results.verdicts.rules import Effect, NextRuns, Verdict
 from study.setup.delta import DELTA
 from study.wording import counted
 
@@ -37,37 +23,33 @@ def tuning_verdict(
     *,
     delta: float = DELTA,
     is_adaptive: bool = False,
-    next_runs: NextRuns = NOTHING_TO_RUN,
+    next_runs: NextRuns = rules.NOTHING_TO_RUN,
     frozen_seen: float | None = None,
 ) -> Verdict:
-    """Return the verdict on fine-tuning.
+    """Return the verdict on fine-tuning, from ``used_trials``, ``rows_frame``, ``confirmed_table``, ``slope_table``.
 
-    Parameters
-    ----------
-    used, stories, slopes : of ``used_trials``, ``rows_frame`` and ``slope_table``
-    frozen_id : trial of the frozen baseline; None without one
-    confirmed : of ``confirmed_table``; without rows before the confirm phase
-    frozen_seen : CC of the frozen baseline on the stories that fine-tuning read; None if unknown
+    ``frozen_id`` is the trial of the frozen baseline, ``frozen_seen`` its CC on the stories that fine-tuning read; None
+    if unknown. ``confirmed`` has no rows before the confirm phase.
     """
     mean, gap = _mean_gain(used, stories, frozen_id, slopes), mean_gap(used, stories, frozen_id)
     tested = gain_on_test(confirmed, stories)
     effect, is_tested = tested or mean, tested is not None
     reason = _missing(effect, is_tested, used, frozen_id)
     if reason or effect is None:
-        return cannot_tell_verdict(TUNING_QUESTION, reason, effect, delta, is_adaptive, next_runs)
+        return rules.cannot_tell_verdict(TUNING_QUESTION, reason, effect, delta, is_adaptive, next_runs)
     seen = seen_gain(used, frozen_seen)
     if is_tested:
-        answer = decide(effect, gap, delta, seen=seen, min_stories=0)
+        answer = rules.decide(effect, gap, delta, seen=seen, min_stories=0)
     else:
-        answer = decide(effect, gap, delta, is_adaptive, seen=seen)
-    is_few = is_tested and effect.n_stories < MIN_STORIES
+        answer = rules.decide(effect, gap, delta, is_adaptive, seen=seen)
+    is_few = is_tested and effect.n_stories < rules.MIN_STORIES
     if is_few and not _is_supported(answer, mean, confirmed, delta, is_adaptive):
-        answer = CANNOT_TELL
+        answer = rules.CANNOT_TELL
     sentences = _sentences(effect, is_few, mean if is_tested else None, gap, seen)
-    if next_runs.text and answer == CANNOT_TELL:
+    if next_runs.text and answer == rules.CANNOT_TELL:
         sentences.append(next_runs.text)
     headline = _headline(answer, _scope(effect, is_tested), effect, gap, delta)
-    command = next_runs.command if answer == CANNOT_TELL or not is_tested else None
+    command = next_runs.command if answer == rules.CANNOT_TELL or not is_tested else None
     is_exploratory = is_adaptive and not is_tested
     return Verdict(TUNING_QUESTION, answer, headline, tuple(sentences), effect, delta, is_exploratory, command)
 
@@ -75,10 +57,10 @@ def tuning_verdict(
 def _missing(effect: Effect | None, is_tested: bool, used: pd.DataFrame, frozen_id: str | None) -> str:
     """Return which condition for an answer is not met, in words; empty if all are."""
     if effect is not None and np.isfinite(effect.low):
-        if is_tested or effect.n_trials >= MIN_DF:
+        if is_tested or effect.n_trials >= rules.MIN_DF:
             return ""
         few = f"{counted(effect.n_trials, 'trial')} are too few to estimate the average effect of fine-tuning"
-        return f"{few}; at least {MIN_DF} are needed"
+        return f"{few}; at least {rules.MIN_DF} are needed"
     if is_tested:
         return "the test stories are too few and too short for an interval"
     if not len(used):
@@ -97,9 +79,9 @@ def _is_supported(answer: str, mean: Effect | None, confirmed: pd.DataFrame, del
     """
     if mean is None or not np.isfinite(mean.low):
         return False
-    if answer == NO_EFFECT:
-        return mean.n_stories >= MIN_STORIES and is_none(mean, delta)
-    if answer == OVERFITS:
+    if answer == rules.NO_EFFECT:
+        return mean.n_stories >= rules.MIN_STORIES and rules.is_none(mean, delta)
+    if answer == rules.OVERFITS:
         return bool((mean.high_99 if is_adaptive else mean.high) < 0)
     winner = _winner(confirmed)
     rises = winner is not None and bool(winner["cc_confirmed"] > winner["cc_frozen"])
@@ -110,7 +92,7 @@ def _scope(effect: Effect, is_tested: bool) -> str:
     if not is_tested:
         return BEFORE_CONFIRM
     stories = counted(effect.n_stories, "test story", "test stories")
-    if effect.n_stories >= MIN_STORIES:
+    if effect.n_stories >= rules.MIN_STORIES:
         return f"the winner, on {stories}"
     return f"the winner, on just {'this' if effect.n_stories == 1 else 'these'} {stories}"
 
@@ -121,8 +103,8 @@ def _sentences(effect: Effect, is_few: bool, mean: Effect | None, gap: Effect | 
     lines = [f"CC is computed {cc}; the interval covers {effect.covers}."]
     if is_few:
         lines.append(
-            f"Fewer than {MIN_STORIES} test stories say nothing about other stories: an answer stands only if the mean "
-            "trial on the validation stories points the same way."
+            f"Fewer than {rules.MIN_STORIES} test stories say nothing about other stories: an answer stands only if "
+            "the mean trial on the validation stories points the same way."
         )
     if mean is not None:
         trials = "the only LoRA trial" if mean.n_trials == 1 else f"all {mean.n_trials} LoRA trials"
@@ -152,7 +134,7 @@ def _mean_gain(used: pd.DataFrame, stories: pd.DataFrame, frozen_id: str | None,
         sd, df = float(gains.mean(axis=1).std(ddof=1)) if n_trials > 1 else np.nan, n_trials - 1
     se = (sd / np.sqrt(n_trials), df, float(per_story.std(ddof=1) / np.sqrt(n)), n)
     covers = f"other seeds and other stories, from {n} validation stories"
-    return effect_with_intervals(float(per_story.mean()), se, n_trials, covers)
+    return rules.effect_with_intervals(float(per_story.mean()), se, n_trials, covers)
 
 
 def mean_gap(used: pd.DataFrame, stories: pd.DataFrame, frozen_id: str | None) -> Effect | None:
@@ -170,7 +152,7 @@ def mean_gap(used: pd.DataFrame, stories: pd.DataFrame, frozen_id: str | None) -
     se_stories = float(per_story.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
     covers = "other seeds and other validation stories" if n > 1 else "other seeds"
     se = (float(gaps.std(ddof=1) / np.sqrt(n_trials)), n_trials - 1, se_stories, n)
-    return effect_with_intervals(float(gaps.mean()), se, n_trials, covers)
+    return rules.effect_with_intervals(float(gaps.mean()), se, n_trials, covers)
 
 
 def seen_gain(used: pd.DataFrame, frozen_seen: float | None) -> Effect | None:
@@ -184,7 +166,7 @@ def seen_gain(used: pd.DataFrame, frozen_seen: float | None) -> Effect | None:
     if len(gains) < 2:
         return None
     se = (float(gains.std(ddof=1) / np.sqrt(len(gains))), len(gains) - 1, np.nan, 0)
-    return effect_with_intervals(float(gains.mean()), se, len(gains), "other seeds", n_stories=0)
+    return rules.effect_with_intervals(float(gains.mean()), se, len(gains), "other seeds", n_stories=0)
 
 
 def _winner(confirmed: pd.DataFrame) -> pd.Series | None:
@@ -205,9 +187,9 @@ def gain_on_test(confirmed: pd.DataFrame, stories: pd.DataFrame) -> Effect | Non
         return None
     gains = story_gains(stories, [str(winner["test_id"])], str(winner["frozen_test_id"]), "test")[0]
     n = len(gains)
-    if n >= MIN_STORIES:
+    if n >= rules.MIN_STORIES:
         se = (0.0, 1, float(gains.std(ddof=1) / np.sqrt(n)), n)
-        return effect_with_intervals(float(gains.mean()), se, 1, f"other stories, from {n} test stories")
+        return rules.effect_with_intervals(float(gains.mean()), se, 1, f"other stories, from {n} test stories")
     estimate, low, high = (float(winner[name]) for name in ("gain_test", "low", "high"))
     half = (high - low) / 2
     bounds = [estimate + sign * half * ratio for ratio in (0.8392, 1.3142) for sign in (-1, 1)]  # z of 90, 99 over 95%
@@ -216,13 +198,13 @@ def gain_on_test(confirmed: pd.DataFrame, stories: pd.DataFrame) -> Effect | Non
 
 
 def _headline(answer: str, scope: str, effect: Effect, gap: Effect | None, delta: float) -> str:
-    if answer == NO_EFFECT:
+    if answer == rules.NO_EFFECT:
         none = f"No detectable effect of fine-tuning within +-{delta:g} CC ({scope})"
         return f"{none}: it differs from frozen by {effect.with_90()}."
-    if answer == HELPS:
+    if answer == rules.HELPS:
         return f"Fine-tuning helps ({scope}): CC differs from frozen by {effect}."
-    if answer == OVERFITS:
+    if answer == rules.OVERFITS:
         return f"Fine-tuning overfits ({scope}): CC differs from frozen by {effect}, and the adaptation gap is {gap}."
-    if effect.high < 0 and effect.n_stories >= MIN_STORIES:
+    if effect.high < 0 and effect.n_stories >= rules.MIN_STORIES:
         return f"Fine-tuning harms, but overfitting is not shown ({scope}): CC differs from frozen by {effect}."
     return f"Cannot tell whether fine-tuning helps ({scope}): CC differs from frozen by {effect}."
