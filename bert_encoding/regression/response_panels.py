@@ -19,29 +19,17 @@ PANEL_BYTES = 2**29  # of responses in memory at a time
 
 
 class ResponsePanel(NamedTuple):
-    """The responses of some of a subject's valid voxels.
-
-    Attributes
-    ----------
-    fit, scored : stories
-    columns : voxels, counted among the valid ones
-    """
+    """The responses of some of a subject's valid voxels."""
 
     dataset: Dataset
     subject: str
-    fit: Sequence[str]
+    fit: Sequence[str]  # stories
     scored: Sequence[str]
-    columns: slice
+    columns: slice  # counted among the valid voxels
     cache: WorkerCache
 
     def targets(self, ridge: CrossValidatedRidge) -> Targets:
-        """Return z-scored responses to the fit stories, prepared for ridge.
-
-        Raises
-        ------
-        ValueError
-            if the stories have another number of rows than the folds of ridge.
-        """
+        """Return z-scored responses to the fit stories, prepared for ridge."""
         return self._cached(
             f"fit {_digest(*ridge.rows)} {ridge.device}",
             self.fit,
@@ -63,8 +51,8 @@ class ResponsePanel(NamedTuple):
     def _cached(
         self, kind: str, stories: Sequence[str], make: Callable[[], Value], n_bytes: Callable[[Value], int]
     ) -> Value:
-        columns = f"{self.columns.start}:{self.columns.stop}"
-        return self.cache.get_sized(_owner(self.dataset), (self.subject, kind, *stories, columns), make, n_bytes)
+        key = (self.subject, kind, *stories, f"{self.columns.start}:{self.columns.stop}")
+        return self.cache.get_sized(_owner(self.dataset), key, make, n_bytes)
 
 
 def panels(
@@ -94,13 +82,7 @@ def stack_responses(dataset: Dataset, subject: str, stories: Sequence[str], colu
 
 
 def cc_max(dataset: Dataset, subject: str, story: str, cache: WorkerCache) -> np.ndarray | None:
-    """Return the noise ceiling of the valid voxels in a story, (n_valid,); None without repeats.
-
-    Raises
-    ------
-    InputError
-        if the repeats cannot be read.
-    """
+    """Return the noise ceiling of the valid voxels in a story, (n_valid,); None without repeats."""
     repeats = dataset.stories[story].repeats.get(subject)
     if repeats is None:
         return None

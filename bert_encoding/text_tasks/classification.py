@@ -1,6 +1,5 @@
 """A classifier trained on labelled texts and evaluated on held-out texts."""
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from bert_encoding.text_tasks.classifier import (
 from bert_encoding.text_tasks.saved_classifier import ReadingSettings, save_classifier
 from bert_encoding.text_tasks.task import TextTask, class_names, pick, read_texts, resolve_max_length
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import cached_encoder
+from bert_encoding.trial.pipeline import cached_encoder, timed
 
 N_EXAMPLES = 10
 EXAMPLE_CHARACTERS = 120
@@ -49,7 +48,7 @@ class ClassifyRun:
         self.windows = [text_window(tokens, self.max_length, tokenizer) for tokens in self.texts.tokens]
         index = {label: number for number, label in enumerate(self.labels)}
         self.classes = np.array([index[example.label or ""] for example in self.texts.examples])  # (n_texts,)
-        self.seconds_train = 0.0
+        self.seconds = {"train": 0.0}
         self.notes = list(self._notes())
         self._vectors_of: dict[bytes, torch.Tensor] = {}
 
@@ -69,12 +68,7 @@ class ClassifyRun:
         sample = generator(self.task.split_seed, "training loss").permutation(self.task.train)[:TRAIN_SAMPLE]
         ranks: list[tuple[float, ...]] = []
         steps = train(self.model, self._objective(), self.config.training, self.config.seed, self.device)
-        while True:
-            began = time.perf_counter()
-            progress = next(steps, None)
-            self.seconds_train += time.perf_counter() - began
-            if progress is None:
-                return
+        for progress in timed(steps, self.seconds):
             scores = self._read(progress, sample)
             ranks.append(self.rank(scores))
             yield scores

@@ -1,10 +1,11 @@
 """A masked LM adapted to texts of a domain, such as tweets, without labels or responses."""
 
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bert_encoding.core.devices import pick_device
 from bert_encoding.core.errors import InputError
@@ -19,7 +20,7 @@ from bert_encoding.language_model.masking import MaskedBatch
 from bert_encoding.language_model.windows import Tokens, Window, training_windows
 from bert_encoding.text_tasks.task import TextTask, pick, read_texts, resolve_max_length
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import cached_encoder
+from bert_encoding.trial.pipeline import cached_encoder, timed
 from bert_encoding.trial.training_data import general_probe
 
 
@@ -34,13 +35,13 @@ class AdaptRun:
         self.length = resolve_max_length(task, config, self.encoder)
         self.model: Any = prepare_model(config.tuning, self.encoder)
         self.texts = read_texts(task.corpus, self.encoder, cache)
-        self.seconds_train = 0.0
-        self.train = text_windows(pick(self.texts.tokens, task.train), self.length, self._stride, self.encoder)
+        self.seconds = {"train": 0.0}
+        self.train = self._windows(task.train, min(config.stride, self.length - 2))
         self.notes = [f"{len(self.train)} windows of at most {self.length} tokens to train on"]
 
-    @property
-    def _stride(self) -> int:
-        return min(self.config.stride, self.length - 2)
+    def _windows(self, indices: np.ndarray, stride: int | None = None) -> list[Window]:
+        tokens = pick(self.texts.tokens, indices)
+        return text_windows(tokens, self.length, stride or self.length - 2, self.encoder)
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train and yield losses; a model that does not train yields epoch 0 alone."""
@@ -61,13 +62,7 @@ class AdaptRun:
             patience=config.patience,
             steps_per_epoch=self._steps_per_epoch(),
         )
-        while True:
-            began = time.perf_counter()
-            losses = next(steps, None)
-            self.seconds_train += time.perf_counter() - began
-            if losses is None:
-                return
-            yield _row(losses)
+        yield from map(_row, timed(steps, self.seconds))
 
     def rank(self, epoch: dict[str, float]) -> tuple[float, ...]:
         """Return the negative held-out loss."""
@@ -105,15 +100,11 @@ class AdaptRun:
         """Return the steps of one epoch of non-overlapping windows with ``match_steps``, else None."""
         if not self.config.match_steps:
             return None
-        windows = text_windows(pick(self.texts.tokens, self.task.train), self.length, self.length - 2, self.encoder)
-        return -(-len(windows) // (self.config.batch_size * self.config.accumulation))
+        return -(-len(self._windows(self.task.train)) // (self.config.batch_size * self.config.accumulation))
 
     def _probes(self) -> Probes:
         """Return the masked tokens on which losses are read, the same in every trial."""
-        train, heldout = (
-            text_windows(pick(self.texts.tokens, indices), self.length, self.length - 2, self.encoder)
-            for indices in (self.task.train, self.task.heldout)
-        )
+        train, heldout = self._windows(self.task.train), self._windows(self.task.heldout)
         return make_probes(train, heldout, self.encoder.tokenizer, self.config.probe_tokens, self.task.split_seed)
 
     def _loss(self, batches: list[MaskedBatch]) -> float:

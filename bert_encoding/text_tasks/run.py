@@ -47,7 +47,7 @@ def run_text_trial(
         run.save(adapter_folder)
     return finished_record(
         config,
-        {"train": run.seconds_train},
+        run.seconds,
         started,
         status=status,
         scores=_final_scores(best, epochs[-1]) | _traits(run, config) | further,

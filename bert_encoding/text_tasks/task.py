@@ -9,7 +9,7 @@ import numpy as np
 from transformers import BertTokenizerFast
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.core.names import ADAPT, CLASSIFICATION
+from bert_encoding.core.names import CLASSIFICATION
 from bert_encoding.core.seeds import generator
 from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.corpus import Corpus, Example
@@ -25,25 +25,15 @@ Item = TypeVar("Item")
 
 
 class TextTask(NamedTuple):
-    """The data that all trials of a text-only study share; each process reads the texts itself, once.
+    """The data that all trials of a text-only study share; each process reads the texts itself, once."""
 
-    Attributes
-    ----------
-    kind : ``classification``, or ``adapt`` (masked LM on the texts alone)
-    corpus : opened
-    train, heldout : (n_train,), (n_heldout,) indices into the corpus, ascending; no text is in both
-    split_seed : of the split, the examples shown and the masks on which losses are read
-    max_length : tokens that BERT reads at once, with [CLS] and [SEP]; None is the trial's ``window_tokens``
-    probe_text, control_text : files of general text, instead of the bundled ones, for ``adapt``
-    """
-
-    kind: str
+    kind: str  # ``classification``, or ``adapt`` (masked LM on the texts alone)
     corpus: Corpus
-    train: np.ndarray
-    heldout: np.ndarray
-    split_seed: int
-    max_length: int | None = None
-    probe_text: Path | None = None
+    train: np.ndarray  # (n_train,) indices into the corpus, ascending
+    heldout: np.ndarray  # (n_heldout,) all other texts
+    split_seed: int  # of the split, the examples shown and the masks on which losses are read
+    max_length: int | None = None  # tokens read at once, with [CLS] and [SEP]; None is the trial's ``window_tokens``
+    probe_text: Path | None = None  # for ``adapt``: files of general text, instead of the bundled ones
     control_text: Path | None = None
 
 
@@ -57,8 +47,6 @@ def make_text_task(
     InputError
         if classes are missing, or a part of the split would lack texts or a class.
     """
-    if kind not in (CLASSIFICATION, ADAPT):
-        raise ValueError(f"kind {kind!r}: must be {CLASSIFICATION} or {ADAPT}")
     if kind == CLASSIFICATION and not corpus.labels:
         raise InputError(
             f"{corpus.path}: has no labels to learn; add a column 'label', or give a folder with a sub-folder of "
@@ -71,15 +59,11 @@ def make_text_task(
 
 
 def split_corpus(corpus: Corpus, seed: int, n_train: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the training texts; all others are held out. Both parts have the class proportions of the corpus.
+    """Draw indices of training texts and of held-out texts, both in the class proportions of the corpus.
 
     Parameters
     ----------
     n_train : number of training texts; None holds out ``SHARE_HELDOUT`` of all texts
-
-    Returns
-    -------
-    train, heldout : (n_train,), (n_heldout,) indices into the corpus, ascending
 
     Raises
     ------

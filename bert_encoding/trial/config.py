@@ -153,12 +153,10 @@ class TrialConfig:
 
     def _check_objective(self) -> None:
         """Refuse settings that would have no effect, or not the one that their names state."""
-        if self.objective == "mlm_nsp":
-            for name, value in (("mlm_text", "fit"), ("replay", 0), ("match_steps", False)):
-                if getattr(self, name) != value:
-                    raise InputError(
-                        f"{name} {getattr(self, name)!r}: not with objective 'mlm_nsp'; leave it {value!r}"
-                    )
+        for name, value in (("mlm_text", "fit"), ("replay", 0), ("match_steps", False)):
+            setting = getattr(self, name)
+            if self.objective == "mlm_nsp" and setting != value:
+                raise InputError(f"{name} {setting!r}: not with objective 'mlm_nsp'; leave it {value!r}")
         if self.patience is not None and self.score_every > 1:
             raise InputError(f"score_every {self.score_every}: with patience every epoch must be scored; leave it 1")
         if self.patience is not None and self.mlm_text == "all":

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import BertModel
@@ -25,28 +25,20 @@ from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import Design, SubjectScores, make_design, prepare_ridge, score_subject, seen_cc
 
+Item = TypeVar("Item")
 Names = tuple[str, ...]  # of stories
 Vectors = dict[str, np.ndarray]  # story -> (n_words or n_trs, n_hidden)
 
 
 class Task(NamedTuple):
-    """The data that all trials of a study share.
+    """The data that all trials of a study share."""
 
-    Attributes
-    ----------
-    dataset : after ``inspect``
-    splits : one, or several that rotate; scores are means over them
-    split_seed : of ridge folds and probe masks, the same in every trial
-    probe_text, control_text : files of general text, instead of the bundled ones
-    voxels_are_chosen : by the frozen encoder's ``cc_seen``, which is then optimistically biased
-    """
-
-    dataset: Dataset
-    splits: tuple[Split, ...]
-    split_seed: int
-    probe_text: Path | None = None
+    dataset: Dataset  # after ``inspect``
+    splits: tuple[Split, ...]  # one, or several that rotate; scores are means over them
+    split_seed: int  # of ridge folds and probe masks, the same in every trial
+    probe_text: Path | None = None  # files of general text, instead of the bundled ones
     control_text: Path | None = None
-    voxels_are_chosen: bool = False
+    voxels_are_chosen: bool = False  # by the frozen encoder's ``cc_seen``, which is then optimistically biased
 
 
 class Chain:
@@ -202,6 +194,17 @@ class Chain:
         """Refit ridge on fit + validation and score the test stories."""
         fit = tuple(sorted(split.fit + split.validation))
         return self.score(self.downsampled(bert, fit + split.test, fit), fit, split.test, with_tests=True)
+
+
+def timed(steps: Iterator[Item], seconds: dict[str, float]) -> Iterator[Item]:
+    """Yield the epochs of a training, and add the time that it takes to ``seconds``."""
+    while True:
+        began = time.perf_counter()
+        step = next(steps, None)
+        seconds["train"] += time.perf_counter() - began
+        if step is None:
+            return
+        yield step
 
 
 def cached_encoder(name: str, cache: WorkerCache) -> Encoder:

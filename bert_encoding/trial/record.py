@@ -41,28 +41,22 @@ class TrialRecord:
 
     Attributes
     ----------
-    status : COMPLETE, STOPPED (early) or FAILED
-    key : hash of configuration, data, splits and code; equal keys mean equal results
-    repeat_of : the trial with the same key whose results this record repeats
-    config : all settings; ``params`` are those that the search space suggested
-    examples : of a text task, some held-out texts with their predictions before and after training
-    notes : remarks for readers of the scores
-    scores : of the last epoch, and of the trial as a whole
     epochs, stories, subjects : rows of the tables of the same names
+    examples : of a text task, some held-out texts with their predictions before and after training
     cc, cc_test : subject -> (n_voxels,) float32, NaN where a voxel is masked out; stored in cc.npz
     details : further arrays, see ``summaries.voxel_details``; stored in details.npz for baselines and the best trials
     """
 
-    status: str
+    status: str  # COMPLETE, STOPPED (early) or FAILED
     method: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # all settings
     trial_id: str = ""
     phase: str = ""
     error: str | None = None
-    key: str = ""
-    repeat_of: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
+    key: str = ""  # hash of configuration, data, splits and code; equal keys mean equal results
+    repeat_of: str | None = None  # the trial with the same key whose results this record repeats
+    params: dict[str, Any] = field(default_factory=dict)  # the settings that the search space suggested
+    scores: dict[str, Any] = field(default_factory=dict)  # of the last epoch, and of the trial as a whole
     epochs: list[dict[str, float]] = field(default_factory=list)
     stories: list[dict[str, Any]] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)

@@ -36,7 +36,7 @@ from bert_encoding.language_model.masked_lm import (
 )
 from bert_encoding.language_model.windows import training_windows
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task
+from bert_encoding.trial.pipeline import Chain, Task, timed
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.scoring import SubjectScores, edge_notes, merge_subjects
 from bert_encoding.trial.summaries import (
@@ -257,11 +257,27 @@ class _Fold:
 
     def tune(self) -> Iterator[EpochLosses]:
         """Train, and yield the losses of every epoch; nothing where nothing is tuned."""
-        if self._is_tuned:
-            self._loss_before = self._general_loss()
-            for losses in self._finetune():
-                check_applied(self.chain.bert_encoder, self.bert, "fine-tuning")
-                yield losses
+        if not self._is_tuned:
+            return
+        self._loss_before = self._general_loss()
+        chain, data = self.chain, TrainingData(self.chain, self.split)
+        self.trained, objective = data.objective(self.model)
+        self.notes += data.notes
+        steps = finetune(
+            self.trained,
+            objective,
+            self._probes(),
+            chain.config.training,
+            chain.config.seed,
+            chain.device,
+            patience=chain.config.patience,
+            steps_per_epoch=data.steps_per_epoch(),
+        )
+        for losses in timed(steps, chain.seconds):
+            check_applied(chain.bert_encoder, self.bert, "fine-tuning")
+            yield losses
+            if losses.epoch < chain.config.epochs:
+                chain.forget_ridge()  # training needs its memory
 
     def settle(self, last: FoldEpoch) -> FoldEpoch:
         """Return the epoch that counts, scored: the last, or with patience the one of the lowest held-out loss,
@@ -308,31 +324,6 @@ class _Fold:
         downsampled = self.chain.downsampled(self.bert, fit + validation, fit)
         scores = self.chain.score(downsampled, fit, validation, with_tests=self.wants_tests)
         return FoldEpoch(losses, scores, downsampled)
-
-    def _finetune(self) -> Iterator[EpochLosses]:
-        chain = self.chain
-        data = TrainingData(chain, self.split)
-        self.trained, objective = data.objective(self.model)
-        self.notes += data.notes
-        steps = finetune(
-            self.trained,
-            objective,
-            self._probes(),
-            chain.config.training,
-            chain.config.seed,
-            chain.device,
-            patience=chain.config.patience,
-            steps_per_epoch=data.steps_per_epoch(),
-        )
-        losses: EpochLosses | None = None
-        while True:
-            if losses is None or losses.epoch < chain.config.epochs:
-                chain.forget_ridge()  # training needs its memory
-            with chain.timed("train"):
-                losses = next(steps, None)
-            if losses is None:
-                return
-            yield losses
 
     def _frozen_losses(self) -> EpochLosses | None:
         chain = self.chain

@@ -61,13 +61,6 @@ def examine_predictions(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.n
     return PredictionTests(p, time_replicates(Y, predicted, story_of_row))
 
 
-def join_tests(parts: Sequence[PredictionTests]) -> PredictionTests:
-    """Join the tests of one subject's panels of voxels."""
-    return PredictionTests(
-        np.concatenate([part.p for part in parts]), join_replicates([part.replicates for part in parts])
-    )
-
-
 class SubjectScores(NamedTuple):
     """How well one subject is predicted on the scored stories.
 
@@ -207,6 +200,7 @@ def _score_panel(ridge: CrossValidatedRidge, design: Design, panel: ResponsePane
 def _join_panels(parts: Sequence[SubjectScores], rois: Mapping[str, np.ndarray]) -> SubjectScores:
     sizes = [part.cc.size for part in parts]
     tests = [part.tests for part in parts if part.tests is not None]
+    replicates = join_replicates([test.replicates for test in tests]) if tests else None
     return SubjectScores(
         cc=np.concatenate([part.cc for part in parts]),
         story_cc={name: np.concatenate([part.story_cc[name] for part in parts]) for name in parts[0].story_cc},
@@ -214,7 +208,7 @@ def _join_panels(parts: Sequence[SubjectScores], rois: Mapping[str, np.ndarray])
         n_constant=sum(part.n_constant for part in parts),
         grid=parts[0].grid,
         rois=rois,
-        tests=join_tests(tests) if tests else None,
+        tests=None if replicates is None else PredictionTests(np.concatenate([test.p for test in tests]), replicates),
         beyond_grid={
             edge: float(np.average([part.beyond_grid[edge] for part in parts], weights=sizes))
             for edge in ("low", "high")

@@ -75,12 +75,13 @@ def columns_of_test(scores: Scores, ceilings: Ceilings) -> dict[str, Any]:
     interval = replicates_interval(
         mean_replicates([r.tests.replicates for r in scores.values() if r.tests is not None])
     )
+    low, high = (None if np.isnan(limit) else limit for limit in (interval.low, interval.high))  # records are JSON
     cc_norm = [values["cc_norm"] for values in _normalised(scores, ceilings).values()]
     normalised = [value for value in cc_norm if value is not None]
     return {
         "cc_test": merge_subjects(scores)["cc_mean"],
-        "cc_test_low": _number(interval.low),
-        "cc_test_high": _number(interval.high),
+        "cc_test_low": low,
+        "cc_test_high": high,
         "cc_norm": float(np.mean(normalised)) if normalised else None,
     }
 
@@ -100,11 +101,6 @@ def whole_brain(dataset: Dataset, subject: str, values: np.ndarray) -> np.ndarra
     whole = np.full(dataset.voxel_masks[subject].size, np.nan, np.float32)
     whole[dataset.voxel_masks[subject]] = values
     return whole
-
-
-def _number(value: float) -> float | None:
-    """Return None for NaN: records are JSON."""
-    return None if np.isnan(value) else value
 
 
 def _normalised(scores: Scores, ceilings: Ceilings) -> dict[tuple[str, str], dict[str, float | None]]:

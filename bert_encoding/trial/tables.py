@@ -23,8 +23,6 @@ FURTHER_COLUMNS = (
     "share_trainable epoch_kept share_significant cc_test_low cc_test_high accuracy_before macro_f1_before loss_train "
     "loss_heldout perplexity"
 ).split()
-_LORA_ONLY = ("rank", "lora_alpha", "target_modules")
-_STORIES_ONLY = ("stride", "mlm_text")  # not in a classification, which trains on labelled texts
 
 
 def trials_frame(records: list[TrialRecord]) -> pd.DataFrame:
@@ -68,13 +66,14 @@ def _trial_row(record: TrialRecord) -> dict[str, Any]:
     if record.method in TUNED or "accuracy" in record.scores:  # in a classification the head trains with every method
         row["lr"] = record.config.get("lr")
     if record.method in TUNED and "accuracy" not in record.scores:
-        row |= {name: record.config.get(name) for name in _STORIES_ONLY}
+        row |= {name: record.config.get(name) for name in ("stride", "mlm_text")}
         if record.config.get("mlm_text") == "all":  # fine-tuning has read every story
             row["mlm_loss_heldout"] = None
     if record.method == LORA:
-        row |= {name: record.config.get(name) for name in _LORA_ONLY}
+        row |= {name: record.config.get(name) for name in ("rank", "lora_alpha", "target_modules")}
         row["scaling"] = lora_scaling(record.config)
-    row |= {name: value for name, value in record.scores.items() if _is_column(name) and name not in row}
+    columns = (n for n in record.scores if n in COLUMNS or n in FURTHER_COLUMNS or n.startswith(ROI_PREFIX))
+    row |= {name: record.scores[name] for name in columns if name not in row}
     row |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
     row["peak_memory_gb"] = record.peak_memory_gb
     return row | {name: value for name, value in record.params.items() if name not in row}
@@ -84,10 +83,6 @@ def lora_scaling(config: dict[str, Any]) -> float:
     """Return the factor of B A: lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
     rank = float(config["rank"])
     return float(config["lora_alpha"]) / (rank**0.5 if config.get("lora_scaling") == "rslora" else rank)
-
-
-def _is_column(score: str) -> bool:
-    return score in COLUMNS or score in FURTHER_COLUMNS or score.startswith(ROI_PREFIX)
 
 
 def _adaptation_gap(frame: pd.DataFrame) -> pd.Series:

@@ -37,11 +37,8 @@ def choose_voxels(config: TrialConfig, task: Task, n: int) -> dict[str, np.ndarr
 def keep_voxels(dataset: Dataset, voxels: Mapping[str, np.ndarray]) -> Dataset:
     """Return the data set with all other voxels masked out; voxels that cannot be scored stay masked."""
     assert dataset.voxel_masks is not None
-    masks = {subject: np.zeros_like(mask) for subject, mask in dataset.voxel_masks.items()}
-    for subject, mask in masks.items():
-        mask[voxels[subject]] = True
-        mask &= dataset.voxel_masks[subject]
-    return replace(dataset, voxel_masks=masks)
+    masks = dataset.voxel_masks.items()
+    return replace(dataset, voxel_masks={s: mask & np.isin(np.arange(mask.size), voxels[s]) for s, mask in masks})
 
 
 def voxels_key(dataset: Dataset) -> str:

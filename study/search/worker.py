@@ -34,24 +34,17 @@ logger = logging.getLogger(__name__)
 class Job:
     """One trial to run; the driver makes it, a worker receives it as Ray Tune's config.
 
-    Attributes
-    ----------
-    params : the parameters that Optuna suggested
-    repeat_of : a finished trial with the same key, whose results this job repeats
-    score_test : also score the test stories (baselines of a study without a search)
-    is_final : refit on fit + validation and score only the test stories (the end of the confirm phase)
-    session : of the driver that made the job; a record is written only while this session holds the study's lock;
-        always if empty
+    A record is written only while the ``session`` that made the job holds the study's lock; always if it is empty.
     """
 
     trial_id: str
     phase: str
     key: str
     config: dict[str, Any]
-    params: dict[str, Any] = field(default_factory=dict)
-    repeat_of: str | None = None
-    score_test: bool = False
-    is_final: bool = False
+    params: dict[str, Any] = field(default_factory=dict)  # the parameters that Optuna suggested
+    repeat_of: str | None = None  # a finished trial with the same key, whose results this job repeats
+    score_test: bool = False  # also score the test stories (baselines of a study without a search)
+    is_final: bool = False  # refit on fit + validation and score only the test stories (end of the confirm phase)
     session: str = field(default_factory=session_id)
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,10 +171,7 @@ def find_record(study: Place, job: Job) -> TrialRecord | None:
     return record if record.key == job.key else None
 
 
-@functools.cache
-def _process_cache() -> WorkerCache:
-    """Return the cache of this process, in which Ray runs one trial after another."""
-    return WorkerCache()
+_process_cache = functools.cache(WorkerCache)  # of this process, in which Ray runs one trial after another
 
 
 def _run(job: Job, task: Task | TextTask, study: Place, report: Report, cache: WorkerCache | None) -> TrialRecord:
@@ -216,10 +206,7 @@ def _repeat(job: Job, study: Place) -> TrialRecord:
 def failed_record(job: Job, error: Exception | str, is_user_error: bool = False, node: str = "") -> TrialRecord:
     """Return the record of a trial that failed: the traceback of an exception, one line of a user's mistake.
 
-    Parameters
-    ----------
-    is_user_error : of an error that is text
-    node : where it failed; empty if the driver records a trial that could not write a record
+    ``node`` is empty if the driver records a trial that could not write a record.
     """
     if isinstance(error, InputError):
         error, is_user_error = str(error), True

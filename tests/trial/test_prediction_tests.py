@@ -6,7 +6,7 @@ import pytest
 from bert_encoding.statistics.block_bootstrap import time_replicates
 from bert_encoding.statistics.correlation import correlate
 from bert_encoding.statistics.permutation import N_PERMUTATIONS, block_permutation_p
-from bert_encoding.trial.scoring import FALSE_DISCOVERY_RATE, PredictionTests, examine_predictions, join_tests
+from bert_encoding.trial.scoring import FALSE_DISCOVERY_RATE, PredictionTests, examine_predictions
 
 
 def simulated(n_rows: tuple[int, ...], n_voxels: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,17 +59,6 @@ def test_stories_too_short_for_a_p_have_none(n_rows: tuple[int, ...], has_p: boo
     assert np.isnan(tests.p).all() != has_p
     assert (tests.share_significant is not None) == has_p
     assert np.isfinite(tests.replicates.mean).all(), "the interval needs no p"
-
-
-def test_panels_join_in_the_order_of_their_voxels() -> None:
-    Y, predicted, story = simulated((75, 60))
-    whole = examine_predictions(Y, predicted, story)
-    panels = [slice(0, 3), slice(3, 14), slice(14, 20)]
-    joined = join_tests([examine_predictions(Y[:, at], predicted[:, at], story) for at in panels])
-    np.testing.assert_allclose(joined.p, whole.p, rtol=1e-10)
-    np.testing.assert_allclose(joined.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-12)
-    assert joined.share_significant == whole.share_significant, "the rate is one of all voxels"
-    np.testing.assert_allclose(joined.q, whole.q, rtol=1e-10)
 
 
 def test_a_voxel_without_p_is_not_significant_and_changes_no_other() -> None:
