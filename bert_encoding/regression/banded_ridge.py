@@ -70,11 +70,6 @@ class BandedRidge:
         -------
         as plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of the
         chosen candidate
-
-        Raises
-        ------
-        ValueError
-            if rows disagree, values are not finite, or there are fewer than two folds.
         """
         targets = Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
         best: tuple[np.ndarray, ...] = ()
@@ -110,11 +105,6 @@ def band_weights(n_bands: int, n_candidates: int, seed: int = 0) -> np.ndarray:
     The first candidate has equal weights, which is plain ridge. For two bands the others are a regular grid that
     favours either band in turn, by up to ``DECADES``; for more bands they are drawn log-uniformly over this range. For
     one band there is one candidate.
-
-    Raises
-    ------
-    ValueError
-        if there is no band or no candidate.
     """
     if n_bands < 1 or n_candidates < 1:
         raise ValueError(f"{n_bands} bands and {n_candidates} candidates: there must be at least one of each")

@@ -32,18 +32,11 @@ DECADES_FURTHER = 2
 
 
 class RidgeFit(NamedTuple):
-    """A fitted model.
+    """A fitted model; ``cv_cc`` is the mean over folds of the held-out CC, whose maximum is biased upwards."""
 
-    Attributes
-    ----------
-    weights : (n_features, n_voxels) float32
-    ridge_alphas : (n_voxels,) the chosen penalties
-    cv_cc : (n_alphas, n_voxels) mean over folds of the held-out CC that chose them (its maximum is biased upwards)
-    """
-
-    weights: np.ndarray
-    ridge_alphas: np.ndarray
-    cv_cc: np.ndarray
+    weights: np.ndarray  # (n_features, n_voxels) float32
+    ridge_alphas: np.ndarray  # (n_voxels,) the chosen penalties
+    cv_cc: np.ndarray  # (n_alphas, n_voxels)
 
 
 class CrossValidatedRidge:
@@ -59,7 +52,7 @@ class CrossValidatedRidge:
     Raises
     ------
     ValueError
-        if shapes disagree, values are not finite, or there are fewer than two folds.
+        if rows disagree, values are not finite, or there are fewer than two folds, also when it is fitted.
     """
 
     def __init__(
@@ -105,11 +98,6 @@ class CrossValidatedRidge:
         Parameters
         ----------
         Y : (n_trs, n_voxels), z-scored; or prepared, if several fits share them
-
-        Raises
-        ------
-        ValueError
-            if rows disagree or values are not finite.
         """
         return RidgeFit(*self._fit(Y, lambda weights: weights))
 
@@ -140,12 +128,7 @@ class CrossValidatedRidge:
         """Predict each fold from the other folds, (n_trs, n_voxels) float32; ridge_alphas are chosen inside these.
 
         Choosing them on the fold that is then scored would raise the CC of pure noise. A fit without folds j and k is
-        used twice: it scores j when k is predicted, and k when j is.
-
-        Raises
-        ------
-        ValueError
-            as ``fit``, and if there are fewer than three folds.
+        used twice: it scores j when k is predicted, and k when j is. At least three folds are needed.
         """
         _check_n_folds(len(self._every), 3)
         return np.concatenate([self._left_out_block(block).cpu().numpy() for block in self._blocks(Y)], axis=1)
@@ -283,10 +266,6 @@ def extend_alphas(
 
     Values are added above only up to ten times the largest eigenvalue: beyond, predictions change in scale alone, and
     rounding would decide. A grid of one value is never extended.
-
-    Parameters
-    ----------
-    share : ``share_beyond_grid`` of all voxels
     """
     ordered = sorted(grid)
     if len(ordered) < 2:

@@ -142,30 +142,14 @@ def _eigh(symmetric: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 class Targets(NamedTuple):
-    """Responses of some voxels to the rows that ridge fits.
+    """Responses of some voxels to the rows that ridge fits, on the device where ridge computes."""
 
-    Attributes
-    ----------
-    Y : (n_trs, n_voxels) float32 or float64, on the device where ridge computes
-    norms : (n_folds, n_voxels) norms of the centred rows of each fold; 0 in constant voxels
-    """
-
-    Y: torch.Tensor
-    norms: torch.Tensor
+    Y: torch.Tensor  # (n_trs, n_voxels) float32 or float64
+    norms: torch.Tensor  # (n_folds, n_voxels) norms of the centred rows of each fold; 0 in constant voxels
 
     @classmethod
     def prepare(cls, Y: np.ndarray, rows: list[np.ndarray], device: torch.device | None = None) -> "Targets":
-        """Check responses, (n_trs, n_voxels), and move them to the device.
-
-        Parameters
-        ----------
-        rows : row numbers of each fold
-
-        Raises
-        ------
-        ValueError
-            if rows disagree or values are not finite.
-        """
+        """Check responses, (n_trs, n_voxels), against the rows of each fold, and move them to the device."""
         n_rows = sum(map(len, rows))
         if len(Y) != n_rows:
             raise ValueError(f"rows disagree: X {n_rows}, Y {len(Y)}")

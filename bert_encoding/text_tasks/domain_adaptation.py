@@ -112,13 +112,7 @@ class AdaptRun:
 
 
 def text_windows(texts: list[Tokens], length: int, stride: int, encoder: Encoder) -> list[Window]:
-    """Cut each text into windows; a short text is one window.
-
-    Raises
-    ------
-    InputError
-        if no text has a token.
-    """
+    """Cut each text into windows; a short text is one window, one without a token none."""
     windows = [
         window
         for tokens in texts

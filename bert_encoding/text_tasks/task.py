@@ -151,13 +151,7 @@ def tokenize_texts(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterat
 
 
 def resolve_max_length(task: TextTask, config: TrialConfig, encoder: Encoder) -> int:
-    """Return the number of tokens read per text.
-
-    Raises
-    ------
-    InputError
-        if the model reads fewer.
-    """
+    """Return the number of tokens read per text; refuse more than the model reads."""
     name, length = ("--max-length", task.max_length) if task.max_length else ("window_tokens", config.window_tokens)
     if length > encoder.max_tokens:
         raise InputError(f"{name} {length}: {encoder.name} reads at most {encoder.max_tokens} tokens")

@@ -79,13 +79,7 @@ class Chain:
         self.seconds[stage] += time.perf_counter() - began
 
     def downsampled(self, bert: BertModel | None, names: Names, fit: Names) -> Vectors:
-        """Return downsampled word vectors, story -> (n_trs, n_hidden).
-
-        Parameters
-        ----------
-        bert : encoder; None for methods without one
-        fit : the stories from which a vocabulary is learned
-        """
+        """Return downsampled word vectors, story -> (n_trs, n_hidden); a vocabulary is learned from ``fit``."""
         stories = self.task.dataset.stories
         if self.config.keep_layers and self.config.method == FROZEN:
             with self.timed("embed"):
@@ -164,12 +158,7 @@ class Chain:
     def score_seen(
         self, downsampled: Vectors, fit: Names, grids: Mapping[str, tuple[float, ...]] | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,).
-
-        Parameters
-        ----------
-        grids : subject -> the ridge_alphas to choose from, if ``score`` has widened them
-        """
+        """Return the cross-validated CC inside the fit stories, subject -> (n_valid,), with the grids of ``score``."""
         with self.timed("ridge"):
             dataset = self.task.dataset
             scored_with, ridge = self._latest.pop(fit, (None, None))

@@ -33,14 +33,11 @@ FALSE_DISCOVERY_RATE = 0.05
 class PredictionTests(NamedTuple):
     """Tests of one subject's predictions.
 
-    Attributes
-    ----------
-    p : (n_voxels,) of block permutations; all NaN if the stories are too short for them
-    replicates : the mean CC over voxels, of all rows and of resamples of their time; the draws depend on the rows
-        alone, so that those of two models scored on the same stories are pairs
+    ``replicates`` are the mean CC over voxels, of all rows and of resamples of their time. The draws depend on the rows
+    alone, so that those of two models scored on the same stories are pairs.
     """
 
-    p: np.ndarray
+    p: np.ndarray  # (n_voxels,) of block permutations; all NaN if the stories are too short for them
     replicates: Replicates
 
     @property
@@ -62,21 +59,14 @@ def examine_predictions(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.n
 
 
 class SubjectScores(NamedTuple):
-    """How well one subject is predicted on the scored stories.
+    """How well one subject is predicted on the scored stories."""
 
-    Attributes
-    ----------
-    cc : (n_valid,) over the concatenated rows of the scored stories
-    story_cc : story -> (n_valid,) CC inside that story, NaN for a voxel that is constant there
-    rois : region of interest -> its voxels, counted among the valid ones
-    """
-
-    cc: np.ndarray
-    story_cc: dict[str, np.ndarray]
+    cc: np.ndarray  # (n_valid,) over the concatenated rows of the scored stories
+    story_cc: dict[str, np.ndarray]  # story -> (n_valid,), NaN for a voxel that is constant there
     ridge_alphas: np.ndarray  # (n_valid,)
     n_constant: int  # voxels whose prediction is constant; they score 0
     grid: tuple[float, ...]  # the ridge_alphas to choose from
-    rois: Mapping[str, np.ndarray] = MappingProxyType({})
+    rois: Mapping[str, np.ndarray] = MappingProxyType({})  # name -> its voxels, counted among the valid ones
     tests: PredictionTests | None = None
     beyond_grid: Mapping[str, float] = MappingProxyType({"low": 0.0, "high": 0.0})  # ``share_beyond_grid``
 
@@ -119,13 +109,7 @@ def make_design(
     config: TrialConfig,
     fold_seed: int,
 ) -> Design:
-    """Turn downsampled word vectors, story -> (n_trs, n_hidden), into features.
-
-    Raises
-    ------
-    RuntimeError
-        if a story's features are not finite.
-    """
+    """Turn downsampled word vectors, story -> (n_trs, n_hidden), into features, which must be finite."""
     X = {name: delayed_features(downsampled[name], config.delays, dataset.trim) for name in (*fit, *scored)}
     for name, features in X.items():
         if not np.isfinite(features).all():
