@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_data import make_lab
+from make_data import edit_responses, make_lab, put
 from make_trials import design_of_words
 from sklearn.preprocessing import StandardScaler
 
@@ -37,9 +37,7 @@ N_VOXELS, BAD = 12, 4
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects; voxel 4 of the first is constant in one story."""
     folder = make_lab(tmp_path_factory.mktemp("data") / "lab", subjects=("a", "b"), n_voxels=N_VOXELS)
-    responses = np.load(folder / "a" / "beta.npy")
-    responses[:, BAD] = 0.5
-    np.save(folder / "a" / "beta.npy", responses)
+    edit_responses(folder, "beta", put(np.s_[:, BAD], 0.5), "a")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_data import make_lab
+from make_data import edit_responses, make_lab, put
 from make_trials import PEFT_WARNS, make_task
 from make_trials import quick_config as config
 from peft import PeftModel
@@ -64,11 +64,8 @@ def spelt_task(lab_folder: Path) -> Task:
 def uneven_task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     """Rows without speech in two stories, and two voxels that cannot be scored."""
     folder = make_lab(tmp_path_factory.mktemp("data") / "uneven", seed=3)
-    for story, column, value in (("beta", 3, np.nan), ("wheretheressmoke", 5, 0.7)):
-        file = folder / SUBJECT / f"{story}.npy"
-        responses = np.load(file)
-        responses[slice(7, 8) if np.isnan(value) else slice(None), column] = value
-        np.save(file, responses)
+    edit_responses(folder, "beta", put((7, 3), np.nan))
+    edit_responses(folder, "wheretheressmoke", put(np.s_[:, 5], 0.7))
     dataset = open_dataset(folder)
     stories = dict(dataset.stories)
     for name in ("alpha", "gamma"):

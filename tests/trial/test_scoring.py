@@ -9,7 +9,7 @@ import pytest
 import torch
 from himalaya.ridge import solve_ridge_cv_svd
 from himalaya.scoring import correlation_score
-from make_data import make_lab
+from make_data import edit_responses, make_lab, put
 from make_trials import design_of_words, fit_ridge
 from ridge_utils.interpdata import lanczosinterp2D
 from ridge_utils.util import make_delayed
@@ -60,16 +60,10 @@ Vectors = Mapping[str, np.ndarray]
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lab folder of two subjects, with voxels that are not finite or constant in one story."""
     folder = make_lab(tmp_path_factory.mktemp("small") / "lab", subjects=tuple(BAD_VOXELS), n_voxels=N_VOXELS)
-    spoil(folder / "subject2" / "beta.npy", 3, np.nan)
-    spoil(folder / "subject2" / "zeta.npy", 25, 0.5)
-    spoil(folder / "subject3" / "alpha.npy", 30, np.inf)
+    edit_responses(folder, "beta", put(np.s_[:, 3], np.nan))
+    edit_responses(folder, "zeta", put(np.s_[:, 25], 0.5))
+    edit_responses(folder, "alpha", put(np.s_[:, 30], np.inf), "subject3")
     return folder
-
-
-def spoil(path: Path, voxel: int, value: float) -> None:
-    responses = np.load(path)
-    responses[:, voxel] = value
-    np.save(path, responses)
 
 
 @pytest.fixture(scope="module")
@@ -516,18 +510,6 @@ def test_panels_share_permutations_and_resamples(long: Dataset, monkeypatch: pyt
     np.testing.assert_allclose(parts.replicates.mean, whole.replicates.mean, rtol=0, atol=1e-5)
 
 
-def test_a_subject_without_p_leaves_the_share_to_the_others() -> None:
-    cc, grid = np.array([0.1, 0.2], np.float32), (1.0, 10.0)
-    replicates = time_replicates(np.eye(4)[:, :2], np.eye(4)[:, :2], np.zeros(4, int))
-    p = {"a": np.array([0.001, 0.9]), "b": np.array([np.nan, np.nan])}
-    scores = {
-        s: SubjectScores(cc, {}, np.ones(2), 0, grid, tests=PredictionTests(values, replicates))
-        for s, values in p.items()
-    }
-    assert merge_subjects(scores)["share_significant"] == 0.5
-    assert "share_significant" not in merge_subjects({"b": scores["b"]})
-
-
 # --- regions of interest ----------------------------------------------------------------------------------------------
 
 
@@ -548,14 +530,18 @@ def test_regions_of_interest_are_means_over_their_valid_voxels(dataset: Dataset)
     assert in_story["cc_roi_auditory"] == pytest.approx(scores.story_cc["zeta"][[1, 2]].mean(), abs=1e-7)
 
 
-def test_a_region_is_averaged_over_the_subjects_that_have_it() -> None:
+def test_what_only_some_subjects_have_is_averaged_over_these() -> None:
     cc = np.array([0.1, 0.2, 0.6], np.float32)
     both = {"left": np.array([0]), "right": np.array([1, 2])}
+    replicates = time_replicates(np.eye(4)[:, :3], np.eye(4)[:, :3], np.zeros(4, int))
+    with_p, without = (PredictionTests(np.array(p), replicates) for p in ([0.001, 0.9, 0.9], 3 * [np.nan]))
     scores = {
-        "a": SubjectScores(cc, {}, np.ones(3), 0, (1.0, 10.0), both),
-        "b": SubjectScores(cc / 2, {}, np.ones(3), 0, (1.0, 10.0), {"right": np.array([2])}),
+        "a": SubjectScores(cc, {}, np.ones(3), 0, (1.0, 10.0), both, with_p),
+        "b": SubjectScores(cc / 2, {}, np.ones(3), 0, (1.0, 10.0), {"right": np.array([2])}, without),
     }
+    assert "share_significant" not in merge_subjects({"b": scores["b"]})
     merged = merge_subjects(scores)
+    assert merged["share_significant"] == pytest.approx(1 / 3)
     assert merged["cc_roi_left"] == pytest.approx(0.1, abs=1e-7)
     assert merged["cc_roi_right"] == pytest.approx((0.4 + 0.3) / 2, abs=1e-7)
     assert merged["cc_mean"] == pytest.approx((0.3 + 0.15) / 2, abs=1e-7)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_data import make_lab
+from make_data import edit_responses, make_lab, put
 from make_trials import make_task
 
 from bert_encoding.core.worker_cache import WorkerCache
@@ -24,9 +24,7 @@ from bert_encoding.trial.summaries import (
     Ceilings,
     ceiling_notes,
     columns_of_test,
-    mean_cc,
     noise_ceilings,
-    story_rows,
     subject_rows,
     voxel_details,
     whole_brain,
@@ -41,9 +39,7 @@ STORIES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", TEST)
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Two subjects; voxel 4 of the first is constant in one story; both heard the test story five times."""
     folder = make_lab(tmp_path_factory.mktemp("data") / "lab", STORIES, SUBJECTS, n_words=260, n_voxels=N_VOXELS)
-    responses = np.load(folder / "a" / "beta.npy")
-    responses[:, BAD] = 0.5
-    np.save(folder / "a" / "beta.npy", responses)
+    edit_responses(folder, "beta", put(np.s_[:, BAD], 0.5), "a")
     opened = open_dataset(folder)
     heard = replace(opened.stories[TEST], repeats={s: repeats(opened, s) for s in SUBJECTS})
     return inspect(replace(opened, stories={**opened.stories, TEST: heard}))
@@ -115,37 +111,6 @@ def strict_json(file: Path) -> dict[str, Any]:
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
-def test_whole_brain_puts_nan_where_a_voxel_is_masked(dataset: Dataset) -> None:
-    whole = whole_brain(dataset, "a", np.arange(N_VOXELS - 1, dtype=np.float64))
-    assert whole.dtype == np.float32
-    np.testing.assert_array_equal(whole, [0, 1, 2, 3, np.nan, 4, 5, 6, 7, 8, 9, 10])
-
-
-def test_rows_of_stories_and_subjects(by_hand: dict[str, SubjectScores]) -> None:
-    rows = story_rows(by_hand, 1, "test")
-    assert [(row["split"], row["role"], row["subject"], row["story"]) for row in rows] == [
-        (1, "test", subject, story) for subject in SUBJECTS for story in (TEST, "zeta")
-    ]
-    for row in rows:
-        assert row["cc_mean"] == pytest.approx(by_hand[row["subject"]].story_cc[row["story"]].mean(), abs=1e-6)
-    whole = subject_rows(by_hand, 1, "test")
-    assert [(row["split"], row["role"], row["subject"]) for row in whole] == [(1, "test", s) for s in SUBJECTS]
-    for row in whole:
-        tests = by_hand[row["subject"]].tests
-        assert tests is not None
-        assert row["cc_mean"] == pytest.approx(0.3, abs=1e-6)
-        assert row["share_significant"] == np.mean(tests.q < 0.05)
-
-
-def test_mean_cc_is_over_splits(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
-    other = {s: r._replace(cc=np.linspace(0, 1, r.cc.size, dtype=np.float32)) for s, r in by_hand.items()}
-    cc = mean_cc(dataset, [by_hand, other])
-    for subject in SUBJECTS:
-        expected = (by_hand[subject].cc + other[subject].cc) / 2
-        np.testing.assert_allclose(np.delete(cc[subject], BAD if subject == "a" else []), expected, atol=1e-6)
-    assert np.isnan(cc["a"][BAD])
-
-
 def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     untested = {s: r._replace(tests=None) for s, r in by_hand.items()}
     details = voxel_details(dataset, {"validation": untested, "test": by_hand}, ceilings)
@@ -162,19 +127,6 @@ def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, Subjec
         for name, values in expected.items():
             np.testing.assert_allclose(details[name], whole_brain(dataset, subject, values), rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(details[f"test/replicates/{subject}"], result.tests.replicates.mean, rtol=1e-12)
-
-
-def test_columns_of_the_test_stories(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
-    """``cc_norm`` is of the one story with repeats; the interval is of the mean over subjects, resample by resample."""
-    columns = columns_of_test(by_hand, ceilings)
-    norms = [plain_cc_norm(by_hand[s].story_cc[TEST].astype(float), plain_ceiling(dataset, s)) for s in SUBJECTS]
-    assert columns["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
-    resampled = np.mean([r.tests.replicates.mean for r in by_hand.values() if r.tests is not None], axis=0)[1:]
-    assert [columns["cc_test_low"], columns["cc_test_high"]] == pytest.approx(
-        np.quantile(resampled, [0.025, 0.975]).tolist()
-    )
-    assert columns["cc_test"] == pytest.approx(0.3, abs=1e-6)
-    assert set(columns) == {"cc_test", "cc_test_low", "cc_test_high", "cc_norm"}
 
 
 def test_columns_without_a_value_are_none(dataset: Dataset, by_hand: dict[str, SubjectScores]) -> None:
