@@ -88,23 +88,6 @@ def test_choices_equal_himalayas(n_features: tuple[int, ...]) -> None:
     np.testing.assert_allclose(himalaya.weights, own.weights, atol=5e-5)
 
 
-def test_held_out_scores_are_those_of_a_plain_loop() -> None:
-    bands = make_bands((12, 3), seed=5)
-    Y = make_responses(bands, seed=6)
-    banded = fit(bands, Y)
-    X = np.hstack(bands).astype(np.float64)
-    for index, gamma in enumerate(band_weights(2, 5)):
-        cc = np.zeros((len(GRID), N_VOXELS))
-        for row, alpha in enumerate(GRID):
-            penalty = np.diag(np.repeat(alpha / gamma, (12, 3)))
-            for fold in range(4):
-                train = fold != FOLDS
-                w = np.linalg.solve(X[train].T @ X[train] + penalty, X[train].T @ Y[train])
-                predicted = X[~train] @ w
-                cc[row] += [np.corrcoef(Y[~train, v], predicted[:, v])[0, 1] / 4 for v in range(N_VOXELS)]
-        np.testing.assert_allclose(banded.cv_cc[index], cc.max(axis=0), atol=1e-5)
-
-
 @pytest.mark.slow
 def test_two_penalties_beat_one_where_they_are_needed() -> None:
     """A few clear columns next to many that carry no signal."""

@@ -45,7 +45,6 @@ from bert_encoding.text_tasks.task import (
 )
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import cached_encoder
-from bert_encoding.trial.record import TrialRecord
 from study.setup.spaces import load_space, quiet_study, rehearse, to_trial_config
 
 CPU = torch.device("cpu")
@@ -93,12 +92,6 @@ def settings(model: str, **changes: Any) -> TrialConfig:
     tiny = {"lr": 2e-3, "epochs": 4, "batch_size": 16, "warmup_epochs": 1, "frozen_blocks": 1, "hidden_dropout": 0.0}
     adapter = {"target_modules": "all", "rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.0}
     return TrialConfig(model=model, precision="float32", **{**tiny, **adapter, **changes})
-
-
-def same_scores(one: TrialRecord, other: TrialRecord) -> bool:
-    """Whether two records agree bit for bit but for time."""
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in record.epochs] for record in (one, other)]
-    return (one.scores, rows[0], one.examples) == (other.scores, rows[1], other.examples)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -300,19 +293,16 @@ def test_bert_learns_what_no_bag_of_words_can(corpus: Corpus, task: TextTask, be
     counts, labels = CountVectorizer().fit_transform(texts), np.array(labels)
     bag = LogisticRegression().fit(counts[task.train], labels[task.train])
     assert bag.score(counts[task.heldout], labels[task.heldout]) < 0.6
-    frozen, full = (run_text_trial(settings(bert, method=m, epochs=5), task).scores for m in ("frozen", "full"))
+    rates = {"frozen": 2e-3, "full": 2e-3, "lora": 5e-3, "partial": 2e-3}
+    frozen, full, lora, partial = (
+        run_text_trial(settings(bert, method=m, lr=lr, epochs=6), task).scores for m, lr in rates.items()
+    )
+    assert min(lora["accuracy"], partial["accuracy"]) > 0.9
+    assert min(lora["delta_norm"], partial["delta_norm"]) > 0
     assert full["accuracy"] > 0.95
     assert full["accuracy"] > frozen["accuracy"] + 0.25
     assert full["accuracy_before"] == frozen["accuracy_before"]
     assert abs(full["accuracy_before"] - 0.5) < 0.2
-
-
-@pytest.mark.slow
-def test_lora_and_partial_learn_too(task: TextTask, bert: str) -> None:
-    for method, lr in {"lora": 5e-3, "partial": 2e-3}.items():
-        record = run_text_trial(settings(bert, method=method, lr=lr, epochs=6), task)
-        assert record.scores["accuracy"] > 0.9
-        assert record.scores["delta_norm"] > 0
 
 
 def test_fields_of_a_classification_record(task: TextTask, bert: str, corpus: Corpus) -> None:
@@ -387,7 +377,8 @@ def test_the_cached_encoder_stays_unchanged(
     first, second = (run_text_trial(config, noise, cache=cache) for _ in range(2))
     assert weights_fingerprint(encoder.model) == before
     assert encoder.model.bert.pooler is None
-    assert same_scores(first, second), "the same seed gives the same bits in one process"
+    assert first.scores == second.scores, "the same seed gives the same bits in one process"
+    assert first.examples == second.examples
     other = run_text_trial(replace(config, seed=1), noise)
     assert other.scores["loss_heldout"] != first.scores["loss_heldout"]
 

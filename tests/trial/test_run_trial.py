@@ -95,7 +95,6 @@ class TrainingCalls:
         self.models: list[BertForMaskedLM] = []
         self.windows: list[list[Window]] = []
         self.probes: list[Probes] = []
-        self.dropouts: list[dict[str, float]] = []
         self.adapters: list[dict[str, torch.Tensor]] = []  # before training
 
 
@@ -109,7 +108,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> TrainingCalls:
         calls.windows.append(list(objective.windows))
         calls.probes.append(probes)
         calls.adapters.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
-        calls.dropouts.append({n: p.p for n, p in model.named_modules() if isinstance(p, torch.nn.Dropout)})
         return real(model, objective, probes, *args, **kwargs)
 
     monkeypatch.setattr(module, "finetune", record)
@@ -155,15 +153,6 @@ def test_scores_equal_a_plain_chain_of_other_libraries(
         expected[valid] = chain.cc(tuple(sorted(split.fit + split.validation)), split.test, alpha, valid)
         np.testing.assert_allclose(record.cc_test[SUBJECT], expected, rtol=0, atol=1e-4)
         assert record.scores["cc_test"] == pytest.approx(float(np.nanmean(expected)), abs=1e-4)
-
-
-def test_layer_matters(task: Task, tiny_encoder: Encoder) -> None:
-    first, last, default = (
-        run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 2, None)
-    )
-    assert np.array_equal(last.cc[SUBJECT], default.cc[SUBJECT])
-    assert not np.allclose(first.cc[SUBJECT], last.cc[SUBJECT], rtol=0, atol=1e-3)
-    assert [record.scores["layer"] for record in (first, last, default)] == [0, 2, 2]
 
 
 def test_frozen_losses_are_those_before_the_first_step(task: Task, tiny_encoder: Encoder) -> None:
@@ -294,27 +283,6 @@ def test_losses_are_read_on_the_same_tokens_in_every_trial(
     first, second = calls.probes
     for a, b in zip((*first.train, *first.heldout), (*second.train, *second.heldout), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("hidden", "attention", "expected"), [(None, 0.0, (0.1, 0.0)), (0.3, None, (0.3, 0.1)), (0.2, 0.4, (0.2, 0.4))]
-)
-def test_dropout_rates_reach_the_layers_they_name(
-    hidden: float | None, attention: float | None, expected: tuple[float, float], task: Task, tiny_encoder: Encoder,
-    calls: TrainingCalls,
-) -> None:  # fmt: skip
-    rates = {"hidden_dropout": hidden, "attention_dropout": attention, "lora_dropout": 0.25}
-    settings = config(tiny_encoder, **rates, epochs=1, target_modules="q")
-    run_trial(settings, task)
-    (dropouts,) = calls.dropouts
-    blocks = [f"bert.encoder.layer.{n}" for n in (0, 1)]
-    assert dropouts == {
-        "bert.embeddings.dropout": expected[0],
-        **{f"{block}.attention.self.dropout": expected[1] for block in blocks},
-        **{f"{block}.attention.output.dropout": expected[0] for block in blocks},
-        **{f"{block}.output.dropout": expected[0] for block in blocks},
-        **{f"{block}.attention.self.query.lora_dropout.default": 0.25 for block in blocks},
-    }
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,7 +25,7 @@ from bert_encoding.datasets.splits import MIN_FIT_STORIES
 from bert_encoding.datasets.story import TRIMS, Dataset
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.regression import response_panels
-from bert_encoding.regression.response_panels import panels, stack_responses
+from bert_encoding.regression.response_panels import stack_responses
 from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.block_bootstrap import time_replicates
@@ -341,20 +341,27 @@ def test_the_fewest_stories_and_folds_that_are_allowed_can_be_scored_as_seen(
     assert 0.1 < run_seen(design, dataset, fit, config).mean() < 1
 
 
-@pytest.mark.parametrize("n_columns", [1, 7, 37])
+@pytest.mark.parametrize(
+    ("n_columns", "grid"), [(1, GRID), (7, GRID), (37, GRID), (5, (0.1, 1.0, 10.0, 100.0, 1000.0))]
+)
 def test_how_voxels_are_divided_into_panels_does_not_matter(
-    dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, n_columns: int, grid: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BLAS may sum narrow matrices in another order: scores agree to float32 rounding."""
-    design = design_of_words(rich_vectors(dataset), dataset, FIT, SCORED, CONFIG, 0)
-    whole, seen = run_score(design, dataset, "subject2", CONFIG), run_seen(design, dataset, FIT, CONFIG)
+    """BLAS may sum narrow matrices in another order: scores agree to float32 rounding.
+
+    A grid that is too narrow is widened by the share of voxels over all panels; one panel alone would have it wider.
+    """
+    config = replace(CONFIG, ridge_alphas=grid)
+    design = design_of_words(rich_vectors(dataset), dataset, FIT, SCORED, config, 0)
+    whole, seen = run_score(design, dataset, "subject2", config), run_seen(design, dataset, FIT, config)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * n_columns * (len(design.fit) + len(design.scored)))
-    parts = run_score(design, dataset, "subject2", CONFIG)
+    parts = run_score(design, dataset, "subject2", config)
+    assert parts.grid == whole.grid and (len(whole.grid) > len(grid)) == (grid is not GRID)
     np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
     np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
     for name in SCORED:
         np.testing.assert_allclose(parts.story_cc[name], whole.story_cc[name], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(run_seen(design, dataset, FIT, CONFIG), seen, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_seen(design, dataset, FIT, config), seen, rtol=0, atol=1e-5)
 
 
 def test_no_panel_is_larger_than_its_budget(long: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,22 +432,6 @@ def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
     assert widened.endswith("beyond 10000 to 1e+06, so all were fitted with 100 to 1e+06")
     assert "want a ridge_alpha below 100 to 1e+06" in low and low.endswith("to a grid from 1")
     assert high.endswith(UNPREDICTED)
-
-
-def test_the_grid_is_widened_by_the_share_over_all_panels(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One panel alone would have it wider: the share counts over the whole brain."""
-    vectors, config = rich_vectors(dataset), replace(CONFIG, ridge_alphas=WIDE[:-1])
-    whole = score(vectors, dataset, config=config)
-    design = design_of_words(vectors, dataset, FIT, SCORED, config, 0)
-    monkeypatch.setattr(response_panels, "PANEL_BYTES", 4 * 5 * 2 * max(len(design.fit), len(design.scored)))
-    grids = fitted_grids(monkeypatch)
-    parts = run_score(design, dataset, "subject2", config)
-    n_panels = len(list(panels(dataset, "subject2", FIT, SCORED, 2 * max(len(design.fit), len(design.scored)))))
-    assert n_panels == 8
-    assert grids == n_panels * [config.ridge_alphas] + n_panels * [whole.grid]
-    assert len(whole.grid) > len(config.ridge_alphas)
-    np.testing.assert_array_equal(parts.ridge_alphas, whole.ridge_alphas)
-    np.testing.assert_allclose(parts.cc, whole.cc, rtol=0, atol=1e-5)
 
 
 def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
