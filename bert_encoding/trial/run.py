@@ -295,11 +295,11 @@ class _Fold:
         cc_of_subject = self.chain.score_seen(result.downsampled, self.split.fit, grids)
         return float(np.mean([cc.astype(np.float64).mean() for cc in cc_of_subject.values()]))
 
-    def traits(self) -> dict[str, float | None]:
+    def traits(self) -> dict[str, Any]:
         """Return what the record states of the tuned model besides its scores."""
         chain = self.chain
         layer = chain.layer if chain.encoder is not None else None
-        traits: dict[str, float | None] = {"layer": float(layer) if isinstance(layer, int) else None}
+        traits: dict[str, Any] = {"layer": float(layer) if isinstance(layer, int) else None}
         if self.model is None or not self._is_tuned:
             return traits | {"n_trainable": 0.0}
         counts, change = count_parameters(self.trained), measure_change(self.model, chain.bert_encoder)
@@ -351,13 +351,10 @@ class _Fold:
         return probe_loss(model, batches, config.precision, chain.device)
 
 
-def _mean_of(rows: list[dict[str, float | None]]) -> dict[str, Any]:
+def _mean_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean over splits; None where a value is None."""
-    means: dict[str, Any] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        means[name] = None if None in values else float(np.mean([v for v in values if v is not None]))
-    return means
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
 
 
 def _mean_scores(results: tuple[FoldEpoch, ...]) -> dict[str, float]:

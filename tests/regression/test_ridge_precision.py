@@ -13,7 +13,7 @@ from bert_encoding.regression.ridge import (
     extend_alphas,
     share_beyond_grid,
 )
-from bert_encoding.regression.solvers import FORMS, Targets, largest_eigenvalue, rows_of_folds
+from bert_encoding.regression.solvers import FORMS, largest_eigenvalue
 from bert_encoding.statistics.correlation import correlate
 
 N_FIT, N_SCORED, N_VOXELS = 900, 300, 240
@@ -124,26 +124,6 @@ def test_fit_predict_predicts_with_the_weights_of_fit() -> None:
     expected = torch.from_numpy(X[N_FIT:]) @ torch.from_numpy(fit.weights)  # NumPy's product differs by up to 2e-5
     np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(ridge_alphas, fit.ridge_alphas)
-
-
-def test_prepared_responses_give_the_same_bits_in_every_use() -> None:
-    X, Y, folds = make_problem(60)
-    fitted = CrossValidatedRidge(X[:N_FIT], folds, GRID)
-    targets = Targets.prepare(Y[:N_FIT], rows_of_folds(folds))
-    expected = fitted.fit(Y[:N_FIT]), fitted.predict_left_out(Y[:N_FIT])
-    for _ in range(2):
-        for one, other in zip(fitted.fit(targets), expected[0], strict=True):
-            np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(fitted.predict_left_out(targets), expected[1])
-
-
-def test_norms_of_folds_are_numpys_and_0_where_a_voxel_is_constant() -> None:
-    _, Y, folds = make_problem(20)
-    Y = Y[:N_FIT].copy()
-    Y[folds == 2, 7] = 0.1
-    expected = np.stack([np.linalg.norm(Y[folds == f] - Y[folds == f].mean(0), axis=0) for f in range(5)])
-    expected[2, 7] = 0
-    np.testing.assert_allclose(Targets.prepare(Y, rows_of_folds(folds)).norms, expected, rtol=1e-5)
 
 
 def test_another_grid_equals_a_new_ridge_and_leaves_the_first_unchanged() -> None:

@@ -148,7 +148,7 @@ def test_random_weights_are_a_baseline_without_losses(task: Task, tiny_encoder: 
     assert "cc_test" in record.scores
 
 
-def test_cached_layers_score_like_single_layers_from_one_pass(
+def test_cached_layers_are_the_single_layers_from_one_pass(
     task: Task, tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes, cache = [], WorkerCache()
@@ -158,10 +158,9 @@ def test_cached_layers_score_like_single_layers_from_one_pass(
         passes.append(1)
         return forward(self, *args, **kwargs)
 
-    alone = [run_trial(config(tiny_encoder, method="frozen", layer=layer), task) for layer in (0, 1, 2, (0, 2))]
     monkeypatch.setattr(BertEmbeddings, "forward", count)
     n_passes = []
-    for layer, expected in zip((0, 1, 2, (0, 2)), alone, strict=True):
+    for layer in (0, 1, 2, (0, 2)):
         passes.clear()
         settings = config(tiny_encoder, method="frozen", layer=layer, keep_layers=True)
         chain, split = Chain(settings, task, cache), task.splits[0]
@@ -171,9 +170,6 @@ def test_cached_layers_score_like_single_layers_from_one_pass(
         plain = Chain(config(tiny_encoder, method="frozen", layer=layer), task).downsampled(bert, split.fit, split.fit)
         for name in split.fit:
             np.testing.assert_allclose(vectors[name], plain[name], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(
-            run_trial(settings, task, cache=cache).cc[SUBJECT], expected.cc[SUBJECT], rtol=0, atol=1e-4
-        )
     assert n_passes[0] > 0
     assert n_passes[1:] == [0, 0, 0]
 
