@@ -228,19 +228,15 @@ class CrossValidatedRidge:
         if self._precision != "float64" and rows.numel() >= MANY_ROWS:
             fast = torch.bfloat16 if resolve_precision("auto", self.device) == "bfloat16" else torch.float32
         projected = projected.to(fast)
-        norms = [_column_norms((rows * shrunk).to(fast) @ projected) for shrunk in shrinkage]
-        return torch.stack(norms).to(rows)
+        predicted = ((rows * shrunk).to(fast) @ projected for shrunk in shrinkage)
+        exact = (part if part.dtype == torch.float64 else part.float() for part in predicted)
+        return torch.stack([part.square().sum(dim=0).sqrt() for part in exact]).to(rows)
 
 
 def block_bytes_per_voxel(n_rows: int, n_features: int, n_folds: int, itemsize: int) -> int:
     """Return the working memory per voxel: products of each fold, their sum, projections, and a fold's prediction."""
     n = min(n_rows, n_features)
     return itemsize * (n * (n_folds + 4) + 3 * n_rows // n_folds) + 4 * n_rows
-
-
-def alpha_edge_share(ridge_alphas: np.ndarray, grid: tuple[float, ...]) -> dict[str, float]:
-    """Return the share of voxels whose ridge_alpha is the grid's smallest and largest."""
-    return {"low": float(np.mean(ridge_alphas == min(grid))), "high": float(np.mean(ridge_alphas == max(grid)))}
 
 
 def share_beyond_grid(cv_cc: np.ndarray, over_smoothed: bool = False) -> dict[str, float]:
@@ -282,11 +278,6 @@ def extend_alphas(
 def _best_alphas(cc: torch.Tensor, ridge_alphas: tuple[float, ...]) -> torch.Tensor:
     """Return the ridge_alpha of the highest CC, (n_voxels,)."""
     return torch.tensor(ridge_alphas, dtype=torch.float64, device=cc.device)[cc.argmax(dim=0)]
-
-
-def _column_norms(predicted: torch.Tensor) -> torch.Tensor:
-    exact = predicted if predicted.dtype == torch.float64 else predicted.float()
-    return exact.square().sum(dim=0).sqrt()
 
 
 def _check_n_folds(n_folds: int, n_least: int) -> None:

@@ -15,13 +15,7 @@ from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import Dataset
 from bert_encoding.features.downsampling import delayed_features
 from bert_encoding.regression.response_panels import ResponsePanel, panels
-from bert_encoding.regression.ridge import (
-    DECADES_FURTHER,
-    MAX_EDGE_SHARE,
-    CrossValidatedRidge,
-    alpha_edge_share,
-    share_beyond_grid,
-)
+from bert_encoding.regression.ridge import DECADES_FURTHER, MAX_EDGE_SHARE, CrossValidatedRidge, share_beyond_grid
 from bert_encoding.statistics.block_bootstrap import Replicates, join_replicates, time_replicates
 from bert_encoding.statistics.correlation import correlate, summarise
 from bert_encoding.statistics.permutation import N_PERMUTATIONS, benjamini_hochberg, block_permutation_p, count_orders
@@ -73,7 +67,8 @@ class SubjectScores(NamedTuple):
     @property
     def edge_share(self) -> dict[str, float]:
         """The share of voxels that chose the smallest and the largest ridge_alpha."""
-        return alpha_edge_share(self.ridge_alphas, self.grid)
+        edges = {"low": min(self.grid), "high": max(self.grid)}
+        return {edge: float(np.mean(self.ridge_alphas == ridge_alpha)) for edge, ridge_alpha in edges.items()}
 
     def summary(self) -> dict[str, float]:
         """Return the summaries over voxels, and the mean CC of each region of interest that has a valid voxel."""

@@ -135,12 +135,9 @@ def run_job(
 
     If the worker died after writing the record, Ray retries the job and the record is returned.
 
-    A worker may outlive its driver, for example on a disconnected machine, while another session resumes the study. Its
-    result is dropped if its session no longer holds the lock when the record would be written. The lock may still
-    change hands between this check and the write; the result is then a complete record that the new session does not
-    know. It counts when the study is resumed again, and cannot be mistaken for another trial: no session reuses an id
-    that an earlier one may have assigned (``session.first_free_id``), and baselines and the confirm phase have ids of
-    their own.
+    A worker may outlive its driver while another session resumes the study. Its result is dropped if its session no
+    longer holds the lock. If the lock changes hands between this check and the write, the record counts when the study
+    is resumed again: no session reuses an id that an earlier one may have assigned (``session.first_free_id``).
 
     Raises
     ------

@@ -15,7 +15,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit
 
 from bert_encoding.regression import ridge
-from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, RidgeFit, alpha_edge_share
+from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, RidgeFit
 from bert_encoding.regression.solvers import FORMS
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -225,14 +225,6 @@ def test_nested_choice_of_alpha_scores_0_on_noise_where_the_naive_maximum_does_n
         naive.append(fit_ridge(X, Y, folds, GRID, form).cv_cc.max(axis=0).mean())
     assert abs(np.mean(honest)) < 3 * np.std(honest, ddof=1) / np.sqrt(12)
     assert np.mean(naive) > 6 * np.std(naive, ddof=1) / np.sqrt(12)
-
-
-def test_alpha_edge_share_equals_a_count() -> None:
-    grid = (1.0, 10.0, 100.0)
-    chosen = np.array([1.0, 10.0, 1.0, 100.0, 10.0, 1.0, 10.0, 10.0])
-    assert alpha_edge_share(chosen, grid) == {"low": 3 / 8, "high": 1 / 8}
-    assert alpha_edge_share(chosen, grid[::-1]) == {"low": 3 / 8, "high": 1 / 8}
-    assert alpha_edge_share(chosen[[1, 4]], grid) == {"low": 0.0, "high": 0.0}
 
 
 def test_the_default_grid_is_13_points_from_1e2_to_1e8() -> None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,26 +89,15 @@ def without_seconds(record: TrialRecord) -> list[dict[str, float]]:
     return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record.epochs]
 
 
-class TrainingCalls:
-    """The arguments of ``finetune``, once per split."""
-
-    def __init__(self) -> None:
-        self.models: list[BertForMaskedLM] = []
-        self.windows: list[list[Window]] = []
-        self.probes: list[Probes] = []
-        self.adapters: list[dict[str, torch.Tensor]] = []  # before training
-
-
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> TrainingCalls:
-    """Record the arguments of the real training."""
-    calls, real = TrainingCalls(), module.finetune
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """The arguments of the real training, once per split, and the adapters before it."""
+    calls: list[SimpleNamespace] = []
+    real = module.finetune
 
     def record(model: BertForMaskedLM, objective: Any, probes: Probes, *args: Any, **kwargs: Any) -> Any:
-        calls.models.append(model)
-        calls.windows.append(list(objective.windows))
-        calls.probes.append(probes)
-        calls.adapters.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+        adapters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+        calls.append(SimpleNamespace(windows=list(objective.windows), probes=probes, adapters=adapters))
         return real(model, objective, probes, *args, **kwargs)
 
     monkeypatch.setattr(module, "finetune", record)
@@ -174,11 +164,11 @@ def test_same_trial_twice_gives_the_same_bits(method: str, task: Task, tiny_enco
     assert_same_bits(first, run_trial(settings, task))
 
 
-def test_the_seed_determines_the_new_adapter(task: Task, tiny_encoder: Encoder, calls: TrainingCalls) -> None:
+def test_the_seed_determines_the_new_adapter(task: Task, tiny_encoder: Encoder, calls: list[SimpleNamespace]) -> None:
     records = [run_trial(config(tiny_encoder, seed=seed, epochs=1), task) for seed in (0, 0, 1)]
     assert not np.array_equal(records[0].cc[SUBJECT], records[2].cc[SUBJECT])
     assert records[0].scores["mlm_loss_train"] != records[2].scores["mlm_loss_train"]
-    first, again, other = calls.adapters
+    first, again, other = (call.adapters for call in calls)
     A = [name for name in first if "lora_A" in name]
     assert len(A) == 4
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -257,30 +247,30 @@ def probe_labels(probes: Probes) -> list[set[int]]:
 @pytest.mark.parametrize("n_outer_folds", [1, 3])
 @pytest.mark.parametrize("mlm_text", ["fit", "all"])
 def test_training_reads_only_the_stories_of_mlm_text(
-    mlm_text: str, n_outer_folds: int, spelt_task: Task, tiny_encoder: Encoder, calls: TrainingCalls
+    mlm_text: str, n_outer_folds: int, spelt_task: Task, tiny_encoder: Encoder, calls: list[SimpleNamespace]
 ) -> None:
     task = make_task(spelt_task.dataset, n_outer_folds)
     run_trial(config(tiny_encoder, mlm_text=mlm_text, epochs=1), task)
-    assert len(calls.windows) == n_outer_folds
-    for windows, probes, split in zip(calls.windows, calls.probes, task.splits, strict=True):
+    assert len(calls) == n_outer_folds
+    for call, split in zip(calls, task.splits, strict=True):
         fit, validation, test = (
             own_ids(task, tiny_encoder, names) for names in (split.fit, split.validation, split.test)
         )
         assert not fit & validation
         assert not (fit | validation) & test
-        assert window_ids(windows) == (fit if mlm_text == "fit" else fit | validation | test)
-        train_labels, heldout_labels = probe_labels(probes)
+        assert window_ids(call.windows) == (fit if mlm_text == "fit" else fit | validation | test)
+        train_labels, heldout_labels = probe_labels(call.probes)
         assert train_labels <= fit
         assert heldout_labels <= validation
 
 
 def test_losses_are_read_on_the_same_tokens_in_every_trial(
-    task: Task, tiny_encoder: Encoder, calls: TrainingCalls
+    task: Task, tiny_encoder: Encoder, calls: list[SimpleNamespace]
 ) -> None:
     other = {"seed": 3, "rank": 2, "mask_probability": 0.3, "window_tokens": 48, "stride": 30, "mlm_text": "all"}
     for changes in ({}, other):
         run_trial(config(tiny_encoder, epochs=1, **changes), task)
-    first, second = calls.probes
+    first, second = (call.probes for call in calls)
     for a, b in zip((*first.train, *first.heldout), (*second.train, *second.heldout), strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -402,7 +392,7 @@ SCORES = set(
 LOSSES = {"optimizer_steps", "tokens_seen", "mlm_loss_train", "mlm_loss_heldout"}
 
 
-def test_records_of_methods(task: Task, tiny_encoder: Encoder, calls: TrainingCalls) -> None:
+def test_records_of_methods(task: Task, tiny_encoder: Encoder, calls: list[SimpleNamespace]) -> None:
     own = {"word_rate": set(), "frozen": LOSSES, "lora": LOSSES | TRAITS}
     records = {}
     for method, further in own.items():
@@ -420,7 +410,7 @@ def test_records_of_methods(task: Task, tiny_encoder: Encoder, calls: TrainingCa
     names = ("layer", "n_trainable", "epochs_done", "optimizer_steps", "tokens_seen")
     assert [frozen[name] for name in names] == [2, 0, 0, 0, 0]
     assert frozen["mlm_loss_train"] == pytest.approx(math.log(103), abs=0.2)  # of an untrained BERT
-    (windows,) = calls.windows
+    windows = calls[0].windows
     n_tokens = sum(len(window.ids) for window in windows)
     n_weights = 2 * (4 * (32 + 32) + 4 * (64 + 32))  # two blocks, rank 4
     assert [lora[name] for name in names] == [2, n_weights, 2, 2 * math.ceil(len(windows) / 6), 2 * n_tokens]

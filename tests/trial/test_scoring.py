@@ -92,11 +92,8 @@ def rich_vectors(dataset: Dataset, n_hidden: int = 7, seed: int = 0) -> dict[str
     }
 
 
-def score(
-    vectors: Vectors, dataset: Dataset, scored: tuple[str, ...] = SCORED, config: TrialConfig = CONFIG
-) -> SubjectScores:
-    design = design_of_words(vectors, dataset, FIT, scored, config, 0)
-    return score_subject(prepare_ridge(design, config, CPU), design, dataset, "subject2", FIT, scored)
+def score(vectors: Vectors, dataset: Dataset, config: TrialConfig = CONFIG) -> SubjectScores:
+    return run_score(design_of_words(vectors, dataset, FIT, SCORED, config, 0), dataset, "subject2", config)
 
 
 def run_score(design: Design, dataset: Dataset, subject: str, config: TrialConfig) -> SubjectScores:
