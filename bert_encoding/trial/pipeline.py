@@ -89,7 +89,7 @@ class Chain:
             return {name: downsample_story(vectors[name], stories[name]) for name in names}
 
     def vectors(self, bert: BertModel | None, names: Names, fit: Names) -> Vectors:
-        """Return word vectors, story -> (n_words, n_hidden); parameters as ``downsampled``."""
+        """Return word vectors, story -> (n_words, n_hidden)."""
         with self.timed("embed"):
             if self.encoder is None:
                 return self._plain_vectors(names, fit)
