@@ -35,18 +35,12 @@ NEAR_TRS = 2  # shifts this close to the subject's peak count as the same
 
 
 class StoryLag(NamedTuple):
-    """Where one story's responses follow its words best, by the voxel pattern of the other stories.
-
-    Attributes
-    ----------
-    peak : in TRs
-    height, height_here : of that peak, and of the best shift near the subject's own peak, in MADs above the median
-    """
+    """Where one story's responses follow its words best, by the voxel pattern of the other stories."""
 
     story: str
-    peak: int
-    height: float
-    height_here: float
+    peak: int  # in TRs
+    height: float  # of the peak, in MADs above the median
+    height_here: float  # of the best shift near the subject's own peak
 
     @property
     def is_elsewhere(self) -> bool:
@@ -60,28 +54,18 @@ class StoryLag(NamedTuple):
 
 
 class LagProfile(NamedTuple):
-    """How well word rate predicts one subject at each shift.
-
-    Attributes
-    ----------
-    shifts : (21,) in TRs, above 0: the response comes later
-    cc : (21,) held-out CC, mean over folds and valid voxels; NaN if there are fewer than two folds
-    floor : the CC that noise reaches
-    peak : the best shift, in TRs
-    is_clear : whether the peak is above the floor
-    stories : each story's own lag; empty if there are too few stories
-    """
+    """How well word rate predicts one subject at each shift."""
 
     source: str
     subject: str
-    shifts: np.ndarray
-    cc: np.ndarray
-    floor: float
-    peak: int
-    is_clear: bool
+    shifts: np.ndarray  # (21,) in TRs, above 0: the response comes later
+    cc: np.ndarray  # (21,) held-out CC, mean over folds and valid voxels; NaN if there are fewer than two folds
+    floor: float  # the CC that noise reaches
+    peak: int  # the best shift, in TRs
+    is_clear: bool  # whether the peak is above the floor
     tr_s: float
     trim: Trim
-    stories: tuple[StoryLag, ...] = ()
+    stories: tuple[StoryLag, ...] = ()  # empty if there are too few
 
     @property
     def elsewhere(self) -> list[StoryLag]:
@@ -105,18 +89,11 @@ class LagProfile(NamedTuple):
 
 
 class FoldSums(NamedTuple):
-    """Products of word rate ``x`` and responses ``y``, each less its mean over the story's rows, summed in each fold.
+    """Products of word rate ``x`` and responses ``y``, each less its mean over the story's rows, summed by fold."""
 
-    Attributes
-    ----------
-    xy : (n_folds, n_shifts, n_voxels) float32
-    xx : (n_folds, n_shifts)
-    yy : (n_folds, n_voxels)
-    """
-
-    xy: np.ndarray
-    xx: np.ndarray
-    yy: np.ndarray
+    xy: np.ndarray  # (n_folds, n_shifts, n_voxels) float32
+    xx: np.ndarray  # (n_folds, n_shifts)
+    yy: np.ndarray  # (n_folds, n_voxels)
 
     @classmethod
     def zeros(cls, n_folds: int, n_voxels: int) -> "FoldSums":
@@ -232,12 +209,7 @@ def story_lags(sums: Mapping[str, tuple[np.ndarray, np.ndarray]], valid: np.ndar
 
     One story is too short for a profile of single voxels. But the slopes of the *other* stories at their best shift
     show how much each voxel follows word rate; the sum over voxels with these weights shows the story's peak.
-
-    Parameters
-    ----------
-    sums : story -> (xy (21, n_voxels), xx (21,)), as in ``FoldSums``
-    valid : (n_voxels,) flags
-    peak : the subject's own, in TRs
+    ``sums`` maps a story to xy (21, n_voxels) and xx (21,), as in ``FoldSums``; ``peak`` is the subject's own.
     """
     usable = {name: (xy[:, valid].astype(np.float64), xx) for name, (xy, xx) in sums.items() if xx.min() > 0}
     if len(usable) < MIN_STORIES or not valid.any():
@@ -261,14 +233,10 @@ def _spread(n_voxels: int) -> np.ndarray:
 
 
 def noise_floor(fold_cc: np.ndarray) -> float:
-    """Return the CC that noise reaches: the profile's median plus a multiple of its noise.
+    """Return the CC that noise reaches, from (n_folds, n_shifts): the profile's median plus a multiple of its noise.
 
     The larger of two measures counts: the profile's spread over shifts (median absolute deviation, MAD), which also
     rises with a slow trend over shifts, and the standard error over folds, which does not.
-
-    Parameters
-    ----------
-    fold_cc : (n_folds, n_shifts)
     """
     if len(fold_cc) < 2:
         return float("nan")
@@ -281,14 +249,8 @@ def noise_floor(fold_cc: np.ndarray) -> float:
 def check_alignment(profile: LagProfile, trust: bool = False) -> list[str]:
     """Return what speaks against the alignment, one line each; nothing if it is confirmed.
 
-    Parameters
-    ----------
-    trust : return what would be refused as a note
-
-    Raises
-    ------
-    InputError
-        if there is a clear peak at an implausible lag, or some stories clearly peak at another lag than the others.
+    Raises InputError if there is a clear peak at an implausible lag, or some stories clearly peak at another lag than
+    the others; with ``trust`` this becomes a note.
     """
     subject, peak = profile.subject, in_trs(profile.peak, profile.tr_s)
     if not np.isfinite(profile.cc).all():

@@ -36,20 +36,12 @@ COLUMNS_MEAN = (
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a data check.
-
-    Attributes
-    ----------
-    profiles : one lag profile per subject
-    reasons : why the data are not usable, one line each
-    doubts : what speaks against the data without ruling them out, one line each
-    notes : further remarks, one line each
-    """
+    """The result of a data check."""
 
     survey: Survey
-    profiles: tuple[LagProfile, ...]
-    reasons: tuple[str, ...]
-    doubts: tuple[str, ...]
+    profiles: tuple[LagProfile, ...]  # one per subject
+    reasons: tuple[str, ...]  # why the data are not usable, one line each
+    doubts: tuple[str, ...]  # what speaks against the data without ruling them out
     notes: tuple[str, ...]
 
     @property
@@ -90,10 +82,7 @@ def check_dataset(dataset: Dataset) -> Report:
 def with_responses(dataset: Dataset, subjects: list[str] | None) -> Dataset:
     """Restrict a data set to some subjects, all by default, and to the stories that at least one of them heard.
 
-    Raises
-    ------
-    InputError
-        if a subject is unknown, or heard no story that has text.
+    Raises InputError if a subject is unknown, or heard no story that has text.
     """
     chosen = choose_subjects(dataset, subjects)
     listeners = {name: [s for s in chosen if s in story.responses] for name, story in dataset.stories.items()}
@@ -168,13 +157,7 @@ def lag_lines(profile: LagProfile) -> list[str]:
 
 
 def draw_lags(report: Report, file: Path) -> None:
-    """Draw all lag profiles into one figure, in the format that the ending of ``file`` names.
-
-    Raises
-    ------
-    OSError
-        if the file cannot be written.
-    """
+    """Draw all lag profiles into one figure, in the format that the ending of ``file`` names."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(PLAUSIBLE.start - 0.5, PLAUSIBLE.stop - 0.5, color="0.9", label="peak of aligned data")

@@ -17,7 +17,6 @@ from bert_encoding.analyses.model_file import (
     ModelSettings,
     adapter_path,
     is_plain_name,
-    load_model,
     write_model,
 )
 from bert_encoding.core.command_line import check_absent, check_ending, check_folder
@@ -32,8 +31,6 @@ from bert_encoding.regression.response_panels import panels
 from bert_encoding.regression.ridge import CrossValidatedRidge, RidgeFit, share_beyond_grid
 from bert_encoding.trial.pipeline import Chain
 from bert_encoding.trial.scoring import make_design, prepare_ridge
-
-__all__ = ["EncodingModel", "fit_encoding_model", "load_model", "predict_story"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_TR_ERROR = 0.01  # share of a TR; published pipelines count 2.0 s where the scanner took 2.0045
@@ -64,21 +61,13 @@ def fit_encoding_model(
     copy of the adapter (``model/adapter``).
 
     Features and responses are z-scored over all rows of the stories, so predictions are in standard deviations of the
-    responses. Only one panel of voxels is in memory at a time.
+    responses. Only one panel of voxels is in memory at a time. The chain is that of a trial with method ``frozen``, or
+    ``lora`` with its ``adapter``; ``log`` receives a line when a subject is done.
 
-    Parameters
-    ----------
-    chain : of a trial with method ``frozen``, or ``lora`` with its ``adapter``
-    log : receives a line when a subject is done
-
-    Raises
-    ------
-    InputError
-        if the files exist, the adapter does not fit or changes nothing, or the disk is full.
+    Raises InputError if the files exist, the adapter does not fit or changes nothing, or the disk is full.
     """
     config, dataset, encoder = chain.config, chain.task.dataset, chain.encoder
-    if encoder is None or config.method != (FROZEN if adapter is None else LORA):
-        raise ValueError(f"method {config.method}: only the frozen encoder, and LoRA with its adapter, can be saved")
+    assert encoder is not None and config.method == (FROZEN if adapter is None else LORA)
     check_model_file(file)
     names = tuple(sorted(stories))
     settings = _settings(chain, names, adapter, origin)
@@ -188,13 +177,7 @@ def _check_disk(file: Path, n_bytes: int) -> None:
 
 
 def adapter_hash(folder: Path) -> str:
-    """Return a hash of an adapter's two files.
-
-    Raises
-    ------
-    InputError
-        if one is missing.
-    """
+    """Return a hash of an adapter's two files, and raise InputError if one is missing."""
     digest = hashlib.sha256()
     for name in ADAPTER_FILES:
         try:
@@ -233,21 +216,11 @@ def predict_story(
 ) -> dict[str, Iterator[tuple[slice, np.ndarray]]]:
     """Predict the responses to a story, one block of voxels at a time.
 
-    Parameters
-    ----------
-    story : its words and TR times; responses are not read
-    encoder_name : name or folder of the same pretrained encoder, if it has moved
+    Returns subject -> iterator over blocks: columns among its predicted voxels, and responses to the rows that
+    the trim keeps, (n_rows, n_columns) float32 in standard deviations. ``model.subjects[subject].voxels`` are the
+    indices of all columns. ``encoder_name``: name or folder of the same pretrained encoder, if it has moved.
 
-    Returns
-    -------
-    subject -> iterator over blocks: columns among the subject's predicted voxels, and responses to the rows that the
-    trim keeps, (n_rows, n_columns) float32 in standard deviations. ``model.subjects[subject].voxels`` are the indices
-    of all columns.
-
-    Raises
-    ------
-    InputError
-        if the story has another TR or no row left, or the encoder or the adapter is not the model's.
+    Raises InputError if the story has another TR or no row left, or the encoder or the adapter is not the model's.
     """
     X = model_features(model, story, encoder_name)
 

@@ -40,53 +40,32 @@ SUFFIX = ".npz"
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a story becomes features, and what the weights were fitted on.
+    """How a story becomes features, and what the weights were fitted on."""
 
-    Attributes
-    ----------
-    encoder, checkpoint : name and fingerprint of the pretrained BERT
-    adapter : hash of the adapter next to the file; None for the frozen encoder
-    layer, window_tokens, stride : as in ``embed_stories``
-    delays : in TRs
-    trim_trs : volumes cut at the start and the end of every story
-    tr_s, first_tr_s : seconds from one volume to the next; middle of the first one, from the story's start
-    fit_stories, fingerprint : what ridge was fitted on, and the hash of the whole data set
-    test_stories : the study's locked test stories
-    study, trial_id : where the model comes from
-    """
-
-    encoder: str
-    checkpoint: str
-    adapter: str | None
+    encoder: str  # name of the pretrained BERT
+    checkpoint: str  # its fingerprint
+    adapter: str | None  # hash of the adapter next to the file; None for the frozen encoder
     layer: int | tuple[int, ...]
     window_tokens: int
     stride: int
-    delays: tuple[int, ...]
+    delays: tuple[int, ...]  # in TRs
     trim_trs: Trim
     tr_s: float
-    first_tr_s: float
+    first_tr_s: float  # the middle of the first volume, from the story's start
     fit_stories: tuple[str, ...]
-    test_stories: tuple[str, ...]
-    fingerprint: str
+    test_stories: tuple[str, ...]  # the locked ones of the study
+    fingerprint: str  # of the whole data set
     study: str
     trial_id: str
 
 
 class SubjectModel(NamedTuple):
-    """A subject's voxels, without their weights.
+    """A subject's voxels, without their weights."""
 
-    Attributes
-    ----------
-    n_all : voxels of the responses, including those that are masked out
-    voxels : (n_voxels,) ascending indices of the predicted ones among all
-    ridge_alphas : (n_voxels,) the chosen penalties
-    cc : (n_voxels,) the trial's CC on validation stories, on which its ridge was not fitted; NaN where unknown
-    """
-
-    n_all: int
-    voxels: np.ndarray
-    ridge_alphas: np.ndarray
-    cc: np.ndarray
+    n_all: int  # including the voxels that are masked out
+    voxels: np.ndarray  # (n_voxels,) ascending indices of the predicted ones among all
+    ridge_alphas: np.ndarray  # (n_voxels,)
+    cc: np.ndarray  # (n_voxels,) of the trial on validation stories, on which its ridge was not fitted; NaN if unknown
 
 
 class FittedSubject(NamedTuple):
@@ -118,13 +97,7 @@ class EncodingModel:
         return None if self.settings.adapter is None else adapter_path(self.file)
 
     def weights(self, subject: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield blocks: columns among the subject's predicted voxels, and weights (n_features, n_columns) float32.
-
-        Raises
-        ------
-        InputError
-            if the file was damaged since it was loaded.
-        """
+        """Yield blocks: columns among the subject's predicted voxels, and weights (n_features, n_columns) float32."""
         with _open(self.file) as archive:
             yield from _weights(archive, self.file, subject, self.n_features, self.subjects[subject].voxels.size)
 
@@ -140,10 +113,7 @@ def adapter_path(file: Path) -> Path:
 def write_model(file: Path, settings: ModelSettings, constants: ZScore, subjects: Mapping[str, FittedSubject]) -> None:
     """Write a model, completely or not at all; equal models give equal bytes.
 
-    Raises
-    ------
-    InputError
-        if the disk is full, or the folder must not be written to.
+    Raises InputError if the disk is full, or the folder must not be written to.
     """
     sizes = {name: {"n_all": part.n_all, "n_voxels": int(part.voxels.size)} for name, part in subjects.items()}
     content = {"version": VERSION, "n_features": len(constants.mean), "subjects": sizes} | asdict(settings)
@@ -188,12 +158,9 @@ def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 
 def load_model(file: Path) -> EncodingModel:
-    """Open a model and check every shape, value and checksum; the weights are read block by block, and not returned.
+    """Open a model and check every shape, value and checksum, of the weights block by block.
 
-    Raises
-    ------
-    InputError
-        if the file is missing, damaged, compressed, of another version, or not an encoding model.
+    Raises InputError if the file is missing, damaged, compressed, of another version, or not an encoding model.
     """
     with _open(file) as archive:
         settings, sizes, n_features = _parse(_read_settings(archive, file), file)
@@ -235,8 +202,13 @@ def _check_members(archive: zipfile.ZipFile, file: Path, sizes: Mapping[str, tup
 
 
 @contextmanager
-def _member(archive: zipfile.ZipFile, file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[Any, ...], int]]:
-    """Yield a member after its header, the header (shape, fortran_order, dtype), and the number of bytes left."""
+def _member(
+    archive: zipfile.ZipFile, file: Path, name: str, shape: tuple[int, ...] | None = None, dtype: str = "<f4"
+) -> Iterator[tuple[IO[bytes], tuple[Any, ...], int]]:
+    """Yield a member after its header, the header (shape, fortran_order, dtype), and the number of bytes left.
+
+    With a shape, both are checked before anything is read.
+    """
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
         raise InputError(f"{file}: {name} is compressed, so its size is unknown before it is read; fit the model again")
@@ -247,29 +219,26 @@ def _member(archive: zipfile.ZipFile, file: Path, name: str) -> Iterator[tuple[I
         if version != (1, 0):
             raise _damaged(file, f"{name} has a header of version {version}")
         header = np.lib.format.read_array_header_1_0(member)
-        yield member, header, info.file_size - member.tell()
+        n_left = info.file_size - member.tell()
+        n_bytes = math.prod(shape or ()) * np.dtype(dtype).itemsize
+        if shape is not None and ((header[0], header[2]) != (shape, np.dtype(dtype)) or n_left != n_bytes):
+            raise _damaged(
+                file, f"{name} is {header[2]} of shape {header[0]} in {n_left} bytes, not {dtype} of {shape}"
+            )
+        yield member, header, n_left
 
 
 def _read(archive: zipfile.ZipFile, file: Path, name: str, dtype: str, n: int) -> np.ndarray:
-    """Return a member that must be (n,) of a type; the size is checked before anything is read."""
-    with _member(archive, file, name) as (member, header, n_left):
-        _check_header(file, name, header, (n,), dtype, n_left)
+    """Return a member that must be (n,) of a type."""
+    with _member(archive, file, name, (n,), dtype) as (member, _, n_left):
         return np.frombuffer(member.read(n_left), dtype)
-
-
-def _check_header(
-    file: Path, name: str, header: tuple[Any, ...], shape: tuple[int, ...], dtype: str, n_left: int
-) -> None:
-    if (header[0], header[2]) != (shape, np.dtype(dtype)) or n_left != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise _damaged(file, f"{name} is {header[2]} of shape {header[0]} in {n_left} bytes, not {dtype} of {shape}")
 
 
 def _weights(
     archive: zipfile.ZipFile, file: Path, subject: str, n_features: int, n_voxels: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     name, n_columns = f"{subject}/weights", max(1, BLOCK_BYTES // (4 * n_features))
-    with _member(archive, file, name) as (member, header, n_left):
-        _check_header(file, name, header, (n_features, n_voxels), "<f4", n_left)
+    with _member(archive, file, name, (n_features, n_voxels)) as (member, header, _):
         if not header[1] and min(header[0]) > 1:
             raise _damaged(file, f"{name} is not in Fortran order")
         for start in range(0, n_voxels, n_columns):

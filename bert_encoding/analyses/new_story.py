@@ -22,17 +22,15 @@ MAX_SHOWN = 40  # characters of a wrong value in a message
 def read_new_story(path: Path, *, tr_s: float, first_tr_s: float, trim: Trim, n_trs: int | None = None) -> Story:
     """Return a transcript as a story without responses, named after the file.
 
+    Raises InputError if the file cannot be read, has no spoken word, or its times are not in order or not inside the
+    scan.
+
     Parameters
     ----------
     path : ``.TextGrid``: words are in the tier of that name, or the second, as in ds003020. ``.csv``: columns ``word``
         and ``time_s`` (the word's middle), or ``word``, ``start`` and ``end``; in seconds from the story's start
     tr_s, first_tr_s : seconds from one volume to the next; the middle of the first
     n_trs : volumes of the scan; by default enough for the volumes that ``trim`` keeps to cover the last word
-
-    Raises
-    ------
-    InputError
-        if the file cannot be read, has no spoken word, or its times are not in order or not inside the scan.
     """
     words, times_s, end_s = _read(path)
     if n_trs is None:
@@ -47,13 +45,7 @@ def read_new_story(path: Path, *, tr_s: float, first_tr_s: float, trim: Trim, n_
 
 
 def check_text(story: Story, source: str) -> None:
-    """Refuse a story whose words or times are unusable.
-
-    Raises
-    ------
-    InputError
-        naming the first problem.
-    """
+    """Raise InputError, which names the first problem, if the words or times of a story are unusable."""
     checked = survey(Dataset(source=source, stories={story.name: story}, subjects=(), published_test=()))
     if checked.problems:
         raise InputError(checked.problems[0])

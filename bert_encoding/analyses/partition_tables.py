@@ -42,11 +42,7 @@ def partition_dataset(
 ) -> tuple[dict[str, dict[Subset, NestedScores]], list[str]]:
     """Fit every subset of some feature spaces on the fit stories, score the test stories, and return notes as well.
 
-    Parameters
-    ----------
-    configs : space -> settings of its word vectors; ridge and delays are the same in all
-    banded : use banded ridge for the joint fits
-    folder : for temporary files; by default the system's
+    Ridge and delays are the same in the settings of all spaces. ``folder`` is for temporary files.
     """
     dataset, split = task.dataset, task.splits[0]
     designs, notes = {}, []
@@ -139,12 +135,7 @@ def _share_below(p: np.ndarray | None) -> float | None:
 
 
 def normalised_of(scores: Scores, ceilings: Ceilings, stories: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row per subject, story with repeats and subset of the spaces: the CC there, and CC / noise ceiling.
-
-    Parameters
-    ----------
-    stories : in the order in which they were scored
-    """
+    """Return one row per subject, story with repeats and subset of the spaces: the CC there, and CC / noise ceiling."""
     rows = []
     for (subject, story), ceiling in ceilings.items():
         for subset, score in scores[subject].items():
@@ -157,12 +148,7 @@ def normalised_of(scores: Scores, ceilings: Ceilings, stories: Sequence[str]) ->
 def arrays_of(
     scores: Scores, ceilings: Ceilings, stories: Sequence[str], masks: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return the values of all voxels, NaN where masked, under the names of ``ARRAYS``.
-
-    Parameters
-    ----------
-    masks : subject -> (n_voxels,) True where a voxel is valid
-    """
+    """Return the values of all voxels, NaN where ``masks`` is False, under the names of ``ARRAYS``."""
     arrays: dict[str, tuple[np.ndarray, str]] = {}
     for subject, nested in scores.items():
         parts = partition_variance({subset: score.explained for subset, score in nested.items()})

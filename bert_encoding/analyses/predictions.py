@@ -35,19 +35,9 @@ def predict_to_files(
     A file holds (n_rows, n_all_voxels) float32, one voxel after the other (Fortran order), NaN where a voxel was masked
     out; unit: standard deviations of the responses that the model was fitted on.
 
-    Parameters
-    ----------
-    file : ``model.npz``
-    story : a transcript, or with ``data`` the name of a story in it
-    to : ``FILE.npy``; by default ``<story>-<subject>.npy`` in the current folder
-    n_trs : volumes of a new story's scan
-    encoder : name or folder of the pretrained encoder, if it has moved
-    test : score a locked test story of the model's study; otherwise it is predicted but not scored
+    Raises InputError if the model, the story or the data do not fit each other or are damaged, or an output exists.
 
-    Raises
-    ------
-    InputError
-        if the model, the story or the data do not fit each other or are damaged, or an output exists.
+    Parameters: see the command ``predict``.
     """
     model = load_model(file)
     settings = model.settings
@@ -93,17 +83,14 @@ def _open_story(data: str, name: str, model: EncodingModel) -> Story:
 
 
 def _outputs(to: str | None, story: str, subjects: tuple[str, ...]) -> dict[str, Path]:
-    if to is not None:
-        check_ending(Path(to), (SUFFIX,))
-    elif not is_plain_name(story):
+    if to is None and not is_plain_name(story):
         raise InputError(f"story {story!r:.80}: it cannot be a file name; give --to FILE{SUFFIX}")
-    if to is None:
-        paths = {subject: Path(f"{story}-{subject}{SUFFIX}") for subject in subjects}
-    elif len(subjects) == 1:
-        paths = {subjects[0]: Path(to)}
-    else:
-        paths = {subject: Path(to).with_name(f"{Path(to).stem}-{subject}{SUFFIX}") for subject in subjects}
-    check_folder(next(iter(paths.values())))
+    file = Path(to or f"{story}{SUFFIX}")
+    check_ending(file, (SUFFIX,))
+    paths = {subject: file.with_name(f"{file.stem}-{subject}{SUFFIX}") for subject in subjects}
+    if to is not None and len(subjects) == 1:
+        paths = {subjects[0]: file}
+    check_folder(file)
     check_absent(*paths.values())
     return paths
 

@@ -45,11 +45,7 @@ def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, permutation:
 
     The statistic is the partial CC of response and joint prediction given the other prediction, so the scale of neither
     prediction matters. Blocks of the joint prediction's residual are permuted (Kennedy 1995, Journal of Business &
-    Economic Statistics 13:85).
-
-    Parameters
-    ----------
-    Y, joint, without : (n_rows, n_voxels) responses, predictions by all spaces, and by all but one
+    Economic Statistics 13:85). ``Y``, ``joint`` and ``without`` are (n_rows, n_voxels).
     """
     p = np.empty(Y.shape[1])
     for start in range(0, Y.shape[1], VOXELS_PER_BLOCK):
@@ -61,13 +57,7 @@ def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, permutation:
 def residual(values: np.ndarray, regressors: np.ndarray) -> np.ndarray:
     """Return the residual of each column of ``values`` after least squares on that column of ``regressors``.
 
-    Parameters
-    ----------
-    values, regressors : (n_rows, n_voxels); a constant regressor explains nothing
-
-    Returns
-    -------
-    (n_rows, n_voxels) float64 of mean 0
+    All arrays are (n_rows, n_voxels); the residual has mean 0. A constant regressor explains nothing.
     """
     y, x = (array - array.mean(axis=0, dtype=np.float64) for array in (values, regressors))
     power = np.einsum("tv,tv->v", x, x)
@@ -82,27 +72,16 @@ RESPONSES: Subset = ()  # the key of responses in the cache of predictions
 
 
 class NestedScores(NamedTuple):
-    """Scores of one subset of the feature spaces in one subject.
+    """Scores of one subset of the feature spaces in one subject, on the scored rows."""
 
-    Attributes
-    ----------
-    cc, r2 : (n_voxels,) on the scored rows
-    story_cc : (n_scored_stories, n_voxels) CC inside each; NaN where a response is constant there
-    p : (n_voxels,) of the CC; NaN where the scored stories are too short for a permutation test
-    ridge_alphas : (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
-    grid : of penalties to choose from, the same in all subsets of a subject
-    pressing_low : share of voxels that want a penalty below the grid (``ridge.share_beyond_grid``)
-    p_unique : (n_voxels,) of what one space adds to all others together; None for several spaces
-    """
-
-    cc: np.ndarray
-    r2: np.ndarray
-    story_cc: np.ndarray
-    p: np.ndarray
-    ridge_alphas: np.ndarray
-    grid: tuple[float, ...]
-    pressing_low: float = 0.0
-    p_unique: np.ndarray | None = None
+    cc: np.ndarray  # (n_voxels,)
+    r2: np.ndarray  # (n_voxels,)
+    story_cc: np.ndarray  # (n_scored_stories, n_voxels) CC inside each; NaN where a response is constant there
+    p: np.ndarray  # (n_voxels,) of the CC; NaN where the scored stories are too short for a permutation test
+    ridge_alphas: np.ndarray  # (1, n_voxels), or (n_spaces, n_voxels) of banded ridge
+    grid: tuple[float, ...]  # of penalties to choose from, the same in all subsets of a subject
+    pressing_low: float = 0.0  # share of voxels that want a penalty below the grid (``ridge.share_beyond_grid``)
+    p_unique: np.ndarray | None = None  # (n_voxels,) of what one space adds to all others; None for several spaces
 
     @property
     def explained(self) -> np.ndarray:
@@ -127,17 +106,11 @@ class RidgeSettings(NamedTuple):
 
 
 class SubsetFit(NamedTuple):
-    """The fit of one subset to one subject, without its predictions, which are cached.
-
-    Attributes
-    ----------
-    ridge_alphas, grid, pressing_low : as in ``NestedScores``
-    wider_grid : the grid that the voxels need, if it is wider
-    """
+    """The fit of one subset to one subject, without its predictions, which are cached (see ``NestedScores``)."""
 
     ridge_alphas: np.ndarray
     grid: tuple[float, ...]
-    wider_grid: tuple[float, ...] | None
+    wider_grid: tuple[float, ...] | None  # that the voxels need
     pressing_low: float
 
 
@@ -186,21 +159,13 @@ def nested_scores(
     shared variance. If the voxels need a wider grid in any subset, all subsets are fitted again on the union of these
     grids.
 
+    Raises InputError if the disk is full.
+
     Parameters
     ----------
     designs : features of each space; all have the same rows and folds
     panels : subject -> function that yields its panels of voxels; called once or twice per subset
-    folder : for temporary files, 4 bytes per scored row and voxel of the responses and of every subset; by default the
-        system's
-
-    Returns
-    -------
-    subject -> subset -> scores
-
-    Raises
-    ------
-    InputError
-        if the disk is full.
+    folder : for temporary files, 4 bytes per scored row and voxel of the responses and of every subset
     """
     spaces = tuple(designs)
     permutation = PermutationSettings(designs[spaces[0]].scored_story, n_permutations, settings.seed)
@@ -225,11 +190,7 @@ def partition_variance(explained: Mapping[Subset, np.ndarray]) -> dict[Subset, n
         part(T) = sum over S in T of (-1)^(|T| - |S|) (E(all) - E(all but S))
 
     Of two spaces: ``part(A) = E(A, B) - E(B)`` is unique to A, ``part(A, B) = E(A) + E(B) - E(A, B)`` shared. All parts
-    add up to E(all).
-
-    Parameters
-    ----------
-    explained : every non-empty subset -> E, the variance that it explains, (n_voxels,)
+    add up to E(all). ``explained`` maps every non-empty subset to E, (n_voxels,).
     """
     everything = max(explained, key=len)
     total = explained[everything].astype(np.float64)
@@ -248,10 +209,6 @@ def r2_score(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return the explained share of variance, ``1 - sum (y - p)^2 / sum y^2`` with both about their means, (n_voxels,).
 
     Means are subtracted because ridge has no intercept. NaN where a response is constant.
-
-    Parameters
-    ----------
-    Y, predicted : (n_rows, n_voxels)
     """
     r2 = np.full(Y.shape[1], np.nan)
     for start in range(0, Y.shape[1], VOXELS_PER_BLOCK):

@@ -77,29 +77,17 @@ def _validation_cc(folder: Path, record: TrialRecord) -> dict[str, Any]:
 def choose_trial(folder: Path, trial_id: str | None, n_splits: int = 1) -> tuple[TrialRecord, Path | None]:
     """Return the record of a trial, by default of the best searched one that can be fitted, and its adapter folder.
 
-    Parameters
-    ----------
-    n_splits : of the study; a trial has one adapter per split, and the first split's is returned
-
-    Returns
-    -------
-    The record, and the adapter folder (None for the frozen encoder).
-
-    Raises
-    ------
-    InputError
-        if there is no such trial, it is not complete, or its encoder was not saved.
+    Of several splits the first one's adapter is returned, for the frozen encoder None. Raises InputError if there is no
+    such trial, it is not complete, or its encoder was not saved.
     """
-    records = read_records(folder)
+    records = {record.trial_id: record for record in read_records(folder)}
     if trial_id is not None:
-        record = next((record for record in records if record.trial_id == trial_id), None)
-        if record is None:
-            known = ", ".join(record.trial_id for record in records) or "none"
-            raise InputError(f"{folder}: no trial {trial_id}; it has {known}")
-        if problem := _problem(folder, record, n_splits):
+        if trial_id not in records:
+            raise InputError(f"{folder}: no trial {trial_id}; it has {', '.join(records) or 'none'}")
+        if problem := _problem(folder, records[trial_id], n_splits):
             raise InputError(f"{folder}: trial {trial_id}: {problem}")
-        return record, _adapter(folder, record, n_splits)
-    searched = [record for record in records if record.phase == SEARCH]
+        return records[trial_id], _adapter(folder, records[trial_id], n_splits)
+    searched = [record for record in records.values() if record.phase == SEARCH]
     usable = [record for record in searched if not _problem(folder, record, n_splits)]
     if not usable:
         reason = f" ({_problem(folder, searched[0], n_splits)})" if searched else ""
@@ -140,11 +128,9 @@ def _adapter(folder: Path, record: TrialRecord, n_splits: int) -> Path | None:
 
 def _notes(folder: Path, content: dict[str, Any], record: TrialRecord) -> list[str]:
     notes = []
-    scores = [
-        float(baseline.scores["cc_mean"])
-        for baseline in read_records(folder)
-        if baseline.phase == BASELINE and baseline.method == FROZEN and baseline.status == COMPLETE
-    ]
+    expected = (BASELINE, FROZEN, COMPLETE)
+    baselines = [b for b in read_records(folder) if (b.phase, b.method, b.status) == expected]
+    scores = [float(baseline.scores["cc_mean"]) for baseline in baselines]
     if record.phase != BASELINE and scores and scores[0] >= float(record.scores["cc_mean"]):
         notes.append(f"the frozen encoder predicts as well or better ({scores[0]:.4f}): --trial baseline-frozen")
     if len(content["splits"]) > 1 and record.method == LORA:

@@ -149,9 +149,10 @@ def _base_config(names: Subset, model: str | None, layer: str | None, seed: int)
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[None]:
     """Make the folder before hours of computing, not after; if these fail, delete the new folders that are empty."""
-    new = [path for path in (folder, *folder.parents) if not _exists(path)]
+    new: list[Path] = []
     try:
         try:
+            new += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -163,13 +164,6 @@ def _new_folder(folder: Path) -> Iterator[None]:
             for path in new:
                 path.rmdir()
         raise
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no permission to look: then it is not ours to delete
-        return True
 
 
 def _open_task(

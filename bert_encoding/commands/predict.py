@@ -104,10 +104,7 @@ def _predict_classes(folder: Path, texts: Sequence[str], file: str | None, to: s
 def predict_texts(folder: Path, texts: Sequence[str]) -> "pd.DataFrame":
     """Return one row per text: ``text``, the most probable class ``label``, and its ``probability``.
 
-    Raises
-    ------
-    InputError
-        if the folder holds no classifier, or a damaged one.
+    Raises InputError if the folder holds no classifier, or a damaged one.
     """
     import numpy as np
     import pandas as pd

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,66 +74,71 @@ def as_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_good_data_are_usable(good: Path) -> None:
-    report = check_dataset(open_dataset(good))
-    assert (report.verdict, report.exit_code) == ("usable", 0)
-    assert (report.reasons, report.doubts, report.notes) == ((), (), ())
-    (profile,) = report.profiles
-    assert profile.peak in (2, 3)
-    assert report.survey.dataset.fingerprint == inspect(open_dataset(good)).fingerprint
-
-
-def test_masked_voxels_and_regions_are_reported(good: Path) -> None:
-    edit(good, "beta", with_nan)
-    (good / "subject2" / "rois.json").write_text('{"[AC]": [1, 2], "V1": [7]}')
-    report = check_dataset(open_dataset(good))
-    assert (report.verdict, report.exit_code) == ("usable with these masks", 1)
-    assert report.survey.left_out == ("subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)",)
-    assert "note: regions of subject2: [AC] (2 voxels), V1 (1 voxels)\n" in printed(report), "brackets are no markup"
-
-
-def test_other_scales_are_a_doubt(good: Path) -> None:
-    edit(good, "beta", lambda rows: 3 * rows)
-    edit(good, "zeta", lambda rows: rows + 100)
-    report = check_dataset(open_dataset(good))
-    assert (report.verdict, report.exit_code) == ("usable, with doubts", 1)
-    (doubt,) = report.doubts
-    assert doubt.startswith("subject2: 2 of 7 stories are not z-scored") and doubt.endswith("beta, zeta")
-    assert doubt in inspect(open_dataset(good)).notes, "also a note of a study"
-
-
-def test_no_clear_peak_is_a_doubt(good: Path) -> None:
+def with_noise(lab: Path) -> None:
     rng = np.random.default_rng(0)
-    for file in sorted((good / "subject2").glob("*.npy")):
-        edit(good, file.stem, lambda rows: rng.standard_normal(rows.shape))
+    for file in sorted((lab / "subject2").glob("*.npy")):
+        edit(lab, file.stem, lambda rows: rng.standard_normal(rows.shape))
+
+
+def with_other_scales(lab: Path) -> None:
+    edit(lab, "beta", lambda rows: 3 * rows)
+    edit(lab, "zeta", lambda rows: rows + 100)
+
+
+def with_lost_volumes(rows: np.ndarray) -> np.ndarray:
+    rows[[4, 7]] = np.nan
+    return rows
+
+
+def without_valid_voxel(lab: Path) -> None:
+    edit(lab, "alpha", lambda rows: np.where(np.arange(12) < 6, np.nan, rows))
+    edit(lab, "beta", lambda rows: np.where(np.arange(12) < 6, rows, 0.0))
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {  # change, verdict, the last cause
+    "good": (lambda lab: None, "usable", "^$"),
+    "masked voxel": (
+        lambda lab: edit(lab, "beta", with_nan),
+        "usable with these masks",
+        r"^subject2: 1 of 12 voxels left out \(1 non-finite, 0 constant in a story\)$",
+    ),
+    "other scales": (
+        with_other_scales,
+        "usable, with doubts",
+        "^subject2: 2 of 7 stories are not z-scored.*beta, zeta$",
+    ),
+    "noise": (with_noise, "usable, with doubts", "alignment could not be confirmed"),
+    "copied subject": (
+        lambda lab: shutil.copytree(lab / "subject2", lab / "subject2_backup"),
+        "not usable",
+        r"subject subject2_backup's responses to .* are .* subject2 to ",
+    ),
+    "lost volumes": (
+        lambda lab: edit(lab, "beta", with_lost_volumes),
+        "not usable",
+        r"beta\.npy: story beta, subject subject2: has no finite voxel: in row 4, 7",
+    ),
+    "no valid voxel": (without_valid_voxel, "not usable", "has no voxel that is finite and varies in every story"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdict_and_cause(case: str, good: Path) -> None:
+    change, verdict, cause = CASES[case]
+    change(good)
     report = check_dataset(open_dataset(good))
-    assert report.verdict == "usable, with doubts"
-    assert "alignment could not be confirmed" in report.doubts[-1]
-
-
-def test_a_copied_subject_is_not_usable(good: Path) -> None:
-    shutil.copytree(good / "subject2", good / "subject2_backup")
-    report = check_dataset(open_dataset(good))
-    assert (report.verdict, report.exit_code) == ("not usable", 2)
-    assert len(report.reasons) == 7
-    with pytest.raises(InputError, match=r"subject subject2_backup's responses to alpha are .* subject2 to alpha"):
-        inspect(open_dataset(good))
-
-
-@pytest.mark.parametrize(
-    ("rows", "value", "message"),
-    [
-        ([4, 7], np.nan, "has no finite voxel: in row 4, 7"),
-        (slice(None), 0.0, "has no voxel that is finite and varies"),
-    ],
-    ids=["lost volumes", "zeros"],
-)
-def test_a_story_without_a_valid_voxel_is_named(good: Path, rows: Any, value: float, message: str) -> None:
-    responses = np.load(good / "subject2" / "beta.npy")
-    responses[rows] = value
-    np.save(good / "subject2" / "beta.npy", responses)
-    (reason,) = check_dataset(open_dataset(good)).reasons
-    assert f"beta.npy: story beta, subject subject2: {message}" in reason
+    assert (report.verdict, report.exit_code) == (verdict, {"usable": 0, "not usable": 2}.get(verdict, 1))
+    assert re.search(cause, ["", *report.survey.left_out, *report.doubts, *report.reasons][-1])
+    if verdict == "not usable":
+        assert len(report.reasons) == (7 if case == "copied subject" else 1)
+        with pytest.raises(InputError, match=re.escape(report.reasons[0])):
+            inspect(open_dataset(good))
+    else:
+        assert report.profiles[0].peak in (2, 3) or case == "noise"
+        inspected = inspect(open_dataset(good))
+        assert report.survey.dataset.fingerprint == inspected.fingerprint
+        if case == "other scales":
+            assert report.doubts[0] in inspected.notes, "also a note of a study"
 
 
 def test_all_reasons_are_reported_and_the_other_stories_are_checked(good: Path) -> None:
@@ -160,15 +166,7 @@ def test_unreadable_files_alone_give_a_verdict(good: Path) -> None:
     assert json.loads(json.dumps(to_json(report), allow_nan=False))["lags"][0]["cc"] == [None] * 21
 
 
-def test_a_subject_without_a_valid_voxel_is_not_usable(good: Path) -> None:
-    edit(good, "alpha", lambda rows: np.where(np.arange(12) < 6, np.nan, rows))
-    edit(good, "beta", lambda rows: np.where(np.arange(12) < 6, rows, 0.0))
-    report = check_dataset(open_dataset(good))
-    assert "has no voxel that is finite and varies in every story" in report.reasons[0]
-    assert not report.profiles[0].is_clear
-
-
-def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path) -> None:
+def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
     for name in ("alpha", "beta"):
         (lab / "subject3" / f"{name}.npy").unlink()
@@ -184,8 +182,8 @@ def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path) -> None
     assert len(report.survey.responses) == 6 + 5
     alone = with_responses(open_dataset(lab), ["subject3"])
     assert (alone.subjects, len(alone.stories)) == (("subject3",), 5)
-    with pytest.raises(InputError, match="no subject x; it has subject2, subject3"):
-        with_responses(open_dataset(lab), ["x"])
+    run_command("check", str(lab), "--subjects", "subject3", "--json")
+    assert list(as_json(capsys)["voxels"]) == ["subject3"]
 
 
 def test_bad_text_of_a_story_without_responses_is_no_reason(good: Path) -> None:
@@ -223,6 +221,7 @@ def test_lag_profile_is_a_bar_chart() -> None:
 def test_table_has_one_row_per_story_with_its_counts(good: Path) -> None:
     edit(good, "beta", with_nan)
     edit(good, "gamma", lambda rows: rows[:-1])
+    (good / "subject2" / "rois.json").write_text('{"[AC]": [1, 2], "V1": [7]}')
     text = printed(check_dataset(open_dataset(good)))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     n_rows = len(np.load(good / "subject2" / "beta.npy"))
@@ -230,6 +229,7 @@ def test_table_has_one_row_per_story_with_its_counts(good: Path) -> None:
     assert lines["beta"][9:] == ["0.00", "1.00-1.00", "-", "ok"]
     n_rows = len(np.load(good / "subject2" / "gamma.npy"))
     assert lines["gamma"][5:] == [str(n_rows), "of", str(n_rows + 1), "12", "-", "-", "-", "-", "-", "NOT", "USABLE"]
+    assert "note: regions of subject2: [AC] (2 voxels), V1 (1 voxels)\n" in text, "brackets are no markup"
 
 
 def test_json_contains_the_numbers(good: Path) -> None:
@@ -286,15 +286,6 @@ def test_check_as_json_prints_one_object(
     assert Path("mine.png").read_bytes().startswith(PNG)
 
 
-def test_check_chooses_subjects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"), n_words=300)
-    edit(lab, "beta", with_nan, "subject3")
-    assert run_command("check", str(lab), "--subjects", "subject2", "--json") == 0
-    assert list(as_json(capsys)["voxels"]) == ["subject2"]
-    assert run_command("check", str(lab), "--json") == 1
-    assert len(as_json(capsys)["lags"]) == 2
-
-
 def test_the_verdict_is_printed_although_the_figure_cannot_be_written(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,28 +296,6 @@ def test_the_verdict_is_printed_although_the_figure_cannot_be_written(
     assert out.endswith("verdict: usable\n")
     assert run_command("check", str(good), "--json") == 0
     assert as_json(capsys)["figure"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{lab}", "--trim", "10"], "--trim 10: give published or course"),
-        (["{lab}", "--subjects", "nobody"], "no subject nobody; it has subject2"),
-        (["{lab}", "--figure", "lag.txt"], "--figure lag.txt: give a name that ends in .png, .pdf, .svg"),
-        (["{lab}", "--clean"], "--clean: {lab} is no text corpus; leave the option out"),
-        (["{lab}", "--examples", "3"], "--examples: {lab} is no text corpus; leave the option out"),
-        (["{lab}", "--examples", "many"], "many"),
-        (["{lab}/nowhere"], "{lab}/nowhere: no such data"),
-        (["{lab}/subject2"], "{lab}/subject2: "),
-        ([], "path"),
-    ],
-)
-def test_check_refuses_mistakes_in_one_line(
-    arguments: list[str], message: str, lab: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refusal(capsys, "check", *(argument.format(lab=lab) for argument in arguments))
-    assert message.format(lab=lab).lower() in error.lower()
-    assert not Path("results").exists()
 
 
 def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,13 +310,6 @@ def test_text_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (content["kind"], content["source"], content["verdict"]) == ("text", str(file), "usable")
     assert content["notes"][0].startswith(f"{file}: 4 texts, ")
     assert not Path("results").exists()
-
-
-@pytest.mark.parametrize("option", [["--trim", "course"], ["--subjects", "s"], ["--figure", "a.png"]])
-def test_text_has_no_responses(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "lines.txt"
-    file.write_text("one\ntwo\n")
-    assert f"{option[0]}: {file} is text without responses" in refusal(capsys, "check", file, *option)
 
 
 @pytest.mark.slow
@@ -389,7 +351,7 @@ def fetch_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_fetch_prints_the_folder_and_the_next_command(
+def test_fetch_passes_its_options_and_prints_the_next_command(
     fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("fetch", "lebel2023", "--subjects", "UTS01", "UTS03", "--to", "stories of [red]") == 0
@@ -400,28 +362,40 @@ def test_fetch_prints_the_folder_and_the_next_command(
         "5 files are in stories of [red], 2 of them were there before",
         "next: python -m bert_encoding check 'stories of [red]'",
     ]
-
-
-def test_fetch_passes_its_options(fetch_calls: list[dict[str, Any]]) -> None:
     options = "--subjects UTS03 --to d --stories life alternateithicatom --base-url https://a/ --keys-url https://b/"
     assert run_command("fetch", "lebel2023", *options.split()) == 0
-    assert fetch_calls[0]["stories"] == ["life", "alternateithicatom"]
-    assert (fetch_calls[0]["base_url"], fetch_calls[0]["keys_url"]) == ("https://a/", "https://b/")
+    assert fetch_calls[1]["stories"] == ["life", "alternateithicatom"]
+    assert (fetch_calls[1]["base_url"], fetch_calls[1]["keys_url"]) == ("https://a/", "https://b/")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["other", "--subjects", "UTS03", "--to", "d"], "no data set 'other' to fetch; there is lebel2023"),
-        (["lebel2023", "--to", "d"], "name the subjects, as in --subjects UTS03"),
-        (["lebel2023", "--subjects", "UTS03"], "name the folder, as in --to DIR"),
+        ("check {lab} --trim 10", "--trim 10: give published or course"),
+        ("check {lab} --subjects nobody", "no subject nobody; it has subject2"),
+        ("check {lab} --figure lag.txt", "--figure lag.txt: give a name that ends in .png, .pdf, .svg"),
+        ("check {lab} --clean", "--clean: {lab} is no text corpus; leave the option out"),
+        ("check {lab} --examples 3", "--examples: {lab} is no text corpus; leave the option out"),
+        ("check {lab} --examples many", "many"),
+        ("check {lab}/nowhere", "{lab}/nowhere: no such data"),
+        ("check {lab}/subject2", "{lab}/subject2: "),
+        ("check", "path"),
+        ("check {text} --trim course", "--trim: {text} is text without responses"),
+        ("check {text} --subjects s", "--subjects: {text} is text without responses"),
+        ("check {text} --figure a.png", "--figure: {text} is text without responses"),
+        ("fetch other --subjects UTS03 --to d", "no data set 'other' to fetch; there is lebel2023"),
+        ("fetch lebel2023 --to d", "name the subjects, as in --subjects UTS03"),
+        ("fetch lebel2023 --subjects UTS03", "name the folder, as in --to DIR"),
     ],
 )
-def test_fetch_refuses_missing_options(
-    arguments: list[str], message: str, fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_mistakes_are_refused_in_one_line(
+    arguments: str, message: str, lab: Path, fetch_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refusal(capsys, "fetch", *arguments)
-    assert fetch_calls == []
+    text = lab.parent / "lines.txt"
+    text.write_text("one\ntwo\n")
+    error = refusal(capsys, *(argument.format(lab=lab, text=text) for argument in arguments.split()))
+    assert message.format(lab=lab, text=text).lower() in error.lower()
+    assert not Path("results").exists() and fetch_calls == []
 
 
 # --- a real listener --------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from bert_encoding.analyses import encoding_model, model_file
-from bert_encoding.analyses.encoding_model import fit_encoding_model, load_model, predict_story
-from bert_encoding.analyses.model_file import EncodingModel, FittedSubject, ModelSettings, write_model
+from bert_encoding.analyses.encoding_model import fit_encoding_model, predict_story
+from bert_encoding.analyses.model_file import EncodingModel, FittedSubject, ModelSettings, load_model, write_model
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets import open_dataset

@@ -14,7 +14,7 @@ from make_data import make_lab
 from make_trials import PEFT_WARNS
 from run_commands import refusal, run_command
 
-from bert_encoding.analyses.encoding_model import load_model
+from bert_encoding.analyses.model_file import load_model
 from bert_encoding.commands.fit import choose_trial
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json

@@ -19,27 +19,17 @@ from bert_encoding.datasets.responses import Responses
 
 
 class Mapper(NamedTuple):
-    """The pixels of each voxel on the flat cortex.
+    """The pixels of each voxel on the flat cortex."""
 
-    Attributes
-    ----------
-    weights : (n_pixels, n_voxels) sparse
-    inside : (width, height) True in the pixels that have a row of weights; rows are in C order
-    curvature : (width, height), or None
-    """
-
-    weights: scipy.sparse.csr_matrix
-    inside: np.ndarray
-    curvature: np.ndarray | None = None
+    weights: scipy.sparse.csr_matrix  # (n_pixels, n_voxels)
+    inside: np.ndarray  # (width, height), True in the pixels that have a row of weights; rows are in C order
+    curvature: np.ndarray | None = None  # (width, height)
 
 
 def read_mapper(file: Path) -> Mapper:
     """Read a mapper file.
 
-    Raises
-    ------
-    InputError
-        if it cannot be read, is incomplete, or its parts do not fit each other.
+    Raises InputError if it cannot be read, is incomplete, or its parts do not fit each other.
     """
     if not file.is_file():
         raise InputError(f"{file}: no such file")
@@ -87,19 +77,12 @@ def _read_hdf5(file: Path, key: str) -> np.ndarray:
 
 
 def flatten(values: np.ndarray, mapper: Mapper, mapper_name: str = "mapper") -> tuple[np.ndarray, np.ndarray]:
-    """Return the flat image, NaN where there is no value, and its grey background, (height, width).
+    """Return values (n_voxels,) as a flat image, NaN where there is none, and its grey background, (height, width).
 
     A pixel is the weighted sum of its voxels. Voxels without a value are left out and the other weights scaled up; with
     less than half of the weight left, the pixel has no value.
 
-    Parameters
-    ----------
-    values : (n_voxels,)
-
-    Raises
-    ------
-    InputError
-        if the mapper has another number of voxels.
+    Raises InputError if the mapper has another number of voxels.
     """
     n_voxels = mapper.weights.shape[1]
     if n_voxels != values.size:

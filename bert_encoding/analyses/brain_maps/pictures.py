@@ -31,10 +31,7 @@ def scale(voxels: Values) -> tuple[float, float]:
 def paint(image: np.ndarray, background: np.ndarray, limits: tuple[float, float], colours: str) -> np.ndarray:
     """Return colours, (height, width, 3) from 0 to 1: the image over its grey background, white outside.
 
-    Parameters
-    ----------
-    image : (height, width) values, NaN where there are none
-    background : (height, width) from 0 to 1, NaN outside
+    Both are (height, width), NaN in the image where there is no value, NaN in the background outside.
     """
     grey = np.repeat(np.where(np.isfinite(background), background, 1.0)[..., None], 3, axis=2)
     known = np.isfinite(image)
@@ -44,13 +41,7 @@ def paint(image: np.ndarray, background: np.ndarray, limits: tuple[float, float]
 
 
 def draw(image: np.ndarray, background: np.ndarray, voxels: Values, file: Path, ending: str) -> None:
-    """Write a picture with title and colour bar; each pixel of the image becomes a square of whole pixels.
-
-    Parameters
-    ----------
-    image, background : (height, width), as for ``paint``
-    ending : ".png", ".svg" or ".pdf"
-    """
+    """Write a picture with title and colour bar; each pixel of the image becomes a square of whole pixels."""
     limits, colours = scale(voxels), DIVERGING if voxels.is_difference else SEQUENTIAL
     painted = paint(image, background, limits, colours)
     figure, axes, bar = _canvas(painted.shape[0], painted.shape[1])

@@ -16,31 +16,20 @@ GREY = 0.7  # the background of every map
 
 
 class Values(NamedTuple):
-    """One number per voxel, and its labels.
+    """One number per voxel, and its labels."""
 
-    Attributes
-    ----------
-    values : (n_voxels,) NaN where a voxel has none
-    title, unit : printed above the picture and below its colour bar
-    name : for the file
-    is_cc, is_difference : the colour scale of a CC starts at 0, that of a difference is centred at 0
-    """
-
-    values: np.ndarray
+    values: np.ndarray  # (n_voxels,), NaN where a voxel has none
     title: str
-    unit: str
-    name: str
-    is_cc: bool = True
-    is_difference: bool = False
+    unit: str  # below the colour bar
+    name: str  # for the file
+    is_cc: bool = True  # the colour scale starts at 0
+    is_difference: bool = False  # the colour scale is centred at 0
 
 
 def read_trial(study: Path, trial: str, subject: str | None, *, test: bool = False, minus: str | None = None) -> Values:
     """Return a trial's CC of one subject, or with ``minus`` its difference from another trial's.
 
-    Raises
-    ------
-    InputError
-        if the study, the trial, the subject or the score is missing, or the trials have different voxels.
+    Raises InputError if the study, the trial, the subject or the score is missing, or the trials have different voxels.
     """
     for option, name in (("--trial", trial), ("--minus", minus)):
         if name is not None and not is_plain_name(name):
@@ -82,10 +71,7 @@ def _trials(study: Path) -> str:
 def read_array(source: str) -> tuple[np.ndarray, str]:
     """Return the array of ``FILE.npy``, ``FILE.npz`` or ``FILE.npz:NAME``, and its name.
 
-    Raises
-    ------
-    InputError
-        if it is missing or damaged, or the file holds several arrays and no name is given.
+    Raises InputError if it is missing or damaged, or the file holds several arrays and no name is given.
     """
     path, _, member = source.rpartition(":")
     file, member = (Path(source), "") if Path(source).exists() or not path else (Path(path), member)

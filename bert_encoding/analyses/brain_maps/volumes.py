@@ -24,29 +24,18 @@ MIN_PAIRS = 100  # of neighbours, to judge the order
 
 
 class Mask(NamedTuple):
-    """Positions of the voxels.
+    """Positions of the voxels."""
 
-    Attributes
-    ----------
-    inside : True where there is a voxel; its C order is the order of the voxels
-    order : its axes, "zyx" or "xyz", the slowest first
-    affine : (4, 4) from (x, y, z) indices to millimetres; None if unknown
-    space : the NIfTI code of that space, 0 if unknown
-    """
-
-    inside: np.ndarray
-    order: str
-    affine: np.ndarray | None = None
-    space: int = 0
+    inside: np.ndarray  # True where there is a voxel; its C order is the order of the voxels
+    order: str  # ZYX or XYZ: the axes of ``inside``
+    affine: np.ndarray | None = None  # (4, 4) from (x, y, z) indices to millimetres; None if unknown
+    space: int = 0  # the NIfTI code of that space, 0 if unknown
 
 
 def read_mask(source: str, order: str) -> Mask:
     """Read a mask: NIfTI, or an array (``.npy``, ``.npz``, ``FILE.npz:NAME``) whose axes are already in ``order``.
 
-    Raises
-    ------
-    InputError
-        if it cannot be read, or is not a 3-D array of finite numbers that are not all 0.
+    Raises InputError if it cannot be read, or is not a 3-D array of finite numbers that are not all 0.
     """
     if source.lower().endswith(VOLUMES):
         values, affine, space = _read_nifti(Path(source))
@@ -89,16 +78,9 @@ def _nibabel() -> Any:
 
 
 def fill_volume(values: np.ndarray, mask: Mask, mask_name: str = "mask") -> np.ndarray:
-    """Return the voxels at their positions, (n_x, n_y, n_z) float32 as nibabel has it; NaN outside the mask.
+    """Return values (n_voxels,) at their positions, (n_x, n_y, n_z) float32 as nibabel has it; NaN outside the mask.
 
-    Parameters
-    ----------
-    values : (n_voxels,) in the order of ``mask``
-
-    Raises
-    ------
-    InputError
-        if the mask has more or fewer voxels.
+    Raises InputError if the mask has more or fewer voxels.
     """
     n_inside = int(np.count_nonzero(mask.inside))
     if n_inside != values.size:
@@ -148,11 +130,8 @@ def neighbour_cc(volume: np.ndarray) -> tuple[float, int]:
 def slices(volume: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """Return the axial slices from the lowest to the highest, and their grey background, (height, width).
 
-    With a known affine the front is up and the left is left; otherwise the axes are assumed to be x, y, z.
-
-    Parameters
-    ----------
-    volume : (n_x, n_y, n_z) values, NaN where there are none
+    The volume is (n_x, n_y, n_z), NaN where there is no value. With a known affine the front is up and the left is
+    left; otherwise the axes are assumed to be x, y, z.
     """
     inside = mask.inside.T if mask.order == ZYX else mask.inside
     if mask.affine is not None:
