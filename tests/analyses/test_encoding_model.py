@@ -50,6 +50,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 Trial = tuple[Chain, TrialRecord, Path | None]
+Saved = Callable[[str], EncodingModel]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,7 @@ def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def saved(
-    trials: dict[str, Trial], task: Task, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], EncodingModel]:
+def saved(trials: dict[str, Trial], task: Task, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Fit a model on the fit stories, once per method."""
     models: dict[str, EncodingModel] = {}
 
@@ -103,9 +102,7 @@ def measured(task: Task, subject: str, stories: tuple[str, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
-def test_validation_cc_equals_the_record(
-    method: str, saved: Callable[[str], EncodingModel], trials: dict[str, Trial], task: Task
-) -> None:
+def test_validation_cc_equals_the_record(method: str, saved: Saved, trials: dict[str, Trial], task: Task) -> None:
     model, names = saved(method), task.splits[0].validation
     predictions = predicted(model, task, names)
     for subject in SUBJECTS:
@@ -119,7 +116,7 @@ def test_validation_cc_equals_the_record(
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
 def test_predictions_equal_scikit_learn_on_the_trials_features(
-    method: str, saved: Callable[[str], EncodingModel], trials: dict[str, Trial], task: Task, tiny_encoder: Encoder
+    method: str, saved: Saved, trials: dict[str, Trial], task: Task, tiny_encoder: Encoder
 ) -> None:
     (chain, _, adapter), split, model = trials[method], task.splits[0], saved(method)
     bert = tiny_encoder.copy_model().bert if adapter is None else load_adapter(tiny_encoder, adapter)
@@ -139,11 +136,7 @@ def test_predictions_equal_scikit_learn_on_the_trials_features(
 
 
 def test_block_and_panel_sizes_have_no_effect(
-    trials: dict[str, Trial],
-    saved: Callable[[str], EncodingModel],
-    task: Task,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    trials: dict[str, Trial], saved: Saved, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (chain, _, _), names = saved("frozen"), trials["frozen"], task.splits[0].validation
     expected = predicted(model, task, names)
@@ -159,7 +152,7 @@ def test_block_and_panel_sizes_have_no_effect(
 
 
 def test_equal_models_give_equal_bytes_readable_by_numpy(
-    trials: dict[str, Trial], saved: Callable[[str], EncodingModel], task: Task, tmp_path: Path
+    trials: dict[str, Trial], saved: Saved, task: Task, tmp_path: Path
 ) -> None:
     model, (chain, record, adapter) = saved("lora"), trials["lora"]
     origin = encoding_model.Origin("study", "0001", record.cc)
@@ -178,17 +171,18 @@ def test_equal_models_give_equal_bytes_readable_by_numpy(
 # --- what must fit ----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_or_changed_adapter_is_refused(
-    saved: Callable[[str], EncodingModel], task: Task, tmp_path: Path
-) -> None:
+def without_effect(weights: Path) -> None:
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+
+
+def test_a_missing_or_changed_adapter_is_refused(saved: Saved, task: Task, tmp_path: Path) -> None:
     source, story = saved("lora"), next(iter(task.dataset.stories.values()))
     file = Path(shutil.copy(source.file, tmp_path / "model.npz"))
     with pytest.raises(InputError, match=r"adapter_config.json: cannot be read"):
         predict_story(load_model(file), story)
     shutil.copytree(source.file.parent / "model", tmp_path / "model")
     predict_story(load_model(file), story)
-    weights = tmp_path / "model" / "adapter" / "adapter_model.safetensors"
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+    without_effect(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"not the adapter that .*model.npz was fitted with"):
         predict_story(load_model(file), story)
 
@@ -197,16 +191,13 @@ def test_an_adapter_without_effect_is_not_saved(trials: dict[str, Trial], task: 
     chain, _, adapter = trials["lora"]
     assert adapter is not None
     idle = Path(shutil.copytree(adapter, tmp_path / "idle"))
-    weights = load_file(idle / "adapter_model.safetensors")
-    save_file({n: torch.zeros_like(t) for n, t in weights.items()}, idle / "adapter_model.safetensors")
+    without_effect(idle / "adapter_model.safetensors")
     with pytest.raises(InputError, match="changes nothing"):
         fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz", adapter=idle)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["idle"]
 
 
-def test_another_encoder_or_tr_is_refused(
-    saved: Callable[[str], EncodingModel], task: Task, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_another_encoder_or_tr_is_refused(saved: Saved, task: Task, tiny_bert: Path, tmp_path: Path) -> None:
     model, story = saved("frozen"), task.dataset.stories["alpha"]
     with pytest.raises(InputError, match="was fitted with another"):
         predict_story(model, story, str(make_tiny_bert(tmp_path / "other", seed=1)))
@@ -300,55 +291,47 @@ def test_a_written_model_is_read_back(file: Path) -> None:
 
 
 WEIGHTS = np.asfortranarray(np.ones((N_FEATURES, N_KEPT), np.float32))
-DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "not finite": ({"a/weights.npy": npy(np.asfortranarray(WEIGHTS * np.nan))}, "a/weights are not finite"),
-    "other shape": ({"a/weights.npy": npy(WEIGHTS[:, :4])}, r"shape \(6, 4\)"),
-    "other type": ({"a/weights.npy": npy(WEIGHTS.astype(np.float64))}, "float64"),
-    "other order": ({"a/weights.npy": npy(np.ascontiguousarray(WEIGHTS))}, "Fortran"),
-    "cut": ({"a/weights.npy": npy(WEIGHTS)[:-4]}, "in 116 bytes"),
-    "huge claim": ({"a/weights.npy": claiming("(1099511627776, 1099511627776)")}, "1099511627776"),
-    "claim without content": ({"a/weights.npy": claiming("(6, 5)")}, "in 0 bytes"),
-    "objects": ({"mean.npy": claiming("(6,)").replace(b"'<f4'", b"'|O' ")}, "object"),
-    "header": ({"mean.npy": claiming("__import__('os')")}, "damaged"),
-    "member missing": ({"a/cc.npy": None}, "a/cc.npy is missing"),
-    "settings missing": ({"settings.npy": None}, "settings.npy is missing"),
-    "member too many": ({"extra.npy": npy(WEIGHTS)}, "extra.npy is not expected"),
-    "scale 0": ({"scale.npy": npy(np.zeros(N_FEATURES))}, "scale is not above 0"),
-    "voxels": ({"a/voxels.npy": npy(np.array([0, 2, 2, 7, 8]))}, "not ascending indices below 9"),
-    "voxels beyond": ({"a/voxels.npy": npy(np.array([0, 2, 3, 7, 9]))}, "not ascending indices below 9"),
-    "alphas": ({"a/ridge_alphas.npy": npy(np.zeros(N_KEPT))}, "ridge_alpha is not above 0"),
-    "settings are numbers": ({"settings.npy": npy(np.arange(3))}, "not text"),
-    "settings are no JSON": ({"settings.npy": npy(np.array("{"))}, "damaged"),
-}
+DAMAGES: list[tuple[dict[str, Any], str]] = [
+    ({"a/weights.npy": npy(np.asfortranarray(WEIGHTS * np.nan))}, "a/weights are not finite"),
+    ({"a/weights.npy": npy(WEIGHTS[:, :4])}, r"shape \(6, 4\)"),
+    ({"a/weights.npy": npy(WEIGHTS.astype(np.float64))}, "float64"),
+    ({"a/weights.npy": npy(np.ascontiguousarray(WEIGHTS))}, "Fortran"),
+    ({"a/weights.npy": npy(WEIGHTS)[:-4]}, "in 116 bytes"),
+    ({"a/weights.npy": claiming("(1099511627776, 1099511627776)")}, "1099511627776"),
+    ({"a/weights.npy": claiming("(6, 5)")}, "in 0 bytes"),
+    ({"mean.npy": claiming("(6,)").replace(b"'<f4'", b"'|O' ")}, "object"),
+    ({"mean.npy": claiming("__import__('os')")}, "damaged"),
+    ({"a/cc.npy": None}, "a/cc.npy is missing"),
+    ({"settings.npy": None}, "settings.npy is missing"),
+    ({"extra.npy": npy(WEIGHTS)}, "extra.npy is not expected"),
+    ({"scale.npy": npy(np.zeros(N_FEATURES))}, "scale is not above 0"),
+    ({"a/voxels.npy": npy(np.array([0, 2, 2, 7, 8]))}, "not ascending indices below 9"),
+    ({"a/voxels.npy": npy(np.array([0, 2, 3, 7, 9]))}, "not ascending indices below 9"),
+    ({"a/ridge_alphas.npy": npy(np.zeros(N_KEPT))}, "ridge_alpha is not above 0"),
+    ({"settings.npy": npy(np.arange(3))}, "not text"),
+    ({"settings.npy": npy(np.array("{"))}, "damaged"),
+]
+WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"version": 1}, "of version 1, expected 2"),
+    ({"delays": []}, "delays"),
+    ({"delays": [1, 2, 3, 4]}, "n_features is 6"),
+    ({"tr_s": 0}, "tr_s"),
+    ({"tr_s": "2"}, "tr_s"),
+    ({"trim_trs": [1]}, "trim_trs"),
+    ({"layer": "last"}, "layer"),
+    ({"adapter": 3}, "adapter"),
+    ({"test_stories": "omega"}, "test_stories"),
+    ({"test_stories": [3]}, "test_stories"),
+    ({"subjects": {"../a": {"n_all": 9, "n_voxels": 5}}}, r"subject '\.\./a'"),
+    ({"subjects": {"a": {"n_all": 2**39, "n_voxels": 5}}}, "subject 'a'"),
+    ({"subjects": []}, "settings"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused_in_one_line(damage: str, file: Path) -> None:
-    changes, message = DAMAGES[damage]
-    rewrite(file, changes)
-    assert_refused(file, message)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"version": 1}, "of version 1, expected 2"),
-        ({"delays": []}, "delays"),
-        ({"delays": [1, 2, 3, 4]}, "n_features is 6"),
-        ({"tr_s": 0}, "tr_s"),
-        ({"tr_s": "2"}, "tr_s"),
-        ({"trim_trs": [1]}, "trim_trs"),
-        ({"layer": "last"}, "layer"),
-        ({"adapter": 3}, "adapter"),
-        ({"test_stories": "omega"}, "test_stories"),
-        ({"test_stories": [3]}, "test_stories"),
-        ({"subjects": {"../a": {"n_all": 9, "n_voxels": 5}}}, r"subject '\.\./a'"),
-        ({"subjects": {"a": {"n_all": 2**39, "n_voxels": 5}}}, "subject 'a'"),
-        ({"subjects": []}, "settings"),
-    ],
-)
-def test_wrong_settings_are_refused_in_one_line(changes: dict[str, Any], message: str, file: Path) -> None:
-    rewrite(file, {"settings.npy": with_settings(file, **changes)})
+@pytest.mark.parametrize(("changes", "message"), DAMAGES + WRONG_SETTINGS)
+def test_damaged_files_are_refused_in_one_line(changes: dict[str, Any], message: str, file: Path) -> None:
+    is_settings = not any(name.endswith(".npy") for name in changes)
+    rewrite(file, {"settings.npy": with_settings(file, **changes)} if is_settings else changes)
     assert_refused(file, message)
 
 

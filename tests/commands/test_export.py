@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from make_data import make_lab
@@ -25,6 +26,8 @@ from bert_encoding.features.word_tables import export_stories, export_words
 from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import add_adapter, masked_lm, save_adapter, save_whole
 from bert_encoding.language_model.windows import tokenize
+from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,9 +92,6 @@ def plain_word(encoder: Encoder, text: str, start: int, end: int, layer: int) ->
 
 @pytest.mark.parametrize("layer", [None, 1, (0, 2)])
 def test_vectors_equal_those_of_a_trial(layer: Any, folder: Path, tiny_bert: Path) -> None:
-    from bert_encoding.trial.config import TrialConfig
-    from bert_encoding.trial.pipeline import Chain, Task
-
     heard = inspect(open_dataset(folder))
     names = tuple(heard.stories)
     reading = {"embed_window_tokens": 64, "embed_stride": 20, "embed_precision": "float32"}  # as export reads
@@ -257,8 +257,6 @@ def test_stories_to_parquet(
 
 
 def test_files_contain_the_settings(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     options = ("--model", tiny_bert, "--text", text_file, "--layer", "1,2", "--window-tokens", "60")
     assert run(*options, "--to", tmp_path / "a.parquet") == run(*options, "--to", tmp_path / "a.npz") == 0
     note = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[b"bert_encoding"])

@@ -18,6 +18,8 @@ from bert_encoding.analyses.model_file import load_model
 from bert_encoding.commands.fit import choose_trial
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json
+from bert_encoding.datasets import open_dataset
+from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.statistics.correlation import correlate
 from bert_encoding.trial.config import TrialConfig
@@ -85,13 +87,12 @@ def test_the_frozen_model_scores_a_test_story_as_its_record(
     assert "m.npz: trial baseline-frozen (frozen, validation CC " in captured.out.splitlines()[-1]
     assert run_command("predict", "m.npz", "--story", "wheretheressmoke", "--data", root / "lab", "--test") == 0
     first, note, *lines = capsys.readouterr().out.splitlines()
-    lines = [first, *lines]
     assert note.startswith("note: wheretheressmoke was a locked test story of the study s and has now been scored")
     record = read_json(study / "trials" / "baseline-frozen" / "record.json")
     with np.load(study / "trials" / "baseline-frozen" / "cc.npz") as arrays:
         cc = {subject: arrays[f"test/{subject}"] for subject in SUBJECTS}
-    assert lines[0].startswith("wheretheressmoke: ") and " rows: volumes 11 to " in lines[0]
-    for subject, line in zip(SUBJECTS, lines[1:], strict=True):
+    assert first.startswith("wheretheressmoke: ") and " rows: volumes 11 to " in first
+    for subject, line in zip(SUBJECTS, lines, strict=True):
         predicted = np.load(f"wheretheressmoke-{subject}.npy")
         responses = np.load(root / "lab" / subject / "wheretheressmoke.npy").astype(np.float32)
         assert predicted.dtype == np.float32
@@ -121,12 +122,8 @@ def test_a_locked_test_story_is_predicted_but_not_scored(
     assert run_command("predict", *options, "beta") == 0, "all other stories are scored"
     out = capsys.readouterr().out
     assert "; CC " in out and "locked" not in out
-    for arguments, message in (
-        ((*options, "beta", "--to", "c.npy", "--test"), "--test: beta is not a locked test story of m.npz"),
-        (("m.npz", "--story", "x.csv", "--test"), "--test: needs --data"),
-        (("folder", "text", "--test"), "--test: not available for a classifier"),
-    ):
-        assert message in refusal(capsys, "predict", *arguments)
+    error = refusal(capsys, "predict", *options, "beta", "--to", "c.npy", "--test")
+    assert "--test: beta is not a locked test story of m.npz" in error
     assert not list(Path().glob("c-*.npy"))
 
 
@@ -149,8 +146,6 @@ def test_the_best_searched_trial_is_fitted_on_all_but_test_stories_by_default(
 def test_a_transcript_is_predicted_as_the_same_story_of_the_data_set(
     study: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bert_encoding.datasets import open_dataset
-
     story = open_dataset(root / "lab").stories["wheretheressmoke"]
     with Path("copy.csv").open("w") as file:
         csv.writer(file).writerows([("word", "time_s"), *zip(story.words, story.word_times_s.tolist(), strict=True)])
@@ -173,9 +168,6 @@ def test_a_transcript_is_predicted_as_the_same_story_of_the_data_set(
 
 def keep_voxels_study(study: Path, voxels: dict[str, list[int]]) -> None:
     """Turn the study into one on chosen voxels, and its trials' CC with it."""
-    from bert_encoding.datasets import open_dataset
-    from bert_encoding.datasets.inspect import inspect
-
     about = read_json(study / "study.json")
     chosen = {subject: np.array(indices) for subject, indices in voxels.items()}
     key = voxels_key(keep_voxels(inspect(open_dataset(Path(about["options"]["data"]))), chosen))
@@ -222,16 +214,12 @@ def test_the_best_trial_with_a_saved_adapter_is_chosen(tmp_path: Path) -> None:
     put(tmp_path, "0007", 0.5, keep=False, method="frozen")
     record, adapter = choose_trial(tmp_path, None)
     assert (record.trial_id, adapter) == ("0007", None)
-
-
-def test_the_adapter_of_the_first_outer_fold_is_used(tmp_path: Path) -> None:
-    put(tmp_path, "0001", 0.1)
-    folder = tmp_path / "trials" / "0001" / "adapter"
     with pytest.raises(InputError, match="its adapter was not saved"):
         choose_trial(tmp_path, "0001", n_splits=2)
-    (folder / "split0").mkdir()
-    (folder / "split0" / "adapter_config.json").write_text("{}")
-    assert choose_trial(tmp_path, "0001", n_splits=2)[1] == folder / "split0"
+    first = tmp_path / "trials" / "0001" / "adapter" / "split0"
+    first.mkdir()
+    (first / "adapter_config.json").write_text("{}")
+    assert choose_trial(tmp_path, "0001", n_splits=2)[1] == first
 
 
 @pytest.mark.parametrize(
@@ -312,6 +300,8 @@ def test_moved_data_are_accepted_and_other_data_refused(
         (["m.npz", "--story", "x.csv"], "m.npz: no such file; `python -m bert_encoding fit"),
         (["folder", "text", "--story", "x.csv"], "--story: not available for a classifier"),
         (["folder", "text", "--trs", "3"], "--trs: not available for a classifier"),
+        (["folder", "text", "--test"], "--test: not available for a classifier"),
+        (["m.npz", "--story", "x.csv", "--test"], "--test: needs --data"),
     ],
 )
 def test_predict_refuses_bad_arguments_in_one_line(

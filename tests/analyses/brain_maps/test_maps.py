@@ -1,5 +1,7 @@
 """Volumes, flat maps and pictures against plain loops; bad input is refused in one line."""
 
+import gzip
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -308,49 +310,43 @@ def test_another_number_of_voxels_and_a_damaged_file_are_refused(study: Path) ->
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "huge"])
 def test_damaged_nifti_is_one_line(mask_file: str, damage: str) -> None:
-    import gzip
-
     content = bytearray(gzip.decompress(Path(mask_file).read_bytes()))
-    if damage == "huge":
-        content[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()  # dim[1:4]
-    Path(mask_file).write_bytes({"cut": gzip.compress(content[:360]), "noise": b"noise" * 90}.get(damage, b""))
-    if damage == "huge":
-        Path(mask_file).write_bytes(gzip.compress(content))
+    huge = content[:42] + np.array([30000, 30000, 30000], "<i2").tobytes() + content[48:]  # dim[1:4]
+    damages = {"cut": gzip.compress(content[:360]), "noise": b"noise" * 90, "huge": gzip.compress(huge)}
+    Path(mask_file).write_bytes(damages[damage])
     with pytest.raises(InputError, match=r"mask_thick\.nii\.gz: (not a readable NIfTI file|its header says)"):
         read_mask(mask_file, "zyx")
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
+    ("read", "array", "message"),
     [
-        (np.ones(3), "three axes"),
-        (np.zeros((2, 2, 2)), "no voxel inside"),
-        (np.full((2, 2, 2), np.nan), "not finite"),
-        (np.full((2, 2, 2), "a"), "three axes"),
+        (read_mask, np.ones(3), "three axes"),
+        (read_mask, np.zeros((2, 2, 2)), "no voxel inside"),
+        (read_mask, np.full((2, 2, 2), np.nan), "not finite"),
+        (read_mask, np.full((2, 2, 2), "a"), "three axes"),
+        (check_values, np.ones((2, 2)), "one number per voxel"),
+        (check_values, np.array([np.inf, 1]), "1 values are infinite"),
+        (check_values, np.array([np.nan, np.nan]), "nothing to draw"),
     ],
 )
-def test_a_bad_mask_is_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
-    np.save(tmp_path / "mask.npy", array)
+def test_a_bad_mask_or_array_is_refused(tmp_path: Path, read: Any, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "array.npy", array)
     with pytest.raises(InputError, match=message):
-        read_mask(str(tmp_path / "mask.npy"), "zyx")
+        read(array, "x") if read is check_values else read(str(tmp_path / "array.npy"), "zyx")
 
 
-def test_bad_arrays_are_refused(tmp_path: Path) -> None:
+def test_bad_array_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", a=np.ones(3), b=np.ones((2, 2)))
-    assert read_array(f"{tmp_path / 'two.npz'}:a")[1] == "a"
-    for name, message in {"two.npz": "holds several arrays; name one", "two.npz:c": "holds no 'c'"}.items():
-        with pytest.raises(InputError, match=message):
-            read_array(str(tmp_path / name))
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00\x76\x00{'descr'")
-    with pytest.raises(InputError, match=r"not a readable \.npy"):
-        read_array(str(tmp_path / "bad.npy"))
-    for values, message in (
-        (np.ones((2, 2)), "one number per voxel"),
-        (np.array([np.inf, 1]), "1 values are infinite"),
-        (np.array([np.nan, np.nan]), "nothing to draw"),
+    assert read_array(f"{tmp_path / 'two.npz'}:a")[1] == "a"
+    for name, message in (
+        ("two.npz", "holds several arrays; name one"),
+        ("two.npz:c", "holds no 'c'"),
+        ("bad.npy", r"not a readable \.npy"),
     ):
         with pytest.raises(InputError, match=message):
-            check_values(values, "x")
+            read_array(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -386,8 +382,6 @@ def test_mapper_that_claims_too_much(tmp_path: Path) -> None:
 def test_without_nibabel(
     study: Path, mask_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "nibabel", None)
     message = refusal(capsys, "map", study, "--trial", "baseline-frozen", "--mask", mask_file)
     assert "pip install 'bert-encoding-study[maps]'" in message
