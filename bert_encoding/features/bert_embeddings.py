@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from bert_encoding.core.devices import resolve_precision
 from bert_encoding.language_model.windows import Tokens, Window, cut_windows, pad
 
 BATCH_SIZES = {"cpu": 2, "cuda": 32}
+
+_Layer = TypeVar("_Layer", bound=int | tuple[int, ...])
 
 
 def embed_stories(
@@ -50,9 +52,17 @@ def embed_stories(
     RuntimeError
         if a word with tokens got no vector, or a vector is not finite.
     """
-    groups = ((layer,) if isinstance(layer, int) else layer,)
-    arrays = _embed(bert, stories, tokenizer, groups, window_tokens, stride, precision, device, batch_size)
-    return {name: vectors[0] for name, vectors in arrays.items()}
+    return embed_layers(
+        bert,
+        stories,
+        tokenizer,
+        layers=[layer],
+        window_tokens=window_tokens,
+        stride=stride,
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+    )[layer]
 
 
 def embed_layers(
@@ -60,39 +70,23 @@ def embed_layers(
     stories: Mapping[str, Tokens],
     tokenizer: BertTokenizerFast,
     *,
-    layers: Sequence[int],
+    layers: Sequence[_Layer],
     window_tokens: int,
     stride: int,
     precision: str,
     device: torch.device,
     batch_size: int | None = None,
-) -> dict[int, dict[str, np.ndarray]]:
+) -> dict[_Layer, dict[str, np.ndarray]]:
     """Return layer -> story -> (n_words, n_hidden), as from ``embed_stories`` but from one forward pass.
 
     The result takes 4 bytes per layer, word and hidden unit: 7.6 GB for the 13 layers of BERT-base and 190,000 words.
 
     Parameters, errors
-        as in ``embed_stories``; ``layers`` are different.
+        as in ``embed_stories``; ``layers`` are different, each one layer or several of which the mean is taken.
     """
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers {list(layers)}: a layer is named twice")
-    groups = tuple((layer,) for layer in layers)
-    arrays = _embed(bert, stories, tokenizer, groups, window_tokens, stride, precision, device, batch_size)
-    return {layer: {name: vectors[i] for name, vectors in arrays.items()} for i, layer in enumerate(layers)}
-
-
-def _embed(
-    bert: BertModel,
-    stories: Mapping[str, Tokens],
-    tokenizer: BertTokenizerFast,
-    groups: tuple[tuple[int, ...], ...],
-    window_tokens: int,
-    stride: int,
-    precision: str,
-    device: torch.device,
-    batch_size: int | None,
-) -> dict[str, list[np.ndarray]]:
-    """Return story -> word vectors per group of layers, each (n_words, n_hidden); a group is the mean of its layers."""
+    groups = tuple((layer,) if isinstance(layer, int) else layer for layer in layers)
     _check_layers(groups, bert.config.num_hidden_layers)
     windows = {name: cut_windows(tokens, window_tokens, stride, tokenizer) for name, tokens in stories.items()}
     jobs = [(name, window) for name in stories for window in windows[name]]
@@ -116,7 +110,7 @@ def _embed(
             sums[name].add(words, means)
             if sums[name].n_windows == len(windows[name]):
                 vectors[name] = _averages(name, stories[name], sums.pop(name))
-    return {name: vectors[name] for name in stories}
+    return {layer: {name: vectors[name][i] for name in stories} for i, layer in enumerate(layers)}
 
 
 def _check_layers(groups: tuple[tuple[int, ...], ...], n_layers: int) -> None:
@@ -223,10 +217,7 @@ def _blocks(bert: BertModel, n: int, dtype: torch.dtype) -> list[_Block]:
 def _merged(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight and bias of a linear layer, with its adapter merged into a copy; the layer is not modified.
 
-    Raises
-    ------
-    TypeError
-        if it is not a linear layer.
+    Raises TypeError if it is not a linear layer.
     """
     if isinstance(layer, BaseTunerLayer):  # LoRA or any other kind
         if not layer.disable_adapters:

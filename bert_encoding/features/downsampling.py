@@ -37,24 +37,22 @@ def delayed_features(downsampled: np.ndarray, delays: Sequence[int], trim: Trim)
     return delayed[trim.rows(len(delayed))].astype(np.float32)
 
 
-def lanczos_downsample(
-    vectors: np.ndarray, word_times_s: np.ndarray, tr_times_s: np.ndarray, n_lobes: int = N_LOBES
-) -> np.ndarray:
+def lanczos_downsample(vectors: np.ndarray, word_times_s: np.ndarray, tr_times_s: np.ndarray) -> np.ndarray:
     """Return the Lanczos-filtered sum of word vectors at each TR, (n_trs, n_hidden).
 
     ``out[t] = sum_w L((tr_times_s[t] - word_times_s[w]) * cutoff) vectors[w]`` with
-    ``L(x) = n_lobes sin(pi x) sin(pi x / n_lobes) / (pi x)^2`` inside ``|x| <= n_lobes``, 1 at 0, and cutoff
+    ``L(x) = 3 sin(pi x) sin(pi x / 3) / (pi x)^2`` inside ``|x| <= 3``, 1 at 0, and cutoff
     ``1 / mean(diff(tr_times_s))``. A sum, not a mean: word rate enters the features, as in the published pipelines
     (HuthLab/deep-fMRI-dataset, encoding/ridge_utils/interpdata.py, ``lanczosinterp2D``).
     """
     words, trs = np.asarray(word_times_s), np.asarray(tr_times_s)
     cutoff = 1 / np.mean(np.diff(trs))
-    reach = n_lobes / cutoff
+    reach = N_LOBES / cutoff
     first, stop = np.searchsorted(trs, words - reach, "left"), np.searchsorted(trs, words + reach, "right")
     columns = np.repeat(np.arange(len(words)), stop - first)  # word of each non-zero weight
     rows = np.arange(len(columns)) - np.repeat(np.cumsum(stop - first) - stop, stop - first)
     x = (trs[rows] - words[columns]) * cutoff
-    weights = csr_array((np.sinc(x) * np.sinc(x / n_lobes), (rows, columns)), shape=(len(trs), len(words)))
+    weights = csr_array((np.sinc(x) * np.sinc(x / N_LOBES), (rows, columns)), shape=(len(trs), len(words)))
     return weights @ np.asarray(vectors, dtype=np.float64)
 
 

@@ -46,10 +46,7 @@ class StaticVectors:
 def static_vectors(spoken: Sequence[str], table: StaticVectors) -> np.ndarray:
     """Return the vector of every word, (n_words, n_dims) float32; zero for empty and unknown words.
 
-    Raises
-    ------
-    InputError
-        if no word is known.
+    Raises InputError if no word is known.
     """
     if not coverage(spoken, table):
         raise InputError(f"{table.path}: has none of a story's words; is it in the language of the stories?")
@@ -81,7 +78,10 @@ def read_static_vectors(path: Path, words: set[str]) -> StaticVectors:
     InputError
         if gensim is not installed, or the file is missing, malformed, or has none of the words.
     """
-    load = _gensim_loader(path)
+    try:
+        from gensim.models import KeyedVectors
+    except ImportError:
+        raise InputError(f"{path}: static vectors need gensim; pip install 'bert-encoding-study[static]'") from None
     try:
         with _open(path) as file:
             layout = _layout(path, file)
@@ -97,7 +97,7 @@ def read_static_vectors(path: Path, words: set[str]) -> StaticVectors:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     if not selected:
         raise InputError(f"{path}: has none of the {len(words)} words of the stories; is it in their language?")
-    return _through_gensim(load, path, layout, selected)
+    return _through_gensim(KeyedVectors.load_word2vec_format, path, layout, selected)
 
 
 class Layout(NamedTuple):
@@ -115,14 +115,6 @@ class Entry(NamedTuple):
     place: str
     word: bytes
     raw: bytes
-
-
-def _gensim_loader(path: Path) -> Any:
-    try:
-        from gensim.models import KeyedVectors
-    except ImportError:
-        raise InputError(f"{path}: static vectors need gensim; pip install 'bert-encoding-study[static]'") from None
-    return KeyedVectors.load_word2vec_format
 
 
 def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
@@ -171,19 +163,15 @@ def _text_entries(path: Path, file: BinaryIO | gzip.GzipFile, layout: Layout) ->
             raise InputError(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes: not a file of vectors")
         if content := line.rstrip():
             n_entries += 1
-            yield _text_entry(path, number, content, layout.n_dims)
+            word, _, raw = content.partition(SPACE)
+            n_numbers = raw.count(SPACE) + 1 if raw else 0
+            if n_numbers != layout.n_dims:
+                place = f"{path}: line {number}: {_show(word)}"
+                raise InputError(f"{place} has {n_numbers} numbers, expected {layout.n_dims}; download the file again")
+            yield Entry(f"line {number}", word, raw)
         line = file.readline(MAX_LINE_BYTES)
     if layout.n_vectors not in (None, n_entries):
         raise InputError(f"{path}: its header says {layout.n_vectors} vectors, it holds {n_entries}; download it again")
-
-
-def _text_entry(path: Path, number: int, content: bytes, n_dims: int) -> Entry:
-    word, _, raw = content.partition(SPACE)
-    n_numbers = raw.count(SPACE) + 1 if raw else 0
-    if n_numbers != n_dims:
-        line = f"{path}: line {number}: {_show(word)}"
-        raise InputError(f"{line} has {n_numbers} numbers, expected {n_dims}; download the file again")
-    return Entry(f"line {number}", word, raw)
 
 
 def _binary_entries(path: Path, file: BinaryIO | gzip.GzipFile, layout: Layout) -> Iterator[Entry]:
@@ -231,16 +219,11 @@ def _through_gensim(load: Any, path: Path, layout: Layout, entries: dict[bytes, 
 
 def _check_numbers(line: str, word: bytes, fields: list[bytes]) -> None:
     for text in fields:
-        if not _is_number(text):
-            raise InputError(f"{line}: {_show(word)} has {_show(text)} among its numbers; download the file again")
-
-
-def _is_number(text: bytes) -> bool:
-    try:
-        float(text.decode())
-    except ValueError:
-        return False
-    return True
+        try:
+            float(text.decode())
+        except ValueError:
+            line = f"{line}: {_show(word)}"
+            raise InputError(f"{line} has {_show(text)} among its numbers; download the file again") from None
 
 
 def _show(raw: bytes) -> str:

@@ -111,10 +111,7 @@ def export_words(
 def check_words(words: Sequence[str]) -> None:
     """Check the words to search for.
 
-    Raises
-    ------
-    InputError
-        if there is none, one is empty, or one is given twice.
+    Raises InputError if there is none, one is empty, or one is given twice.
     """
     if not words or not all(word.strip() for word in words):
         raise InputError(f"--words {','.join(words)}: a word is empty; give words with commas between, as in talk,walk")

@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,10 +82,7 @@ def load_encoder(name: str) -> Encoder:
 
     ``minilm`` is all-MiniLM-L6-v2 with our masked-LM adapter merged and our head; ``minilm-plain`` has neither.
 
-    Raises
-    ------
-    InputError
-        if there is no such checkpoint, it is not a BERT, or its weights are not the expected ones.
+    Raises InputError if there is no such checkpoint, it is not a BERT, or its weights are not the expected ones.
     """
     if name in BUNDLED:
         return _load_minilm(name)
@@ -113,9 +110,8 @@ def load_encoder(name: str) -> Encoder:
 
 def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
     """Return the weights of the pooler and the next-sentence head, from the file of the masked LM."""
-    local = Path(name) / "model.safetensors"
-    file = str(local) if Path(name).is_dir() else try_to_load_from_cache(name, local.name)
-    if not isinstance(file, str) or not Path(file).is_file():
+    file = _checkpoint_file(name, "model.safetensors")
+    if not file.is_file():
         return None  # weights in several files: not the case for BERT
     with safe_open(file, framework="pt") as weights:
         if not set(NEXT_SENTENCE_KEYS) <= set(weights.keys()):
@@ -126,7 +122,7 @@ def _read_next_sentence(name: str) -> dict[str, torch.Tensor] | None:
 def model_shape(name: str) -> dict[str, int]:
     """Return n_layers, n_hidden, n_intermediate from the configuration alone; BERT-base's if there is none locally."""
     try:
-        content = json.loads(_config_file(name).read_text())
+        content = json.loads(_checkpoint_file(name, "config.json").read_text())
     except (OSError, ValueError):  # reported when the model is loaded
         content = {}
     minilm = {"n_layers": 6, "n_hidden": 384, "n_intermediate": 1536}
@@ -135,27 +131,21 @@ def model_shape(name: str) -> dict[str, int]:
     return {ours: int(content.get(theirs, default[ours])) for ours, theirs in keys.items()}
 
 
-def _config_file(name: str) -> Path:
-    """Return the path of a configuration: in the package, a folder, or the hub's cache."""
+def _checkpoint_file(name: str, file: str) -> Path:
+    """Return where a file of a checkpoint is, if it exists: in the package, a folder, or the hub's cache."""
     if name in BUNDLED and _minilm_installed():
-        return _minilm_folder() / "config.json"
-    local = Path(name) / "config.json"
-    if name in BUNDLED or Path(name).exists():
-        return local
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        cached = None
-    return Path(cached) if isinstance(cached, str) else local
+        return _minilm_folder() / file
+    if name not in BUNDLED and not Path(name).exists():
+        with suppress(HFValidationError):
+            cached = try_to_load_from_cache(name, file)
+            return Path(cached) if isinstance(cached, str) else Path(name) / file
+    return Path(name) / file
 
 
 def check_layer(layer: int | tuple[int, ...] | None, name: str) -> None:
     """Check the layer of a bundled or local model; ``check_model`` and loading check those of a hub model.
 
-    Raises
-    ------
-    InputError
-        if there is no such layer.
+    Raises InputError if there is no such layer.
     """
     if name in BUNDLED or (Path(name) / "config.json").is_file():
         check_layers(layer, name, model_shape(name)["n_layers"])
@@ -172,10 +162,7 @@ def check_layers(layer: int | tuple[int, ...] | None, name: str, n_layers: int) 
 def check_model(name: str, layer: int | tuple[int, ...] | None) -> None:
     """Check a model and its layer before any worker starts; the hub is asked for models that are not local.
 
-    Raises
-    ------
-    InputError
-        if there is no such checkpoint, it is not a BERT, or it has no such layer.
+    Raises InputError if there is no such checkpoint, it is not a BERT, or it has no such layer.
     """
     check_layers(layer, name, load_config(name).num_hidden_layers)
 
@@ -183,10 +170,7 @@ def check_model(name: str, layer: int | tuple[int, ...] | None) -> None:
 def check_model_name(name: str) -> None:
     """Check the name of a model without loading its weights or asking the hub.
 
-    Raises
-    ------
-    InputError
-        if ``name`` is a folder without a checkpoint, or cannot be the name of a model.
+    Raises InputError if ``name`` is a folder without a checkpoint, or cannot be the name of a model.
     """
     path = Path(name)
     if name in BUNDLED:
@@ -227,10 +211,7 @@ def checkpoint_fingerprint(name: str) -> str:
 def load_config(name: str) -> BertConfig:
     """Return a checkpoint's configuration, from disk or hub.
 
-    Raises
-    ------
-    InputError
-        if there is none, or it is not BERT's.
+    Raises InputError if there is none, or it is not BERT's.
     """
     if name in BUNDLED:
         return AutoConfig.from_pretrained(_minilm_folder())

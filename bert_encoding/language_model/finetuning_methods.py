@@ -73,8 +73,9 @@ class WeightChange(NamedTuple):
 def prepare_model(config: TuningConfig, encoder: Encoder) -> PeftModel | BertForMaskedLM:
     """Copy the pretrained model and let exactly those parameters require gradients that the method trains.
 
-    ``frozen`` and ``random`` train nothing; ``lora`` gives a ``PeftModel``; ``full`` and ``partial`` also train the
-    masked-LM head. The decoder shares its matrix with the word embeddings and trains if they do.
+    ``frozen`` and ``random``, with random weights, train nothing; ``lora`` gives a ``PeftModel``; ``full`` and
+    ``partial`` also train the masked-LM head. The decoder shares its matrix with the word embeddings and trains if they
+    do.
 
     Raises
     ------
@@ -85,7 +86,8 @@ def prepare_model(config: TuningConfig, encoder: Encoder) -> PeftModel | BertFor
         raise ValueError(f"method {config.method}: has no BERT")
     _check_blocks(config, encoder)
     if config.method == RANDOM:
-        return _random_model(config, encoder)
+        torch.manual_seed(derive_seed(config.seed, "random weights"))
+        return BertForMaskedLM(copy.deepcopy(encoder.model.config)).float().requires_grad_(False).eval()
     model = encoder.copy_model().requires_grad_(False)
     if config.method == FROZEN:
         return model.eval()
@@ -125,12 +127,6 @@ def _check_layer_can_change(config: TuningConfig, encoder: Encoder) -> None:
             f"layer {config.layer}: method {config.method} with these settings changes no layer below {first}; "
             f"choose layer {first} or higher"
         )
-
-
-def _random_model(config: TuningConfig, encoder: Encoder) -> BertForMaskedLM:
-    """Return a randomly initialised BERT of the same architecture."""
-    torch.manual_seed(derive_seed(config.seed, "random weights"))
-    return BertForMaskedLM(copy.deepcopy(encoder.model.config)).float().requires_grad_(False).eval()
 
 
 def _with_adapter(model: BertForMaskedLM, config: TuningConfig) -> PeftModel:
@@ -183,10 +179,7 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
 def measure_change(model: torch.nn.Module, encoder: Encoder) -> WeightChange:
     """Compare a tuned model, with or without an adapter, with the pretrained one; neither is modified.
 
-    Raises
-    ------
-    FloatingPointError
-        if a tuned weight is not finite.
+    Raises FloatingPointError if a tuned weight is not finite.
     """
     tuned = masked_lm(model).bert.encoder
     squares, ranks = 0.0, []
@@ -242,10 +235,7 @@ def tuned_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def restore_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Set the trainable parameters to what ``tuned_state`` returned, bit for bit.
 
-    Raises
-    ------
-    ValueError
-        if the trainable parameters have other names.
+    Raises ValueError if the trainable parameters have other names.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if unmatched := sorted(trainable.keys() ^ state.keys()):

@@ -178,10 +178,7 @@ def load_adapter(encoder: Encoder, folder: Path) -> BertModel:
     The adapter's keys name the masked LM (``base_model.model.bert.encoder...``). On a bare ``BertModel`` they match
     nothing and PEFT only warns, so the adapter is loaded onto the masked LM and its encoder is returned.
 
-    Raises
-    ------
-    InputError
-        if there is no adapter, it belongs to another model, or applying it changes nothing.
+    Raises InputError if there is no adapter, it belongs to another model, or applying it changes nothing.
     """
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: no adapter_config.json; give a folder in PEFT format")

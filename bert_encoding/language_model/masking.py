@@ -59,19 +59,26 @@ def mask_windows(
         if there is no token to choose.
     """
     units = [_units(window, whole_words) for window in windows]
-    draws = [_draw(unit, n_vocabulary, rng) for unit in units]
-    chosen_units = [draw.choice < probability for draw in draws]
-    if not any(chosen.any() for chosen in chosen_units):
-        _choose_one(chosen_units, rng)
+    n_units = [unit.max() + 1 for unit in units]
+    draws = [
+        (rng.random(n), rng.random(unit.size), rng.integers(n_vocabulary, size=unit.size))
+        for unit, n in zip(units, n_units, strict=True)
+    ]
+    is_chosen = np.concatenate([choice for choice, _, _ in draws]) < probability  # of all units of all windows
+    if not is_chosen.size:
+        raise ValueError("nothing to mask: the windows hold only [CLS] and [SEP]")
+    if not is_chosen.any():
+        is_chosen[rng.integers(is_chosen.size)] = True
+    chosen_units = np.split(is_chosen, np.cumsum(n_units)[:-1])
     ids, attention = pad(windows, pad_id)
     chosen, replaced = np.zeros(ids.shape, bool), ids.copy()
-    for row, (unit, draw) in enumerate(zip(units, draws, strict=True)):
+    for row, (unit, (_, action, replacement)) in enumerate(zip(units, draws, strict=True)):
         here = (unit >= 0) & np.append(chosen_units[row], False)[unit]  # the appended False is for unit -1, no unit
         chosen[row, : unit.size] = here
-        masked = here & (draw.action < SHARE_MASK)
-        at_random = here & (draw.action >= SHARE_MASK) & (draw.action < SHARE_MASK + SHARE_RANDOM)
+        masked = here & (action < SHARE_MASK)
+        at_random = here & (action >= SHARE_MASK) & (action < SHARE_MASK + SHARE_RANDOM)
         replaced[row, : unit.size][masked] = mask_id
-        replaced[row, : unit.size][at_random] = draw.replacement[at_random]
+        replaced[row, : unit.size][at_random] = replacement[at_random]
     return MaskedBatch(replaced, attention, chosen, ids[chosen])
 
 
@@ -88,38 +95,9 @@ def split_masked(batch: MaskedBatch, size: int) -> list[MaskedBatch]:
     return parts
 
 
-class _Draw(NamedTuple):
-    """The random numbers of one window: ``choice`` (n_units,), the others (n_tokens,)."""
-
-    choice: np.ndarray
-    action: np.ndarray
-    replacement: np.ndarray
-
-
-def _draw(units: np.ndarray, n_vocabulary: int, rng: np.random.Generator) -> _Draw:
-    return _Draw(
-        choice=rng.random(units.max() + 1),
-        action=rng.random(units.size),
-        replacement=rng.integers(n_vocabulary, size=units.size),
-    )
-
-
 def _units(window: Window, whole_words: bool) -> np.ndarray:
     """Return the unit of each token, (n_tokens,): its word or itself; -1 for tokens that are never chosen."""
     words = np.concatenate([[NO_WORD], window.word_ids, [NO_WORD]])
     real, units = words != NO_WORD, np.full(words.size, -1)
     units[real] = np.unique(words[real], return_inverse=True)[1] if whole_words else np.arange(real.sum())
     return units
-
-
-def _choose_one(chosen_units: list[np.ndarray], rng: np.random.Generator) -> None:
-    """Choose one unit of all windows, all with the same probability."""
-    sizes = [chosen.size for chosen in chosen_units]
-    if not sum(sizes):
-        raise ValueError("nothing to mask: the windows hold only [CLS] and [SEP]")
-    index = int(rng.integers(sum(sizes)))
-    for chosen in chosen_units:
-        if index < chosen.size:
-            chosen[index] = True
-            return
-        index -= chosen.size

@@ -94,19 +94,12 @@ class NextSentence:
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> PairBatch:
         relation = np.array([IS_OTHER if i % 2 else IS_NEXT for i in indices])
-        firsts = [int(i) // 2 for i in indices]
-        seconds = [
-            self._draw_other(pair, epoch_rng) if kind == IS_OTHER else pair
-            for pair, kind in zip(firsts, relation, strict=True)
-        ]
-        windows = [
-            _join(self.pairs[first][0], self.pairs[second][1], self.tokenizer)
-            for first, second in zip(firsts, seconds, strict=True)
-        ]
+        joined = [(i // 2, self._draw_other(i // 2, epoch_rng) if i % 2 else i // 2) for i in map(int, indices)]
+        windows = [_join(self.pairs[a][0], self.pairs[b][1], self.tokenizer) for a, b in joined]
         masked = mask_windows(
             windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
         )
-        n_first = np.array([[len(self.pairs[first][0].ids) + 2] for first in firsts])  # with [CLS] and [SEP]
+        n_first = np.array([[len(self.pairs[a][0].ids) + 2] for a, _ in joined])  # with [CLS] and [SEP]
         is_second = np.arange(masked.ids.shape[1]) >= n_first  # (n_pairs, longest)
         return PairBatch(masked, is_second * masked.attention, relation)
 

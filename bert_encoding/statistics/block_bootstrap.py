@@ -51,18 +51,12 @@ class Replicates:
 
 
 def time_replicates(
-    Y: np.ndarray,
-    predicted: np.ndarray,
-    story_of_row: np.ndarray,
-    *,
-    n_resamples: int = N_RESAMPLES,
-    block_trs: int = BLOCK_TRS,
-    seed: int = 0,
+    Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, *, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Replicates:
     """Resample the CC of one model and one panel of voxels.
 
     A brain that does not fit in memory is passed panel by panel, and the replicates are joined. The draws depend only
-    on the rows of the stories, ``n_resamples``, ``block_trs`` and ``seed``, so panels and models share them.
+    on the rows of the stories, ``n_resamples`` and ``seed``, so panels and models share them.
 
     Parameters
     ----------
@@ -79,7 +73,7 @@ def time_replicates(
         raise ValueError(f"responses {Y.shape} and predictions {predicted.shape}: expected one (n_rows, n_voxels)")
     if story_of_row.shape != Y.shape[:1] or not len(Y):
         raise ValueError(f"rows disagree: responses {len(Y)}, story_of_row {story_of_row.shape}")
-    starts, story_of_block, order = _blocks(story_of_row, block_trs)
+    starts, story_of_block, order = _blocks(story_of_row)
     if np.unique(story_of_block).size == story_of_block.size:  # a story of one block has nothing to draw from
         n_resamples = 0
     weights = _draws(story_of_block, n_resamples, generator(seed, "time interval"))
@@ -95,10 +89,7 @@ def time_replicates(
 def join_replicates(panels: Sequence[Replicates]) -> Replicates:
     """Join the panels of one brain, in the order of their voxels.
 
-    Raises
-    ------
-    ValueError
-        if there are none, or their draws differ.
+    Raises ValueError if there are none, or their draws differ.
     """
     if not panels:
         raise ValueError("there are no replicates")
@@ -112,10 +103,7 @@ def mean_replicates(subjects: Sequence[Replicates]) -> Replicates:
 
     Subjects with the same rows share the draws; the draws of a subject that lacks a story are treated as independent.
 
-    Raises
-    ------
-    ValueError
-        if there are none, one has no voxel, or their numbers of resamples differ.
+    Raises ValueError if there are none, one has no voxel, or their numbers of resamples differ.
     """
     if not subjects:
         raise ValueError("there are no replicates")
@@ -131,10 +119,7 @@ def mean_replicates(subjects: Sequence[Replicates]) -> Replicates:
 def replicates_interval(replicates: Replicates) -> Interval:
     """Return the mean CC over all voxels of the replicates, and its interval over time.
 
-    Raises
-    ------
-    ValueError
-        if no voxel has a CC.
+    Raises ValueError if no voxel has a CC.
     """
     return _interval_of_means(replicates.mean, replicates.n_blocks)
 
@@ -142,10 +127,7 @@ def replicates_interval(replicates: Replicates) -> Interval:
 def difference_interval(a: Replicates, b: Replicates) -> Interval:
     """Return the mean CC of model a minus that of model b, and its interval over time, resample by resample.
 
-    Raises
-    ------
-    ValueError
-        if draws or voxels differ, or no voxel has a CC.
+    Raises ValueError if draws or voxels differ, or no voxel has a CC.
     """
     _check_paired([a, b])
     if not np.array_equal(a.used, b.used):
@@ -172,11 +154,11 @@ def _digest(*arrays: np.ndarray) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
-def _blocks(story_of_row: np.ndarray, block_trs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _blocks(story_of_row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first row and the story of each block, (n_blocks,), in rows sorted by story, and that order."""
     order = np.argsort(story_of_row, kind="stable")
     _, first_rows, n_rows = np.unique(story_of_row[order], return_index=True, return_counts=True)
-    starts = [first + np.arange(0, n, block_trs) for first, n in zip(first_rows, n_rows, strict=True)]
+    starts = [first + np.arange(0, n, BLOCK_TRS) for first, n in zip(first_rows, n_rows, strict=True)]
     story_of_block = np.repeat(np.arange(len(starts)), [len(of_story) for of_story in starts])
     return np.concatenate(starts), story_of_block, order
 

@@ -1,7 +1,5 @@
 """The noise ceiling: the best possible CC of each voxel, from repeated scans of one story."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +7,7 @@ import numpy as np
 from bert_encoding.core.errors import InputError, first_line
 from bert_encoding.datasets.responses import BLOCK_BYTES, Responses, Source
 
-CC_MAX_FLOOR = 0.4  # few voxels without signal exceed it by chance: docs/statistics.md
+CC_MAX_FLOOR = 0.4  # below it cc_max is mostly noise: few voxels without signal exceed it by chance: docs/statistics.md
 
 
 class NoiseCeiling(NamedTuple):
@@ -91,25 +89,22 @@ def ceiling_of(responses: Responses, voxels: np.ndarray) -> NoiseCeiling:
     return NoiseCeiling(cc_max, signal, noise, n_repeats)
 
 
-def normalised_cc(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_MAX_FLOOR) -> np.ndarray:
-    """Return ``cc / cc_max``, (n_voxels,) float64; NaN where cc_max is below the floor or unknown.
+def normalised_cc(cc: np.ndarray, cc_max: np.ndarray) -> np.ndarray:
+    """Return ``cc / cc_max``, (n_voxels,) float64; NaN where cc_max is below ``CC_MAX_FLOOR`` or unknown.
 
     On average it is 1 for a perfect model; the estimate of a single voxel may exceed 1.
 
     Parameters
     ----------
     cc : (n_voxels,) of the mean of the repeats from which cc_max, (n_voxels,), was estimated
-    floor : above 0; below it cc_max is mostly noise, see ``CC_MAX_FLOOR``
     """
     if cc.shape != cc_max.shape:
         raise ValueError(f"cc {cc.shape} and cc_max {cc_max.shape} must have one shape")
-    if not 0 < floor <= 1:
-        raise ValueError(f"floor {floor}: expected a number above 0 and at most 1")
     normalised = np.full(cc.shape, np.nan)
-    return np.divide(cc, cc_max, out=normalised, where=cc_max >= floor, dtype=np.float64)
+    return np.divide(cc, cc_max, out=normalised, where=cc_max >= CC_MAX_FLOOR, dtype=np.float64)
 
 
-def summarise_normalised(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_MAX_FLOOR) -> dict[str, float | None]:
+def summarise_normalised(cc: np.ndarray, cc_max: np.ndarray) -> dict[str, float | None]:
     """Summarise the normalised CC over voxels.
 
     Returns
@@ -119,7 +114,7 @@ def summarise_normalised(cc: np.ndarray, cc_max: np.ndarray, floor: float = CC_M
         cc or cc_max; together all voxels
     ``share_below_floor`` : among the voxels that have both; None if there are none
     """
-    normalised = normalised_cc(cc, cc_max, floor)
+    normalised = normalised_cc(cc, cc_max)
     n_used = int(np.count_nonzero(~np.isnan(normalised)))
     n_known = int(np.count_nonzero(~np.isnan(cc) & ~np.isnan(cc_max)))
     return {
@@ -152,23 +147,16 @@ def _read(responses: Responses, source: Source, voxels: np.ndarray) -> np.ndarra
         return out
     first, past = int(voxels[0]), int(voxels[-1]) + 1
     n_at_once = max(1, BLOCK_BYTES // ((past - first) * source.dtype.itemsize))
-    for repeat in range(n_repeats):
-        for start in range(0, n_rows, n_at_once):
-            rows = slice(start, start + n_at_once)
-            with _naming_damage(responses):
-                block = source[repeat, rows, first:past]
-            out[repeat, rows] = block[:, voxels - first]
-    return out
-
-
-@contextmanager
-def _naming_damage(responses: Responses) -> Iterator[None]:
     try:
-        yield
+        for repeat in range(n_repeats):
+            for start in range(0, n_rows, n_at_once):
+                rows = slice(start, start + n_at_once)
+                out[repeat, rows] = source[repeat, rows, first:past][:, voxels - first]
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{_name(responses)}: its repeats cannot be read to their end ({first_line(error)}); download it again"
         ) from None
+    return out
 
 
 def _name(responses: Responses) -> str:

@@ -26,7 +26,6 @@ def block_permutation_p(
     story_of_row: np.ndarray,
     *,
     n_permutations: int = N_PERMUTATIONS,
-    block_trs: int = BLOCK_TRS,
     seed: int = 0,
 ) -> np.ndarray:
     """Return the one-sided p value of each voxel's CC, (n_voxels,) float64.
@@ -49,7 +48,6 @@ def block_permutation_p(
     ----------
     Y, predicted : (n_rows, n_voxels) responses, and predictions of a model that never saw them
     story_of_row : (n_rows,) label of each row's story; rows of a story are in order of time
-    block_trs : length of a block, in TRs
 
     Returns
     -------
@@ -61,9 +59,9 @@ def block_permutation_p(
     ValueError
         if shapes disagree, or ``count_orders`` is below ``n_permutations`` because the stories are too short.
     """
-    _check(Y, predicted, story_of_row, n_permutations, block_trs)
-    stories = _blocks(story_of_row, block_trs)
-    smallest = max(SMALLEST_P, 1 / count_orders(story_of_row, block_trs))
+    _check(Y, predicted, story_of_row, n_permutations)
+    stories = _blocks(story_of_row)
+    smallest = max(SMALLEST_P, 1 / count_orders(story_of_row))
     permutations = _permutations(stories, n_permutations, generator(seed, "block permutation"))
     n_products = max(1, sum(len(rows) ** 2 for rows in stories))
     n_columns = max(1, WORK_BYTES // (8 * (n_products + n_permutations + len(Y))))
@@ -74,9 +72,9 @@ def block_permutation_p(
     return p
 
 
-def count_orders(story_of_row: np.ndarray, block_trs: int = BLOCK_TRS) -> int:
+def count_orders(story_of_row: np.ndarray) -> int:
     """Return the number of possible orders of the blocks of all stories; p is at least 1 divided by it."""
-    return math.prod(math.factorial(len(rows)) for rows in _blocks(story_of_row, block_trs))
+    return math.prod(math.factorial(len(rows)) for rows in _blocks(story_of_row))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -92,30 +90,30 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return q
 
 
-def _check(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_permutations: int, block_trs: int) -> None:
+def _check(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_permutations: int) -> None:
     if Y.shape != predicted.shape or Y.ndim != 2:
         raise ValueError(
             f"responses {Y.shape} and predictions {predicted.shape} must have one shape (n_rows, n_voxels)"
         )
     if story_of_row.shape != Y.shape[:1]:
         raise ValueError(f"rows disagree: responses {len(Y)}, story_of_row {story_of_row.shape}")
-    if n_permutations < 1 or block_trs < 1:
-        raise ValueError(f"n_permutations {n_permutations} and block_trs {block_trs} must be at least 1")
-    n_orders = count_orders(story_of_row, block_trs)
+    if n_permutations < 1:
+        raise ValueError(f"n_permutations {n_permutations}: must be at least 1")
+    n_orders = count_orders(story_of_row)
     if n_orders < n_permutations:
         raise ValueError(
-            f"the stories' blocks of {block_trs} TRs have {n_orders} orders, fewer than {n_permutations} permutations; "
+            f"the stories' blocks of {BLOCK_TRS} TRs have {n_orders} orders, fewer than {n_permutations} permutations; "
             "use longer stories, shorter blocks or fewer permutations"
         )
 
 
-def _blocks(story_of_row: np.ndarray, block_trs: int) -> list[np.ndarray]:
-    """Return the rows of each story that are permuted, (n_blocks, block_trs)."""
+def _blocks(story_of_row: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each story that are permuted, (n_blocks, ``BLOCK_TRS``)."""
     stories = []
     for label in np.unique(story_of_row):
         rows = np.flatnonzero(story_of_row == label)
-        n_blocks = len(rows) // block_trs
-        stories.append(rows[: n_blocks * block_trs].reshape(n_blocks, block_trs))
+        n_blocks = len(rows) // BLOCK_TRS
+        stories.append(rows[: n_blocks * BLOCK_TRS].reshape(n_blocks, BLOCK_TRS))
     return stories
 
 
@@ -196,7 +194,7 @@ def _inflation(y: np.ndarray, p: np.ndarray, stories: list[np.ndarray]) -> np.nd
     up to ``LONGEST_LAG_TRS``.
     """
     moving = [rows for rows in stories if len(rows) > 1]  # a single block stays in place
-    n_blocks, block_trs = sum(len(rows) for rows in moving), stories[0].shape[1]
+    n_blocks = sum(len(rows) for rows in moving)
     y_courses, p_courses = ([values[rows.ravel()] for rows in moving] for values in (y, p))
     total, inside = np.zeros(y.shape[1]), np.zeros(y.shape[1])
     for lag in range(1 + LONGEST_LAG_TRS):
@@ -206,7 +204,7 @@ def _inflation(y: np.ndarray, p: np.ndarray, stories: list[np.ndarray]) -> np.nd
         product = _lagged_sum(y_courses, lag) * _lagged_sum(p_courses, lag) / n_pairs  # n_pairs c_y c_p
         product *= 1 if lag == 0 else 2  # positive and negative lags
         total += product
-        inside += product * (n_blocks * max(0, block_trs - lag) / n_pairs)
+        inside += product * (n_blocks * max(0, BLOCK_TRS - lag) / n_pairs)
     return np.divide(total, inside, out=np.ones_like(total), where=(total > inside) & (inside > 0))
 
 

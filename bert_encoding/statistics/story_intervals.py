@@ -69,20 +69,15 @@ def story_interval(values: np.ndarray) -> Interval:
     ValueError
         if a story has no value, or there is no story.
     """
-    means = _mean_of_stories(values)
-    estimate, n = float(means.mean()), means.size
-    if n < 2:
-        return Interval(estimate, np.nan, np.nan, LEVEL, n, STORIES)
-    reach = student.ppf((1 + LEVEL) / 2, n - 1) * means.std(ddof=1) / np.sqrt(n)
-    return Interval(estimate, float(means.mean() - reach), float(means.mean() + reach), LEVEL, n, STORIES)
-
-
-def _mean_of_stories(values: np.ndarray) -> np.ndarray:
-    """Return a value for each story, (n_stories,) float64."""
     if not len(values):
         raise ValueError("there are no stories")
     table = np.asarray(values, np.float64).reshape(len(values), -1)
     has_value = ~np.isnan(table)
     if not has_value.any(axis=1).all():
         raise ValueError("a story has no value")
-    return np.where(has_value, table, 0).sum(axis=1) / has_value.sum(axis=1)
+    means = np.where(has_value, table, 0).sum(axis=1) / has_value.sum(axis=1)  # (n_stories,)
+    estimate, n = float(means.mean()), means.size
+    if n < 2:
+        return Interval(estimate, np.nan, np.nan, LEVEL, n, STORIES)
+    reach = float(student.ppf((1 + LEVEL) / 2, n - 1) * means.std(ddof=1) / np.sqrt(n))
+    return Interval(estimate, estimate - reach, estimate + reach, LEVEL, n, STORIES)

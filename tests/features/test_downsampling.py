@@ -35,22 +35,20 @@ def lanczos(x: float) -> float:
     return 1.0 if x == 0 else 3 * math.sin(math.pi * x) * math.sin(math.pi * x / 3) / (math.pi * x) ** 2
 
 
-def published_downsample(
-    vectors: np.ndarray, times_s: np.ndarray, tr_times_s: np.ndarray, n_lobes: int = 3
-) -> np.ndarray:
+def published_downsample(vectors: np.ndarray, times_s: np.ndarray, tr_times_s: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # ridge_utils divides 0 by 0 at a word exactly at a TR, then mends it
-        return lanczosinterp2D(vectors, times_s, tr_times_s, window=n_lobes)
+        return lanczosinterp2D(vectors, times_s, tr_times_s, window=3)
 
 
-@pytest.mark.parametrize(("tr_s", "n_lobes"), [(2.0, 3), (1.5, 3), (2.0, 1), (2.0, 5)])
+@pytest.mark.parametrize("tr_s", [2.0, 1.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_lanczos_equals_the_huth_labs_code(seed: int, tr_s: float, n_lobes: int) -> None:
+def test_lanczos_equals_the_huth_labs_code(seed: int, tr_s: float) -> None:
     rng = np.random.default_rng(seed)
     tr_times_s = clock(40, tr_s)
     times_s = word_times(rng, tr_times_s, 170)
     vectors = rng.standard_normal((170, 6))
-    expected = published_downsample(vectors, times_s, tr_times_s, n_lobes)
-    np.testing.assert_allclose(lanczos_downsample(vectors, times_s, tr_times_s, n_lobes), expected, rtol=0, atol=1e-12)
+    expected = published_downsample(vectors, times_s, tr_times_s)
+    np.testing.assert_allclose(lanczos_downsample(vectors, times_s, tr_times_s), expected, rtol=0, atol=1e-12)
 
 
 def test_a_word_exactly_at_a_tr_counts_once_there_and_nowhere_else() -> None:

@@ -193,12 +193,6 @@ def test_without_a_voxel_above_the_floor_the_mean_is_null(cc_max: np.ndarray) ->
     assert (summary["share_below_floor"] is None) == bool(np.isnan(cc_max).all())
 
 
-@pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, np.nan])
-def test_a_floor_outside_0_to_1_is_refused(floor: float) -> None:
-    with pytest.raises(ValueError, match="floor"):
-        normalised_cc(np.ones(2), np.ones(2), floor)
-
-
 def test_unequal_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         normalised_cc(np.ones(2), np.ones(3))

@@ -162,7 +162,7 @@ def test_a_course_that_repeats_in_every_block_ties_with_all_its_permutations() -
 def test_the_observed_order_is_all_that_short_stories_have() -> None:
     story_of_row = stories(19, 9, 60)
     assert count_orders(story_of_row) == math.factorial(6)
-    assert count_orders(story_of_row, block_trs=3) == math.factorial(6) * math.factorial(3) * math.factorial(20)
+    assert count_orders(stories(69, 30, 200)) == math.factorial(6) * math.factorial(3) * math.factorial(20)
     assert count_orders(stories(5)) == 1
     with pytest.raises(ValueError, match="720 orders, fewer than 1000"):
         block_permutation_p(np.zeros((88, 2)), np.zeros((88, 2)), story_of_row)
@@ -216,7 +216,8 @@ def test_without_inflation_chance_would_pass_for_success(
     """The check above can fail: rows that are permuted one by one keep nothing of a slow course, and blocks too little
     of a very slow one."""
     monkeypatch.setattr(permutation, "LONGEST_LAG_TRS", 0)
-    p = block_permutation_p(*silent(lag_1, n_voxels), n_permutations=400, block_trs=block_trs)
+    monkeypatch.setattr(permutation, "BLOCK_TRS", block_trs)
+    p = block_permutation_p(*silent(lag_1, n_voxels), n_permutations=400)
     assert np.mean(p < 0.05) > band(n_voxels)[1]
 
 
