@@ -86,7 +86,7 @@ def embed_layers(
     """
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers {list(layers)}: a layer is named twice")
-    groups = tuple((layer,) if isinstance(layer, int) else layer for layer in layers)
+    groups: tuple[tuple[int, ...], ...] = tuple((layer,) if isinstance(layer, int) else layer for layer in layers)
     _check_layers(groups, bert.config.num_hidden_layers)
     windows = {name: cut_windows(tokens, window_tokens, stride, tokenizer) for name, tokens in stories.items()}
     jobs = [(name, window) for name in stories for window in windows[name]]

@@ -51,15 +51,6 @@ def test_lanczos_equals_the_huth_labs_code(seed: int, tr_s: float) -> None:
     np.testing.assert_allclose(lanczos_downsample(vectors, times_s, tr_times_s), expected, rtol=0, atol=1e-12)
 
 
-def test_a_word_exactly_at_a_tr_counts_once_there_and_nowhere_else() -> None:
-    tr_times_s = clock(15)
-    vectors = np.array([[2.0, -3.0]])
-    expected = np.zeros((15, 2))
-    expected[6] = vectors[0]
-    downsampled = lanczos_downsample(vectors, tr_times_s[6:7], tr_times_s)
-    np.testing.assert_allclose(downsampled, expected, rtol=0, atol=1e-15)
-
-
 @pytest.mark.parametrize("words_per_tr", [4, 8, 16])
 def test_lanczos_is_a_sum_so_a_steady_word_rate_shows_in_proportion(words_per_tr: int) -> None:
     """Away from the ends, n words a TR give n times the kernel's area; a mean would give 1 at every rate."""
@@ -75,15 +66,6 @@ def test_lanczos_is_a_sum_so_a_steady_word_rate_shows_in_proportion(words_per_tr
 def test_delay_equals_the_huth_labs_code(delays: tuple[int, ...], dtype: type[np.floating]) -> None:
     X = np.random.default_rng(5).standard_normal((12, 3)).astype(dtype)
     np.testing.assert_array_equal(delay(X, delays), make_delayed(X, delays))
-
-
-def test_delay_0_is_identity_and_returns_a_copy() -> None:
-    X = np.random.default_rng(7).standard_normal((9, 2))
-    before = X.copy()
-    delayed = delay(X, [0])
-    np.testing.assert_array_equal(delayed, before)
-    delayed[:] = 0
-    np.testing.assert_array_equal(X, before)
 
 
 def test_a_negative_delay_is_refused_by_its_value() -> None:
@@ -105,6 +87,8 @@ def test_story_features_equal_the_published_pipeline(trim: Trim, delays: tuple[i
     vectors = rng.standard_normal((150, 5)).astype(np.float32)
     untrimmed = make_delayed(published_downsample(vectors, times_s, tr_times_s), delays)
     expected = untrimmed[trim.start_trs : 40 - trim.end_trs]
+    for array in (vectors, times_s, tr_times_s):
+        array.setflags(write=False)  # the input is not modified
     features = story_features(vectors, make_story(times_s, tr_times_s), delays, trim)
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, rtol=1e-6, atol=1e-6)
@@ -114,29 +98,6 @@ def test_the_trims_are_10_and_5_published_and_5_and_10_in_the_course() -> None:
     volumes = np.arange(40)
     np.testing.assert_array_equal(volumes[TRIMS["published"].rows(40)], volumes[10:-5])
     np.testing.assert_array_equal(volumes[TRIMS["course"].rows(40)], volumes[5:-10])
-
-
-def test_a_story_knows_nothing_of_the_story_before_it() -> None:
-    """Its first delayed rows are zeros without a trim, and a neighbour computed first leaves its bits as they are."""
-    rng = np.random.default_rng(10)
-    tr_times_s = clock(30)
-    stories = [make_story(word_times(rng, tr_times_s, 90), tr_times_s, name) for name in ("alpha", "beta")]
-    loud, quiet = 100 * rng.standard_normal((90, 2)), rng.standard_normal((90, 2))
-    alone = story_features(quiet, stories[1], (0, 3), Trim(0, 0))
-    story_features(loud, stories[0], (0, 3), Trim(0, 0))
-    np.testing.assert_array_equal(story_features(quiet, stories[1], (0, 3), Trim(0, 0)), alone)
-    np.testing.assert_array_equal(alone[:3, 2:], np.zeros((3, 2)))
-
-
-def test_story_features_leave_the_vectors_and_times_as_they_were() -> None:
-    rng = np.random.default_rng(11)
-    tr_times_s = clock(30)
-    times_s = word_times(rng, tr_times_s, 80)
-    vectors = rng.standard_normal((80, 2))
-    originals = vectors.copy(), times_s.copy(), tr_times_s.copy()
-    story_features(vectors, make_story(times_s, tr_times_s), (0, 1), TRIMS["published"])
-    for now, before in zip((vectors, times_s, tr_times_s), originals, strict=True):
-        np.testing.assert_array_equal(now, before)
 
 
 @pytest.mark.parametrize("n_vectors", [9, 11])
@@ -151,6 +112,7 @@ def test_one_vector_a_word_or_an_error_that_names_the_story(n_vectors: int) -> N
 def test_zscore_equals_scipys(dtype: type[np.floating], offset: float) -> None:
     rng = np.random.default_rng(12)
     X = (offset + rng.standard_normal((200, 7)) * np.logspace(-1, 2, 7)).astype(dtype)
+    X.setflags(write=False)  # the input is not modified
     scores = ZScore.learn(X).apply(X)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, zscore(X.astype(np.float64), axis=0, ddof=0), rtol=0, atol=2e-6)
@@ -176,10 +138,3 @@ def test_a_constant_column_becomes_0_and_leaves_the_others_alone(value: float, d
     scores = ZScore.learn(X).apply(X)
     np.testing.assert_allclose(scores[:, 1], np.zeros(301), rtol=0, atol=1e-9)
     np.testing.assert_allclose(scores[:, [0, 2]], zscore(X[:, [0, 2]].astype(np.float64), axis=0), rtol=0, atol=2e-6)
-
-
-def test_zscore_leaves_its_input_as_it_was() -> None:
-    X = np.random.default_rng(15).standard_normal((20, 3))
-    before = X.copy()
-    ZScore.learn(X).apply(X)
-    np.testing.assert_array_equal(X, before)

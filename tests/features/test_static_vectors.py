@@ -121,16 +121,6 @@ def test_every_form_gives_what_gensim_reads(form: str, zipped: bool, tmp_path: P
         np.testing.assert_array_equal(read.vectors[row], VECTORS[WORDS.index(word)])
 
 
-@pytest.mark.parametrize("binary", [False, True])
-def test_files_that_gensim_writes(binary: bool, file: Path, keyed_vectors: Any) -> None:
-    written = keyed_vectors(5)
-    written.add_vectors(list(WORDS), VECTORS)
-    written.save_word2vec_format(str(file), binary=binary)
-    read = read_static_vectors(file, set(WORDS))
-    order = [read.rows[word] for word in WORDS]
-    np.testing.assert_allclose(read.vectors[order], VECTORS, rtol=1e-6)  # its text is rounded
-
-
 def test_a_word_that_comes_twice_keeps_its_first_vector(file: Path) -> None:
     write(file, b"2 2\nthe 1 2\nthe 3 4\n")
     np.testing.assert_array_equal(read_static_vectors(file, {"the"}).vectors, np.array([[1, 2]], np.float32))

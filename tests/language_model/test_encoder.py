@@ -13,7 +13,7 @@ from make_trials import PEFT_WARNS
 from peft import PeftModel
 from project import ROOT
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config
+from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, PreTrainedConfig
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.language_model import encoder as encoders
@@ -157,65 +157,66 @@ def test_folder_without_a_usable_configuration_is_refused(content: str | None, b
     assert_refused(load_encoder, str(tmp_path), because if content else "model_type")
 
 
-def test_gpt2_is_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(GPT2Config(n_layer=2).to_dict()))
+@pytest.mark.parametrize(
+    ("config", "because"),
+    [
+        (GPT2Config(n_layer=2), "a gpt2 model; only BERT is supported"),
+        (BertConfig(is_decoder=True), "a BERT that reads in one direction"),
+    ],
+)
+def test_decoders_are_refused_with_the_reason(config: PreTrainedConfig, because: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     for load in (check_model_name, load_encoder):
-        assert_refused(load, str(tmp_path), "a gpt2 model; only BERT is supported")
+        assert_refused(load, str(tmp_path), because)
 
 
-def test_a_bert_that_reads_in_one_direction_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(BertConfig(is_decoder=True).to_dict()))
-    assert_refused(check_model_name, str(tmp_path), "a BERT that reads in one direction")
+def configure(**changes: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
 
 
-@pytest.mark.parametrize("as_pickle", [False, True])
-def test_checkpoint_without_safetensors_is_refused(as_pickle: bool, tiny_bert: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "weightless"
-    shutil.copytree(tiny_bert, folder)
-    weights = load_file(folder / "model.safetensors")
+def pickle_weights(folder: Path) -> None:
+    """Replace the weights by a pickle, which could run code."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    if as_pickle:  # a pickle could run code
-        torch.save(weights, folder / "pytorch_model.bin")
-    assert_refused(load_encoder, str(folder), "cannot be loaded")
+
+
+def halve_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def remove_tokenizer(folder: Path) -> None:
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    BertForMaskedLM(BertConfig.from_pretrained(folder, vocab_size=90)).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
-    ("changes", "because"),
-    [({"num_hidden_layers": 3}, "16 weights are missing"), ({"hidden_size": 64}, "cannot be loaded")],
+    ("spoil", "because"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (pickle_weights, "cannot be loaded"),
+        (halve_weights, "cannot be loaded"),
+        (configure(num_hidden_layers=3), "16 weights are missing"),
+        (configure(hidden_size=64), "cannot be loaded"),
+        (remove_tokenizer, "its tokenizer is missing or empty"),
+        (shrink_vocabulary, "its tokenizer has 103 pieces, its embeddings 90"),
+    ],
 )
-def test_weights_that_do_not_fit_the_configuration_are_refused(
-    changes: dict[str, int], because: str, tiny_bert: Path, tmp_path: Path
+def test_damaged_checkpoint_is_refused(
+    spoil: Callable[[Path], object], because: str, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "other"
-    shutil.copytree(tiny_bert, folder)
-    config = BertConfig.from_pretrained(tiny_bert)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.save_pretrained(folder)
+    folder = shutil.copytree(tiny_bert, tmp_path / "damaged")
+    spoil(folder)
     assert_refused(load_encoder, str(folder), because)
-
-
-def test_damaged_weights_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(tiny_bert, folder)
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert_refused(load_encoder, str(folder), "cannot be loaded")
-
-
-def test_checkpoint_without_a_tokenizer_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(tiny_bert / file, tmp_path)
-    assert_refused(load_encoder, str(tmp_path), "its tokenizer is missing or empty")
-
-
-def test_tokenizer_of_another_model_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "other"
-    shutil.copytree(tiny_bert, folder)
-    config = BertConfig.from_pretrained(tiny_bert)
-    config.vocab_size = 90  # the tokenizer knows 103 pieces
-    BertForMaskedLM(config).save_pretrained(folder)
-    assert_refused(load_encoder, str(folder), "its tokenizer has 103 pieces, its embeddings 90")
 
 
 # --- the bundled encoder ----------------------------------------------------------------------------------------------

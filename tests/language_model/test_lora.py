@@ -3,8 +3,6 @@
 import json
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 from make_trials import LAYER_OF, PEFT_WARNS
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from project import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
-from tuned_models import SPOKEN, adapted_modules, add_lora, randomise_b, sentence_ids, train_briefly, word_vectors
+from tuned_models import adapted_modules, add_lora, randomise_b, sentence_ids, train_briefly, word_vectors
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.language_model.encoder import Encoder
@@ -151,26 +148,10 @@ def test_pissa_starts_with_the_largest_singular_vectors(tiny_encoder: Encoder) -
         torch.testing.assert_close(layer.base_layer.weight, W - best, rtol=0, atol=1e-6)
 
 
-def test_seed_determines_a_and_b_starts_at_zero(tiny_encoder: Encoder) -> None:
-    first, second, other = (add_lora(tiny_encoder, seed=seed).state_dict() for seed in (1, 1, 2))
-    a = [name for name in first if "lora_A" in name]
-    b = [name for name in first if "lora_B" in name]
-    assert len(a) == len(b) == 4
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(not torch.equal(first[name], other[name]) for name in a)
-    assert all((first[name] == 0).all() for name in b)
-
-
 def test_adapter_has_the_given_dropout(tiny_encoder: Encoder) -> None:
     model = add_lora(tiny_encoder, "q", dropout=0.25)
     layers = [part for part in model.modules() if isinstance(part, LoraLinear)]
     assert [layer.lora_dropout["default"].p for layer in layers] == [0.25, 0.25]
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_rank_too_high_for_an_initialisation_is_refused(init: str, tiny_encoder: Encoder) -> None:
-    with pytest.raises(InputError, match=f"rank 33: lora_init '{init}' .* at most 32"):
-        add_lora(tiny_encoder, "i", rank=33, init=init)
 
 
 # --- save and load ----------------------------------------------------------------------------------------------------
@@ -219,40 +200,6 @@ def test_saved_files_name_the_base_model_and_hold_only_the_adapter(
     content = json.loads((folder / "adapter_config.json").read_text())
     assert (content["base_model_name_or_path"], content["r"], content["lora_alpha"]) == (str(tiny_bert), 4, 16.0)
     assert (folder / "adapter_model.safetensors").stat().st_size < 30_000  # A and B are 20 kB
-
-
-IN_A_NEW_PROCESS = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-from bert_encoding.language_model.lora import load_adapter
-from bert_encoding.features.bert_embeddings import embed_stories
-from bert_encoding.language_model.encoder import load_encoder
-from bert_encoding.language_model.windows import tokenize
-
-torch.set_num_threads(1)
-model, folder, out, *spoken = sys.argv[1:]
-encoder = load_encoder(model)
-stories = {"story": tokenize(spoken, encoder.tokenizer)}
-vectors = embed_stories(
-    load_adapter(encoder, Path(folder)), stories, encoder.tokenizer,
-    layer=2, window_tokens=32, stride=12, precision="float32", device=torch.device("cpu"),
-)
-np.save(out, vectors["story"])
-"""
-
-
-@pytest.mark.slow
-def test_adapter_gives_the_same_vectors_in_a_new_process(
-    trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
-) -> None:
-    model, folder = trained_adapter
-    out = tmp_path / "vectors.npy"
-    arguments = [str(tiny_bert), str(folder), str(out), *SPOKEN]
-    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], cwd=ROOT, check=True, timeout=120)
-    expected = word_vectors(tiny_encoder, masked_lm(model).bert)
-    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.table

@@ -51,11 +51,11 @@ def some_probes(encoder: Encoder, seed: int = 0) -> Probes:
     return make_probes(train, heldout, encoder.tokenizer, 60, seed)
 
 
-def adapted(encoder: Encoder, *, dropout: float = 0.0, targets: str = "q,v", seed: int = 0) -> PeftModel:
+def adapted(encoder: Encoder, dropout: float = 0.0) -> PeftModel:
     model = encoder.copy_model()
     if dropout == 0:
         without_dropout(model)
-    return add_adapter(model, rank=4, lora_alpha=8.0, targets=targets, dropout=dropout, seed=seed)
+    return add_adapter(model, rank=4, lora_alpha=8.0, targets="q,v", dropout=dropout, seed=0)
 
 
 def masked_words(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15) -> MaskedLM:
@@ -135,14 +135,6 @@ def test_loss_and_gradients_equal_those_of_transformers(probability: float, tiny
             assert p.grad is None, name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_summed_loss_is_the_mean_times_the_chosen_tokens(tiny_encoder: Encoder) -> None:
-    batch = mask(tiny_encoder, some_windows(tiny_encoder))
-    with torch.no_grad():
-        mean = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU)
-        total = masked_lm_loss(tiny_encoder.model, batch, "float32", CPU, "sum")
-    assert float(total) == pytest.approx(batch.labels.size * float(mean), rel=1e-6)
 
 
 def test_bfloat16_is_used_and_close(tiny_encoder: Encoder) -> None:
@@ -261,32 +253,6 @@ def test_what_happens_between_epochs_does_not_matter(tiny_encoder: Encoder, prob
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def test_only_the_adapter_changes(tiny_encoder: Encoder, probes: Probes) -> None:
-    model = adapted(tiny_encoder, dropout=0.1, targets="all")
-    before = weights(model)
-    train(tiny_encoder, model, some_windows(tiny_encoder), probes, TRAINING)
-    after = weights(model)
-    lora = {name for name in before if ".lora_A." in name or ".lora_B." in name}
-    assert len(lora) == 2 * 6 * 2  # A and B, six layers per block, two blocks
-    assert {name for name in before if not torch.equal(before[name], after[name])} == lora
-
-
-@pytest.mark.slow
-def test_an_adapter_lowers_the_training_loss(tiny_encoder: Encoder) -> None:
-    windows = some_windows(tiny_encoder, n_words=900)
-    probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
-    base = tiny_encoder.copy_model()
-    without_dropout(base)
-    with torch.no_grad():  # the tied decoder of an untrained BERT is too small for any hidden state to say much
-        base.bert.embeddings.word_embeddings.weight *= 10
-    model = add_adapter(base, rank=8, lora_alpha=32.0, targets="all", dropout=0.0, seed=0)
-    untrained = probe_loss(masked_lm(model), probes.train, "float32", CPU)
-    training = replace(TRAINING, epochs=10, weight_decay=0.0)
-    last = train(tiny_encoder, model, windows, probes, training)[-1]
-    assert last.mlm_loss_train < untrained - 0.8
-    assert last.mlm_loss_train < np.log(len(tiny_encoder.tokenizer)) - 0.1  # better than a blind guess
-
-
 @pytest.mark.slow
 def test_full_tuning_learns_a_pattern_that_holds_for_another_story(tiny_encoder: Encoder) -> None:
     windows = some_windows(tiny_encoder, n_words=900)
@@ -356,24 +322,6 @@ def test_replay_replaces_its_share_of_every_step(replay: float, n_general: int, 
         assert batch.chosen[is_general].sum() == (batch.labels == letter).sum()
     assert set(counts) <= {int(8 * replay), int(8 * replay) + (8 * replay % 1 > 0)}
     assert np.mean(counts) == pytest.approx(8 * replay, abs=0.1)
-
-
-def test_replay_trains_on_the_general_text(tiny_encoder: Encoder, probes: Probes) -> None:
-    windows, tokenizer = some_windows(tiny_encoder), tiny_encoder.tokenizer
-    general = some_windows(tiny_encoder, n_words=100, seed=5)
-    objectives = [
-        MaskedLM(windows, tokenizer, 0.15),
-        MaskedLM(windows, tokenizer, 0.15, general=general),
-        MaskedLM(windows, tokenizer, 0.15, general=general, replay=0.5),
-    ]
-    trained = []
-    for objective in objectives:
-        model = adapted(tiny_encoder)
-        list(finetune(masked_lm(model), objective, probes, TRAINING, 0, CPU))
-        trained.append(weights(model))
-    without, unused, replayed = trained
-    assert all(torch.equal(without[name], unused[name]) for name in without)
-    assert any(not torch.equal(without[name], replayed[name]) for name in without)
 
 
 def test_replay_without_general_text_is_refused(tiny_encoder: Encoder) -> None:

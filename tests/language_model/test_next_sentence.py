@@ -237,26 +237,6 @@ def test_cuts_follow_their_seed_and_pairs_their_generator(encoder: Encoder) -> N
     assert taken_apart(alone.draw(range(0, alone.n_items, 2), np.random.default_rng(0))) == own
 
 
-def test_an_epoch_takes_every_pair_once_of_each_kind(encoder: Encoder) -> None:
-    objective = pairs_of(some_stories(encoder, 60), encoder.tokenizer)
-    drawn: list[PairBatch] = []
-    listening = objective.draw
-
-    def listen(indices: Any, rng: Any) -> PairBatch:
-        drawn.append(listening(indices, rng))
-        return drawn[-1]
-
-    objective.draw = listen  # type: ignore[method-assign]
-    model = to_pretraining(encoder.copy_model(), encoder, 0)
-    list(train(model, objective, TRAINING, 0, CPU))
-    relation = np.concatenate([batch.relation for batch in drawn])
-    assert relation.size == objective.n_items
-    assert (relation == IS_NEXT).sum() == (relation == IS_OTHER).sum()
-    pairs = [pair for batch in drawn for pair in taken_apart(batch)]
-    real = [pair for pair, kind in zip(pairs, relation, strict=True) if kind == IS_NEXT]
-    assert sorted(real) == sorted((a.ids.tolist(), b.ids.tolist()) for a, b in objective.pairs)
-
-
 def test_short_stories_give_a_pair_or_none(encoder: Encoder) -> None:
     stories = {
         "empty": Tokens(np.array([], int), np.array([], int), 0),
@@ -331,21 +311,6 @@ def test_gradients_of_a_step_equal_those_of_transformers(accumulation: int, with
     for name, value in expected.items():
         torch.testing.assert_close(gradients[0][name], value, rtol=0, atol=1e-6, msg=name)
         assert float(value.abs().max()) > 0, name
-
-
-def test_losses_are_sums_with_their_counts(with_heads: Path, encoder: Encoder) -> None:
-    objective = pairs_of(some_stories(encoder, 60), encoder.tokenizer)
-    batch = objective.draw(range(6), np.random.default_rng(0))
-    theirs = BertForPreTraining.from_pretrained(with_heads).eval()
-    with torch.no_grad():
-        losses = objective.losses(to_pretraining(encoder.model, encoder, 0), batch, "float32", CPU)
-        whole = theirs(**as_transformers_reads(batch))
-        alone = theirs(**(as_transformers_reads(batch) | {"next_sentence_label": None}))
-    assert {name: n for name, (_, n) in losses.items()} == objective.n_terms(batch)
-    nsp = torch.nn.functional.cross_entropy(alone.seq_relationship_logits, torch.from_numpy(batch.relation))
-    means = {name: float(total) / n for name, (total, n) in losses.items()}
-    assert means["nsp"] == pytest.approx(float(nsp), abs=1e-6)
-    assert means["mlm"] + means["nsp"] == pytest.approx(float(whole.loss), abs=1e-5)
 
 
 # --- the heads --------------------------------------------------------------------------------------------------------

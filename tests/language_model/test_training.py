@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from make_trials import PEFT_WARNS, TRAINING, some_windows, without_dropout
+from make_trials import PEFT_WARNS, TRAINING
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bert_encoding.core.seeds import generator
 from bert_encoding.language_model.encoder import Encoder
-from bert_encoding.language_model.lora import add_adapter, masked_lm
-from bert_encoding.language_model.masked_lm import MaskedLM
+from bert_encoding.language_model.lora import masked_lm
 from bert_encoding.language_model.training import Progress, Training, l2_sp_terms, train
 
 CPU = torch.device("cpu")
@@ -119,27 +118,6 @@ def test_gradients_of_two_losses_equal_a_plain_loop(
         (sum(squares) / len(squares) + sum(thirds) / max(len(thirds), 1)).backward()  # a step may lack one loss
         for ours, theirs in zip(gradient, (weight.grad, bias.grad), strict=True):
             torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_is_the_big_batch_of_a_masked_lm(
-    accumulation: int, tiny_encoder: Encoder, gradients: list[list[torch.Tensor]]
-) -> None:
-    windows = [*some_windows(tiny_encoder, 210), *some_windows(tiny_encoder, 4)]  # one is nearly empty
-    assert len(windows) == 8
-    sizes = []
-    for parts in (1, accumulation):
-        objective = MaskedLM(windows, tiny_encoder.tokenizer, 0.15)
-        model = without_dropout(tiny_encoder.copy_model())
-        run(model, objective, replace(TRAINING, batch_size=8 // parts, accumulation=parts, lr=0.0))
-        order = generator(0, "windows", 1).permutation(8).tolist()
-        step = objective.draw(order, generator(0, "masking", 1))
-        sizes.append({part.labels.size for part in objective.split(step, 8 // parts)})
-    assert len(sizes[1]) > 1  # unequal numbers of masked tokens
-    big, accumulated = gradients
-    assert max(float(g.abs().max()) for g in big) > 1e-3
-    for whole, summed in zip(big, accumulated, strict=True):
-        torch.testing.assert_close(whole, summed, rtol=0, atol=1e-6)
 
 
 def test_losses_with_another_number_of_terms_are_refused() -> None:
@@ -317,19 +295,6 @@ def test_l2_sp_adds_its_gradient_once_per_step(gradients: list[list[torch.Tensor
     for gradient, p, place, p0 in zip(gradients[1], models[1].parameters(), places[1], start, strict=True):
         assert float((place - p0).abs().max()) > 5e-3
         torch.testing.assert_close(gradient, p.grad + 0.7 * (place - p0), rtol=1e-5, atol=1e-6)
-
-
-def test_l2_sp_holds_an_adapter_back(tiny_encoder: Encoder) -> None:
-    moved = []
-    for strength in (0.0, 10.0):
-        base = without_dropout(tiny_encoder.copy_model())
-        model = add_adapter(base, rank=4, lora_alpha=8.0, targets="q,v", dropout=0.0, seed=0)
-        before = merged(model)
-        objective = MaskedLM(some_windows(tiny_encoder, 300), tiny_encoder.tokenizer, 0.15)
-        run(masked_lm(model), objective, replace(TRAINING, epochs=3, l2_sp=strength))
-        after = merged(model)
-        moved.append(sum(float((after[name] - before[name]).square().sum()) for name in before))
-    assert 0 < moved[1] < 0.5 * moved[0]
 
 
 # --- epochs -----------------------------------------------------------------------------------------------------------

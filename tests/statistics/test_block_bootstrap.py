@@ -147,13 +147,6 @@ def panel_by_panel(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarra
     )
 
 
-def test_replicates_are_the_means_of_moved_rows() -> None:
-    Y, a, story_of_row, _ = example()
-    replicates = time_replicates(Y, a, story_of_row, n_resamples=100, seed=4)
-    np.testing.assert_allclose(replicates.mean, by_moving_rows(Y, [a], story_of_row, 100, seed=4), rtol=1e-10)
-    np.testing.assert_allclose(replicates.total, 6 * replicates.mean, rtol=1e-12)
-
-
 def test_joined_panels_equal_one_call() -> None:
     Y, a, story_of_row, _ = example()
     Y[:, 0] = 3.0  # a panel of its own, without any voxel to use
@@ -165,13 +158,6 @@ def test_joined_panels_equal_one_call() -> None:
     expected, interval = replicates_interval(all_voxels), replicates_interval(joined)
     np.testing.assert_allclose(interval[:3], expected[:3], rtol=1e-12)
     assert interval[3:] == expected[3:] == (0.95, 11, TIME)
-
-
-def test_the_difference_of_two_models_panels_is_that_of_moved_rows() -> None:
-    Y, a, story_of_row, b = example()
-    interval = difference_interval(panel_by_panel(Y, a, story_of_row), panel_by_panel(Y, b, story_of_row))
-    expected = by_moving_rows(Y, [a, b], story_of_row, 100, seed=4)
-    np.testing.assert_allclose(interval[:3], [expected[0], *np.quantile(expected[1:], [0.025, 0.975])], rtol=1e-10)
 
 
 def test_models_with_cc_in_different_voxels_are_refused() -> None:

@@ -25,6 +25,7 @@ def test_correlate_equals_scipys_pearsonr(dtype: type[np.floating], offset: floa
     Y_predicted = np.linspace(-1, 1, 9) * Y + rng.standard_normal((120, 9))
     Y, Y_predicted = (offset + Y).astype(dtype), (offset + scale * Y_predicted).astype(dtype)
     expected = pearson_columns(Y, Y_predicted)
+    Y.setflags(write=False), Y_predicted.setflags(write=False)  # the input is not modified
     np.testing.assert_allclose(correlate(Y, Y_predicted), expected, rtol=0, atol=2e-7)
 
 
@@ -43,27 +44,17 @@ def test_a_perfect_prediction_scores_1_and_its_opposite_minus_1() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-def test_a_constant_prediction_scores_0(value: float, dtype: type[np.floating]) -> None:
-    rng = np.random.default_rng(3)
-    Y, Y_predicted = rng.standard_normal((301, 3)).astype(dtype), rng.standard_normal((301, 3)).astype(dtype)
-    Y_predicted[:, 1] = value
-    expected = pearson_columns(Y[:, [0, 2]], Y_predicted[:, [0, 2]])
-    cc = correlate(Y, Y_predicted)
-    assert cc[1] == 0
-    np.testing.assert_allclose(cc[[0, 2]], expected, rtol=0, atol=2e-7)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])  # in float64, the mean of many 0.1 is rounded
-def test_a_constant_response_has_no_cc(value: float, dtype: type[np.floating]) -> None:
+def test_a_constant_prediction_scores_0_and_a_constant_response_has_no_cc(
+    value: float, dtype: type[np.floating]
+) -> None:
     rng = np.random.default_rng(4)
-    Y, Y_predicted = rng.standard_normal((301, 4)).astype(dtype), rng.standard_normal((301, 4)).astype(dtype)
+    Y, Y_predicted = rng.standard_normal((301, 5)).astype(dtype), rng.standard_normal((301, 5)).astype(dtype)
     Y[:, [1, 3]] = value
-    Y_predicted[:, 3] = value
+    Y_predicted[:, [3, 4]] = value
     expected = pearson_columns(Y[:, [0, 2]], Y_predicted[:, [0, 2]])
     cc = correlate(Y, Y_predicted)
-    assert np.isnan(cc[[1, 3]]).all()
+    assert np.isnan(cc[[1, 3]]).all() and cc[4] == 0
     np.testing.assert_allclose(cc[[0, 2]], expected, rtol=0, atol=2e-7)
 
 
@@ -71,15 +62,6 @@ def test_a_constant_response_has_no_cc(value: float, dtype: type[np.floating]) -
 def test_unequal_shapes_are_refused_with_both_named(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"\(10, 3\).*\({shape[0]}, {shape[1]}\)"):
         correlate(np.ones((10, 3)), np.ones(shape))
-
-
-def test_correlate_leaves_its_input_as_it_was() -> None:
-    rng = np.random.default_rng(5)
-    Y, Y_predicted = 3 + rng.standard_normal((20, 3)), 3 + rng.standard_normal((20, 3))
-    before = Y.copy(), Y_predicted.copy()
-    correlate(Y, Y_predicted)
-    np.testing.assert_array_equal(Y, before[0])
-    np.testing.assert_array_equal(Y_predicted, before[1])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.signal import lfilter
-from scipy.stats import binom, false_discovery_control
+from scipy.stats import binom
 from scipy.stats import t as student
 
 from bert_encoding.core.seeds import generator
@@ -269,15 +269,6 @@ def test_the_false_discovery_rate_of_permutation_p_is_kept() -> None:
     assert significant[:, :10].mean() > 0.5
 
 
-def test_planted_voxels_are_detected() -> None:
-    Y, predicted, story_of_row = silent(0.4, 200)
-    planted = np.arange(200) < 40
-    Y = Y / Y.std(axis=0) + 0.4 * planted * predicted / predicted.std(axis=0)
-    q = benjamini_hochberg(block_permutation_p(Y, predicted, story_of_row))
-    assert (q[planted] < 0.05).all()
-    assert np.mean(~planted[q < 0.05]) < 0.15
-
-
 def test_inflation_costs_little_power(monkeypatch: pytest.MonkeyPatch) -> None:
     """Voxels predicted weakly: a few in a hundred are lost, most of which chance had brought."""
     Y, predicted, story_of_row = silent(0.4, 1000)
@@ -297,10 +288,9 @@ def stepwise(p: list[float]) -> list[float]:
     return [min(1.0, *(ordered[j] * n / (j + 1) for j in range(n) if ordered[j] >= value)) for value in p]
 
 
-def test_q_equals_a_plain_loop_and_scipy() -> None:
+def test_q_equals_a_plain_loop() -> None:
     p = np.random.default_rng(0).beta(0.5, 1, 60).round(2)  # with ties
     np.testing.assert_allclose(benjamini_hochberg(p), stepwise(p.tolist()), rtol=1e-12)
-    np.testing.assert_allclose(benjamini_hochberg(p), false_discovery_control(p), rtol=1e-12)
 
 
 def test_voxels_without_p_stay_so_and_do_not_count() -> None:
@@ -308,14 +298,3 @@ def test_voxels_without_p_stay_so_and_do_not_count() -> None:
     np.testing.assert_allclose(benjamini_hochberg(p), [0.03, np.nan, 0.06, 0.5, np.nan], rtol=1e-12)
     np.testing.assert_array_equal(benjamini_hochberg(np.full(3, np.nan)), np.full(3, np.nan))
     assert benjamini_hochberg(np.array([])).shape == (0,)
-
-
-def test_the_false_discovery_rate_is_kept() -> None:
-    """Its mean over 400 mixes of 160 silent and 40 planted voxels is 0.1 x 160 / 200 in theory."""
-    rng = np.random.default_rng(1)
-    shares = []
-    for _ in range(400):
-        p = np.concatenate([rng.random(160), rng.random(40) ** 6])
-        significant = benjamini_hochberg(p) <= 0.1
-        shares.append(significant[:160].sum() / max(1, significant.sum()))
-    assert abs(np.mean(shares) - 0.08) < 3 * np.std(shares) / math.sqrt(400)
