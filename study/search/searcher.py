@@ -19,7 +19,7 @@ from study.search.dashboard import Journal
 from study.search.early_stopping import StopSignal
 from study.search.job_list import JobSearcher
 from study.search.worker import Job, curve
-from study.setup.samplers import FIRST_EPOCH, NO_SCHEDULER, make_pruner, make_sampler, quiet_study
+from study.setup.samplers import FIRST_EPOCH, NO_SCHEDULER, SCHEDULERS, make_sampler, quiet_study
 from study.setup.spaces import Space, to_trial_config
 
 SAMPLER_SEEDS = 2**31  # NumPy's legacy generator, which Optuna uses, takes no larger seed
@@ -194,7 +194,7 @@ class StudySearcher(JobSearcher):
     def _replay(self, searched: list[TrialRecord], scheduler: str, sampler_seed: int) -> optuna.Study:
         """Return an Optuna study in the state it would have after the trials of earlier sessions."""
         idle = optuna.samplers.RandomSampler(seed=0)
-        study = self.study = quiet_study(idle, self.measure.is_gain, make_pruner(scheduler))
+        study = self.study = quiet_study(idle, self.measure.is_gain, SCHEDULERS[scheduler]())
         journal, self.journal = self.journal, None
         for record in searched:
             study.enqueue_trial(record.params)

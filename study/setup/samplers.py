@@ -111,8 +111,3 @@ SCHEDULERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     # stops trials below the median of complete trials at its epoch, once five are complete
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
 }
-
-
-def make_pruner(scheduler: str) -> optuna.pruners.BasePruner:
-    """Return the early-stopping rule."""
-    return SCHEDULERS[scheduler]()

@@ -89,7 +89,9 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
         module.N_LAYERS = n_layers  # type: ignore[attr-defined]
     values = _module_values(path, module)
     if sampler is not None:
-        values["SAMPLER"] = _known("--sampler", sampler, tuple(SAMPLERS))
+        if sampler not in SAMPLERS:
+            raise InputError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
+        values["SAMPLER"] = sampler
     size = grid_size(path, function) * max(1, len(values["SEEDS"])) if values["SAMPLER"] == "grid" else None
     return Space(
         name=path.stem,
@@ -231,12 +233,6 @@ def _are_seeds(values: object) -> bool:
     if not isinstance(values, list | tuple) or not all(_is_whole(value, 0) for value in values):
         return False
     return len(set(values)) == len(values)
-
-
-def _known(what: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{what} {value}: must be one of {', '.join(allowed)}")
-    return value
 
 
 def _is_whole(value: object, lowest: int) -> bool:

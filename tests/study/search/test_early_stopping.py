@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import optuna
 import pytest
 import ray
 from make_searcher import finished, searcher
@@ -13,7 +12,7 @@ from bert_encoding.trial.record import TrialRecord
 from study.search.early_stopping import StopBoard, StopSignal
 from study.search.searcher import StudySearcher
 from study.search.worker import curve
-from study.setup.samplers import SCHEDULERS, make_pruner, quiet_study
+from study.setup.samplers import SCHEDULERS
 from study.setup.spaces import Space, load_space
 
 
@@ -252,12 +251,3 @@ def test_a_sign_out_of_reach_stops_nobody(caplog: pytest.LogCaptureFixture) -> N
     stop_signal.put("0001", 2)
     assert not stop_signal.should_stop("0001", 2)
     assert "early stopping of trial 0001 after epoch 2 is out of reach" in caplog.text
-
-
-def test_every_rule_is_a_fresh_one() -> None:
-    for name in SCHEDULERS:
-        assert make_pruner(name) is not make_pruner(name)
-        study = quiet_study(optuna.samplers.RandomSampler(seed=0), pruner=make_pruner(name))
-        asked = study.ask()
-        asked.report(0.1, 1)
-        assert not asked.should_prune(), "the first is never stopped"

@@ -91,28 +91,22 @@ def test_a_long_trial_is_heard_of_once_a_minute_also_during_baselines() -> None:
 
 def test_how_a_trial_ended_is_said() -> None:
     play = Play()
-    for name in "abc":
+    for name in "abcd":
         play.begin(name)
     play.end("a", "STOPPED", 0.05, epochs_done=1.0)
     play.end("b", "FAILED", None, error="Traceback ...\nFloatingPointError: the loss is not finite")
     play.searcher.reasons["c"] = "no end after 9 s (--trial-timeout)"
-    play.searcher.on_trial_complete("c", error=True)
-    play.line.on_trial_error(0, [], SimpleNamespace(trial_id="c"))
+    for name in "cd":
+        play.searcher.on_trial_complete(name, error=True)
+        play.line.on_trial_error(0, [], SimpleNamespace(trial_id=name))
     assert [line.split(" | ")[0] for line in play.lines] == [
         "[search 1/4] 0001: CC 0.0500, stopped after epoch 1/3",
         "[search 2/4] 0002: FAILED: FloatingPointError: the loss is not finite",
         "[search 3/4] 0003: FAILED: no end after 9 s (--trial-timeout)",
+        "[search 4/4] 0004: FAILED: its worker died 3 times",
     ]
     assert "best CC -" in play.lines[0], "a trial that was stopped is not the best one"
     assert play.line.running == {}
-
-
-def test_a_worker_that_died_is_counted() -> None:
-    play = Play()
-    play.begin("a")
-    play.searcher.on_trial_complete("a", error=True)
-    play.line.on_trial_error(0, [], SimpleNamespace(trial_id="a"))
-    assert play.lines[0].startswith("[search 1/4] 0001: FAILED: its worker died 3 times | ")
 
 
 def test_the_best_of_earlier_sessions_counts() -> None:

@@ -58,6 +58,7 @@ def test_the_budget_is_respected(n: int) -> None:
     assert search.n_jobs == n
     jobs = ask_all(search)
     assert [job["trial_id"] for job in jobs] == [f"{i:04d}" for i in range(1, n + 1)]
+    assert states(search) == [("COMPLETE", 0.1 + at / 1000) for at in range(n)]
     assert search.n_jobs == 0
     assert search.suggest("late") == Searcher.FINISHED
 
@@ -89,39 +90,27 @@ def states(search: StudySearcher) -> list[tuple[str, float | None]]:
     ]
 
 
-def test_a_complete_trial_is_told_with_its_score() -> None:
-    search = searcher()
-    search.suggest("a")
-    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.25})
-    assert states(search) == [("COMPLETE", 0.25)]
-    assert search.study.best_value == 0.25
-
-
 @pytest.mark.parametrize(
-    ("result", "error"),
-    [(None, True), (None, False), ({"status": "FAILED", "error": "nan", "value": None}, False), ({"epoch": 1}, False)],
+    ("result", "error", "state"),
+    [
+        (OK, False, ("COMPLETE", 0.1)),
+        (OK, True, ("FAIL", None)),  # a crash after the last report
+        (None, True, ("FAIL", None)),
+        (None, False, ("FAIL", None)),
+        ({"status": "FAILED", "error": "nan", "value": None}, False, ("FAIL", None)),
+        ({"epoch": 1}, False, ("FAIL", None)),
+    ],
 )
-def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(result: dict[str, Any] | None, error: bool) -> None:
+def test_optuna_receives_each_end_and_the_search_continues(
+    result: dict[str, Any] | None, error: bool, state: tuple[str, float | None]
+) -> None:
     search = searcher()
     job = search.suggest("a")
     search.on_trial_complete("a", result, error)
-    assert states(search) == [("FAIL", None)]
+    assert states(search) == [state]
     assert search.error is None
-    assert job["key"] not in search.done
+    assert (job["key"] in search.done) == (state[0] == "COMPLETE")
     assert search.suggest("b")["trial_id"] == "0002"
-
-
-def test_a_crash_counts_even_beside_an_earlier_report() -> None:
-    search = searcher()
-    search.suggest("a")
-    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.5}, error=True)
-    assert states(search) == [("FAIL", None)]
-
-
-def test_no_trial_is_left_running() -> None:
-    search = searcher(n_trials=6)
-    ask_all(search)
-    assert [trial.state.name for trial in search.study.trials] == ["COMPLETE"] * 6
 
 
 def test_an_unknown_trial_changes_nothing() -> None:
@@ -265,28 +254,19 @@ def one_point(space: Space) -> Space:
     return Space(**vars(space) | {"suggest": lambda trial: {"rank": trial.suggest_int("rank", 8, 8)}, "start": ()})
 
 
-def test_a_repeated_configuration_is_answered_from_its_record() -> None:
-    search = searcher(one_point(load_space("smoke")), n_trials=3)
-    first = search.suggest("a")
-    assert first["repeat_of"] is None
-    search.on_trial_complete("a", OK)
-    second = search.suggest("b")
-    assert (second["trial_id"], second["repeat_of"], second["key"]) == ("0002", "0001", first["key"])
-
-
-def test_a_repeat_of_an_earlier_session_is_answered_too() -> None:
+@pytest.mark.parametrize(("status", "repeated"), [("COMPLETE", "0001"), ("FAILED", None)])
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_a_repeated_configuration_is_answered_from_a_complete_record(
+    is_earlier: bool, status: str, repeated: str | None
+) -> None:
     space = one_point(load_space("smoke"))
-    search = searcher(space, n_trials=2, records=[finished(space, {"rank": 8}, 7)], first_id=8)
-    job = search.suggest("a")
-    assert (job["trial_id"], job["repeat_of"]) == ("0008", "0007")
-
-
-def test_a_failed_trial_answers_no_repeat() -> None:
-    space = one_point(load_space("smoke"))
-    search = searcher(space, n_trials=3, records=[finished(space, {"rank": 8}, 1, None)], first_id=2)
-    assert search.suggest("a")["repeat_of"] is None
-    search.on_trial_complete("a", {"status": "FAILED", "error": "again"})
-    assert search.suggest("b")["repeat_of"] is None
+    earlier = [finished(space, {"rank": 8}, 1, 0.1 if status == "COMPLETE" else None)] if is_earlier else []
+    search = searcher(space, n_trials=3, records=earlier, first_id=1 + is_earlier)
+    if not is_earlier:
+        assert search.suggest("a")["repeat_of"] is None
+        search.on_trial_complete("a", {"status": status, "value": 0.1})
+    job = search.suggest("b")
+    assert (job["trial_id"], job["repeat_of"]) == ("0002", repeated)
 
 
 def test_another_configuration_is_no_repeat() -> None:

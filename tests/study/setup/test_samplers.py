@@ -163,11 +163,6 @@ def test_an_unknown_sampler_is_refused(load: Callable[..., Space]) -> None:
         load(NUMBERS, "best")
 
 
-def test_a_grid_of_what_has_no_steps_is_refused(load: Callable[..., Space]) -> None:
-    with pytest.raises(InputError, match=r"a grid of space\(trial\) cannot be made"):
-        load(CONDITIONAL, "grid")
-
-
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEDED = "SEEDS = (0, 1, 2)\n" + NUMBERS
@@ -213,21 +208,3 @@ def test_a_resumed_study_completes_the_seeds(load: Callable[..., Space]) -> None
     jobs = search(searcher(space, n_trials=7, records=records, first_id=5))
     assert [job["config"]["seed"] for job in jobs] == [1, 2, 0]
     assert [job["params"] for job in jobs[:2]] == [other, other]
-
-
-def test_two_ways_of_giving_seeds_are_refused(load: Callable[..., Space]) -> None:
-    both = "SEEDS = [0, 1]\ndef space(trial):\n    return {'seed': trial.suggest_int('seed', 0, 3)}\n"
-    with pytest.raises(InputError, match="SEEDS and a suggested seed: give one of the two"):
-        rehearse(load(both), BASE)
-
-
-@pytest.mark.parametrize("seeds", ["5", "(0, 0)", "(1.5,)", "(-1,)", "(True,)"])
-def test_seeds_are_different_whole_numbers(seeds: str, load: Callable[..., Space]) -> None:
-    with pytest.raises(InputError, match=r"SEEDS .*: must be a list of different whole numbers from 0"):
-        load(f"SEEDS = {seeds}\n" + NUMBERS)
-
-
-def test_a_scheduler_is_a_known_one(load: Callable[..., Space]) -> None:
-    assert load("SCHEDULER = 'asha'\n" + NUMBERS).scheduler == "asha"
-    with pytest.raises(InputError, match="SCHEDULER 'hyperband': must be one of none, asha, median"):
-        load("SCHEDULER = 'hyperband'\n" + NUMBERS)
