@@ -15,7 +15,7 @@ import sys
 import cyclopts
 from rich.console import Console
 
-from bert_encoding.core.command_line import Number, called_as
+from bert_encoding.core.command_line import Number, called_as, print_lines
 from bert_encoding.core.storage import open_place
 from bert_encoding.trial.tables import write_tables
 from study.report.finish import print_answer
@@ -58,8 +58,7 @@ def main(folder: str, other: str | None = None, /, *, delta: Number = None) -> N
     trials = write_tables(study, records)
     print_study(console, records, trials, task, is_adaptive(load_options(study)))
     print_examples(console, study, trials, task)
-    for line in (*confirm_lines(study, trials), *forced_lines(study)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_lines(console, *confirm_lines(study, trials), *forced_lines(study))
     print_answer(console, study, delta)
 
 

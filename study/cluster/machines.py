@@ -232,9 +232,9 @@ def _survey(address: str, chosen_by: str) -> Machines:
     answer = json.loads(ended.stdout) if ended.stdout else f"Ray ended with code {ended.returncode}"
     if isinstance(answer, str):
         if "InvalidAuthToken" in ended.stderr:
+            source = TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else _token_file()
             raise InputError(
-                f"the cluster at {address} refuses our token: {_token_source()} must hold the cluster's own, as on its "
-                "head node"
+                f"the cluster at {address} refuses our token: {source} must hold the cluster's own, as on its head node"
             )
         raise cannot_join(address, answer.splitlines()[0])
     nodes = tuple(_node(resources) for resources in answer)
@@ -259,10 +259,6 @@ def _authenticate(address: str) -> tuple[str, ...]:
 
 def _token_file() -> Path:
     return Path(os.environ.get(TOKEN_PATH_VARIABLE) or "~/.ray/auth_token").expanduser()
-
-
-def _token_source() -> str:
-    return TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else str(_token_file())
 
 
 def _check_reachable(address: str) -> None:

@@ -38,14 +38,7 @@ def _never_fatal(method: Method) -> Method:
 
 
 class Journal:
-    """Writes what happens to the searched trials; one line per event.
-
-    Parameters
-    ----------
-    path : the file, overwritten
-    name : of the study
-    is_gain : whether more is better
-    """
+    """Writes what happens to the searched trials to a new file; one line per event."""
 
     def __init__(self, path: Path, name: str, is_gain: bool) -> None:
         self.path = path

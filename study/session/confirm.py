@@ -54,7 +54,6 @@ def confirm(
     look : number of this test-set evaluation, from 1
     identity : code, data and split as in ``study.json``, and who ``heard`` the test stories
         (``locked_stories.heard_by``)
-    make_key : configuration -> key
     run : runs jobs; each writes a record, unless it is interrupted
 
     Returns
@@ -157,9 +156,7 @@ def fix_winner(
 def final_jobs(fixed: dict[str, Any], records: list[TrialRecord], make_key: MakeKey) -> list[Job]:
     """Return one job per finalist that did not drop out, with the first fresh seed, and one per baseline.
 
-    Parameters
-    ----------
-    fixed : content of ``confirm.json``
+    ``fixed`` is the content of ``confirm.json``.
     """
     record_of = {record.trial_id: record for record in records}
     configs = {r.trial_id: _config_of(r) for r in records if _is_baseline(r)}

@@ -29,28 +29,16 @@ from study.wording import counted, duration
 
 
 class Done(NamedTuple):
-    """Trials that have ended, by what they were for.
-
-    Attributes
-    ----------
-    n_searched : of the search
-    n_validated : finalists with fresh seeds, each seed counted
-    n_finalists, n_baselines : scored on the test stories; a finalist that dropped out counts
-    """
+    """Numbers of trials that have ended."""
 
     n_searched: int = 0
-    n_validated: int = 0
-    n_finalists: int = 0
-    n_baselines: int = 0
+    n_validated: int = 0  # finalists with fresh seeds, each seed counted
+    n_finalists: int = 0  # scored on the test stories, or dropped out
+    n_baselines: int = 0  # scored on the test stories
 
 
 def done_so_far(options: Options, look: int | None) -> Done:
-    """Count what a study has behind it.
-
-    Parameters
-    ----------
-    look : the number of the look at the test stories that it shall end with; None for none
-    """
+    """Count the finished trials of a study that is to end with test-set evaluation ``look``; None for none."""
     records = read_records(options.folder)
     ended = {record.trial_id for record in records}
     n_searched = sum(record.phase == SEARCH for record in records)
@@ -121,12 +109,7 @@ def check_space_on_disk(folder: Place, needed_bytes: float) -> None:
 
 
 def print_plan(console: Console, study: Study, forecast: Estimate, done: Done, confirms: bool) -> None:
-    """Print stories by split, voxels, trials, and the forecast.
-
-    Parameters
-    ----------
-    confirms : whether a confirm phase is still to come
-    """
+    """Print stories by split, voxels, trials, the confirm phase if it is still to come, and the forecast."""
     options, space, dataset = study.options, study.space, study.dataset
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key
 from bert_encoding.core.names import ADAPT, DEMOS
@@ -78,7 +79,8 @@ def _open(options: Options) -> Corpus:
 def print_text_plan(console: Console, study: TextStudy, n_done: int) -> None:
     """Print corpus, classes, split and trials."""
     options, task = study.options, study.text_task
-    lines = [
+    print_lines(
+        console,
         f"study: {options.name} -> {options.folder}",
         f"question: {study.space.question} ({study.space.name})",
         *describe(task.corpus),
@@ -87,6 +89,4 @@ def print_text_plan(console: Console, study: TextStudy, n_done: int) -> None:
         f"trials: 1 baseline, {options.trials} searched" + (f", {n_done} of them done" if n_done else ""),
         f"search: sampler {options.sampler}, scheduler {options.scheduler}",
         f"workers: up to {options.max_concurrent} at once",
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    )

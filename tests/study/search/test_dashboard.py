@@ -55,6 +55,7 @@ def test_a_viewer_sees_what_the_search_knows_at_every_moment(space: Space, tmp_p
     assert [t.state.name for t in copy.trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [t.user_attrs["trial_id"] for t in copy.trials] == ["0001", "0002", "0003", "0004"]
     assert copy.best_value == 0.3
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines()), "plain text, no pickle"
 
 
 def test_a_resumed_study_writes_it_anew(space: Space, tmp_path: Path) -> None:
@@ -71,13 +72,6 @@ def test_a_resumed_study_writes_it_anew(space: Space, tmp_path: Path) -> None:
     assert shown(copy.trials) == shown(search.study.trials)
     assert [t.state.name for t in copy.trials] == ["COMPLETE", "FAIL", "RUNNING"]
     assert copy.trials[0].intermediate_values == {1: 0.1, 2: 0.2}
-
-
-def test_it_holds_plain_text_alone(space: Space, tmp_path: Path) -> None:
-    search = searcher(space, n_trials=1, journal=Journal(tmp_path / JOURNAL_FILE, "night", True))
-    search.suggest("a")
-    for line in (tmp_path / JOURNAL_FILE).read_text().splitlines():
-        assert isinstance(json.loads(line), dict)
 
 
 def test_a_copy_that_cannot_be_begun_ends_nothing(

@@ -103,18 +103,6 @@ def test_a_record_that_was_written_before_death_stays(tmp_path: Path) -> None:
     assert find_record(tmp_path, other) is None
 
 
-def test_a_record_that_cannot_be_written_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path, record: TrialRecord) -> None:
-        raise InputError("no space left")
-
-    monkeypatch.setattr(guard_module, "write_record", refuse)
-    search = searcher()
-    search.suggest("a")
-    TrialGuard(tmp_path, search).on_trial_error(0, [], ray_trial("a"))
-    assert search.error == "no space left"
-    assert not has_record(tmp_path, "0001")
-
-
 FULL = "trials/0001: no space left"
 
 
@@ -143,15 +131,23 @@ def test_what_a_worker_could_not_write_the_driver_writes(tmp_path: Path) -> None
     assert read_record(tmp_path, written.trial_id).status == "COMPLETE", "what is there stays"
 
 
-def test_where_nobody_can_write_the_study_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worker_died", [True, False])
+def test_a_record_that_the_driver_cannot_write_ends_the_study(
+    worker_died: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(folder: Path, record: TrialRecord) -> None:
         raise InputError(f"{folder}: no space left")
 
     monkeypatch.setattr(guard_module, "write_record", refuse)
     search = searcher()
     search.suggest("a")
-    TrialGuard(tmp_path, search).on_trial_result(0, [], ray_trial("a"), ending())
+    guard = TrialGuard(tmp_path, search)
+    if worker_died:
+        guard.on_trial_error(0, [], ray_trial("a"))
+    else:
+        guard.on_trial_result(0, [], ray_trial("a"), ending())
     assert search.error == f"{tmp_path}: no space left"
+    assert not has_record(tmp_path, "0001")
     assert search.suggest("b") == "FINISHED"
 
 

@@ -93,14 +93,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
     return replace(options, max_concurrent=4)
 
 
-def refused(options: Options, monkeypatch: pytest.MonkeyPatch, free_gb: float, n_voxels: int = 50_000) -> str:
-    """Every voxel needs a tenth of a megabyte, every trial a gigabyte."""
-    monkeypatch.setattr(memory, "free_bytes", lambda: free_gb * GB + memory.DRIVER_BYTES)
-    with pytest.raises(InputError) as error:
-        check_memory(lambda n: GB + 1e5 * n, n_voxels, options)
-    return str(error.value)
-
-
 def test_what_fits_passes(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda: 25 * GB + memory.DRIVER_BYTES)
     check_memory(lambda n: GB + 1e5 * n, 50_000, options)  # four times 6 GB
@@ -109,17 +101,26 @@ def test_what_fits_passes(options: Options, monkeypatch: pytest.MonkeyPatch) -> 
     check_memory(lambda n: GB + 1e5 * n, 50_000, one)  # a baseline alone
 
 
-def test_fewer_trials_at_once_come_first(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refused(options, monkeypatch, 13)
-    assert message.startswith("memory: 4 trials at once need 24.0 GB, 13.0 GB are free")
-    assert message.endswith("use --max-concurrent 2")
-
-
-def test_then_fewer_voxels_then_fewer_stories(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused(options, monkeypatch, 3).endswith("use --voxels 10000 --max-concurrent 1")
-    assert refused(options, monkeypatch, 1.2).endswith("use --voxels 1000 --max-concurrent 1")
-    assert "--train-stories" in refused(options, monkeypatch, 0.5)
-    assert "--train-stories" in refused(options, monkeypatch, 0.5, n_voxels=50)
+@pytest.mark.parametrize(
+    ("free_gb", "n_voxels", "advice"),
+    [
+        (13, 50_000, "use --max-concurrent 2"),
+        (3, 50_000, "use --voxels 10000 --max-concurrent 1"),
+        (1.2, 50_000, "use --voxels 1000 --max-concurrent 1"),
+        (0.5, 50_000, "use fewer stories (--train-stories)"),
+        (0.5, 50, "use fewer stories (--train-stories)"),
+    ],
+)
+def test_too_little_memory_is_refused_with_what_fits(
+    free_gb: float, n_voxels: int, advice: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every voxel needs a tenth of a megabyte, every trial a gigabyte."""
+    monkeypatch.setattr(memory, "free_bytes", lambda: free_gb * GB + memory.DRIVER_BYTES)
+    with pytest.raises(InputError) as error:
+        check_memory(lambda n: GB + 1e5 * n, n_voxels, options)
+    needed = 4 * (GB + 1e5 * n_voxels) / GB
+    message = f"memory: 4 trials at once need {needed:.1f} GB, {free_gb:.1f} GB are free next to the driver; {advice}"
+    assert str(error.value).startswith(message)
 
 
 def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from make_data import edit_responses, edit_text, make_lab, make_tiny_bert
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
-from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, read_record, write_record
 from study.session import identity as identity_module
 from study.session import session as session_module
@@ -215,15 +214,6 @@ def test_a_damaged_file_is_named_and_not_changed(
     assert read_files(study.folder) == before
 
 
-def test_the_splits_of_a_study_never_share_a_story(study: FinishedStudy) -> None:
-    recorded: dict[str, Any] = read_json(study.folder / "study.json")
-    for split in recorded["splits"]:
-        names = [name for role in ("fit", "validation", "test") for name in split[role]]
-        assert sorted(names) == sorted(set(names))
-        assert split["test"] == ["wheretheressmoke"]
-    assert TrialConfig.from_dict(recorded["config"]).model == recorded["options"]["model"]
-
-
 def test_a_study_is_extended_by_what_it_lacks(study: FinishedStudy, resume: Resume) -> None:
     before = read_files(study.folder)
     ended = resume("--trials", "5", "--dry-run")
@@ -328,15 +318,18 @@ def test_nothing_is_recorded_where_nothing_changed(study: FinishedStudy, resume:
     assert "forced" not in read_json(study.folder / "study.json")
 
 
-def test_voxels_that_a_study_chose_are_never_mixed(study: FinishedStudy, resume: Resume) -> None:
-    message = "cannot resume, even by force: the voxels changed from all ("
-    assert_refused(resume("--force-resume", "--voxels", "5"), message)
-
-
-def test_two_tasks_are_never_mixed(study: FinishedStudy, resume: Resume) -> None:
-    change_record(study, task="adapt")
-    message = "cannot resume, even by force: the task changed from adapt to encoding"
-    assert_refused(resume("--force-resume"), message)
+@pytest.mark.parametrize(
+    ("recorded", "options", "change"),
+    [
+        ({}, ["--voxels", "5"], "the voxels changed from all ("),  # a number is chosen by the study
+        ({"task": "adapt"}, [], "the task changed from adapt to encoding"),
+    ],
+)
+def test_chosen_voxels_and_tasks_are_never_mixed(
+    recorded: dict[str, Any], options: list[str], change: str, study: FinishedStudy, resume: Resume
+) -> None:
+    change_record(study, **recorded)
+    assert_refused(resume("--force-resume", *options), f"cannot resume, even by force: {change}")
 
 
 def test_what_is_not_known_yet_is_no_difference(study: FinishedStudy) -> None:

@@ -73,27 +73,19 @@ def test_leftovers_of_a_killed_beginning_are_ignored(tmp_path: Path) -> None:
     assert (study / "study.json").is_file()
 
 
-def _a_study(folder: Path) -> None:
-    write_json(folder / "study.json", IDENTITY)
+OTHER_CONTENT: dict[str, Callable[[Path], object]] = {
+    "a study": lambda folder: write_json(folder / "study.json", IDENTITY),
+    "a trial": lambda folder: write_record(folder, TrialRecord("COMPLETE", "lora", {}, "0001", "search")),
+    "weights": lambda folder: (folder / "trials" / "0001" / "adapter").mkdir(parents=True),
+    "notes": lambda folder: (folder / "notes.txt").write_text("mine"),
+}
 
 
-def _a_trial(folder: Path) -> None:
-    write_record(folder, TrialRecord("COMPLETE", "lora", {}, "0001", "search"))
-
-
-def _weights(folder: Path) -> None:
-    (folder / "trials" / "0001" / "adapter").mkdir(parents=True)
-
-
-def _notes(folder: Path) -> None:
-    (folder / "notes.txt").write_text("mine")
-
-
-@pytest.mark.parametrize("fill", [_a_study, _a_trial, _weights, _notes])
-def test_a_folder_with_other_content_is_refused(tmp_path: Path, fill: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("content", OTHER_CONTENT)
+def test_a_folder_with_other_content_is_refused(tmp_path: Path, content: str) -> None:
     study = tmp_path / "s"
     study.mkdir()
-    fill(study)
+    OTHER_CONTENT[content](study)
     before = sorted(study.rglob("*"))
     with pytest.raises(InputError, match=r"exists already; add --resume"):
         open_new(study)
