@@ -103,12 +103,9 @@ def make_group(ec2: Any, ssh_from: str) -> str:
         group, rules = made["GroupId"], []
     if rules:
         ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=rules)
-    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[_among(group), _ssh(ssh_from)])
+    among_members = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[among_members, _ssh(ssh_from)])
     return str(group)
-
-
-def _among(group: str) -> dict[str, Any]:
-    return {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
 
 
 def _ssh(network: str) -> dict[str, Any]:

@@ -18,12 +18,7 @@ class TuneCallback(tune.Callback):
 
 
 class JobSearcher(Searcher):
-    """Hands jobs to Ray Tune.
-
-    Parameters
-    ----------
-    measure : the score in the progress line
-    """
+    """Hands jobs to Ray Tune; ``measure`` is the score in the progress line."""
 
     def __init__(self, measure: Metric) -> None:
         super().__init__()
@@ -48,12 +43,7 @@ class JobSearcher(Searcher):
 
 
 class JobList(JobSearcher):
-    """Returns jobs in order; results are in their records, and a failure stops no other job.
-
-    Parameters
-    ----------
-    jobs : to be run, in this order
-    """
+    """Returns jobs in order; results are in their records, and a failure stops no other job."""
 
     def __init__(self, jobs: list[Job], measure: Metric) -> None:
         super().__init__(measure)

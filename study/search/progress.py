@@ -24,7 +24,6 @@ class ProgressLine(TuneCallback):
     ----------
     records : of earlier sessions
     n_jobs : jobs that this session will run
-    clock : returns seconds
     """
 
     def __init__(

@@ -19,7 +19,6 @@ def delta_note(options: dict[str, Any], delta: float) -> str | None:
     Parameters
     ----------
     options : of ``study.json``; a study without a record of delta began with the default
-    delta : the value that verdicts use
     """
     first = [*options.get("deltas_before", []), options.get("delta", DELTA)][0]
     return None if delta == first else f"delta {delta:g} was chosen after the study ({first:g} was set)"

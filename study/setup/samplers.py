@@ -83,13 +83,7 @@ def grid_size(path: Path, suggest: Suggest) -> int:
 def quiet_study(
     sampler: optuna.samplers.BaseSampler, is_gain: bool = True, pruner: optuna.pruners.BasePruner | None = None
 ) -> optuna.Study:
-    """Return an in-memory Optuna study, without Optuna's log lines.
-
-    Parameters
-    ----------
-    is_gain : whether more is better
-    pruner : decides which trials stop early; None stops none
-    """
+    """Return an in-memory Optuna study, without Optuna's log lines; without a pruner no trial stops early."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     direction = optuna.study.StudyDirection.MAXIMIZE if is_gain else optuna.study.StudyDirection.MINIMIZE
     return optuna.create_study(direction=direction, sampler=sampler, pruner=pruner or optuna.pruners.NopPruner())
