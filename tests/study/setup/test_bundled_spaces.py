@@ -1,4 +1,4 @@
-"""The bundled spaces that are grids: every point once, whatever runs beside it; and what each space tries first."""
+"""The bundled spaces that are grids: every point once, however many run at once; and what each space tries first."""
 
 import importlib.util
 import itertools
