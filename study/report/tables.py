@@ -10,7 +10,8 @@ from bert_encoding.core.names import METRICS
 from study.results.printing import best_first, suggested_columns, trial_columns
 from study.wording import counted, score
 
-BRIEF, SIGNED = "{:.4g}".format, "{:+.4f}".format  # of settings and of differences
+BRIEF: Callable[[float], str] = "{:.4g}".format  # of settings
+SIGNED: Callable[[float], str] = "{:+.4f}".format  # of differences
 MEANINGS = {
     "trial_id": "name of the trial; its files are in trials/<id>",
     "phase": "baseline, search, or confirm (fresh seeds, and the test stories)",

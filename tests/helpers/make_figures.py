@@ -123,17 +123,10 @@ def sampled() -> Evidence:
     rng = np.random.default_rng(1)
     ranks = tuple(int(rank) for rank in rng.permutation(np.arange(2, 65))[:40])
     evidence = figure_evidence(ranks, (1e-4,), seeds=(0,))
-    used = evidence.used.assign(
-        lr=10 ** rng.uniform(-4, -3.3, 40),
-        scaling_rule=[f"lora_alpha = {value:.2f}" for value in rng.uniform(1, 99, 40)],
-    )
-    rows = used[["rank", "lr", "cc_mean"]].assign(n_trials=1)
-    return evidence._replace(
-        used=used,
-        rank_by_lr=rows,
-        varied=("rank", "lr", "scaling_rule"),
-        facts=evidence.facts._replace(is_adaptive=True),
-    )
+    used = evidence.used.assign(lr=10 ** rng.uniform(-4, -3.3, 40))
+    used["scaling_rule"] = [f"lora_alpha = {value:.2f}" for value in rng.uniform(1, 99, 40)]
+    rows, facts_of = used[["rank", "lr", "cc_mean"]].assign(n_trials=1), evidence.facts._replace(is_adaptive=True)
+    return evidence._replace(used=used, rank_by_lr=rows, varied=("rank", "lr", "scaling_rule"), facts=facts_of)
 
 
 def long_names() -> Evidence:
@@ -154,14 +147,8 @@ def long_names() -> Evidence:
     parameters = [f"{i} {'parameter ' * 8}$" for i in range(20)]
     importances = _importances(parameters, np.linspace(0.5, 0, 20), np.nan, np.nan, 8)
     varied = tuple(name for name in used if str(name).startswith("extra")) + tuple(names.values())
-    return evidence._replace(
-        **tables,
-        used=used,
-        voxels=voxels,
-        importances=importances,
-        varied=varied,
-        best_id=trial[evidence.best_id or ""],
-    )
+    changed: dict[str, Any] = {"used": used, "voxels": voxels, "importances": importances, "varied": varied}
+    return evidence._replace(**tables, **changed, best_id=trial[evidence.best_id or ""])
 
 
 def wanting() -> Evidence:

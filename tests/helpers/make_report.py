@@ -98,7 +98,7 @@ def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: An
         n_complete=int(n_of.get("COMPLETE", 0)), n_failed=int(n_of.get("FAILED", 0)), stories={}, is_confirmed=False,
         study=study,
     )  # fmt: skip
-    evidence = Evidence(
+    return Evidence(
         facts=of_study,
         levels=Levels(0.1, 0.04),
         left_out="",
@@ -108,8 +108,7 @@ def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: An
         best_id=str(done["trial_id"].iloc[0]) if len(done) else None,
         verdicts=(RANK,) if task == "encoding" else (),
         warnings=(),
-    )
-    return evidence._replace(**changes)
+    )._replace(**changes)
 
 
 def write_study(folder: Path, study: dict[str, Any], records: list[TrialRecord]) -> Path:
@@ -122,18 +121,13 @@ def write_study(folder: Path, study: dict[str, Any], records: list[TrialRecord])
 
 def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidence]:
     """A study on disk in which every name that a user chooses is a script."""
+    data = {"source": f'/data/{HOSTILE}" onload="alert(1)', "fingerprint": HOSTILE, "n_voxels": {HOSTILE: 3}}
     study = study_json(
         name=f"mine {HOSTILE}",
         space={"name": HOSTILE, "hash": HOSTILE, "source": f'"""{HOSTILE}"""\n# </code></pre>{HOSTILE}'},
         model={"name": HOSTILE, "weights": None},
         command_line=["run.py", HOSTILE, "\"'><img src=x onerror=alert(1)>"],
-        data={
-            "source": f'/data/{HOSTILE}" onload="alert(1)',
-            "fingerprint": HOSTILE,
-            "n_voxels": {HOSTILE: 3},
-            "trim_trs": [10, 5],
-            "notes": [HOSTILE],
-        },
+        data=study_json()["data"] | data | {"notes": [HOSTILE]},
         splits=[{"fit": ["a", HOSTILE], "validation": [f"{HOSTILE}v"], "test": [f"{HOSTILE}t"]}],
         versions={HOSTILE: HOSTILE},
         general_text={"probe": HOSTILE},

@@ -184,9 +184,6 @@ def test_history_finalists_and_importances_show_the_tables() -> None:
     widths = [patch.get_width() for patch in importances.figure.axes[0].patches]
     np.testing.assert_allclose(widths, [0.6, 0.3, 0.1], rtol=0, atol=1e-12)
     assert importances.alt.endswith("rank 0.60 (0.40 to 0.80); lr 0.30 (0.10 to 0.50); seed 0.10 (0.00 to 0.20).")
-
-
-def test_importances_show_the_most_important_of_many() -> None:
     assert len(draw("importances", STUDIES["long names"]).figure.axes[0].patches) == figure_search.MOST_BARS
 
 

@@ -198,29 +198,21 @@ def test_options_of_a_study_are_described() -> None:
     assert "a tree-structured Parzen estimator" in stopped
     assert "commit 0123456789 with uncommitted changes" in methods([])
     assert "commit" not in methods([], git=None)
-
-
-def test_layers_of_frozen_trials_are_listed() -> None:
     records = [record(str(i), method="frozen", layer=layer) for i, layer in enumerate([3, None, (1, 2)])]
     assert "last layer, layer 3 or mean of layers 1 and 2" in methods(records)
-
-
-TEXT_DATA = {
-    "source": "/home/me/reviews.csv",
-    "fingerprint": "f2",
-    "n_texts": 1000,
-    "classes": {"neg": 400, "pos": 600},
-    "max_length": 256,
-}
+    many = [{"fit": [f"s{i}" for i in range(98)], "validation": ["v"], "test": ["x"]}]
+    assert "98 stories were used for fitting, 1 (v) was held out" in methods([], splits=many)
+    assert "s97" not in methods([], splits=many)
 
 
 @pytest.mark.parametrize("task", ["classification", "adapt"])
 def test_text_only_studies_mention_no_story_and_no_voxel(task: str) -> None:
-    trained = record(lr=1e-3)
+    classes: dict[str, Any] = {"classes": {"neg": 400, "pos": 600}, "max_length": 256}
     text = methods(
-        [trained, record("baseline-frozen", phase="baseline", method="frozen")],
+        [record(lr=1e-3), record("baseline-frozen", phase="baseline", method="frozen")],
         task=task,
-        data=TEXT_DATA if task == "classification" else TEXT_DATA | {"classes": {}, "max_length": None},
+        data={"source": "/home/me/reviews.csv", "fingerprint": "f2", "n_texts": 1000}
+        | (classes if task == "classification" else {"classes": {}, "max_length": None}),
         splits=[{"training": ["800 texts (12ab)"], "held-out": ["200 texts (34cd)"]}],
     )
     assert "1,000 texts from reviews.csv (fingerprint f2)" in text
@@ -243,13 +235,6 @@ def test_wording_of_counts_lists_and_numbers() -> None:
     assert one_or_several([None, 2, 2, "b", True]) == "none, 2, yes and b"
     assert one_or_several([[3, 1], (3, 1)]) == "3 and 1"
     assert one_or_several([10, 9, 1]) == "1, 9 and 10"
-
-
-def test_many_stories_are_counted_and_few_are_named() -> None:
-    many = [f"s{i}" for i in range(98)]
-    text = methods([], splits=[{"fit": many, "validation": ["v"], "test": ["x"]}])
-    assert "98 stories were used for fitting, 1 (v) was held out" in text
-    assert "s97" not in text
 
 
 # --- inference ---

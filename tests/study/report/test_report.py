@@ -44,18 +44,17 @@ from study.results.slopes import slope_table
 __all__ = ["bucket", "s3_endpoint"]  # fixtures
 
 
+TEXT_DATA = {"source": "/data/reviews", "n_texts": 1000, "classes": {"neg": 500, "pos": 500}, "max_length": 256}
 TEXT_STUDY = {
-    "data": {
-        "source": "/data/reviews",
-        "fingerprint": "f2",
-        "n_texts": 1000,
-        "classes": {"neg": 500, "pos": 500},
-        "max_length": 256,
-        "notes": [],
-    },
+    "data": TEXT_DATA | {"fingerprint": "f2", "notes": []},
     "voxels": {"asked": "none", "key": 256},
     "splits": [{"training": ["800 texts (1234)"], "held-out": ["200 texts (5678)"]}],
 }
+
+
+def with_options(**options: Any) -> dict[str, Any]:
+    """Content of ``study.json`` with other options."""
+    return study_json(options=study_json()["options"] | options)
 
 
 def page_of(folder: Path, study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> str:
@@ -149,16 +148,12 @@ def test_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.Mo
     folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
     root = parsed(write_report(folder, evidence).read_text())
     (policy,) = (m.attributes["content"] for m in root.all("meta") if m.attributes.get("http-equiv"))
-    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
     (style,), (script,) = root.all("style"), root.all("script")
-    assert rules == {
-        "default-src": "'none'",
-        "img-src": "data:",
-        "style-src": f"'sha256-{digest(style.whole_text)}'",
-        "script-src": f"'sha256-{digest(script.whole_text)}'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
+    hashes = [f"'sha256-{digest(node.whole_text)}'" for node in (style, script)]
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src {hashes[0]}; script-src {hashes[1]}; base-uri 'none'; "
+        "form-action 'none'"
+    )
     links = [str(node.attributes[name]) for node in root.all() for name in ("src", "href") if name in node.attributes]
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp|WebSocket|import\(", style.whole_text + script.whole_text)
@@ -194,10 +189,9 @@ def test_page_is_well_formed_and_accessible(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_figure_is_embedded_as_svg_or_large_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = drawing(tmp_path)
+    figure, evidence = drawing(tmp_path), evidence_of(study_json(), BASELINES)
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [figure])
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
-    evidence = evidence_of(study_json(), BASELINES)
     for largest, kind, file in ((10**6, "svg+xml", figure.svg), (10, "png", figure.png)):
         monkeypatch.setattr(report, "LARGEST_SVG_BYTES", largest)
         (image,) = parsed(write_report(folder, evidence).read_text()).all("img")
@@ -274,40 +268,34 @@ def banner(root: Node) -> str:
 def test_banner_names_what_an_unfinished_study_lacks(
     tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], message: str
 ) -> None:
-    study = study_json(options=study_json()["options"] | options)
-    text = banner(parsed(page_of(tmp_path / "study", study, records)))
+    text = banner(parsed(page_of(tmp_path / "study", with_options(**options), records)))
     start = "This study is incomplete; what follows is provisional."
     assert text.strip() == (f"{start}{message}" if message else "")
 
 
 @pytest.mark.parametrize("records", [[], [record("0001", None)]])
 def test_study_without_a_complete_trial_has_one_line(tmp_path: Path, records: list[TrialRecord]) -> None:
-    study = study_json(options=study_json()["options"] | {"trials": 5})
-    root = parsed(page_of(tmp_path / "study", study, records, verdicts=(RANK,), levels=Levels()))
+    root = parsed(page_of(tmp_path / "study", with_options(trials=5), records, verdicts=(RANK,), levels=Levels()))
     verdict = section(root, "verdict")
     assert [p.whole_text for p in verdict.all("p")] == ["No trial is complete yet, so there is nothing to compare."]
     assert not list(verdict.all("article", "table"))
     assert f"{len(records)} of 5 searched trials have ended." in banner(root)
 
 
-def test_report_of_baselines_alone(tmp_path: Path) -> None:
-    study = study_json(options=study_json()["options"] | {"trials": 0})
-    root = parsed(page_of(tmp_path / "study", study, BASELINES))
+def test_report_of_baselines_alone_and_without_ranks(tmp_path: Path) -> None:
+    root = parsed(page_of(tmp_path / "study", with_options(trials=0), BASELINES))
     assert banner(root) == ""
     assert "frozen encoder 0.1000, word rate 0.0400" in section(root, "verdict").whole_text
     assert "trained" not in section(root, "methods").whole_text
-
-
-def test_report_without_ranks(tmp_path: Path) -> None:
     records = [*BASELINES, record("0001", 0.11, method="full"), record("0002", 0.12, method="full", lr=1e-5)]
-    root = parsed(page_of(tmp_path / "study", study_json(options=study_json()["options"] | {"trials": 2}), records))
+    root = parsed(page_of(tmp_path / "full", with_options(trials=2), records))
     assert "all weights" in section(root, "methods").whole_text
     assert "rank" not in [cell.whole_text for cell in table_rows(section(root, "trials"))[0]]
 
 
 @pytest.mark.parametrize("task", ["classification", "adapt"])
 def test_report_of_a_text_only_study(tmp_path: Path, task: str) -> None:
-    study = study_json(task=task, **TEXT_STUDY, options=study_json()["options"] | {"trials": 1})
+    study = with_options(trials=1) | {"task": task} | TEXT_STUDY
     better, worse = ({"accuracy": a, "mlm_loss_heldout": loss} for a, loss in ((0.9, 2.0), (0.6, 3.0)))
     records = [replace(BASELINES[0], scores=worse), replace(record("0001", 0.5), scores=better)]
     records[1].examples = [{"text": HOSTILE, "label": "pos", "predicted_before": "neg", "predicted_after": "pos"}]
@@ -468,13 +456,6 @@ def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatc
     (image,) = parsed((study / "report.html").read_text()).all("img")
     content = str(image.attributes["src"]).partition(",")[2]
     assert base64.b64decode(content) == (study / "figures" / "one.svg").read_bytes()
-
-
-def test_equal_pages_give_equal_text(tmp_path: Path) -> None:
-    records = [*BASELINES, *SEARCHED]
-    write_study(tmp_path / "study", study_json(), records)
-    page = make_page(tmp_path / "study", evidence_of(study_json(), records), records)
-    assert render(page) == render(page)
 
 
 def test_every_outcome_of_a_slope_is_shown_in_words(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
 from bert_encoding.trial.tables import rows_frame, trials_frame
 from study import analysis
+from study.results.gather import gather
 from study.results.load import load_trials
 from study.results.standing import Standing, cc_by_rank, gain_over_stories, standing, verdict_lines
 
@@ -285,11 +286,12 @@ def test_missing_or_damaged_summary_does_not_prevent_verdict_and_report(
     is_damaged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
     folder = write_fake_study(tmp_path / "fake", Truth(), SMALL)
-    summary = folder / "summary.json"
+    summary, verdicts = folder / "summary.json", gather(folder).verdicts
     if is_damaged:
         summary.write_text("{")
     assert exit_code(str(folder)) == 0
     out = capsys.readouterr().out
+    assert all(verdict.question in out and verdict.headline in out for verdict in verdicts)
     assert (f"note: the verdicts are not in summary.json: {summary}: damaged" in out) == is_damaged
     assert summary.exists() == is_damaged
     assert out.endswith(f"report: {folder / 'report.html'}\n")

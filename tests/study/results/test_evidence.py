@@ -277,15 +277,6 @@ def test_compare_refuses_studies_on_other_data(
 
 
 @pytest.mark.slow
-def test_command_prints_the_verdicts(folder: Path, evidence: Evidence, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder) == 0
-    out = capsys.readouterr().out
-    for verdict in evidence.verdicts:
-        assert verdict.question in out
-        assert verdict.headline in out
-
-
-@pytest.mark.slow
 def test_unscored_epochs_change_no_verdict_and_figure(folder: Path, tmp_path: Path) -> None:
     """As ``score_every`` leaves them: losses after every epoch, CC after the last."""
     rare = tmp_path / "rare"

@@ -52,12 +52,10 @@ def normal_equations(columns: list[np.ndarray], y: np.ndarray) -> tuple[float, f
     return float(beta[-1]), float(np.sqrt(variance * inverse[-1, -1])), df
 
 
-def nuisances_by_hand(used: pd.DataFrame) -> list[np.ndarray]:
-    columns = [np.ones(len(used))]
-    for name in ("seed", "lr", "scaling_rule"):
-        for value in used[name].unique()[1:]:
-            columns.append((used[name] == value).to_numpy(float))
-    return columns
+def nuisances_by_hand(used: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    """A constant and indicators of these settings; by default of all that slopes are adjusted for."""
+    values = [(name, value) for name in names or ("seed", "lr", "scaling_rule") for value in used[name].unique()[1:]]
+    return [np.ones(len(used)), *((used[name] == value).to_numpy(float) for name, value in values)]
 
 
 @pytest.mark.parametrize("outcome", ["cc_mean", "mlm_loss_heldout", "adaptation_gap"])
@@ -77,7 +75,7 @@ def test_slope_equals_the_normal_equations(outcome: str) -> None:
 def test_slope_without_nuisances_is_adjusted_for_seeds_only() -> None:
     used, stories = study_of(Truth(effect=0.005))
     row = slope_row(slope_table(used, stories), "cc_mean", NONE)
-    columns = [np.ones(162), *[(used["seed"] == seed).to_numpy(float) for seed in (1, 2)], used["log2_rank"].to_numpy()]
+    columns = [*nuisances_by_hand(used, "seed"), used["log2_rank"].to_numpy()]
     slope, se, df = normal_equations(columns, used["cc_mean"].to_numpy())
     np.testing.assert_allclose([row["slope"], row["se"]], [slope, se], rtol=1e-9)
     assert (row["df"], row["adjusted_for"]) == (df, "seed")
@@ -172,8 +170,7 @@ def test_interaction_is_the_difference_of_the_effects_at_the_extreme_rates() -> 
 
 def test_interaction_of_three_rates_is_from_the_lowest_to_the_highest() -> None:
     exact = Truth(by_lr=0.006, sd_trial=0, sd_noise=1e-9, sd_slope=0, sd_seed=0)
-    row = slope_row(slope_table(*study_of(exact)), BY_LR)
-    assert row["effect"] == pytest.approx(0.006, abs=1e-8)
+    assert slope_row(slope_table(*study_of(exact)), BY_LR)["effect"] == pytest.approx(0.006, abs=1e-8)
 
 
 def test_interaction_with_scaling_rules_is_the_difference_of_each_pair() -> None:

@@ -97,17 +97,15 @@ def grid(truth: Truth, plan: Plan = FIVE_STORIES) -> Callable[[int], Any]:
 
 
 @pytest.mark.parametrize(
-    ("truth", "answer"), [(Truth(effect=0.005), HELPS), (Truth(effect=-0.005, gap=0.005), OVERFITS)]
+    ("truth", "answer"),
+    [
+        (Truth(effect=0.005), HELPS),
+        (Truth(effect=-0.005, gap=0.005), OVERFITS),
+        (Truth(gap=0.005), NO_EFFECT),  # the gap rises, so a fall by chance alone would be called overfitting
+    ],
 )
-def test_rank_that_helps_or_overfits_is_detected(truth: Truth, answer: str) -> None:
+def test_answer_on_rank_is_the_planted_one(truth: Truth, answer: str) -> None:
     assert grid_answers(truth, FIVE_STORIES)[answer] >= 95
-
-
-def test_rank_without_effect_is_called_so() -> None:
-    """The gap rises, so a fall by chance alone would be called overfitting."""
-    counts = grid_answers(Truth(gap=0.005), FIVE_STORIES)
-    assert counts[NO_EFFECT] >= 95
-    assert counts[OVERFITS] <= 5
 
 
 def test_fall_without_a_widening_gap_is_not_called_overfitting() -> None:
