@@ -32,10 +32,7 @@ def code_fingerprint() -> str:
 def output_file(file: Path) -> Iterator[Path]:
     """Yield a temporary name to write to, and rename it to ``file`` at the end; folders are made.
 
-    Raises
-    ------
-    InputError
-        if the disk is full, or the folder must not be written to.
+    Raises InputError if the disk is full, or the folder must not be written to.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +49,7 @@ def write_json(path: Place, content: Any) -> None:
 
 
 def read_json(path: Place, required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    InputError
-        if the file is damaged or lacks a required name.
-    """
+    """Read a JSON object; raise InputError if the file is damaged or lacks a required name."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

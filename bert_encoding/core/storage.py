@@ -100,10 +100,7 @@ def open_place(location: str | Place) -> Place:
 
     In a URL, ``%``, ``?`` and ``#`` that belong to a name must be percent-encoded.
 
-    Raises
-    ------
-    InputError
-        if a URL has another scheme, no bucket, or contains a secret.
+    Raises InputError if a URL has another scheme, no bucket, or contains a secret.
     """
     if not isinstance(location, str):
         return location

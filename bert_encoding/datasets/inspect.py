@@ -67,14 +67,12 @@ def inspect(dataset: Dataset, watch: Watch | None = None) -> Dataset:
     A voxel is valid if its responses are finite and not constant in every story of the data set, so that the mask
     follows from the responses alone and is the same for every trial.
 
+    Raises InputError if a story has the wrong number of rows or voxels, words and times of different length, or no
+    finite voxel.
+
     Parameters
     ----------
     watch : called with every block of responses as it is read
-
-    Raises
-    ------
-    InputError
-        if a story has the wrong number of rows or voxels, words and times of different length, or no finite voxel.
     """
     result = survey(dataset, watch)
     if result.problems:

@@ -42,10 +42,7 @@ def recognises(path: Path) -> bool:
 def open_lab(path: Path) -> Dataset:
     """Open a folder in the lab's format: every story with text, and the responses that exist.
 
-    Raises
-    ------
-    InputError
-        if a file is missing, malformed, or not safe to read.
+    Raises InputError if a file is missing, malformed, or not safe to read.
     """
     transcripts = read_transcripts(path / TEXT_FILE)
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
@@ -109,10 +106,8 @@ def read_transcripts(path: Path) -> dict[str, SimpleNamespace]:
 
     Another process reads the pickle (see ``safe_pickle``).
 
-    Raises
-    ------
-    InputError
-        if the file is missing, damaged, of another form, or asks for anything but DataSequence and NumPy arrays.
+    Raises InputError if the file is missing, damaged, of another form, or asks for anything but DataSequence and NumPy
+    arrays.
     """
     if path.exists() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: refused: larger than {MAX_BYTES // 2**20} MiB, which no transcript is")

@@ -64,10 +64,7 @@ def open_lebel(path: Path) -> Dataset:
 
     Responses whose content a DataLad clone has not fetched are left out with a note.
 
-    Raises
-    ------
-    InputError
-        if a file is missing, malformed or not fetched, or responses have no text or no length.
+    Raises InputError if a file is missing, malformed or not fetched, or responses have no text or no length.
     """
     folder = _derivative(path)
     if folder is None:
@@ -180,10 +177,7 @@ def _known_defects(responses: Mapping[str, Files], stories: Mapping[str, Story])
 def read_volumes(path: Path) -> dict[str, int]:
     """Return story -> volumes of its scan.
 
-    Raises
-    ------
-    InputError
-        if the file is missing or not JSON, or a value is not a whole number that leaves at least one row.
+    Raises InputError if the file is missing or not JSON, or a value is not a whole number that leaves at least one row.
     """
     check_regular(path)
     if not _is_fetched(path):
@@ -211,10 +205,7 @@ def tr_times_s(n_volumes: int) -> np.ndarray:
 def word_tier(path: Path) -> Tier:
     """Return the tier of words: the first one with that name, or else the second tier.
 
-    Raises
-    ------
-    InputError
-        if there is none, or the TextGrid is malformed.
+    Raises InputError if there is none, or the TextGrid is malformed.
     """
     tiers = read_textgrid(path)
     named = [tier for tier in tiers if tier.name.strip().lower() in ("word", "words")]
@@ -228,10 +219,8 @@ def word_tier(path: Path) -> Tier:
 def spoken_words(path: Path, tier: Tier) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the words, lower-case, and the middle of each, (n_words,) in s.
 
-    Raises
-    ------
-    InputError
-        if there are none, an interval ends before it starts, or two overlap by more than rounding explains.
+    Raises InputError if there are none, an interval ends before it starts, or two overlap by more than rounding
+    explains.
     """
     spoken = [
         (number, interval)

@@ -52,10 +52,8 @@ class Responses:
     def open(self) -> Iterator[Source]:
         """Yield the responses for reading, as they are on disk.
 
-        Raises
-        ------
-        InputError
-            if the file is missing, damaged, of another form, not the one of the stamp, or refers to other files.
+        Raises InputError if the file is missing, damaged, of another form, not the one of the stamp, or refers to other
+        files.
         """
         if self.array is not None:
             yield self.array
@@ -78,14 +76,11 @@ class Responses:
     def read(self, voxels: np.ndarray) -> np.ndarray:
         """Return some voxels, (n_rows, voxels.size) float32, a copy.
 
+        Raises InputError as ``open``, and if the file cannot be read to its end.
+
         Parameters
         ----------
         voxels : ascending indices; everything between the first and the last is read, in blocks of rows
-
-        Raises
-        ------
-        InputError
-            as ``open``, and if the file cannot be read to its end.
         """
         with self.open() as source:
             out = np.empty((source.shape[0], voxels.size), np.float32)

@@ -21,10 +21,7 @@ FILES = ("rois.json", "rois.npz")
 def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
     """Return subject -> region -> ascending voxel indices, of subjects that have a file.
 
-    Raises
-    ------
-    InputError
-        if a file is damaged, or a region is not a set of the subject's voxels.
+    Raises InputError if a file is damaged, or a region is not a set of the subject's voxels.
     """
     rois: dict[str, dict[str, np.ndarray]] = {}
     first = _first_responses(dataset)
@@ -42,10 +39,7 @@ def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
 def as_voxels(values: Any, n_voxels: int, what: str) -> np.ndarray:
     """Return voxel indices, or a mask over all voxels, as ascending indices.
 
-    Raises
-    ------
-    InputError
-        if ``values`` are neither, are empty, name a voxel twice, or reach beyond ``n_voxels``.
+    Raises InputError if ``values`` are neither, are empty, name a voxel twice, or reach beyond ``n_voxels``.
     """
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "biu" or not array.size:

@@ -43,10 +43,8 @@ def choose_stories(
     Stories without responses of a chosen subject are left out, also among the published test stories. With
     ``n_train_stories``, that many are drawn at random from the others.
 
-    Raises
-    ------
-    InputError
-        if a test story does not exist or lacks responses, there is none, or there are fewer than ``n_train_stories``.
+    Raises InputError if a test story does not exist or lacks responses, there is none, or there are fewer than
+    ``n_train_stories``.
     """
     with_responses = [n for n, story in dataset.stories.items() if all(s in story.responses for s in subjects)]
     published = [name for name in dataset.published_test if name in with_responses]
@@ -76,10 +74,7 @@ def choose_stories(
 def split_stories(train: list[str], test: list[str], seed: int, n_outer_folds: int) -> tuple[Split, ...]:
     """Divide the training stories into fit and validation: one split, or ``n_outer_folds`` that rotate.
 
-    Raises
-    ------
-    InputError
-        if there are too few stories for three fit stories and one validation story.
+    Raises InputError if there are too few stories for three fit stories and one validation story.
     """
     shuffled = [sorted(train)[i] for i in generator(seed, "split").permutation(len(train))]
     n_validation = max(1, round(VALIDATION_SHARE * len(train)))

@@ -59,11 +59,8 @@ def read_textgrid(path: Path) -> tuple[Tier, ...]:
     Overlapping intervals are not refused here, since tiers that are never used may have them. A chronological file that
     was cut short between two intervals cannot be recognised: it contains no counts.
 
-    Raises
-    ------
-    InputError
-        if the file cannot be read, is binary, of another encoding or cut short, or a value is not the number, text or
-        count that its place requires.
+    Raises InputError if the file cannot be read, is binary, of another encoding or cut short, or a value is not the
+    number, text or count that its place requires.
     """
     tokens = _Tokens(path, _decoded(path))
     dialect = tokens.text("the file type")

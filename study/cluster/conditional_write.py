@@ -154,13 +154,7 @@ ConditionalObject = S3Object | GcsObject
 
 
 def conditional_object(place: ObjectPath) -> ConditionalObject:
-    """Return the object at a place.
-
-    Raises
-    ------
-    InputError
-        if the package that it needs is not installed.
-    """
+    """Return the object at a place; raise InputError if the package that it needs is not installed."""
     return S3Object(place) if place.bucket.startswith("s3:") else GcsObject(place)
 
 

@@ -87,13 +87,7 @@ class Hold:
 
 @contextmanager
 def holding(folder: Place, hold: Hold) -> Iterator[None]:
-    """Hold a study's lock.
-
-    Raises
-    ------
-    InputError
-        if another run holds it, or has taken it over by the end.
-    """
+    """Hold a study's lock; raise InputError if another run holds it, or has taken it over by the end."""
     mine = this_process()
     if isinstance(folder, Path):
         with _holding_file(folder, mine), _in_session(mine.token):
@@ -131,10 +125,7 @@ def session_id() -> str:
 def is_held_by(folder: Place, session: str) -> bool:
     """Whether a session still holds a study; works on every machine.
 
-    Raises
-    ------
-    InputError
-        if object storage cannot be read.
+    Raises InputError if object storage cannot be read.
     """
     try:
         return _parse((folder / (OWNER_FILE if isinstance(folder, Path) else LOCK_FILE)).read_bytes()).token == session

@@ -20,10 +20,7 @@ MAX_SENT_BYTES = 1e9  # of responses in memory: Ray's object store keeps them on
 def for_workers(dataset: Dataset) -> Dataset:
     """Return the data set with a stamp of every file of responses; workers map the files on their own machine.
 
-    Raises
-    ------
-    InputError
-        if responses without a file (simulated ones) are too large to be sent, or a file does not exist.
+    Raises InputError if responses without a file (simulated ones) are too large to be sent, or a file does not exist.
     """
     stories = dataset.stories.values()
     responses = [r for story in stories for r in (*story.responses.values(), *story.repeats.values())]
@@ -75,10 +72,7 @@ def _settled_precision(study: str) -> str | None:
 def check_weights(study: str, model: str) -> None:
     """Refuse weights on a worker that differ from those with which the study began; checked once per process.
 
-    Raises
-    ------
-    InputError
-        naming model and machine.
+    Raises InputError naming model and machine.
     """
     file = open_place(study) / STUDY_FILE
     begun = read_json(file).get("model", {}) if file.is_file() else {}

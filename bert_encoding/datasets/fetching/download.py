@@ -53,10 +53,7 @@ def download(client: Client, files: Sequence[RemoteFile], folder: Path, console:
 
     Existing files are verified and kept. A file of other content is renamed to ``<name>.wrong`` and downloaded.
 
-    Raises
-    ------
-    InputError
-        if the disk has too little space, or a file could not be downloaded; the others are kept.
+    Raises InputError if the disk has too little space, or a file could not be downloaded; the others are kept.
     """
     with ByteProgress(console, "checking existing files", sum(_size(file.path) for file in files)) as progress:
         exists = map_in_threads(lambda file: _exists(file, progress), files, client)

@@ -105,10 +105,7 @@ def proxy_for(url: str) -> str | None:
 def check_url(url: str) -> str:
     """Return a base URL that ends in ``/``.
 
-    Raises
-    ------
-    InputError
-        unless it is ``https://host/...``, or ``http://`` with a host on this machine.
+    Raises InputError unless it is ``https://host/...``, or ``http://`` with a host on this machine.
     """
     try:
         parts = urlsplit(url)
@@ -189,10 +186,7 @@ class RetryPolicy:
 def read_small(client: Client, url: str) -> bytes | None:
     """Return the content of a small file, or None if the server has no such file (404).
 
-    Raises
-    ------
-    InputError
-        if the server fails however often it is asked, or the file is not small.
+    Raises InputError if the server fails however often it is asked, or the file is not small.
     """
     retries = RetryPolicy(client, url)
     while True:

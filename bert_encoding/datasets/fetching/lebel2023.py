@@ -74,16 +74,13 @@ def fetch_lebel2023(
 
     Existing files are verified and kept; partial files of an earlier run are resumed.
 
+    Raises InputError if a subject or story is not in the data set, an address is not https, the disk is full, or a file
+    could not be downloaded. All complete files are kept.
+
     Parameters
     ----------
     stories : all that a subject heard, if None
     base_url, keys_url : addresses of the content and of the git-annex keys; ``derivative/...`` is appended to each
-
-    Raises
-    ------
-    InputError
-        if a subject or story is not in the data set, an address is not https, the disk is full, or a file could not
-        be downloaded. All complete files are kept.
     """
     for subject in subjects:
         if subject not in SUBJECTS:
