@@ -16,7 +16,6 @@ from bert_encoding.core.interrupt import INTERRUPTED, restore_interrupt
 
 BAD_INPUT, SOME_FAILED = 2, 3
 MAX_LAYERS = 1000
-WIDTH_OF_A_LOG = 240
 
 
 def _strictly(kind: type[int] | type[float] | type[str]) -> Any:
@@ -89,7 +88,7 @@ def check_absent(*files: Path) -> None:
 
 def console_of_command() -> Console:
     """Return a console as wide as the terminal, or wide enough for tables if the output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_LOG)
+    return Console() if sys.stdout.isatty() else Console(width=240)
 
 
 def print_lines(console: Console, *lines: str) -> None:
@@ -118,12 +117,8 @@ def run_app(app: cyclopts.App, arguments: list[str] | None = None) -> int:
     app.suppress_keyboard_interrupt = False  # cyclopts would end without a message
     try:
         restore_interrupt()
-        code = app(
-            sys.argv[1:] if arguments is None else arguments,
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
+        tokens = sys.argv[1:] if arguments is None else arguments
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, cyclopts.CycloptsError) as error:
         return _refuse(str(error))
     except OSError as error:  # a path that may not be entered, is too long, or is a file where a folder should be

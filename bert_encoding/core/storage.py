@@ -23,7 +23,6 @@ import pyarrow
 
 from bert_encoding.core.errors import InputError, first_line
 
-SCHEMES = ("s3", "gs")
 THREADS = 25  # parallel requests: pyarrow keeps as many connections
 PAUSES_S = (1, 2, 4, 8, 15, 30)  # before each retry of an upload: hours of work may depend on one record
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -107,7 +106,7 @@ def open_place(location: str | Place) -> Place:
     if not is_url(location):
         return Path(location)
     scheme, _, rest = location.partition("://")
-    if scheme.lower() not in SCHEMES:
+    if scheme.lower() not in ("s3", "gs"):
         raise InputError(f"{location}: results can be kept in a folder, s3://bucket/prefix or gs://bucket/prefix")
     path, _, query = rest.partition("?")
     bucket, _, key = path.partition("/")

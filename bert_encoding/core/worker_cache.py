@@ -11,11 +11,7 @@ Value = TypeVar("Value")
 class WorkerCache:
     """Models, tokens, word vectors and responses that trials share; a worker passes one cache to all of its trials.
 
-    Cached values must not be modified.
-
-    Parameters
-    ----------
-    max_bytes : limit of ``get_sized``; None is ``CACHED_BYTES``
+    Cached values must not be modified. ``max_bytes`` is the limit of ``get_sized``; None is ``CACHED_BYTES``.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -36,11 +32,7 @@ class WorkerCache:
         """Return the value of a key, kept if all values of one owner fit into ``max_bytes``.
 
         Nothing is evicted to make room: trials request the same values in the same order, so each would be evicted
-        shortly before it is requested again.
-
-        Parameters
-        ----------
-        owner : all values of another owner are dropped; nothing is kept for an empty name
+        shortly before it is requested again. The values of another owner are dropped; an empty name keeps nothing.
         """
         if owner != self._owner:
             self._sized.clear()

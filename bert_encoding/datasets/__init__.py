@@ -11,12 +11,7 @@ from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 
 
 def open_dataset(path: Path, trim: Trim = TRIMS["published"]) -> Dataset:
-    """Open a data set in any known format; raise ``InputError`` if ``path`` is in none of them.
-
-    Parameters
-    ----------
-    trim : volumes by which the responses are shorter than the story, at its start and end
-    """
+    """Open a data set in any known format; raise InputError if ``path`` is in none of them."""
     if not path.exists():
         raise InputError(f"{path}: no such data; give a folder, or one of {', '.join(DEMOS)}")
     if path.name == lab.TEXT_FILE:

@@ -58,14 +58,12 @@ class Corpus:
 
     Attributes
     ----------
-    path : the file or folder
     labels : every class, in alphabetical order; empty if there are none
     counts : label -> number of texts used; 0 for a class that is not in the sample
     n_texts, n_words : of the texts used; words are separated by white space
     n_left_out : texts without content, before or after cleaning, in all of ``path``
     fingerprint : hash of all content used, in order, independent of the file format
     notes : what a user should know about this text, one line each
-    clean : whether texts are cleaned, see ``clean_text``
     mask : a byte for every text that is not left out, 1 if it is in the sample; None if all are used
     """
 

@@ -62,17 +62,13 @@ class Survey(NamedTuple):
 
 
 def inspect(dataset: Dataset, watch: Watch | None = None) -> Dataset:
-    """Return the data set with its voxel masks, fingerprint and notes.
+    """Return the data set with its voxel masks, fingerprint and notes; ``watch`` receives every block of responses.
 
     A voxel is valid if its responses are finite and not constant in every story of the data set, so that the mask
     follows from the responses alone and is the same for every trial.
 
     Raises InputError if a story has the wrong number of rows or voxels, words and times of different length, or no
     finite voxel.
-
-    Parameters
-    ----------
-    watch : called with every block of responses as it is read
     """
     result = survey(dataset, watch)
     if result.problems:
@@ -136,9 +132,7 @@ def _same_responses(source: str, stories: dict[str, list[tuple[str, str]]]) -> l
 
 def _silence_note(texts: tuple[TextCheck, ...]) -> list[str]:
     n_silent = sum(text.n_silent for text in texts)
-    if not n_silent:
-        return []
-    return [f"{n_silent} transcript entries are empty or tags and get zero vectors"]
+    return [f"{n_silent} transcript entries are empty or tags and get zero vectors"] if n_silent else []
 
 
 def _mask_note(subject: str, finite: np.ndarray, varies: np.ndarray) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,15 +18,7 @@ from bert_encoding.core.errors import InputError, first_line
 BLOCK_BYTES = 64 * 2**20  # read at a time from files
 N_SAMPLES, SAMPLE_BYTES = 8, 4096  # of a file's stamp
 
-
-class Source(Protocol):
-    """What an array, a memory map and an open HDF5 data set have in common."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    def __getitem__(self, rows: Any, /) -> Any: ...
+Source = np.ndarray | h5py.Dataset
 
 
 @dataclass(frozen=True)

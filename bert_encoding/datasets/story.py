@@ -90,12 +90,7 @@ class Dataset:
         return replace(self, stories={name: self.stories[name] for name in sorted(story_names)}, subjects=subjects)
 
     def valid_responses(self, story: str, subject: str, columns: slice = slice(None)) -> np.ndarray:
-        """Return responses of the valid voxels, (n_rows, n_columns) float32, a copy.
-
-        Parameters
-        ----------
-        columns : which of the valid voxels, counted among the valid ones
-        """
+        """Return responses of the valid voxels, or of some columns of them, (n_rows, n_columns) float32, a copy."""
         return self.stories[story].responses[subject].read(np.flatnonzero(self._mask(subject))[columns])
 
     def n_valid(self, subject: str) -> int:

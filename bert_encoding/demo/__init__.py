@@ -11,13 +11,9 @@ from bert_encoding.datasets.story import TRIMS, Dataset, Trim
 
 
 def open_data(name: str, trim: Trim = TRIMS["published"], *, simulate: bool = True) -> Dataset:
-    """Open a data set by the value of ``--data``: a demo, inspected, or a folder.
+    """Open a data set by the value of ``--data``: a demo, inspected and with the published trim, or a folder.
 
-    Parameters
-    ----------
-    name : one of ``DEMOS``, or a path
-    trim : of the responses in a folder; a demo has the published one
-    simulate : compute the responses of a demo, which takes the demo encoder; without them only its text can be used
+    Without ``simulate``, only the text of a demo can be used: its responses need the demo encoder.
     """
     if name not in DEMOS:
         return open_dataset(Path(name), trim)

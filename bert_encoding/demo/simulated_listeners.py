@@ -36,14 +36,7 @@ Vectors = dict[str, np.ndarray]  # story -> (n_words, n_hidden)
 
 
 class Followed(NamedTuple):
-    """Word vectors that some language voxels follow.
-
-    Attributes
-    ----------
-    vectors : story -> (n_words, n_hidden)
-    n_voxels : the number of these voxels
-    differs_from : follow only the directions in which the vectors differ most from these; None: all directions
-    """
+    """Word vectors that some language voxels follow: in all directions, or where they differ most from others."""
 
     vectors: Vectors
     n_voxels: int
@@ -51,13 +44,7 @@ class Followed(NamedTuple):
 
 
 def what_is_followed(dataset: Dataset, n_voxels: int) -> list[Followed]:
-    """Return what a listener's language voxels follow, in the order of the voxels.
-
-    Parameters
-    ----------
-    dataset : bundled stories; its ``source`` is the name of the demo
-    n_voxels : language voxels
-    """
+    """Return what the language voxels of a demo's listener follow, in the order of the voxels."""
     encoder = load_encoder(MINILM)
     last = encoder.n_layers
     if dataset.source == DEMO:

@@ -73,12 +73,8 @@ def simulate_listener(dataset: Dataset) -> tuple[Dataset, Truth]:
 
 
 def _with_responses(dataset: Dataset, name: str, signal: np.ndarray, truth: Truth) -> Story:
-    """Return a story with z-scored responses; a test story also has repeats, on the scale of their mean.
-
-    Parameters
-    ----------
-    signal : (n_trs, n_voxels) responses without noise
-    """
+    """Return a story with z-scored responses to a signal without noise, (n_trs, n_voxels); a test story also has
+    repeats, on the scale of their mean."""
     ceiling = truth.ceiling_test if name in TEST else truth.ceiling
     noise = _noise(signal.shape, "noise", name)
     rows = dataset.trim.rows(len(signal))
@@ -130,12 +126,8 @@ def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
 def _language(
     dataset: Dataset, rate: dict[str, np.ndarray], kept: dict[str, slice], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return what drives language voxels before any delay, story -> (n_trs, n_language).
-
-    Parameters
-    ----------
-    weights : (n_directions, n_language) how much each voxel follows each direction
-    """
+    """Return what drives language voxels before any delay, story -> (n_trs, n_language); ``weights``, (n_directions,
+    n_language), say how much each voxel follows each direction."""
     parts, start = [], 0
     for followed in what_is_followed(dataset, N_LANGUAGE):
         directions = _directions(_downsampled(dataset, followed, rate, kept), rate, kept)

@@ -39,13 +39,7 @@ class BadStatus(HTTPError):
 
 
 class Client:
-    """Connections that several threads share; leaving its context stops their work.
-
-    Attributes
-    ----------
-    n_connections : how many threads use it at the same time
-    stop : set when all work must end
-    """
+    """Connections that several threads share; leaving its context sets ``stop``, which ends their work."""
 
     def __init__(self, n_connections: int) -> None:
         self.n_connections = n_connections
