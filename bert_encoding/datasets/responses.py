@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -18,7 +18,7 @@ from bert_encoding.core.errors import InputError, first_line
 BLOCK_BYTES = 64 * 2**20  # read at a time from files
 N_SAMPLES, SAMPLE_BYTES = 8, 4096  # of a file's stamp
 
-Source = np.ndarray | h5py.Dataset
+Source: TypeAlias = np.ndarray | h5py.Dataset
 
 
 @dataclass(frozen=True)

@@ -116,27 +116,20 @@ def test_open_place_takes_text_without_scheme_as_a_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("location", "reason"),
+    ("locations", "reason"),
     [
-        ("ftp://host/x", "ftp://host/x: results can be kept in a folder, s3://bucket/prefix or gs://bucket/prefix"),
-        ("s3://", "s3://: must look like s3://bucket/prefix"),
-        ("s3:///x", "must look like s3://bucket/prefix"),
-        ("gs://bucket/a//b", "must look like gs://bucket/prefix"),
-        ("s3://bucket/../b", "must look like s3://bucket/prefix"),
-        ("s3://bucket/a#b", "must look like s3://bucket/prefix"),
+        (["ftp://host/x"], "ftp://host/x: results can be kept in a folder, s3://bucket/prefix or gs://bucket/prefix"),
+        (["s3://", "s3:///x", "s3://bucket/../b", "s3://bucket/a#b"], "must look like s3://bucket/prefix"),
+        (["gs://bucket/a//b"], "must look like gs://bucket/prefix"),
+        (["s3://AKIA:hush@bucket/x", "s3://bucket/x?secret_key=hush", "s3://hush@bucket"], "contains a secret"),
     ],
 )
-def test_open_place_refuses(location: str, reason: str) -> None:
-    with pytest.raises(InputError, match=re.escape(reason)):
-        open_place(location)
-
-
-@pytest.mark.parametrize("location", ["s3://AKIA:hush@bucket/x", "s3://bucket/x?secret_key=hush", "s3://hush@bucket"])
-def test_a_secret_in_a_url_is_refused_and_not_repeated(location: str) -> None:
+def test_open_place_refuses_and_repeats_no_secret(locations: list[str], reason: str) -> None:
     """``study.json`` keeps the command line."""
-    with pytest.raises(InputError, match="contains a secret") as refused:
-        open_place(location)
-    assert "hush" not in str(refused.value)
+    for location in locations:
+        with pytest.raises(InputError, match=re.escape(reason)) as refused:
+            open_place(location)
+        assert "hush" not in str(refused.value)
 
 
 def test_an_unknown_setting_of_a_url_is_refused(bucket: ObjectPath) -> None:
@@ -148,30 +141,23 @@ def test_an_unknown_setting_of_a_url_is_refused(bucket: ObjectPath) -> None:
 
 
 def test_files_are_listed_and_read(place: Place) -> None:
-    assert not place.exists()
-    assert list(children(place)) == []
+    assert (place.exists(), list(children(place))) == (False, [])
     contents = {name: os.urandom(n_bytes) for n_bytes, name in enumerate(ODD)}
     for name, content in contents.items():
         write(place, name, content)
     assert {child.name: child.read_bytes() for child in children(place)} == contents
     assert [child.name for child in children(place)] == sorted(ODD)
     assert (place.exists(), place.is_dir(), place.is_file()) == (True, True, False)
-    assert (place / "plain").is_file()
-    assert not (place / "plain").is_dir()
-    assert not (place / "nothing").exists()
-    assert (place / "nothing").name == "nothing"
+    assert ((place / "plain").is_file(), (place / "plain").is_dir()) == (True, False)
+    assert ((place / "nothing").exists(), (place / "nothing").name) == (False, "nothing")
     with pytest.raises(FileNotFoundError):
         (place / "nothing").read_bytes()
 
 
-def test_a_large_file_is_read_as_written(place: Place) -> None:
-    """Larger than one part of a multipart upload."""
-    content = np.random.default_rng(0).bytes(12_000_000)
-    assert write(place, "large", content).read_bytes() == content
-
-
-def test_a_file_is_replaced_completely(place: Place) -> None:
-    before = modified_s(write(place, "a", b"a long first content"))
+def test_a_large_file_is_read_as_written_and_replaced_completely(place: Place) -> None:
+    content = np.random.default_rng(0).bytes(12_000_000)  # more than one part of a multipart upload
+    assert write(place, "a", content).read_bytes() == content
+    before = modified_s(place / "a")
     assert modified_s(write(place, "a", b"second")) >= before > 1.7e9
     assert (place / "a").read_bytes() == b"second"
 
@@ -204,18 +190,10 @@ def test_folders_are_uploaded_copied_and_removed(place: Place) -> None:
     assert not place.exists()
 
 
-def test_an_error_while_a_folder_is_filled_uploads_nothing(bucket: ObjectPath) -> None:
-    def save() -> None:
-        with local_folder(bucket / "adapter") as folder:
-            (folder / "weights").write_bytes(b"half")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        save()
+def test_an_error_in_a_local_folder_uploads_nothing_and_one_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
+    with pytest.raises(ZeroDivisionError), local_folder(bucket / "adapter") as folder:
+        (folder / "weights").write_bytes(b"%d" % (1 / 0))
     assert keys(bucket) == []
-
-
-def test_an_error_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
     write(bucket, "voxels.npz")
     with pytest.raises(InputError) as refused, local_copy(bucket / "voxels.npz") as copy:
         raise InputError(f"{copy}: subject s: no such voxel")
@@ -275,8 +253,7 @@ def test_records_are_the_same_in_both(tmp_path: Path, bucket: ObjectPath) -> Non
     assert sorted(contents) == [key for key in keys(bucket) if not key.endswith("/")], "the same files"
     assert {name: (bucket / name).read_bytes() for name in contents} == contents, "with the same bytes"
     assert [asdict(r) for r in read_records(local)] == [asdict(r) for r in read_records(remote)]
-    assert has_record(remote, "0001")
-    assert not has_record(remote, "0009")
+    assert (has_record(remote, "0001"), has_record(remote, "0009")) == (True, False)
     assert read_record(remote, "0002").scores == {"cc_mean": 0.3}
     for name, values in read_cc(local, "0002").items():
         np.testing.assert_array_equal(values, read_cc(remote, "0002")[name])
@@ -357,8 +334,7 @@ def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys
 
 def test_a_bucket_that_is_missing_is_one_line(bucket: ObjectPath) -> None:
     study = ObjectPath("s3://no-such-bucket", "s", bucket.query)
-    message = re.escape(f"{study}") + ".*: no such bucket; create it, or choose another --out"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"{re.escape(str(study))}.*: no such bucket; create it"):
         children(study)
     with pytest.raises(InputError, match="no such bucket"):
         write_record(study, record("0001"))
@@ -393,16 +369,8 @@ def test_denied_access_is_one_line(
 @pytest.mark.parametrize(
     ("message", "expected"),
     [  # messages of pyarrow
-        (
-            "When getting information for key 'p/x' in bucket 'bkt': AWS Error NETWORK_CONNECTION during HeadObject "
-            "operation: curlCode: 7, Could not connect to server",
-            "cannot be reached",
-        ),
-        (
-            "When listing objects under key 'p/' in bucket 'b': AWS Error NO_SUCH_BUCKET during ListObjectsV2 "
-            "operation: The specified bucket does not exist",
-            "no such bucket",
-        ),
+        ("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not", "cannot be reached"),
+        ("AWS Error NO_SUCH_BUCKET during ListObjectsV2 operation: The specified bucket does not", "no such bucket"),
         ("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation: No response body.", "access denied"),
         ("AWS Error ACCESS_DENIED during PutObject operation: Access Denied", "access denied"),
         ("google::cloud::Status(UNAUTHENTICATED: Permanent error)", "access denied"),

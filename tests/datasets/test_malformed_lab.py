@@ -33,7 +33,6 @@ STORY = "beta"  # the story that is changed
 NPY = "{data}/subject2/beta.npy"
 TEXT = "{data}/raw_text.pkl"
 LAB_ROWS = (NPY, "story beta, subject subject2: ")
-LAB_STORY = ("{data}", "story beta")
 MAKE_40 = "its 55 TR times less 15 trimmed make 40; text and responses must be of the same part of the scan"
 NUMBERS = "expected numbers (rows, voxels)"
 
@@ -43,11 +42,31 @@ def npy(edit: Callable[[np.ndarray], np.ndarray], story: str = STORY) -> Change:
     return lambda data: edit_responses(data, story, edit)
 
 
-def npy_header(text: str) -> Change:
-    """Return a change of the header of a ``.npy`` file."""
+def rows(edit: Callable[[np.ndarray], np.ndarray], *parts: str) -> Case:
+    return Case(npy(edit), (*LAB_ROWS, *parts))
+
+
+def npy_bytes(edit: Callable[[bytes], bytes]) -> Case:
+    """Return a change of a ``.npy`` file that makes it unreadable."""
+    return Case(change_bytes("subject2/beta.npy", edit), (NPY, "not a readable .npy array"))
+
+
+def npy_header(text: str) -> Case:
     head = text.encode().ljust(117) + b"\n"
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
-    return change_bytes("subject2/beta.npy", lambda old: content + old[128:])
+    return Case(change_bytes("subject2/beta.npy", lambda old: content + old[128:]), (NPY,))
+
+
+def of_shape(shape: str) -> Case:
+    return npy_header(f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}")
+
+
+def story(change: Change, *parts: str) -> Case:
+    return Case(change, ("{data}", "story beta", *parts))
+
+
+def transcript(change: Change, *parts: str) -> Case:
+    return Case(change, (TEXT, "story beta", *parts))
 
 
 def every_story(edit: Callable[[np.ndarray], np.ndarray]) -> Change:
@@ -92,59 +111,47 @@ def with_file(name: str, text: str) -> Change:
 
 
 RESPONSES = {
-    "an extra TR": Case(npy(lambda y: np.vstack([y, y[:1]])), (*LAB_ROWS, f"has 41 rows; {MAKE_40}")),
-    "one TR less": Case(npy(lambda y: y[1:]), (*LAB_ROWS, f"has 39 rows; {MAKE_40}")),
-    "no rows": Case(npy(lambda y: y[:0]), (*LAB_ROWS, f"has 0 rows; {MAKE_40}")),
-    "no voxels": Case(npy(lambda y: y[:, :0]), (*LAB_ROWS, "has 0 voxels", "have 12")),
-    "transposed": Case(
-        npy(lambda y: y.T),
-        (*LAB_ROWS, "has 12 rows and 40 columns; its 55 TR times less 15 trimmed make 40: it looks transposed; save ("),
+    "an extra TR": rows(lambda y: np.vstack([y, y[:1]]), f"has 41 rows; {MAKE_40}"),
+    "one TR less": rows(lambda y: y[1:], f"has 39 rows; {MAKE_40}"),
+    "no rows": rows(lambda y: y[:0], f"has 0 rows; {MAKE_40}"),
+    "no voxels": rows(lambda y: y[:, :0], "has 0 voxels", "have 12"),
+    "transposed": rows(
+        lambda y: y.T,
+        "has 12 rows and 40 columns; its 55 TR times less 15 trimmed make 40: it looks transposed; save (",
     ),
-    "another number of voxels": Case(
-        npy(lambda y: y[:, :-1]), (*LAB_ROWS, "has 11 voxels, other stories of subject2 have 12; all must agree")
+    "another number of voxels": rows(
+        lambda y: y[:, :-1], "has 11 voxels, other stories of subject2 have 12; all must agree"
     ),
-    "one dimension": Case(npy(lambda y: y[:, 0]), (*LAB_ROWS, "shape (40,)", NUMBERS)),
-    "three dimensions": Case(npy(lambda y: y[None]), (*LAB_ROWS, "shape (1, 40, 12)")),
-    "no dimension": Case(npy(lambda y: y[0, 0]), (*LAB_ROWS, "shape ()")),
+    "one dimension": rows(lambda y: y[:, 0], "shape (40,)", NUMBERS),
+    "three dimensions": rows(lambda y: y[None], "shape (1, 40, 12)"),
+    "no dimension": rows(lambda y: y[0, 0], "shape ()"),
     "no dimension, with regions": Case(
         lambda data: (npy(lambda y: y[0, 0], "alpha")(data), with_file("subject2/rois.json", '{"V1": [3]}')(data)),
         ("{data}/subject2/rois.json: region V1: no voxel 3",),
     ),
-    "texts": Case(npy(lambda y: y.astype("U8")), (*LAB_ROWS, "is <U8", NUMBERS)),
-    "complex": Case(npy(lambda y: y * 1j), (*LAB_ROWS, "is complex128", NUMBERS)),
-    "true and false": Case(npy(lambda y: y > 0), (*LAB_ROWS, "is bool", NUMBERS)),
-    "dates": Case(npy(lambda y: y.astype("i8").astype("M8[s]")), (*LAB_ROWS, "datetime64")),
+    "texts": rows(lambda y: y.astype("U8"), "is <U8", NUMBERS),
+    "complex": rows(lambda y: y * 1j, "is complex128", NUMBERS),
+    "true and false": rows(lambda y: y > 0, "is bool", NUMBERS),
+    "dates": rows(lambda y: y.astype("i8").astype("M8[s]"), "datetime64"),
     "objects": Case(npy(lambda y: y.astype(object)), (NPY, "not a readable .npy array", "Python objects")),
-    "cut short": Case(change_bytes("subject2/beta.npy", lambda b: b[:-100]), (NPY, "not a readable .npy array")),
-    "its header cut short": Case(
-        change_bytes("subject2/beta.npy", lambda b: b[:50]), (NPY, "not a readable .npy array")
-    ),
-    "a bare pickle": Case(
-        change_bytes("subject2/beta.npy", lambda b: pickle.dumps([1.0])), (NPY, "not a readable .npy array")
-    ),
+    "cut short": npy_bytes(lambda b: b[:-100]),
+    "its header cut short": npy_bytes(lambda b: b[:50]),
+    "a bare pickle": npy_bytes(lambda b: pickle.dumps([1.0])),
     "an archive": Case(an_archive, (NPY, "an archive of several")),
-    "text instead of an array": Case(
-        change_bytes("subject2/beta.npy", lambda b: b"0.1, 0.2\n"), (NPY, "not a readable .npy")
+    "text instead of an array": npy_bytes(lambda b: b"0.1, 0.2\n"),
+    "an empty npy": npy_bytes(lambda b: b""),
+    "a negative shape": of_shape("(-40, 12)"),
+    "a shape beyond all memory": of_shape("(1000000000000, 12)"),
+    "a shape beyond all numbers": of_shape(f"(10**9, 1{40 * '0'})"),
+    "a shape of forty digits": of_shape(f"(1{40 * '0'}, 12)"),
+    "a header that is no Python": npy_header("{'descr': ((((((((((('''"),
+    "a header of brackets": npy_header("(" * 110),
+    "a dtype of no size": npy_header("{'descr': '|V0', 'fortran_order': False, 'shape': (40, 12)}"),
+    "nothing finite in a story": rows(
+        lambda y: y * np.nan, "has no finite voxel; leave the story out or correct the file"
     ),
-    "an empty npy": Case(change_bytes("subject2/beta.npy", lambda b: b""), (NPY, "not a readable .npy")),
-    "a negative shape": Case(npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-40, 12)}"), (NPY, "npy")),
-    "a shape beyond all memory": Case(
-        npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 12)}"), (NPY, "npy")
-    ),
-    "a shape beyond all numbers": Case(
-        npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (10**9, 1%s)}" % ("0" * 40)), (NPY, "npy")
-    ),
-    "a shape of forty digits": Case(
-        npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1%s, 12)}" % ("0" * 40)), (NPY, "npy")
-    ),
-    "a header that is no Python": Case(npy_header("{'descr': ((((((((((('''"), (NPY, "npy")),
-    "a header of brackets": Case(npy_header("(" * 110), (NPY, "npy")),
-    "a dtype of no size": Case(npy_header("{'descr': '|V0', 'fortran_order': False, 'shape': (40, 12)}"), (NPY,)),
-    "nothing finite in a story": Case(
-        npy(lambda y: y * np.nan), (*LAB_ROWS, "has no finite voxel; leave the story out or correct the file")
-    ),
-    "infinite": Case(npy(lambda y: y * np.inf), (*LAB_ROWS, "has no finite voxel")),
-    "beyond float32": Case(npy(lambda y: y * 1e300), (*LAB_ROWS, "has no finite voxel")),
+    "infinite": rows(lambda y: y * np.inf, "has no finite voxel"),
+    "beyond float32": rows(lambda y: y * 1e300, "has no finite voxel"),
     "every voxel NaN somewhere": Case(
         every_story(lambda y: np.where(np.arange(len(y))[:, None] == 3, np.nan, y)),
         ("{data}", "subject2", "has no finite voxel"),
@@ -153,9 +160,7 @@ RESPONSES = {
         every_story(lambda y: np.full_like(y, 0.5)),
         ("{data}/subject2/alpha.npy: story alpha, subject subject2: has no voxel that is finite and varies",),
     ),
-    "constant in one story": Case(
-        npy(lambda y: np.full_like(y, 7.0)), (*LAB_ROWS, "has no voxel that is finite and varies")
-    ),
+    "constant in one story": rows(lambda y: np.full_like(y, 7.0), "has no voxel that is finite and varies"),
     "without text": Case(named_otherwise("unheard"), ("{data}/subject2/unheard.npy: story unheard has no text",)),
     "a trailing space": Case(named_otherwise("beta "), ("{data}/subject2/beta .npy: story 'beta ' has no text",)),
     "another case": Case(named_otherwise("Beta"), ("{data}/subject2/Beta.npy: story Beta has no text",)),
@@ -186,76 +191,62 @@ RESPONSES = {
 }
 
 TEXTS = {
-    "no words": Case(
-        text(lambda s: (setattr(s, "data", []), setattr(s, "data_times", np.zeros(0)))),
-        (*LAB_STORY, "has no spoken word"),
+    "no words": story(
+        text(lambda s: (setattr(s, "data", []), setattr(s, "data_times", np.zeros(0)))), "has no spoken word"
     ),
-    "tags and marks alone": Case(
-        replacing("data", lambda w: [("{cg}", "", "...", "(br}")[at % 4] for at in range(len(w))]),
-        (*LAB_STORY, "has no spoken word"),
+    "tags and marks alone": story(
+        replacing("data", lambda w: [("{cg}", "", "...", "(br}")[at % 4] for at in range(len(w))]), "has no spoken word"
     ),
-    "a NaN word time": Case(setting("data_times", 5, np.nan), (*LAB_STORY, "non-finite word times")),
-    "an infinite word time": Case(setting("data_times", 5, np.inf), (*LAB_STORY, "non-finite word times")),
-    "a NaN TR time": Case(setting("tr_times", 5, np.nan), (*LAB_STORY, "non-finite TR times")),
-    "words long before the scan": Case(
-        replacing("data_times", lambda t: t - 1e6), (*LAB_STORY, "100% of its words are outside the scan")
+    "a NaN word time": story(setting("data_times", 5, np.nan), "non-finite word times"),
+    "an infinite word time": story(setting("data_times", 5, np.inf), "non-finite word times"),
+    "a NaN TR time": story(setting("tr_times", 5, np.nan), "non-finite TR times"),
+    "words long before the scan": story(
+        replacing("data_times", lambda t: t - 1e6), "100% of its words are outside the scan"
     ),
-    "times in milliseconds": Case(replacing("data_times", lambda t: t * 1000), (*LAB_STORY, "outside the scan")),
-    "a word before the last": Case(
-        setting("data_times", 20, -4.0), (*LAB_STORY, "word times must not decrease", "word 20 (-4 s)", "word 19 (")
+    "times in milliseconds": story(replacing("data_times", lambda t: t * 1000), "outside the scan"),
+    "a word before the last": story(
+        setting("data_times", 20, -4.0), "word times must not decrease", "word 20 (-4 s)", "word 19 ("
     ),
-    "words in disorder": Case(setting("data_times", 5, 50.0), (*LAB_STORY, "word 5 (50 s)", "word 6")),
-    "TRs that decrease": Case(replacing("tr_times", lambda t: t[::-1]), (*LAB_STORY, "TR times must not decrease")),
-    "a TR before the last": Case(
-        setting("tr_times", 4, -20.0), (*LAB_STORY, "TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)")
+    "words in disorder": story(setting("data_times", 5, 50.0), "word 5 (50 s)", "word 6"),
+    "TRs that decrease": story(replacing("tr_times", lambda t: t[::-1]), "TR times must not decrease"),
+    "a TR before the last": story(
+        setting("tr_times", 4, -20.0), "TR times must not decrease", "TR 4 (-20 s)", "TR 3 (-3 s)"
     ),
-    "a TR too late": Case(setting("tr_times", 4, -0.5), (*LAB_STORY, "TR times must be evenly spaced")),
-    "two TRs at once": Case(setting("tr_times", 4, -3.0), (*LAB_STORY, "TR times must be evenly spaced")),
-    "TRs all at once": Case(replacing("tr_times", lambda t: t * 0), (*LAB_STORY, "TR times must be evenly spaced")),
-    "a TR left out": Case(
-        replacing("tr_times", lambda t: np.delete(t, 9)), (*LAB_STORY, "TR times must be evenly spaced")
+    "a TR too late": story(setting("tr_times", 4, -0.5), "TR times must be evenly spaced"),
+    "two TRs at once": story(setting("tr_times", 4, -3.0), "TR times must be evenly spaced"),
+    "TRs all at once": story(replacing("tr_times", lambda t: t * 0), "TR times must be evenly spaced"),
+    "a TR left out": story(replacing("tr_times", lambda t: np.delete(t, 9)), "TR times must be evenly spaced"),
+    "no TRs": story(replacing("tr_times", lambda t: t[:0]), "TR times must be evenly spaced"),
+    "no more TRs than are trimmed": story(replacing("tr_times", lambda t: t[:12])),
+    "fewer times than words": story(replacing("data_times", lambda t: t[:-1]), "has 157 words but 156 word times"),
+    "fewer words than times": story(replacing("data", lambda w: w[1:]), "156 words but 157 word times"),
+    "a word that is a number": transcript(setting("data", 5, 7), "word 5 is int"),
+    "a word that is bytes": transcript(setting("data", 5, b"the"), "word 5 is bytes"),
+    "a word that is NaN": transcript(setting("data", 5, float("nan")), "word 5 is float"),
+    "lists of words": transcript(replacing("data", lambda w: [w[:9], w[9:]]), "word 0 is list, expected text"),
+    "nothing for words": transcript(replacing("data", lambda w: None), "NoneType"),
+    "a number for words": transcript(replacing("data", lambda w: 5), "int"),
+    "one text": transcript(replacing("data", " ".join), "its words are str, expected a list"),
+    "half a character": transcript(setting("data", 5, "wo\ud83d"), r"word 5 ('wo\ud83d')"),
+    "times as texts": transcript(
+        replacing("data_times", lambda t: [str(v) for v in t]), "word times are not numbers: number 0 is '"
     ),
-    "no TRs": Case(replacing("tr_times", lambda t: t[:0]), (*LAB_STORY, "TR times must be evenly spaced")),
-    "no more TRs than are trimmed": Case(replacing("tr_times", lambda t: t[:12]), LAB_STORY),
-    "fewer times than words": Case(
-        replacing("data_times", lambda t: t[:-1]), (*LAB_STORY, "has 157 words but 156 word times")
-    ),
-    "fewer words than times": Case(replacing("data", lambda w: w[1:]), (*LAB_STORY, "156 words but 157 word times")),
-    "a word that is a number": Case(setting("data", 5, 7), (TEXT, "story beta", "word 5 is int")),
-    "a word that is bytes": Case(setting("data", 5, b"the"), (TEXT, "story beta", "word 5 is bytes")),
-    "a word that is NaN": Case(setting("data", 5, float("nan")), (TEXT, "story beta", "word 5 is float")),
-    "lists of words": Case(
-        replacing("data", lambda w: [w[:9], w[9:]]), (TEXT, "story beta", "word 0 is list, expected text")
-    ),
-    "nothing for words": Case(replacing("data", lambda w: None), (TEXT, "story beta", "NoneType")),
-    "a number for words": Case(replacing("data", lambda w: 5), (TEXT, "story beta", "int")),
-    "one text": Case(replacing("data", " ".join), (TEXT, "story beta", "its words are str, expected a list")),
-    "half a character": Case(setting("data", 5, "wo\ud83d"), (TEXT, "story beta", r"word 5 ('wo\ud83d')")),
-    "times as texts": Case(
-        replacing("data_times", lambda t: [str(v) for v in t]),
-        (TEXT, "story beta", "word times are not numbers: number 0 is '"),
-    ),
-    "times as an array of texts": Case(
-        replacing("data_times", lambda t: t.astype("U9")), (TEXT, "story beta", "word times are not numbers but <U9")
+    "times as an array of texts": transcript(
+        replacing("data_times", lambda t: t.astype("U9")), "word times are not numbers but <U9"
     ),
     "complex times": Case(replacing("tr_times", lambda t: t + 0j), (TEXT, "refused: ", "complex128")),
-    "no time at all": Case(replacing("data_times", lambda t: None), (TEXT, "story beta", "word times have shape ()")),
-    "a time that is none": Case(
-        replacing("data_times", lambda t: [None, *t[1:]]),
-        (TEXT, "story beta", "word times are not numbers: number 0 is of type NoneType"),
+    "no time at all": transcript(replacing("data_times", lambda t: None), "word times have shape ()"),
+    "a time that is none": transcript(
+        replacing("data_times", lambda t: [None, *t[1:]]), "word times are not numbers: number 0 is of type NoneType"
     ),
-    "a time beyond all numbers": Case(
-        replacing("data_times", lambda t: [10**400, *t[1:].tolist()]),
-        (TEXT, "story beta", "word times are not numbers"),
+    "a time beyond all numbers": transcript(
+        replacing("data_times", lambda t: [10**400, *t[1:].tolist()]), "word times are not numbers"
     ),
-    "one time": Case(replacing("tr_times", lambda t: 3.0), (TEXT, "story beta", "TR times have shape ()")),
-    "TR times as texts": Case(
-        replacing("tr_times", lambda t: ["x"]), (TEXT, "story beta", "TR times are not numbers: number 0 is '")
-    ),
-    "times in columns": Case(replacing("data_times", lambda t: t[:, None]), (TEXT, "story beta", "shape (157, 1)")),
-    "lists of times": Case(
-        replacing("tr_times", lambda t: [t.tolist(), t.tolist()]),
-        (TEXT, "story beta", "TR times are not numbers: number 0 is of type list"),
+    "one time": transcript(replacing("tr_times", lambda t: 3.0), "TR times have shape ()"),
+    "TR times as texts": transcript(replacing("tr_times", lambda t: ["x"]), "TR times are not numbers: number 0 is '"),
+    "times in columns": transcript(replacing("data_times", lambda t: t[:, None]), "shape (157, 1)"),
+    "lists of times": transcript(
+        replacing("tr_times", lambda t: [t.tolist(), t.tolist()]), "TR times are not numbers: number 0 is of type list"
     ),
     "regions beyond the voxels": Case(
         with_file("subject2/rois.json", '{"V1": [3, 12]}'),

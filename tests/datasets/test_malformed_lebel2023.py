@@ -77,8 +77,20 @@ def _empty_dataset(file: h5py.File, rows: np.ndarray, data: Path) -> None:
     file["data"] = h5py.Empty("f8")
 
 
-def hf5_rows(edit: Callable[[np.ndarray], np.ndarray]) -> Change:
-    return hf5(lambda file, rows, _: file.create_dataset("data", data=edit(rows)))
+def written(edit: Callable[[h5py.File, np.ndarray, Path], object], *parts: str) -> Case:
+    return Case(hf5(edit), (FILE, *parts))
+
+
+def rows(edit: Callable[[np.ndarray], np.ndarray], *parts: str) -> Case:
+    return Case(hf5(lambda file, rows, _: file.create_dataset("data", data=edit(rows))), (*LEBEL_ROWS, *parts))
+
+
+def damaged(edit: Callable[[bytes], bytes], *parts: str) -> Case:
+    return Case(change_bytes(HF5, edit), (FILE, *parts))
+
+
+def renamed(name: str, message: str) -> Case:
+    return Case(lambda data: (data / HF5).rename((data / HF5).with_name(name)), (message,))
 
 
 def lengths(edit: Callable[[dict[str, Any]], object]) -> Change:
@@ -102,56 +114,41 @@ def words(*rows: tuple[float, float, str], dialect: str = "short") -> bytes:
 
 
 HDF5 = {
-    "cut short": Case(change_bytes(HF5, lambda b: b[: len(b) // 2]), (FILE, "not a readable HDF5 file")),
-    "its end alone cut off": Case(change_bytes(HF5, lambda b: b[:-8]), (FILE,)),
-    "empty": Case(change_bytes(HF5, lambda b: b""), (FILE, "not a readable HDF5 file")),
-    "garbage": Case(change_bytes(HF5, lambda b: bytes(range(256)) * 9), (FILE, "not a readable HDF5 file")),
-    "its directory overwritten": Case(
-        change_bytes(HF5, lambda b: b.replace(b"SNOD", b"\0\0\0\0").replace(b"TREE", b"\0\0\0\0")),
-        (FILE, "cannot be read"),
+    "cut short": damaged(lambda b: b[: len(b) // 2], "not a readable HDF5 file"),
+    "its end alone cut off": damaged(lambda b: b[:-8]),
+    "empty": damaged(lambda b: b"", "not a readable HDF5 file"),
+    "garbage": damaged(lambda b: bytes(range(256)) * 9, "not a readable HDF5 file"),
+    "its directory overwritten": damaged(
+        lambda b: b.replace(b"SNOD", b"\0\0\0\0").replace(b"TREE", b"\0\0\0\0"), "cannot be read"
     ),
-    "another key": Case(
-        hf5(lambda file, rows, _: file.create_dataset("zdata", data=rows)), (FILE, "no data set 'data'; it holds zdata")
+    "another key": written(
+        lambda file, rows, _: file.create_dataset("zdata", data=rows), "no data set 'data'; it holds zdata"
     ),
-    "no key": Case(hf5(lambda file, rows, _: None), (FILE, "no data set 'data'; it holds nothing")),
-    "a group": Case(
-        hf5(lambda file, rows, _: file.create_dataset("data/rows", data=rows)),
-        (FILE, "'data' is a group, expected an array"),
+    "no key": written(lambda file, rows, _: None, "no data set 'data'; it holds nothing"),
+    "a group": written(
+        lambda file, rows, _: file.create_dataset("data/rows", data=rows), "'data' is a group, expected an array"
     ),
-    "a named type": Case(
-        hf5(lambda file, rows, _: file.__setitem__("data", np.dtype("f8"))),
-        (FILE, "'data' is a datatype, expected an array"),
+    "a named type": written(
+        lambda file, rows, _: file.__setitem__("data", np.dtype("f8")), "'data' is a datatype, expected an array"
     ),
-    "an external link": Case(hf5(_external_link), (FILE, "'data' is a link to somewhere else")),
-    "a soft link": Case(hf5(_soft_link), (FILE, "'data' is a link to somewhere else")),
-    "external storage": Case(hf5(_external), (FILE, "'data' keeps its values in other files")),
-    "a virtual data set": Case(hf5(_virtual), (FILE, "'data' keeps its values in other files")),
+    "an external link": written(_external_link, "'data' is a link to somewhere else"),
+    "a soft link": written(_soft_link, "'data' is a link to somewhere else"),
+    "external storage": written(_external, "'data' keeps its values in other files"),
+    "a virtual data set": written(_virtual, "'data' keeps its values in other files"),
     "structures": Case(hf5(_compound), (*LEBEL_ROWS, "'a'")),
     "texts": Case(hf5(_texts), (*LEBEL_ROWS, "object")),
-    "without a shape": Case(hf5(_empty_dataset), (FILE, "without a shape")),
-    "transposed": Case(hf5_rows(lambda y: y.T), (*LEBEL_ROWS, "has 12 rows and 40 columns", "transposed")),
-    "an extra TR": Case(hf5_rows(lambda y: np.vstack([y, y[:1]])), (*LEBEL_ROWS, "has 41 rows", "make 40")),
-    "one TR less": Case(hf5_rows(lambda y: y[:-1]), (*LEBEL_ROWS, "has 39 rows", "make 40")),
-    "another number of voxels": Case(hf5_rows(lambda y: y[:, :5]), (*LEBEL_ROWS, "has 5 voxels", "have 12")),
-    "one dimension": Case(hf5_rows(lambda y: y[:, 0]), (*LEBEL_ROWS, "shape (40,)")),
-    "nothing finite": Case(hf5_rows(lambda y: y * np.nan), (*LEBEL_ROWS, "has no finite voxel")),
+    "without a shape": written(_empty_dataset, "without a shape"),
+    "transposed": rows(lambda y: y.T, "has 12 rows and 40 columns", "transposed"),
+    "an extra TR": rows(lambda y: np.vstack([y, y[:1]]), "has 41 rows", "make 40"),
+    "one TR less": rows(lambda y: y[:-1], "has 39 rows", "make 40"),
+    "another number of voxels": rows(lambda y: y[:, :5], "has 5 voxels", "have 12"),
+    "one dimension": rows(lambda y: y[:, 0], "shape (40,)"),
+    "nothing finite": rows(lambda y: y * np.nan, "has no finite voxel"),
     "a pipe": Case(a_pipe(HF5), (FILE, "not a file but a pipe")),
-    "without text": Case(
-        lambda data: (data / HF5).rename((data / HF5).with_name("unheard.hf5")),
-        ("preprocessed_data/UTS03/unheard.hf5", "story unheard has no text"),
-    ),
-    "another case": Case(
-        lambda data: (data / HF5).rename((data / HF5).with_name("Beta.hf5")),
-        ("preprocessed_data/UTS03/Beta.hf5", "story Beta has no text"),
-    ),
-    "a trailing space": Case(
-        lambda data: (data / HF5).rename((data / HF5).with_name("beta .hf5")),
-        ("preprocessed_data/UTS03/beta .hf5", "story 'beta ' has no text"),
-    ),
-    "a name that is no UTF-8": Case(
-        lambda data: (data / HF5).rename((data / HF5).with_name(os.fsdecode(b"\xff.hf5"))),
-        (r"preprocessed_data/UTS03: the name '\udcff.hf5' in it is not UTF-8",),
-    ),
+    "without text": renamed("unheard.hf5", "data/UTS03/unheard.hf5: story unheard has no text"),
+    "another case": renamed("Beta.hf5", "data/UTS03/Beta.hf5: story Beta has no text"),
+    "a trailing space": renamed("beta .hf5", "data/UTS03/beta .hf5: story 'beta ' has no text"),
+    "no UTF-8": renamed(os.fsdecode(b"\xff.hf5"), r"data/UTS03: the name '\udcff.hf5' in it is not UTF-8"),
 }
 
 GRIDS = {

@@ -132,11 +132,13 @@ def answer(status: int, **headers: object) -> Act:
     return act
 
 
-def cut(n_bytes: int, hard: bool = False) -> Act:
-    """Announce all, send some bytes, and drop the connection."""
+def cut(n_bytes: int, *, hard: bool = False, hangs: bool = False) -> Act:
+    """Announce all, send some bytes, and drop the connection; if it ``hangs``, only after ``go``."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.body((_begin(handler, body, start) or b"")[:n_bytes])
+        if hangs:
+            handler.faulty.go.wait(60)
         handler.drop(hard)
 
     return act
@@ -147,29 +149,15 @@ def drop(handler: Handler, body: bytes, start: int) -> None:
     handler.drop()
 
 
-def short(n_bytes: int) -> Act:
-    """Announce and send only some bytes, as if they were the whole file."""
+def ignore_range(n_bytes: int | None = None, *, announced: int | None = None) -> Act:
+    """Ignore the requested range; send some bytes of all, and drop the connection if more were announced."""
 
     def act(handler: Handler, body: bytes, start: int) -> None:
-        handler.head(200, Content_Length=n_bytes)
+        length = len(body) if announced is None else announced
+        handler.head(200, Content_Length=length)
         handler.body(body[:n_bytes])
-
-    return act
-
-
-def ignore_range(handler: Handler, body: bytes, start: int) -> None:
-    """Ignore the requested range."""
-    handler.head(200, Content_Length=len(body))
-    handler.body(body)
-
-
-def ignore_range_then_cut(n_bytes: int) -> Act:
-    """Ignore the requested range, and drop the connection after some bytes."""
-
-    def act(handler: Handler, body: bytes, start: int) -> None:
-        handler.head(200, Content_Length=len(body))
-        handler.body(body[:n_bytes])
-        handler.drop()
+        if len(body[:n_bytes]) < length:
+            handler.drop()
 
     return act
 
@@ -203,18 +191,6 @@ def misplaced(content_range: str) -> Act:
     def act(handler: Handler, body: bytes, start: int) -> None:
         handler.head(206, Content_Range=content_range, Content_Length=len(body) - start)
         handler.body(body[start:])
-
-    return act
-
-
-def hang_after(n_bytes: int) -> Act:
-    """Send some bytes, then nothing until ``go``; then drop the connection."""
-
-    def act(handler: Handler, body: bytes, start: int) -> None:
-        handler.body((_begin(handler, body, start) or b"")[:n_bytes])
-        handler.wfile.flush()
-        handler.faulty.go.wait(60)
-        handler.drop()
 
     return act
 

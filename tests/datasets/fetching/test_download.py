@@ -17,17 +17,16 @@ import pytest
 from faulty_server import (
     Act,
     FaultyServer,
+    Handler,
     another_file,
     answer,
     corrupt,
     cut,
     drop,
     hang,
-    hang_after,
     ignore_range,
-    ignore_range_then_cut,
     misplaced,
-    short,
+    serve,
     unbounded,
 )
 from project import ROOT
@@ -48,15 +47,6 @@ N = 10_000  # bytes of the first file
 
 def content(n_bytes: int, seed: int) -> bytes:
     return np.random.default_rng(seed).bytes(n_bytes)
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "BACKOFF_S", 0.0)
-    monkeypatch.setattr(http_client, "LONGEST_WAIT_S", 0.02)
-    monkeypatch.setattr(http_client, "READ_S", 0.3)
-    monkeypatch.setattr(http_client, "N_RETRIES", 3)
-    monkeypatch.setattr(download_module, "BLOCK_BYTES", 1000)
 
 
 @pytest.fixture
@@ -105,24 +95,20 @@ TEMPORARY_FAULTS: dict[str, tuple[list[Act], int]] = {  # responses for the firs
     "503 with Retry-After of nonsense": ([answer(503, Retry_After="soon")], N),
     "503 with Retry-After of too many digits": ([answer(503, Retry_After="9" * 5000)], N),
     "429 with a date": ([answer(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")], N),
-    "range ignored": ([cut(4000), ignore_range], 4000 + N),
-    "short length": ([short(4000)], N),
+    "range ignored": ([cut(4000), ignore_range()], 4000 + N),
+    "short length": ([ignore_range(4000, announced=4000)], N),
     "corrupt once": ([corrupt(5000)], 2 * N),
-    "corrupt first part": ([lambda *a: _corrupt_then_cut(*a)], 4000 + (N - 4000) + N),
+    "corrupt first part": ([lambda handler, body, start: cut(4000)(handler, b"?" + body[1:], start)], 2 * N),
     "wrong range": ([cut(4000), misplaced("bytes 0-9999/10000")], 2 * N),
     "no range": ([cut(4000), misplaced("")], 2 * N),
     "wrong total": ([cut(4000), misplaced("bytes 4000-9999/12345")], 2 * N),
     "416 once": ([cut(4000), answer(416)], 4000 + N),
-    "page of a proxy instead of the rest": ([cut(4000), short(31)], N + 31),
+    "page of a proxy instead of the rest": ([cut(4000), ignore_range(31, announced=31)], N + 31),
     "another file once": ([another_file(b"sign in to this network, please")], 2 * N),
     "a longer file once": ([another_file(content(2 * N, 9))], 3 * N),
-    "silent": ([hang_after(4000)], N),
+    "silent": ([cut(4000, hangs=True)], N),
     "silent from the start": ([hang], N),
 }
-
-
-def _corrupt_then_cut(handler: object, body: bytes, start: int) -> None:
-    cut(4000)(handler, b"?" * 5 + body[5:], start)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fault", TEMPORARY_FAULTS)
@@ -143,7 +129,7 @@ LASTING_FAULTS: dict[str, tuple[Act, str]] = {
     "500": (answer(500), "failed 4 times in a row: the server answered 500 Internal Server Error"),
     "drop": (drop, "failed 4 times in a row"),
     "corrupt": (corrupt(5000), "expected 10000 bytes with md5"),
-    "cut from the start": (ignore_range_then_cut(4000), "failed 4 times in a row"),
+    "cut from the start": (ignore_range(4000), "failed 4 times in a row"),
     "416": (answer(416), "nothing after byte 0"),
     "longer": (another_file(content(N + 1, 3)), "got 10001 bytes, twice"),
     "longer, unannounced": (unbounded(content(N + 1, 3)), "got more than 10000 bytes, twice"),
@@ -313,9 +299,9 @@ def test_threads_keep_the_order_and_count_failures() -> None:
 def test_files_are_downloaded_at_the_same_time(server: FaultyServer, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=5)
 
-    def together(handler: object, body: bytes, start: int) -> None:
+    def together(handler: Handler, body: bytes, start: int) -> None:
         both.wait()
-        ignore_range(handler, body, start)  # type: ignore[arg-type]
+        serve(handler, body, start)
 
     server.acts = {"a.bin": [together], "b.bin": [together]}
     run(server, tmp_path)
@@ -455,7 +441,7 @@ def test_a_limit_on_file_size_keeps_the_part(server: FaultyServer, tmp_path: Pat
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_loses_at_most_a_block(server: FaultyServer, tmp_path: Path, sign: int) -> None:
-    server.acts["a.bin"] = [hang_after(6000)]
+    server.acts["a.bin"] = [cut(6000, hangs=True)]
     part = tmp_path / ".a.bin.part"
     with start(server, tmp_path) as process:
         wait_until(lambda: part.exists() and part.stat().st_size >= 5000)

@@ -59,6 +59,20 @@ def lock_of(study: Place) -> dict[str, Any]:
     return json.loads((study / LOCK_FILE).read_text())
 
 
+def hold_lock(place: Place, hold: Hold | None = None) -> Hold:
+    """Hold a lock for a moment."""
+    hold = hold or Hold()
+    with holding(place, hold):
+        assert read_json(place / (LOCK_FILE if isinstance(place, ObjectPath) else OWNER_FILE))["pid"] == os.getpid()
+    return hold
+
+
+def begin(place: Place, identity: dict[str, Any], is_resumed: bool = False, hold: Hold | None = None) -> None:
+    """Begin or resume a study that ends at once."""
+    with session._open_folder(place, identity, is_resumed, hold):
+        pass
+
+
 def set_age(monkeypatch: pytest.MonkeyPatch, age_s: float) -> None:
     """Let every lock have this age by the server's clock."""
     read = S3Object.read
@@ -133,14 +147,14 @@ def test_the_lock_without_boto3_names_what_to_install(study: ObjectPath, monkeyp
 def test_a_storage_that_ignores_conditions_is_refused(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     write = S3Object.write
     monkeypatch.setattr(S3Object, "write", lambda self, content, tag: write(self, content, tag) or "written anyway")
-    with pytest.raises(InputError, match="ignores If-None-Match"), holding(study, Hold()):
-        pass
+    with pytest.raises(InputError, match="ignores If-None-Match"):
+        hold_lock(study)
 
 
 def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
     with holding(gcs_bucket, Hold()):
-        with pytest.raises(InputError, match="another run is at work"), holding(gcs_bucket, Hold()):
-            pass
+        with pytest.raises(InputError, match="another run is at work"):
+            hold_lock(gcs_bucket)
         wait_for_beats(gcs_bucket, 2)
     assert not (gcs_bucket / LOCK_FILE).exists()
 
@@ -148,21 +162,16 @@ def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_lock_names_its_owner_and_is_deleted_at_the_end(study: ObjectPath) -> None:
-    with holding(study, Hold()):
-        owner = lock_of(study)
-        assert (owner["host"], owner["pid"]) == (os.uname().nodename, os.getpid())
-        assert abs(time.time() - time.mktime(time.strptime(owner["since"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
-    assert keys(study) == []
-
-
 def test_a_second_driver_is_refused_and_the_owner_named(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     set_age(monkeypatch, 7.0)
     with holding(study, Hold()):
         owner = lock_of(study)
-        with pytest.raises(InputError) as refused, holding(study, Hold()):
-            pass
+        assert (owner["host"], owner["pid"]) == (os.uname().nodename, os.getpid())
+        assert abs(time.time() - time.mktime(time.strptime(owner["since"][:19], "%Y-%m-%dT%H:%M:%S"))) < 86400
+        with pytest.raises(InputError) as refused:
+            hold_lock(study)
         assert lock_of(study)["token"] == owner["token"]
+    assert keys(study) == []
     who = f"host {owner['host']}, process {owner['pid']}, since {owner['since']}"
     expected = rf"{re.escape(str(study))}: another run is at work on this study \({re.escape(who)}\); wait for it"
     assert re.match(expected, str(refused.value))
@@ -182,16 +191,14 @@ def test_a_lock_of_another_machine_is_taken_when_stale_or_forced(
     set_age(monkeypatch, seconds)
     hold = Hold(may_force)
     if expected is None:
-        with pytest.raises(InputError, match=r"host elsewhere, process 1, since .* --take-over"), holding(study, hold):
-            pass
+        with pytest.raises(InputError, match=r"host elsewhere, process 1, since .* --take-over"):
+            hold_lock(study, hold)
         assert lock_of(study)["token"] == "theirs"
         return
-    with holding(study, hold):
-        assert lock_of(study)["pid"] == os.getpid()
-    assert hold.takeover is not None
-    assert hold.takeover["forced"] is expected
-    assert hold.takeover["from"] == {"host": "elsewhere", "pid": 1, "since": ELSEWHERE.since}
-    assert hold.takeover["silent_s"] == seconds
+    takeover = hold_lock(study, hold).takeover
+    assert takeover is not None
+    assert (takeover["forced"], takeover["silent_s"]) == (expected, seconds)
+    assert takeover["from"] == {"host": "elsewhere", "pid": 1, "since": ELSEWHERE.since}
 
 
 def test_the_lock_is_renewed_well_before_it_is_stale() -> None:
@@ -201,11 +208,10 @@ def test_the_lock_is_renewed_well_before_it_is_stale() -> None:
 def test_a_damaged_lock_is_stale_by_age_alone(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     with atomic_path(study / LOCK_FILE) as temporary:
         temporary.write_text('{"host": "x"')
-    with pytest.raises(InputError, match="another run is at work on this study; wait"), holding(study, Hold()):
-        pass
+    with pytest.raises(InputError, match="another run is at work on this study; wait"):
+        hold_lock(study)
     set_age(monkeypatch, STALE_S + 1)
-    with holding(study, Hold()):
-        assert lock_of(study)["pid"] == os.getpid()
+    hold_lock(study)
 
 
 def test_has_ended_distinguishes_processes_and_machines() -> None:
@@ -237,16 +243,14 @@ def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: Obje
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             message = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
-            with pytest.raises(InputError, match=message), holding(place, Hold()):
-                pass
+            with pytest.raises(InputError, match=message):
+                hold_lock(place)
             holder.send_signal(signal.SIGKILL)
             holder.wait()
-        hold = Hold()
-        with holding(place, hold):
-            pass
+        takeover = hold_lock(place).takeover
         if isinstance(place, ObjectPath):
-            assert hold.takeover is not None
-            assert (hold.takeover["from"]["pid"], hold.takeover["forced"]) == (holder.pid, False)
+            assert takeover is not None
+            assert (takeover["from"]["pid"], takeover["forced"]) == (holder.pid, False)
 
 
 LOSER = """
@@ -315,8 +319,8 @@ def test_the_lock_of_a_folder_names_its_owner_and_is_cleaned_up(tmp_path: Path) 
     with holding(tmp_path, Hold()):
         assert json.loads((tmp_path / OWNER_FILE).read_text())["pid"] == os.getpid()
         message = rf"\(host .*, process {os.getpid()}, since .*\); wait for it or end it"
-        with pytest.raises(InputError, match=message), holding(tmp_path, Hold()):
-            pass
+        with pytest.raises(InputError, match=message):
+            hold_lock(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
@@ -340,15 +344,13 @@ def test_a_study_in_object_storage_is_begun_once_and_resumed(study: ObjectPath) 
     with session._open_folder(study, IDENTITY, False) as folder:
         assert folder == study
     assert read_json(study / "study.json") == IDENTITY
-    with pytest.raises(InputError, match=r"exists already; add --resume"), session._open_folder(study, IDENTITY, False):
-        pass
+    with pytest.raises(InputError, match=r"exists already; add --resume"):
+        begin(study, IDENTITY)
     more = IDENTITY | {"options": {"trials": 9}}
-    with session._open_folder(study, more, True):
-        pass
+    begin(study, more, is_resumed=True)
     assert read_json(study / "study.json") == more
-    other = IDENTITY | {"code": "d"}
-    with pytest.raises(InputError, match="changed from c to d"), session._open_folder(study, other, True):
-        pass
+    with pytest.raises(InputError, match="changed from c to d"):
+        begin(study, IDENTITY | {"code": "d"}, is_resumed=True)
     assert keys(study) == ["out/study/study.json"]
 
 
@@ -361,15 +363,11 @@ def test_a_study_that_another_driver_just_began_is_not_overwritten(
         check(folder, resume)
         if not calls:
             calls.append(folder)
-            with session._open_folder(study, IDENTITY, False):
-                pass
+            begin(study, IDENTITY)
 
     monkeypatch.setattr(session, "check_new", begin_after_check)
-    with (
-        pytest.raises(InputError, match="exists already"),
-        session._open_folder(study, IDENTITY | {"code": "d"}, False),
-    ):
-        pass
+    with pytest.raises(InputError, match="exists already"):
+        begin(study, IDENTITY | {"code": "d"})
     assert read_json(study / "study.json") == IDENTITY
 
 
@@ -379,19 +377,16 @@ def test_a_stale_lock_without_a_study_does_not_prevent_a_new_one(
     """A driver was killed between the lock and ``study.json``."""
     leave_lock(study, ELSEWHERE)
     set_age(monkeypatch, STALE_S + 1)
-    with session._open_folder(study, IDENTITY, False):
-        pass
+    begin(study, IDENTITY)
     (takeover,) = read_json(study / "study.json")["takeovers"]
     assert takeover["from"]["host"] == "elsewhere"
 
 
 def test_takeovers_are_recorded_in_order(study: ObjectPath) -> None:
-    with session._open_folder(study, IDENTITY, False):
-        pass
+    begin(study, IDENTITY)
     for host in ("one", "two"):
         leave_lock(study, replace(ELSEWHERE, host=host))
-        with session._open_folder(study, IDENTITY, True, Hold(may_force=True)):
-            pass
+        begin(study, IDENTITY, is_resumed=True, hold=Hold(may_force=True))
     takeovers = read_json(study / "study.json")["takeovers"]
     assert [(takeover["from"]["host"], takeover["forced"]) for takeover in takeovers] == [("one", True), ("two", True)]
 
