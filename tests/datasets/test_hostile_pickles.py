@@ -152,30 +152,14 @@ ALLOWED = [
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.numeric", "_frombuffer"),
 ]
-HOSTILE = [
-    ("os", "system"),
-    ("posix", "system"),
-    ("subprocess", "Popen"),
-    ("builtins", "eval"),
-    ("builtins", "exec"),
-    ("builtins", "getattr"),
-    ("builtins", "setattr"),
-    ("builtins", "__import__"),
-    ("builtins", "open"),
-    ("__builtin__", "apply"),
-    ("numpy", "load"),
-    ("numpy", "ndarray.tofile"),
-    ("numpy", "DataSource"),
-    ("numpy", "dtype.__class__"),
-    ("copyreg", "_reconstructor"),
-    ("functools", "partial"),
-    ("operator", "attrgetter"),
-    ("ridge_utils.DataSequence", "DataSequence.__init__.__globals__"),
-    ("socket", "create_connection"),
-    ("importlib", "import_module"),
-    ("xmlrpc.server", "resolve_dotted_attribute"),
-    ("bert_encoding.datasets.safe_pickle", "AllowListUnpickler"),
-]
+HOSTILE_NAMES = """
+    os:system posix:system subprocess:Popen builtins:eval builtins:exec builtins:getattr builtins:setattr
+    builtins:__import__ builtins:open __builtin__:apply numpy:load numpy:ndarray.tofile numpy:DataSource
+    numpy:dtype.__class__ copyreg:_reconstructor functools:partial operator:attrgetter
+    ridge_utils.DataSequence:DataSequence.__init__.__globals__ socket:create_connection importlib:import_module
+    xmlrpc.server:resolve_dotted_attribute bert_encoding.datasets.safe_pickle:AllowListUnpickler
+"""
+HOSTILE = [tuple(pair.split(":")) for pair in HOSTILE_NAMES.split()]
 TEXTS = [
     *("data", "data_times", "tr_times", "__class__", "__dict__", "__setstate__", "__reduce__", "__del__", "__code__"),
     *("__defaults__", "array", "budget", "_dtype", "append", "extend", "alpha", "f8", "O", "O8", "U4", "V8", "M8[s]"),

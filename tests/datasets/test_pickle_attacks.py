@@ -71,6 +71,17 @@ def _partial(canary: Path) -> bytes:
     return transcript(as_name("functools", "partial") + arguments + b"R)R")
 
 
+def _getattr(canary: Path) -> bytes:
+    module = as_name("builtins", "__import__") + body(("os",)) + b"R"
+    system = as_name("builtins", "getattr") + b"(" + module + as_text("system") + b"tR"
+    return transcript(system + body((f"touch {canary}",)) + b"R")
+
+
+def _tofile(canary: Path) -> bytes:
+    array = as_name("numpy", "ndarray") + body(((2,),)) + b"R"
+    return transcript(as_name("numpy", "ndarray.tofile") + b"(" + array + as_text(str(canary)) + b"tR")
+
+
 def _protocol_0(canary: Path) -> bytes:
     return f"(S'touch {canary}'\nios\nsystem\n.".encode()
 
@@ -90,35 +101,11 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "Popen": ("subprocess.Popen", lambda c: _calling("subprocess", "Popen", ["touch", str(c)])),
     "Path.touch": ("pathlib.Path.touch", lambda c: _calling("pathlib", "Path.touch", c)),
     "partial": ("functools.partial", _partial),
-    "getattr": (
-        "builtins.getattr",
-        lambda c: transcript(
-            as_name("builtins", "getattr")
-            + b"("
-            + as_name("builtins", "__import__")
-            + body(("os",))
-            + b"R"
-            + as_text("system")
-            + b"tR"
-            + body((f"touch {c}",))
-            + b"R"
-        ),
-    ),
+    "getattr": ("builtins.getattr", _getattr),
     "numpy.savetxt": ("numpy.savetxt", lambda c: _calling("numpy", "savetxt", str(c), [1])),
     "numpy.load": ("numpy.load", lambda c: _calling("numpy", "load", str(_evil_npy(c)), None, True)),
     "numpy.memmap": ("numpy.memmap", lambda c: _calling("numpy", "memmap", str(c), "uint8", "w+", 0, (4,))),
-    "ndarray.tofile": (
-        "numpy.ndarray.tofile",
-        lambda c: transcript(
-            as_name("numpy", "ndarray.tofile")
-            + b"("
-            + as_name("numpy", "ndarray")
-            + body(((2,),))
-            + b"R"
-            + as_text(str(c))
-            + b"tR"
-        ),
-    ),
+    "ndarray.tofile": ("numpy.ndarray.tofile", _tofile),
     "protocol 0": ("os.system", _protocol_0),
     "inside a DataSequence": ("posix.system", _in_an_attribute),
     "shutil.copy": ("shutil.copy", lambda c: _calling("shutil", "copy", str(ROOT / "pyproject.toml"), str(c))),
@@ -173,18 +160,10 @@ def test_forged_object_arrays_are_refused(route: str, tmp_path: Path) -> None:
     assert refusal(tmp_path / "raw_text.pkl", sequence(as_text("data") + forged)) == "an array of object is not allowed"
 
 
-DAMAGE = {
-    "empty": lambda good: b"",
-    "without its last byte": lambda good: good[:-1],
-    "garbage": lambda good: bytes(range(255, 0, -1)),
-    "json": lambda good: b'{"alpha": ["once", "upon"]}',
-    "zeros": lambda good: bytes(1000),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_pickle_is_refused(damage: str, tmp_path: Path) -> None:
-    refusal(tmp_path / "raw_text.pkl", DAMAGE[damage](pickle_as_lab({"alpha": lab_sequence()})))
+def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
+    good = pickle_as_lab({"alpha": lab_sequence()})
+    for damaged in (b"", good[:-1], bytes(range(255, 0, -1)), b'{"alpha": ["once", "upon"]}', bytes(1000)):
+        refusal(tmp_path / "raw_text.pkl", damaged)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +231,7 @@ BOMBS = {
     ),
     "one array of two million bytes in a thousand words": with_words(
         as_bytes(bytes(LARGE))
-        + b"\x940](as_dtype\x940".replace(b"as_dtype", as_name("numpy", "dtype") + as_text("u1") + b"\x85R")
+        + (b"\x940](" + as_name("numpy", "dtype") + as_text("u1") + b"\x85R\x940")
         + (as_name("numpy._core.numeric", "_frombuffer") + b"(h\x00h\x01" + body((LARGE,)) + as_text("C") + b"tR")
         * 1000
         + b"e"
@@ -339,9 +318,7 @@ def test_bombs_are_refused_soon(name: str, tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_fills_memory_meets_the_limit(tmp_path: Path) -> None:
-    (tmp_path / "raw_text.pkl").write_bytes(BOMBS["a memo of a thousand million"])
-    with pytest.raises(InputError, match="takes more memory"):
-        read_transcripts(tmp_path / "raw_text.pkl")
+    assert "takes more memory" in refusal(tmp_path / "raw_text.pkl", BOMBS["a memo of a thousand million"])
 
 
 def test_opcodes_are_checked_where_memory_cannot_be_limited() -> None:
@@ -352,8 +329,6 @@ def test_opcodes_are_checked_where_memory_cannot_be_limited() -> None:
 
 
 PICKLES = {
-    "half of it": Case(change_bytes("raw_text.pkl", lambda b: b[: len(b) // 2]), (TEXT, "refused: ")),
-    "a list": Case(change_bytes("raw_text.pkl", lambda b: pickle.dumps([1])), (TEXT, "dict of stories, got list")),
     "os.system": Case(
         change_bytes("raw_text.pkl", lambda b: b"cos\nsystem\n(S'touch canary'\ntR."), (TEXT, "it asks for os.system")
     ),

@@ -34,16 +34,8 @@ def sequence(attributes: bytes) -> bytes:
 
 def array(dtype: str, raw: bytes, shape: bytes) -> bytes:
     """Return the opcodes of an array; its shape is given as opcodes."""
-    dtype_opcodes = as_name("numpy", "dtype") + as_text(dtype) + b"\x85R"
-    return (
-        as_name("numpy._core.numeric", "_frombuffer")
-        + b"("
-        + as_bytes(raw)
-        + dtype_opcodes
-        + shape
-        + as_text("C")
-        + b"tR"
-    )
+    arguments = as_bytes(raw) + as_name("numpy", "dtype") + as_text(dtype) + b"\x85R" + shape + as_text("C")
+    return as_name("numpy._core.numeric", "_frombuffer") + b"(" + arguments + b"tR"
 
 
 SEQUENCE = as_name("ridge_utils.DataSequence", "DataSequence")
