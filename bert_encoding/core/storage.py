@@ -33,18 +33,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ObjectPath:
-    """A file or folder in object storage; ``str`` gives the URL that `open_place` reads.
+    """A file or folder in object storage; ``str`` gives the URL that `open_place` reads."""
 
-    Attributes
-    ----------
-    bucket : with its scheme, as in ``s3://bucket``
-    key : names joined by slashes, not percent-encoded; the key of a folder is the common prefix of its files
-    query : settings of pyarrow, as in ``endpoint_override=localhost:9000&scheme=http``
-    """
-
-    bucket: str
-    key: str
-    query: str = ""
+    bucket: str  # with its scheme, as in ``s3://bucket``
+    key: str  # names joined by slashes, not percent-encoded; the key of a folder is the common prefix of its files
+    query: str = ""  # settings of pyarrow, as in ``endpoint_override=localhost:9000&scheme=http``
 
     def __str__(self) -> str:
         key = self.key.replace("%", "%25").replace("?", "%3F").replace("#", "%23")

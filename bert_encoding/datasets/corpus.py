@@ -54,28 +54,18 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts on disk; each iteration reads them again and yields every ``Example``, in the order of the files.
-
-    Attributes
-    ----------
-    labels : every class, in alphabetical order; empty if there are none
-    counts : label -> number of texts used; 0 for a class that is not in the sample
-    n_texts, n_words : of the texts used; words are separated by white space
-    n_left_out : texts without content, before or after cleaning, in all of ``path``
-    fingerprint : hash of all content used, in order, independent of the file format
-    notes : what a user should know about this text, one line each
-    mask : a byte for every text that is not left out, 1 if it is in the sample; None if all are used
-    """
+    """Texts on disk; each iteration reads them again and yields every ``Example``, in the order of the files."""
 
     path: Path
-    labels: tuple[str, ...]
-    counts: Mapping[str, int]
-    n_texts: int
-    n_words: int
-    n_left_out: int
-    fingerprint: str
-    notes: tuple[str, ...] = ()
+    labels: tuple[str, ...]  # every class, in alphabetical order; empty if there are none
+    counts: Mapping[str, int]  # label -> number of texts used; 0 for a class that is not in the sample
+    n_texts: int  # used
+    n_words: int  # of the texts used; words are separated by white space
+    n_left_out: int  # texts without content, before or after cleaning, in all of ``path``
+    fingerprint: str  # hash of all content used, in order, independent of the file format
+    notes: tuple[str, ...] = ()  # what a user should know about this text, one line each
     clean: bool = False
+    # a byte for every text that is not left out, 1 if it is in the sample; None if all are used
     mask: bytes | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Example]:

@@ -25,40 +25,25 @@ MAX_SHARE_OUTSIDE = 0.2  # of a story's words before the first or after the last
 
 
 class TextCheck(NamedTuple):
-    """One story's transcript.
-
-    Attributes
-    ----------
-    n_silent : rows without a spoken word
-    share_outside : share of the words before the first or after the last TR; NaN if times are unusable
-    problem : why it is unusable, or None
-    """
+    """One story's transcript."""
 
     story: str
     n_words: int
     n_trs: int
-    n_silent: int
-    share_outside: float
+    n_silent: int  # rows without a spoken word
+    share_outside: float  # of the words, before the first or after the last TR; NaN if times are unusable
     problem: str | None
 
 
 class Survey(NamedTuple):
-    """Results of one pass.
+    """Results of one pass; ``left_out`` and ``doubts`` are also among the notes of the data set."""
 
-    Attributes
-    ----------
-    dataset : with its voxel masks and notes, and its fingerprint if there are no problems
-    left_out : the number of masked voxels, one line per subject; also among the data set's notes
-    doubts : signs that the responses may be wrong, one line each; also among the notes
-    problems : why the data are unusable, one line each, in the order of the pass
-    """
-
-    dataset: Dataset
+    dataset: Dataset  # with voxel masks, and with a fingerprint if there are no problems
     texts: tuple[TextCheck, ...]
     responses: tuple[ResponseCheck, ...]
-    left_out: tuple[str, ...]
-    doubts: tuple[str, ...]
-    problems: tuple[str, ...]
+    left_out: tuple[str, ...]  # the number of masked voxels, one line per subject
+    doubts: tuple[str, ...]  # signs that the responses may be wrong, one line each
+    problems: tuple[str, ...]  # why the data are unusable, one line each, in the order of the pass
 
 
 def inspect(dataset: Dataset, watch: Watch | None = None) -> Dataset:
@@ -160,7 +145,7 @@ def _check_text(source: str, story: Story) -> TextCheck:
 
 def _share_outside(story: Story) -> float:
     words, trs = story.word_times_s, story.tr_times_s
-    if not words.size or not trs.size or not np.isfinite(words).all() or not np.isfinite(trs).all():
+    if not all(times.size and np.isfinite(times).all() for times in (words, trs)):
         return float("nan")
     return float(np.mean((words < trs[0]) | (words > trs[-1])))
 

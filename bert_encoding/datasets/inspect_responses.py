@@ -22,15 +22,7 @@ MAX_VALUE = 1e15  # squares and their sums still fit float32; for sums only, no 
 
 
 class ResponseCheck(NamedTuple):
-    """One subject's responses to one story; a value that could not be measured is None.
-
-    Attributes
-    ----------
-    max_abs_mean, sd_range : over the voxels that are finite and vary, of each voxel's mean and SD over rows
-    is_z_scored : whether half of these voxels have about mean 0 and standard deviation 1
-    n_repeats : of the story, if its repeats are available
-    problems : why the responses are unusable
-    """
+    """One subject's responses to one story; a value that could not be measured is None."""
 
     story: str
     subject: str
@@ -39,9 +31,9 @@ class ResponseCheck(NamedTuple):
     n_voxels: int | None = None
     n_nonfinite: int | None = None
     n_constant: int | None = None
-    max_abs_mean: float | None = None
-    sd_range: tuple[float, float] | None = None
-    is_z_scored: bool | None = None
+    max_abs_mean: float | None = None  # of each voxel over rows; only of voxels that are finite and vary
+    sd_range: tuple[float, float] | None = None  # of the same voxels
+    is_z_scored: bool | None = None  # whether half of these voxels have about mean 0 and standard deviation 1
     n_repeats: int | None = None
     problems: tuple[str, ...] = ()
 
@@ -50,21 +42,14 @@ class ResponseCheck(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some responses, as they are read.
-
-    Attributes
-    ----------
-    shape : (n_rows, n_voxels) of the whole story
-    rows, voxels : the part of the story; rows come in order, voxels in order within rows
-    values : (rows, voxels) float32, minus the voxel's first response to this story; 0 where not finite
-    """
+    """Some responses, as they are read: rows in order, voxels in order within rows."""
 
     story: Story
     subject: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (n_rows, n_voxels) of the whole story
     rows: slice
     voxels: slice
-    values: np.ndarray
+    values: np.ndarray  # (rows, voxels) float32, minus the voxel's first response to this story; 0 where not finite
 
 
 Watch = Callable[[Block], None]

@@ -26,19 +26,12 @@ class Responses:
     """The responses of one subject to one story, (n_rows, n_voxels), or to its repeats, (n_repeats, n_rows, n_voxels).
 
     Only the path travels between processes, never the data of a file.
-
-    Attributes
-    ----------
-    path : a ``.npy`` file, or an HDF5 file if there is a ``key``
-    array : the responses themselves, instead of a path
-    key : name of the HDF5 data set
-    stamp : of the file as the study saw it first (``file_stamp``); another file is refused
     """
 
-    path: Path | None = None
-    array: np.ndarray | None = None
-    key: str | None = None
-    stamp: str | None = None
+    path: Path | None = None  # a ``.npy`` file, or an HDF5 file if there is a ``key``
+    array: np.ndarray | None = None  # the responses themselves, instead of a path
+    key: str | None = None  # name of the HDF5 data set
+    stamp: str | None = None  # of the file as the study saw it first (``file_stamp``); another file is refused
 
     @contextmanager
     def open(self) -> Iterator[Source]:

@@ -39,17 +39,11 @@ _STORIES = Path(__file__).parent / "data" / "stories"
 
 
 class Truth(NamedTuple):
-    """The true properties of the simulated voxels.
+    """The true properties of the simulated voxels, (n_voxels,) each."""
 
-    Attributes
-    ----------
-    kind : (n_voxels,) "language", "rate" or "silent"
-    ceiling, ceiling_test : (n_voxels,) CC of a perfect prediction, for stories heard once and for test stories
-    """
-
-    kind: np.ndarray
-    ceiling: np.ndarray
-    ceiling_test: np.ndarray
+    kind: np.ndarray  # "language", "rate" or "silent"
+    ceiling: np.ndarray  # CC of a perfect prediction for stories heard once
+    ceiling_test: np.ndarray  # the same for test stories
 
 
 def demo_stories(name: str = DEMO) -> Dataset:
@@ -175,14 +169,12 @@ def _strongest(
 
 
 def _known(rate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a constant, and word rate with its slow changes, story -> (n_trs, n_known)."""
-    return {n: np.hstack([np.ones_like(r), r * _drift(len(r))]) for n, r in rate.items()}
-
-
-def _drift(n_trs: int) -> np.ndarray:
-    """Return a constant and slow cosines over a story, (n_trs, 1 + N_DRIFT)."""
-    position = (np.arange(n_trs) + 0.5) / n_trs
-    return np.cos(np.pi * np.outer(position, np.arange(1 + N_DRIFT)))
+    """Return a constant, and word rate times a constant and slow cosines over the story, story -> (n_trs, n_known)."""
+    known = {}
+    for n, r in rate.items():
+        position = (np.arange(len(r)) + 0.5) / len(r)
+        known[n] = np.hstack([np.ones_like(r), r * np.cos(np.pi * np.outer(position, np.arange(1 + N_DRIFT)))])
+    return known
 
 
 def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:

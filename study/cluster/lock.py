@@ -46,22 +46,14 @@ _held: ContextVar[str] = ContextVar("session", default="")
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock.
-
-    Attributes
-    ----------
-    since : time at which it acquired the lock, by its own clock
-    machine : boot and process namespace, within which a process id is unique; None if not known
-    process_start_s : distinguishes the process from a later one with the same id
-    token : id of the session
-    """
+    """The process that holds a lock."""
 
     host: str = "?"
     pid: int = 0
-    since: str = "?"
-    machine: str | None = None
-    process_start_s: float = 0.0
-    token: str = ""
+    since: str = "?"  # when it acquired the lock, by its own clock
+    machine: str | None = None  # boot and process namespace, within which a process id is unique
+    process_start_s: float = 0.0  # distinguishes the process from a later one with the same id
+    token: str = ""  # id of the session
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.pid}, since {self.since}"
@@ -69,20 +61,12 @@ class Owner:
 
 @dataclass
 class Hold:
-    """A lock that is requested, and then held.
+    """A lock that is requested, and then held."""
 
-    Attributes
-    ----------
-    may_force : take it from another run even if that is running
-    takeover : what to record, if it was taken from another run
-    lost_to : the process that took it over; then nothing may be written any more
-    ended : set when the lock is no longer needed
-    """
-
-    may_force: bool = False
-    takeover: dict[str, Any] | None = None
-    lost_to: Owner | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
+    may_force: bool = False  # take it from another run even if that is running
+    takeover: dict[str, Any] | None = None  # what to record, if it was taken from another run
+    lost_to: Owner | None = None  # the process that took it over; then nothing may be written any more
+    ended: threading.Event = field(default_factory=threading.Event)  # set when the lock is no longer needed
 
 
 @contextmanager

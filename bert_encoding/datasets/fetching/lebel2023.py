@@ -1,19 +1,10 @@
 """Fetch what a study needs of the public stories data set (LeBel et al. 2023, OpenNeuro ds003020, CC0).
 
-Contract
---------
-``derivative/respdict.json``
-    story -> number of volumes; names the stories.
-``derivative/TextGrids/<story>.TextGrid``
-    the words, one file per story.
-``derivative/preprocessed_data/<subject>/<story>.hf5``
-    the responses, around 200 MB each. UTS01 to UTS03 heard 84 stories, UTS04 26 (not `life`), UTS05 to UTS08 27,
-    UTS09 54.
-
-The content is in public object storage. Its size and checksum are in the data set's git repository: there each large
-file is a symbolic link of git-annex, whose target ends in a key of size and checksum,
-``MD5E-s<bytes>--<md5>.<extension>`` (https://git-annex.branchable.com/internals/key_format/). JSON is in git itself.
-The storage's own ETag is no checksum of files that were uploaded in several parts.
+``bert_encoding.datasets.lebel2023`` describes the files; responses have around 200 MB each. The content is in public
+object storage. Its size and checksum are in the data set's git repository: there each large file is a symbolic link of
+git-annex, whose target ends in a key of size and checksum, ``MD5E-s<bytes>--<md5>.<extension>``
+(https://git-annex.branchable.com/internals/key_format/). JSON is in git itself. The storage's own ETag is no checksum
+of files that were uploaded in several parts.
 """
 
 import json
@@ -52,7 +43,7 @@ class FetchResult(NamedTuple):
 
 
 class FetchPlan(NamedTuple):
-    """Where files and their git-annex keys are read, where files are written, and with which means."""
+    """Where files and their git-annex keys are read, and where files are written."""
 
     base_url: str
     keys_url: str
@@ -72,15 +63,11 @@ def fetch_lebel2023(
 ) -> FetchResult:
     """Download words and responses of some subjects and stories to ``to/derivative/``, and verify them.
 
-    Existing files are verified and kept; partial files of an earlier run are resumed.
+    Without ``stories``, all that a subject heard. Existing files are verified and kept; partial files of an earlier run
+    are resumed.
 
     Raises InputError if a subject or story is not in the data set, an address is not https, the disk is full, or a file
     could not be downloaded. All complete files are kept.
-
-    Parameters
-    ----------
-    stories : all that a subject heard, if None
-    base_url, keys_url : addresses of the content and of the git-annex keys; ``derivative/...`` is appended to each
     """
     for subject in subjects:
         if subject not in SUBJECTS:
