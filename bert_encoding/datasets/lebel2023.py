@@ -35,7 +35,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from bert_encoding.core.errors import InputError, first_line
+from bert_encoding.core.errors import InputError, first_line, first_names
 from bert_encoding.datasets.lab import PUBLISHED_TEST, check_name, shown_name
 from bert_encoding.datasets.responses import Responses, check_regular, read_file
 from bert_encoding.datasets.story import Dataset, Story
@@ -47,7 +47,6 @@ MAX_VOLUMES = 100_000  # more than two days in the scanner
 NOT_SPOKEN = frozenset({"sentence_start", "sentence_end", "br", "lg", "ls", "ns", "sp", ""})
 MAX_OVERLAP_S = 0.02  # two frames of a forced aligner; a word's time moves by half of that
 MAX_SILENT_END_S = 60.0
-MAX_LISTED = 5  # stories in a note
 DATA, REPEATS = "data", "individual_repeats"
 FETCH = "content not fetched; run `datalad get`, or `python -m bert_encoding fetch lebel2023`"
 
@@ -157,11 +156,7 @@ def _usable(grids: Files, volumes: Mapping[str, int], heard: set[str]) -> tuple[
         "length in respdict.json, but no TextGrid": set(volumes) - complete,
         f"TextGrid: {FETCH}": unfetched,
     }
-    notes = []
-    for reason, names in reasons.items():
-        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-        if names:
-            notes.append(f"left out: {', '.join(sorted(names)[:MAX_LISTED])}{more} ({reason})")
+    notes = [f"left out: {first_names(sorted(names), 5)} ({reason})" for reason, names in reasons.items() if names]
     return sorted(complete - unfetched), notes
 
 

@@ -307,14 +307,6 @@ def test_a_writer_that_is_killed_leaves_no_record(moment: str, bucket: ObjectPat
     assert [r.trial_id for r in read_records(place)] == ["0001", "0002"]
 
 
-def test_a_damaged_record_is_named(bucket: ObjectPath) -> None:
-    write_record(bucket / "s", record("0001"))
-    file = write(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
-    with pytest.raises(InputError) as refused:
-        read_records(bucket / "s")
-    assert str(refused.value).startswith(f"{file}: damaged")
-
-
 def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys: pytest.CaptureFixture[str]) -> None:
     study = bucket / "s"
     write_json(study / "study.json", {"name": "s"})

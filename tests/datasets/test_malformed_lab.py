@@ -97,8 +97,8 @@ def an_archive(data: Path) -> None:
         np.savez(file, np.zeros((40, 12)))
 
 
-def named_otherwise(name: str) -> Change:
-    return lambda data: (data / "subject2" / "beta.npy").rename(data / "subject2" / f"{name}.npy")
+def renamed(name: str, message: str) -> Case:
+    return Case(lambda data: (data / "subject2/beta.npy").rename(data / "subject2" / name), (message,))
 
 
 def a_file_instead(data: Path) -> None:
@@ -161,14 +161,11 @@ RESPONSES = {
         ("{data}/subject2/alpha.npy: story alpha, subject subject2: has no voxel that is finite and varies",),
     ),
     "constant in one story": rows(lambda y: np.full_like(y, 7.0), "has no voxel that is finite and varies"),
-    "without text": Case(named_otherwise("unheard"), ("{data}/subject2/unheard.npy: story unheard has no text",)),
-    "a trailing space": Case(named_otherwise("beta "), ("{data}/subject2/beta .npy: story 'beta ' has no text",)),
-    "another case": Case(named_otherwise("Beta"), ("{data}/subject2/Beta.npy: story Beta has no text",)),
-    "a name with a line break": Case(named_otherwise("be\nta"), ("{data}/subject2/be ta.npy: story 'be\\nta' has no",)),
-    "a name that is no UTF-8": Case(
-        lambda data: (data / "subject2/beta.npy").rename(data / "subject2" / os.fsdecode(b"\xff.npy")),
-        (r"{data}/subject2: the name '\udcff.npy' in it is not UTF-8",),
-    ),
+    "without text": renamed("unheard.npy", "{data}/subject2/unheard.npy: story unheard has no text"),
+    "a trailing space": renamed("beta .npy", "{data}/subject2/beta .npy: story 'beta ' has no text"),
+    "another case": renamed("Beta.npy", "{data}/subject2/Beta.npy: story Beta has no text"),
+    "a name with a line break": renamed("be\nta.npy", "{data}/subject2/be ta.npy: story 'be\\nta' has no"),
+    "no UTF-8": renamed(os.fsdecode(b"\xff.npy"), r"{data}/subject2: the name '\udcff.npy' in it is not UTF-8"),
     "a link to itself": Case(linked_to_itself("subject2/beta.npy"), (NPY, "symbolic links")),
     "a link to nothing": Case(
         lambda data: (
