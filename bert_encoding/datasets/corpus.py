@@ -86,15 +86,12 @@ def recognises(path: Path) -> bool:
 def open_corpus(path: Path, *, clean: bool = False, n_examples: int | None = None, seed: int = 0) -> Corpus:
     """Open a corpus, whatever its format: read it once, check and count it.
 
+    With ``clean``, every text passes through ``clean_text``. Of more than ``n_examples`` texts a uniform sample, without
+    replacement, is used in file order.
+
     Raises InputError if the format is unknown, a file is missing, damaged or not UTF-8, a row has a wrong number of
     values or a text that is none, labels are missing in part or are all the same, no text is left, or ``n_examples`` is
     below 1.
-
-    Parameters
-    ----------
-    clean : pass every text through ``clean_text``
-    n_examples : use a uniform sample of this many texts, without replacement, in file order; all if there are fewer
-    seed : of the sample
     """
     if n_examples is not None and n_examples < 1:
         raise InputError(f"{path}: {n_examples} examples requested; it must be 1 or more")

@@ -59,13 +59,10 @@ class Responses:
             return source.shape, source.dtype
 
     def read(self, voxels: np.ndarray) -> np.ndarray:
-        """Return some voxels, (n_rows, voxels.size) float32, a copy.
+        """Return some voxels, by ascending indices, (n_rows, voxels.size) float32, a copy.
 
-        Raises InputError as ``open``, and if the file cannot be read to its end.
-
-        Parameters
-        ----------
-        voxels : ascending indices; everything between the first and the last is read, in blocks of rows
+        Everything between the first and the last voxel is read, in blocks of rows. Raises InputError as ``open``, and
+        if the file cannot be read to its end.
         """
         with self.open() as source:
             out = np.empty((source.shape[0], voxels.size), np.float32)
@@ -173,12 +170,7 @@ def file_stamp(path: Path) -> str:
     It detects another subject, story or preprocessing and an incomplete copy, but not one changed response: whole
     brains are too large to be read completely by every worker.
 
-    Raises
-    ------
-    InputError
-        if it is not a file.
-    OSError
-        if it cannot be read.
+    Raises InputError if it is not a file, OSError if it cannot be read.
     """
     check_regular(path)
     size = path.stat().st_size

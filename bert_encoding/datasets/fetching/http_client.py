@@ -57,12 +57,8 @@ class Client:
     def open(self, url: str, start: int = 0) -> urllib3.BaseHTTPResponse:
         """Request a URL from byte ``start`` on, follow redirects, and return the response, its body unread.
 
-        Raises
-        ------
-        InputError
-            if a redirect leads to anything but https (or from http on this machine to http on this machine).
-        urllib3.exceptions.HTTPError
-            if there is no response.
+        Raises HTTPError if there is no response, InputError if a redirect leads to anything but https (or from http on
+        this machine to http on this machine).
         """
         headers = {"Accept-Encoding": "identity", "User-Agent": "bert-encoding-study"}
         if start:
@@ -145,14 +141,8 @@ class RetryPolicy:
     def wait_after(self, error: HTTPError, n_bytes: int = 0) -> None:
         """Wait as long as the server asks, or twice as long as before, but bounded; more ``n_bytes`` are progress.
 
-        Raises
-        ------
-        InputError
-            if another attempt would fail too.
-        PermanentError
-            if there were too many failures in a row, or the server's certificate is not valid.
-        Stopped
-            if the client was closed meanwhile.
+        Raises InputError if another attempt would fail too, PermanentError after too many failures in a row or if the
+        server's certificate is not valid, Stopped if the client was closed meanwhile.
         """
         if n_bytes > self._n_bytes:
             self._n_bytes = n_bytes
