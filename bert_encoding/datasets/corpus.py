@@ -86,8 +86,8 @@ def recognises(path: Path) -> bool:
 def open_corpus(path: Path, *, clean: bool = False, n_examples: int | None = None, seed: int = 0) -> Corpus:
     """Open a corpus, whatever its format: read it once, check and count it.
 
-    With ``clean``, every text passes through ``clean_text``. Of more than ``n_examples`` texts a uniform sample, without
-    replacement, is used in file order.
+    With ``clean``, every text passes through ``clean_text``. Of more than ``n_examples`` texts, a uniform sample drawn
+    without replacement is used, in file order.
 
     Raises InputError if the format is unknown, a file is missing, damaged or not UTF-8, a row has a wrong number of
     values or a text that is none, labels are missing in part or are all the same, no text is left, or ``n_examples`` is
