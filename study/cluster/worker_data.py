@@ -4,6 +4,7 @@ import functools
 import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
@@ -56,26 +57,23 @@ def _stamp(responses: Responses, stamps: dict[Path, str]) -> Responses:
 
 def with_settled_precision(config: TrialConfig, study: str) -> TrialConfig:
     """Return the configuration with the study's precision of word vectors, so that all trials use the same one."""
-    settled = _settled_precision(study)
+    settled = _entry(study, "precision")
     if config.embed_precision != "auto" or settled is None:
         return config
     return replace(config, embed_precision=settled)
 
 
 @functools.cache
-def _settled_precision(study: str) -> str | None:
+def _entry(study: str, name: str) -> Any:
+    """Return an entry of ``study.json``, None if there is none."""
     file = open_place(study) / STUDY_FILE
-    return read_json(file).get("precision") if file.is_file() else None
+    return read_json(file).get(name) if file.is_file() else None
 
 
 @functools.cache
 def check_weights(study: str, model: str) -> None:
-    """Refuse weights on a worker that differ from those with which the study began; checked once per process.
-
-    Raises InputError naming model and machine.
-    """
-    file = open_place(study) / STUDY_FILE
-    begun = read_json(file).get("model", {}) if file.is_file() else {}
+    """Refuse weights on a worker that differ from those with which the study began; checked once per process."""
+    begun = _entry(study, "model") or {}
     if begun.get("name") != model or begun.get("weights") is None:
         return
     weights = checkpoint_fingerprint(model)

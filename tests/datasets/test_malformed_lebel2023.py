@@ -65,16 +65,8 @@ def _virtual(file: h5py.File, rows: np.ndarray, data: Path) -> None:
     file.create_virtual_dataset("data", layout)
 
 
-def _compound(file: h5py.File, rows: np.ndarray, data: Path) -> None:
-    file["data"] = np.zeros(rows.shape, [("a", "f4"), ("b", "f4")])
-
-
 def _texts(file: h5py.File, rows: np.ndarray, data: Path) -> None:
     file.create_dataset("data", data=rows.astype(str).astype(object), dtype=h5py.string_dtype())
-
-
-def _empty_dataset(file: h5py.File, rows: np.ndarray, data: Path) -> None:
-    file["data"] = h5py.Empty("f8")
 
 
 def written(edit: Callable[[h5py.File, np.ndarray, Path], object], *parts: str) -> Case:
@@ -135,9 +127,11 @@ HDF5 = {
     "a soft link": written(_soft_link, "'data' is a link to somewhere else"),
     "external storage": written(_external, "'data' keeps its values in other files"),
     "a virtual data set": written(_virtual, "'data' keeps its values in other files"),
-    "structures": Case(hf5(_compound), (*LEBEL_ROWS, "'a'")),
+    "structures": rows(lambda y: np.zeros(y.shape, [("a", "f4"), ("b", "f4")]), "'a'"),
     "texts": Case(hf5(_texts), (*LEBEL_ROWS, "object")),
-    "without a shape": written(_empty_dataset, "without a shape"),
+    "without a shape": written(
+        lambda file, rows, _: file.create_dataset("data", data=h5py.Empty("f8")), "without a shape"
+    ),
     "transposed": rows(lambda y: y.T, "has 12 rows and 40 columns", "transposed"),
     "an extra TR": rows(lambda y: np.vstack([y, y[:1]]), "has 41 rows", "make 40"),
     "one TR less": rows(lambda y: y[:-1], "has 39 rows", "make 40"),
