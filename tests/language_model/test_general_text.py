@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from project import ROOT
 from transformers import BertTokenizerFast
 
 from bert_encoding.core.errors import InputError
@@ -15,7 +16,7 @@ from bert_encoding.language_model.general_text import control_text, describe_con
 from bert_encoding.language_model.windows import Window
 
 FOLDER = Path(general_text.__file__).parent / "data" / "general"
-STORIES = FOLDER.parent / "stories"
+STORIES = ROOT / "bert_encoding" / "demo" / "data" / "stories"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_the_halves_are_about_equal_and_share_no_phrase_with_each_other_or_a_sto
         }.items()
     }
     sizes = {part: sum(map(len, texts)) for part, texts in words.items()}
+    assert words["stories"], STORIES
     assert 1700 < sizes["control"] < sizes["probe"] < 2100
     phrases = {
         part: [tuple(text[start : start + 5]) for text in texts for start in range(len(text) - 4)]
