@@ -178,7 +178,7 @@ def _check_address(address: str, source: str) -> None:
     if "://" in address:
         raise InputError(
             f"{source} {address}: a Ray Client cannot run a study; run it on a node of the cluster (ray exec, ray "
-            "submit) and give HOST:PORT, or nothing"
+            "submit) and give HOST:PORT or leave the option out"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

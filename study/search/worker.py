@@ -7,25 +7,22 @@ import os
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key
 from bert_encoding.core.names import BASELINE, FAILED, SEARCH, Metric
 from bert_encoding.core.storage import Place, naming_full_disk, open_place
 from bert_encoding.core.worker_cache import WorkerCache
-from bert_encoding.text_tasks.run import run_text_trial
-from bert_encoding.text_tasks.task import TextTask
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Task
 from bert_encoding.trial.record import TrialRecord, has_record, read_cc, read_record, saving_adapter, write_record
-from bert_encoding.trial.run import Report, run_test, run_trial
-from bert_encoding.trial.voxel_selection import choose_voxels
 from study.cluster.lock import is_held_by, session_id
-from study.cluster.worker_data import check_weights, with_settled_precision
 from study.search.early_stopping import StopSignal
+
+if TYPE_CHECKING:  # torch is imported by trials alone: a worker that only repeats records stays small
+    from bert_encoding.text_tasks.task import TextTask
+    from bert_encoding.trial.pipeline import Task
+    from bert_encoding.trial.run import Report
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str
 def objective(
     job: dict[str, Any],
     *,
-    task: Task | TextTask,
+    task: "Task | TextTask",
     study: str,
     metric: Metric,
     n_threads: int,
@@ -116,8 +113,10 @@ def curve(record: TrialRecord, metric: Metric) -> list[tuple[int, float]]:
     return [(int(epoch["epoch"]), epoch[metric.column]) for epoch in record.epochs if metric.column in epoch]
 
 
-def choose(config: TrialConfig, task: Task, n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
+def choose(config: TrialConfig, task: "Task", n: int, n_threads: int, gpu_share: float) -> dict[str, Any]:
     """Choose voxels in a Ray worker, in float32 so that any machine chooses the same; see ``choose_voxels``."""
+    from bert_encoding.trial.voxel_selection import choose_voxels
+
     _limit_resources(n_threads, gpu_share)
     chosen = choose_voxels(replace(config, embed_precision="float32"), task, n)
     _return_memory()
@@ -126,9 +125,9 @@ def choose(config: TrialConfig, task: Task, n: int, n_threads: int, gpu_share: f
 
 def run_job(
     job: Job,
-    task: Task | TextTask,
+    task: "Task | TextTask",
     study: Place,
-    report: Report = lambda scores: True,
+    report: "Report" = lambda scores: True,
     cache: WorkerCache | None = None,
 ) -> TrialRecord:
     """Run one job and write its record, or repeat the record of an equal trial.
@@ -171,7 +170,12 @@ def find_record(study: Place, job: Job) -> TrialRecord | None:
 _process_cache = functools.cache(WorkerCache)  # of this process, in which Ray runs one trial after another
 
 
-def _run(job: Job, task: Task | TextTask, study: Place, report: Report, cache: WorkerCache | None) -> TrialRecord:
+def _run(job: Job, task: "Task | TextTask", study: Place, report: "Report", cache: WorkerCache | None) -> TrialRecord:
+    from bert_encoding.text_tasks.run import run_text_trial
+    from bert_encoding.text_tasks.task import TextTask
+    from bert_encoding.trial.run import run_test, run_trial
+    from study.cluster.worker_data import check_weights, with_settled_precision
+
     config = with_settled_precision(TrialConfig.from_dict(job.config), str(study))
     check_weights(str(study), config.model)
     with naming_full_disk(study), saving_adapter(study, job.trial_id) as folder:
@@ -231,6 +235,8 @@ def _return_memory() -> None:
 
 def _limit_resources(n_threads: int, gpu_share: float) -> None:
     """Set threads and GPU memory of a trial: Ray does not enforce GPU fractions, and may set one CPU thread."""
+    import torch
+
     torch.set_num_threads(n_threads)
     if torch.cuda.is_available() and 0 < gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share)

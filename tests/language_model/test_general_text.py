@@ -62,6 +62,7 @@ def test_the_halves_are_about_equal_and_share_no_phrase_with_each_other_or_a_sto
         }.items()
     }
     sizes = {part: sum(map(len, texts)) for part, texts in words.items()}
+    assert words["stories"], STORIES
     assert 1700 < sizes["control"] < sizes["probe"] < 2100
     assert words["stories"]
     phrases = {

@@ -1,5 +1,6 @@
 """One driver per study: in a folder, and in object storage, where a local S3 server decides conditional writes."""
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
+from botocore.awsrequest import AWSRequest, AWSResponse
 from cloud_servers import bucket, gcs_bucket, gcs_endpoint, keys, s3_endpoint
 from project import ROOT
 from study_process import with_ctrl_c
@@ -301,6 +304,32 @@ def test_a_renewal_whose_response_was_lost_keeps_the_lock(
     with holding(study, hold):
         wait_for_beats(study, 4)
     assert lost
+    assert hold.lost_to is None
+    assert keys(study) == []
+
+
+def test_a_renewal_that_met_another_request_keeps_the_lock(
+    study: ObjectPath, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 409 if two conditional requests meet, and then neither has to succeed."""
+    made, conflicts = S3Object.__init__, []
+
+    def answer_first_renewal(request: AWSRequest, **_: Any) -> AWSResponse | None:
+        if "If-Match" not in request.headers or conflicts:
+            return None  # the server answers
+        conflicts.append(request)
+        error = io.BytesIO(b"<Error><Code>ConditionalRequestConflict</Code></Error>")
+        return AWSResponse(request.url, 409, {}, urllib3.HTTPResponse(error, preload_content=False))
+
+    def make(self: S3Object, place: ObjectPath) -> None:
+        made(self, place)
+        self.client.meta.events.register("before-send.s3.PutObject", answer_first_renewal)
+
+    monkeypatch.setattr(S3Object, "__init__", make)
+    hold = Hold()
+    with holding(study, hold):
+        wait_for_beats(study, 4)
+    assert len(conflicts) == 1
     assert hold.lost_to is None
     assert keys(study) == []
 

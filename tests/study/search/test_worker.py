@@ -217,7 +217,10 @@ def test_a_trial_that_shares_a_gpu_has_its_part_of_the_memory(
     assert limits == expected
     limits.clear()
     precisions: list[str] = []
-    monkeypatch.setattr(module, "choose_voxels", lambda config, *_: precisions.append(config.embed_precision) or {})
+    monkeypatch.setattr(
+        "bert_encoding.trial.voxel_selection.choose_voxels",
+        lambda config, *_: precisions.append(config.embed_precision) or {},
+    )
     module.choose(CONFIG, None, 3, torch.get_num_threads(), share)  # a task of its own, on the same card
     assert (limits, precisions) == (expected, ["float32"])
 
