@@ -11,7 +11,8 @@ from bert_encoding.core.storage import Place, open_place
 from bert_encoding.trial.record import TrialRecord, read_cc, read_details
 from bert_encoding.trial.tables import rows_frame, trials_frame
 from study.results.confirmed import confirmed_table
-from study.results.evidence import Evidence, Facts, Levels
+from study.results.evidence import Evidence, Levels
+from study.results.facts import Facts
 from study.results.importances import importances, varied_parameters
 from study.results.load import forced_lines, is_adaptive, load_records, load_study
 from study.results.locked_stories import id_on_test, read_looks

@@ -13,7 +13,8 @@ from bert_encoding.trial.record import TrialRecord, write_record
 from bert_encoding.trial.tables import trials_frame
 from study.report import html as report
 from study.report.figures.figures import Drawn
-from study.results.evidence import Evidence, Facts, Levels
+from study.results.evidence import Evidence, Levels
+from study.results.facts import Facts
 from study.results.verdicts.rules import Verdict
 
 HOSTILE = "<script>alert(1)</script>"

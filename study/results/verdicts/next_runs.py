@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bert_encoding.core.storage import is_url, open_place
-from study.results.evidence import Facts
+from study.results.facts import Facts
 from study.results.slopes import find_slope
 from study.results.verdicts.power import (
     GRIDS,
