@@ -192,7 +192,7 @@ def test_folders_are_uploaded_copied_and_removed(place: Place) -> None:
 
 def test_an_error_in_a_local_folder_uploads_nothing_and_one_about_a_copy_names_the_place(bucket: ObjectPath) -> None:
     with pytest.raises(ZeroDivisionError), local_folder(bucket / "adapter") as folder:
-        (folder / "weights").write_bytes(b"%d" % (1 / 0))
+        raise ZeroDivisionError((folder / "weights").write_bytes(b"half"))
     assert keys(bucket) == []
     write(bucket, "voxels.npz")
     with pytest.raises(InputError) as refused, local_copy(bucket / "voxels.npz") as copy:
@@ -305,6 +305,12 @@ def test_a_writer_that_is_killed_leaves_no_record(moment: str, bucket: ObjectPat
     assert not has_record(place, "0002")
     write_record(place, record("0002"))
     assert [r.trial_id for r in read_records(place)] == ["0001", "0002"]
+
+
+def test_a_damaged_record_in_object_storage_is_named(bucket: ObjectPath) -> None:
+    file = write(bucket / "s" / "trials" / "0001", "record.json", b'{"status": "COMP')
+    with pytest.raises(InputError, match=f"^{re.escape(str(file))}: damaged"):
+        read_records(bucket / "s")
 
 
 def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from bert_encoding.core.storage import ObjectPath, Place, atomic_path
 from bert_encoding.trial.record import TrialRecord, write_record
 from study.cluster import lock as lock_module
 from study.cluster.conditional_write import S3Object, conditional_object
-from study.cluster.lock import LOCK_FILE, OWNER_FILE, STALE_S, Hold, Owner, has_ended, holding, this_process
+from study.cluster.lock import BEAT_S, LOCK_FILE, OWNER_FILE, STALE_S, Hold, Owner, has_ended, holding, this_process
 from study.session import session
 
 __all__ = ["bucket", "gcs_bucket", "gcs_endpoint", "s3_endpoint"]  # fixtures
@@ -190,6 +190,7 @@ def test_a_lock_of_another_machine_is_taken_when_stale_or_forced(
     seconds: float, may_force: bool, expected: bool | None, study: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``expected`` is whether the takeover is recorded as forced; None if it is refused."""
+    assert BEAT_S * 5 <= STALE_S, "several renewals may fail"
     leave_lock(study, ELSEWHERE)
     set_age(monkeypatch, seconds)
     hold = Hold(may_force)
