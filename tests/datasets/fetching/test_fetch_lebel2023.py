@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets.fetching import http_client
-from bert_encoding.datasets.fetching.lebel2023 import LOCK, FetchResult, fetch_lebel2023
+from bert_encoding.datasets.fetching.lebel2023 import BASE_URL, KEYS_URL, LOCK, FetchResult, fetch_lebel2023
 
 STORIES = ("life", "souls", "wheretheressmoke")
 HEARD = {"UTS03": STORIES, "UTS04": STORIES[1:]}
@@ -67,6 +67,11 @@ def fetch(server: FaultyServer, folder: Path, subjects: tuple[str, ...] = ("UTS0
 def on_disk(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_the_addresses_are_those_of_the_data_set() -> None:
+    assert http_client.check_url(BASE_URL) == "https://s3.amazonaws.com/openneuro.org/ds003020/"
+    assert http_client.check_url(KEYS_URL) == "https://raw.githubusercontent.com/OpenNeuroDatasets/ds003020/main/"
 
 
 def test_a_subject_with_all_its_stories(server: FaultyServer, tree: dict[str, bytes], tmp_path: Path) -> None:
