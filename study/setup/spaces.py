@@ -1,7 +1,6 @@
 """Search-space files: find, load, check, and turn suggestions into trial settings."""
 
 import hashlib
-import importlib.util
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,11 +74,10 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
     sampler : replaces the file's own
     """
     path = _find(name)
-    spec = importlib.util.spec_from_file_location(f"search_space_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(f"search_space_{path.stem}")
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as error:  # the file is the user's own code
         raise InputError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from None
     function = getattr(module, "space", None)
