@@ -85,7 +85,7 @@ def _open_story(data: str, name: str, model: EncodingModel) -> Story:
 def _outputs(to: str | None, story: str, subjects: tuple[str, ...]) -> dict[str, Path]:
     if to is None and not is_plain_name(story):
         raise InputError(f"story {story!r:.80}: it cannot be a file name; give --to FILE{SUFFIX}")
-    file = Path(to or f"{story}{SUFFIX}")
+    file = Path(f"{story}{SUFFIX}" if to is None else to)
     check_ending(file, (SUFFIX,))
     paths = {subject: file.with_name(f"{file.stem}-{subject}{SUFFIX}") for subject in subjects}
     if to is not None and len(subjects) == 1:

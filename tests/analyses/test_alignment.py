@@ -333,6 +333,7 @@ def test_stories_cut_differently_are_named(lag: int) -> None:
     with pytest.raises(InputError, match=r"3 of 12 stories have another lag than \+2 TR") as refused:
         check_alignment(profile)
     assert f"together: s1 ({2 + lag:+d} TR), s4 ({2 + lag:+d} TR), s9" in str(refused.value)
+    assert "another lag" in check_alignment(profile, trust=True)[0]
 
 
 def test_no_trim_is_suggested_if_only_half_of_the_stories_are_shifted() -> None:
@@ -355,7 +356,8 @@ def test_stories_that_do_not_follow_their_words_are_noted() -> None:
     assert "do not follow their words" in check_alignment(profile)[0]
 
 
-def test_lags_of_single_stories_are_not_reported_from_faint_data() -> None:
+def test_lags_of_single_stories_are_not_reported_from_few_stories_or_faint_data() -> None:
+    assert profile_of(listener(2, n_stories=4)).stories == ()
     faint = listener(2, n_stories=12, n_voxels=6, noise=12.0)
     for lags in ({}, dict.fromkeys(("s1", "s4"), 5)):
         profile = profile_of(shift_stories(faint, lags))

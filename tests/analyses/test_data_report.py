@@ -129,12 +129,12 @@ def test_verdict_and_cause(case: str, good: Path) -> None:
     report = check_dataset(open_dataset(good))
     assert (report.verdict, report.exit_code) == (verdict, {"usable": 0, "not usable": 2}.get(verdict, 1))
     assert re.search(cause, ["", *report.survey.left_out, *report.doubts, *report.reasons][-1])
+    assert report.profiles[0].is_aligned == (case not in ("noise", "no valid voxel"))
     if verdict == "not usable":
         assert len(report.reasons) == (7 if case == "copied subject" else 1)
         with pytest.raises(InputError, match=re.escape(report.reasons[0])):
             inspect(open_dataset(good))
     else:
-        assert report.profiles[0].peak in (2, 3) or case == "noise"
         inspected = inspect(open_dataset(good))
         assert report.survey.dataset.fingerprint == inspected.fingerprint
         if case == "other scales":
@@ -167,7 +167,8 @@ def test_unreadable_files_alone_give_a_verdict(good: Path) -> None:
 
 
 def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"))
+    lab = make_lab(tmp_path / "lab", subjects=("subject2", "subject3"), n_words=300)
+    edit(lab, "delta", with_nan, "subject3")
     for name in ("alpha", "beta"):
         (lab / "subject3" / f"{name}.npy").unlink()
     (lab / "subject2" / "alpha.npy").unlink()
@@ -182,8 +183,10 @@ def test_only_chosen_subjects_and_their_stories_are_used(tmp_path: Path, capsys:
     assert len(report.survey.responses) == 6 + 5
     alone = with_responses(open_dataset(lab), ["subject3"])
     assert (alone.subjects, len(alone.stories)) == (("subject3",), 5)
-    run_command("check", str(lab), "--subjects", "subject3", "--json")
-    assert list(as_json(capsys)["voxels"]) == ["subject3"]
+    for options, code, subjects in ((("--subjects", "subject2"), 0, ["subject2"]), ((), 1, ["subject2", "subject3"])):
+        assert run_command("check", str(lab), "--json", *options) == code, "subject3 has a masked voxel"
+        content = as_json(capsys)
+        assert list(content["voxels"]) == [lag["subject"] for lag in content["lags"]] == subjects
 
 
 def test_bad_text_of_a_story_without_responses_is_no_reason(good: Path) -> None:

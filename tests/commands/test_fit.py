@@ -162,8 +162,8 @@ def test_a_transcript_is_predicted_as_the_same_story_of_the_data_set(
         np.testing.assert_array_equal(np.flatnonzero(~np.isnan(predicted).any(axis=0)), voxels)
         np.testing.assert_array_equal(predicted, expected)
     capsys.readouterr()
-    error = refusal(capsys, "predict", study / "model.npz", "--story", "copy.csv", "--to", "p.npy")
-    assert "p-a.npy: exists already" in error
+    for to, message in (("p.npy", "p-a.npy: exists already"), ("", "give a name that ends in .npy")):
+        assert message in refusal(capsys, "predict", study / "model.npz", "--story", "copy.csv", "--to", to)
 
 
 def keep_voxels_study(study: Path, voxels: dict[str, list[int]]) -> None:
