@@ -35,14 +35,8 @@ def main() -> None:
     rows: dict[float, list[list[float]]] = {rate: [] for rate in RATES}
     for seed in range(arguments.seeds):
         for rate in RATES:
-            config = TrialConfig(
-                model=arguments.model,
-                epochs=arguments.epochs,
-                score_every=arguments.epochs,
-                seed=seed,
-                hidden_dropout=0.1,
-                attention_dropout=rate,
-            )
+            settings = {"model": arguments.model, "epochs": arguments.epochs, "score_every": arguments.epochs}
+            config = TrialConfig(**settings, seed=seed, hidden_dropout=0.1, attention_dropout=rate)
             rows[rate].append(measure(config, task))
             print(f"{rate:7} {seed:4} " + " ".join(f"{value:16.5f}" for value in rows[rate][-1]), flush=True)
     differences = np.array(rows[RATES[0]]) - np.array(rows[RATES[1]])  # (n_seeds, n_columns)

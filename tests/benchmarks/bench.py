@@ -10,27 +10,17 @@ import datetime
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import bench_tables as tables
 import cyclopts
 import torch
-from bench_growth import AT_ONCE, STORIES, VOXELS, at_once_lines, growth_lines, measure_at_once
-from bench_runs import HERE, ROOT, Result, data_fingerprint, measure_once, source_hash, versions
-from bench_studies import configurations, run_course_script, run_our_study, run_our_trial, run_script_study
-from bench_tables import (
-    check_alike,
-    extrapolated,
-    own_lines,
-    rates,
-    score_lines,
-    setting_lines,
-    stage_table,
-    study_table,
-)
+from bench_runs import HERE, ROOT, Result, data_fingerprint, measure_once, run_script, source_hash, versions
+from bench_studies import configurations, measure_at_once, run_our_study, run_script_study
 from compare_ridge import machine
 from course_script import open_and_split
 from cyclopts import Parameter
@@ -39,24 +29,22 @@ from transformers import BertConfig, BertForMaskedLM
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import DEMOS
 from bert_encoding.language_model.encoder import load_encoder, quiet
-from bert_encoding.trial.config import TrialConfig
 
 Part = Literal["stages", "study", "base", "growth"]
 N_STORIES = 20
 DEMO_FOLDER = ROOT / "bert_encoding" / "demo" / "data"
 PARTS: tuple[Part, ...] = ("stages", "study", "base", "growth")
-# What the script takes from the library and its numbers rest on. Not finetune.py, whose speed changes: the script only
-# draws probes with it, and check_alike refuses others. The settings of TrialConfig are part of the question.
+STORIES, VOXELS, AT_ONCE = (5, 10, 20, 40), (100, 1000, 10000), (1, 2)
+# What the script takes from the library and its numbers rest on. Not masked_lm.py, whose speed changes: the script only
+# draws probes with it, and check_alike refuses others.
 SOURCES_OF_SCRIPT = (
-    "tests/benchmarks/course_script.py",
-    "bert_encoding/datasets/*.py",
-    "bert_encoding/language_model/encoder.py",
-    "bert_encoding/demo/stories.py",
-    "bert_encoding/demo/__init__.py",
-    "bert_encoding/demo/simulated_listeners.py",
+    *("tests/benchmarks/course_script.py", "bert_encoding/trial/config.py", "bert_encoding/datasets/*.py"),
+    *("bert_encoding/language_model/encoder.py", "bert_encoding/demo/*.py"),
 )
-SOURCES_OF_OURS = ("bert_encoding/**/*.py", "tests/benchmarks/bench_ours.py", "tests/benchmarks/course_script.py")
-SOURCES_OF_STUDY = ("bert_encoding/**/*.py", "study/**/*.py", "tests/benchmarks/bench_studies.py")
+SOURCES_OF_OURS = (
+    *("bert_encoding/**/*.py", "study/**/*.py", "tests/benchmarks/bench_ours.py", "tests/benchmarks/bench_studies.py"),
+    "tests/benchmarks/course_script.py",
+)
 
 app = cyclopts.App(help=__doc__, default_parameter=Parameter(negative=""))
 
@@ -149,34 +137,34 @@ class Bench:
         name = Path(self.shared["data"]).name
         return f"{datetime.date.today().isoformat()}, {self.fixed['machine']}; data {name}, {options}"
 
+    def once(self, name: str, options: Result, measure: Callable[[], Result], **more: Any) -> Result:
+        """Return the saved result of the same options, machine, data, versions and sources, or measure it."""
+        sources = source_hash(*(SOURCES_OF_SCRIPT if name == "script" else SOURCES_OF_OURS))
+        question = {"options": options, "sources": sources} | self.fixed | more
+        return measure_once(self.folder, name, question, measure)
+
     def script(self, options: Result) -> Result:
         """Return a run of the course script."""
-        question = self._question(options) | {"settings": asdict(TrialConfig())}
-        return measure_once(
-            self.folder, "script", question, source_hash(*SOURCES_OF_SCRIPT), lambda: run_course_script(options)
-        )
+        return self.once("script", options, partial(run_script, "course_script.py", options))
 
     def ours(self, options: Result) -> Result:
         """Return a trial of ours."""
-        question = self._question(options)
-        return measure_once(
-            self.folder, "ours", question, source_hash(*SOURCES_OF_OURS), lambda: run_our_trial(options)
-        )
+        return self.once("ours", options, partial(run_script, "bench_ours.py", options))
 
     def stages(self) -> list[str]:
         """One trial of each; ours scoring once, after every epoch, and once with the dropout of the script."""
         script, once = self.script(self.shared), self.ours(self.shared)
-        check_alike(script, once)
+        tables.check_alike(script, once)
         every = self.ours(self.shared | {"score_every": 1})
         dropping = self.ours(self.shared | {"attention_dropout": script["dropout"]["attention"]})
         alike = [("ours", once), ("ours, dropout as the script's", dropping)]
         columns = [alike[0], ("every epoch", every), alike[1]]
         return [
-            *stage_table(rates(script), [(name, rates(result)) for name, result in columns]),
-            *score_lines(script, alike),
+            *tables.stage_table(tables.rates(script), [(name, tables.rates(result)) for name, result in columns]),
+            *tables.score_lines(script, alike),
             f"ours scores once, as the script does, or after every epoch ({self.shared['epochs']} times)",
-            *setting_lines(script, alike),
-            *own_lines(once),
+            *tables.setting_lines(script, alike),
+            *tables.own_lines(once),
         ]
 
     def study(self, n: int) -> list[str]:
@@ -185,51 +173,44 @@ class Bench:
 
         def run_one(point: dict[str, Any]) -> Result:
             result = self.script(self.shared | point)
-            check_alike(result, ours)
+            tables.check_alike(result, ours)
             return result
 
         script = run_script_study(points, run_one)
-        same, early = (self._our_study(points, stops) for stops in (False, True))
+        same, early = (
+            self.once(
+                "study", self.shared, partial(run_our_study, self.shared, points, stops), points=points, early=stops
+            )
+            for stops in (False, True)
+        )
         first = f"{n} configurations; ours ran {same['at_once']} at once, and two baselines before"
-        return [first, *study_table(script, same, early)]
-
-    def _our_study(self, points: list[dict[str, Any]], early: bool) -> Result:
-        question = self._question(self.shared) | {"points": points, "early": early}
-        sources = source_hash(*SOURCES_OF_STUDY)
-        return measure_once(self.folder, "study", question, sources, lambda: run_our_study(self.shared, points, early))
+        return [first, *tables.study_table(script, same, early)]
 
     def base(self, n_steps: int) -> list[str]:
         """An encoder as large as BERT-base with random weights: part of a trial, extrapolated by tokens and words."""
         with base_encoder(self.folder / "base-sized") as model:
             options = self.shared | {"model": str(model), "max_steps": n_steps, "embed_stories": 2}
             script, ours = self.script(options), self.ours(options)
-        check_alike(script, ours)
+        tables.check_alike(script, ours)
         return [
             f"BERT-base-sized, random weights: {n_steps} training steps, 2 stories embedded, ridge whole on random",
             "word vectors; the trial is EXTRAPOLATED from these by tokens and words",
-            *stage_table(extrapolated(script), [("ours", extrapolated(ours))]),
-            *setting_lines(script, [("ours", ours)]),
+            *tables.stage_table(tables.extrapolated(script), [("ours", tables.extrapolated(ours))]),
+            *tables.setting_lines(script, [("ours", ours)]),
         ]
 
     def growth(self, stories: tuple[int, ...], voxels: tuple[int, ...]) -> list[str]:
         """Seconds of a trial of ours against stories, voxels, and trials at once."""
         by_stories = [self.ours(self.shared | {"train_stories": n}) for n in stories]
         by_voxels = [self.ours(self.shared | {"voxels": n}) for n in voxels]
-        at_once = [self._at_once(n, by_stories[0]["device"] == "cuda") for n in AT_ONCE]
-        return [
-            *growth_lines("stories", stories, by_stories),
-            "",
-            *growth_lines("voxels", voxels, by_voxels),
-            "",
-            *at_once_lines(AT_ONCE, at_once),
+        has_gpu = by_stories[0]["device"] == "cuda"
+        at_once = [
+            self.once("at-once", self.shared, partial(measure_at_once, self.shared, n, has_gpu), at_once=n)
+            for n in AT_ONCE
         ]
-
-    def _at_once(self, n: int, has_gpu: bool) -> Result:
-        question, sources = self._question(self.shared) | {"at_once": n}, source_hash(*SOURCES_OF_OURS)
-        return measure_once(self.folder, "at-once", question, sources, lambda: measure_at_once(self.shared, n, has_gpu))
-
-    def _question(self, options: Result) -> Result:
-        return {"options": options} | self.fixed
+        lines = [*tables.growth_lines("stories", stories, by_stories), ""]
+        lines += [*tables.growth_lines("voxels", voxels, by_voxels), ""]
+        return lines + tables.at_once_lines(AT_ONCE, at_once)
 
 
 def n_train_stories(data: str) -> int:

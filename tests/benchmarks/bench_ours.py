@@ -6,18 +6,28 @@ the check of the data included.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
 import torch
-from course_script import SPLIT_SEED, Clock, digest, draw_probes, dropout_of, inspected, open_and_split, peak_gb
+from course_script import (
+    SPLIT_SEED,
+    Clock,
+    argument_parser,
+    chosen_settings,
+    digest,
+    draw_probes,
+    dropout_of,
+    inspected,
+    open_and_split,
+    write_result,
+)
 
 import bert_encoding.language_model.masked_lm
 import bert_encoding.trial.run
@@ -31,7 +41,7 @@ from bert_encoding.language_model.lora import check_applied, masked_lm
 from bert_encoding.language_model.masked_lm import Probes, make_probes, probe_loss
 from bert_encoding.language_model.training import train
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.pipeline import Chain, Task, cached_encoder
+from bert_encoding.trial.pipeline import Chain, Task, cached_encoder, timed
 from bert_encoding.trial.run import run_trial
 from bert_encoding.trial.training_data import TrainingData
 
@@ -52,36 +62,23 @@ def main() -> None:
     if arguments.voxels:
         dataset = with_voxels(dataset, arguments.voxels)
     task = Task(dataset, (split,), SPLIT_SEED)
-    config = TrialConfig(
-        model=arguments.model, rank=arguments.rank, lr=arguments.lr, seed=arguments.seed, epochs=arguments.epochs
-    )
-    config = replace(config, score_every=arguments.score_every or arguments.epochs)
+    config = TrialConfig(**chosen_settings(arguments), score_every=arguments.score_every or arguments.epochs)
     if arguments.attention_dropout is not None:
         config = replace(config, attention_dropout=arguments.attention_dropout)
-    result = (
-        run_parts(config, task, arguments.max_steps, arguments.embed_stories)
-        if arguments.max_steps
-        else run_whole(config, task)
-    )
+    if arguments.max_steps:
+        result = run_parts(config, task, arguments.max_steps, arguments.embed_stories)
+    else:
+        result = run_whole(config, task)
     result["seconds"] = seconds | result["seconds"] | {"total": time.time() - began}
-    result |= {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peak_gb()}
-    result |= settings_of(config)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result | settings_of(config), arguments.out)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line: that of the course script, and what growth is measured by."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data")
-    parser.add_argument("--model", default="minilm")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    for name in ("seed", "epochs"):
-        parser.add_argument(f"--{name}", type=int, default={"seed": 0, "epochs": 3}[name])
-    for name in ("train-stories", "max-steps", "embed-stories", "score-every", "voxels", "threads"):
+    parser = argument_parser(__doc__)
+    for name in ("score-every", "voxels", "threads"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--attention-dropout", type=float, help="default: the library's")
-    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -136,21 +133,6 @@ class Watch:
 
         return timed
 
-    def timing_steps(self, stage: str, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """Return the generator function, timed only while it works."""
-
-        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            steps = function(*args, **kwargs)
-            while True:
-                began = time.perf_counter()
-                step = next(steps, None)
-                self.seconds[stage] += time.perf_counter() - began
-                if step is None:
-                    return
-                yield step
-
-        return timed
-
 
 @contextmanager
 def watched(dataset: Dataset) -> Iterator[Watch]:
@@ -169,19 +151,15 @@ def watched(dataset: Dataset) -> Iterator[Watch]:
 
     changes = (
         (bert_encoding.trial.run, "make_probes", noting),
-        (bert_encoding.language_model.masked_lm, "train", watch.timing_steps("train", train)),
+        (bert_encoding.language_model.masked_lm, "train", lambda *a, **k: timed(train(*a, **k), watch.seconds)),
         (Chain, "downsampled", counting),
         (Chain, "score", watch.timing("ridge", Chain.score)),
         (Chain, "score_seen", watch.timing("cc_seen", Chain.score_seen)),
     )
-    before = [getattr(place, name) for place, name, _ in changes]
-    for place, name, function in changes:
-        setattr(place, name, function)
-    try:
+    with ExitStack() as stack:
+        for place, name, function in changes:
+            stack.enter_context(patch.object(place, name, function))
         yield watch
-    finally:
-        for (place, name, _), function in zip(changes, before, strict=True):
-            setattr(place, name, function)
 
 
 def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | None) -> dict[str, Any]:
@@ -192,8 +170,8 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     """
     split, clock = task.splits[0], Clock()
     chain = Chain(config, task, CACHE)
-    assert chain.encoder is not None
-    model = prepare_model(config.tuning, chain.encoder)
+    encoder = chain.bert_encoder
+    model = prepare_model(config.tuning, encoder)
     data = TrainingData(chain, split)
     trained, objective = data.objective(model)
     clock.lap("other")
@@ -204,8 +182,8 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     embedded = names[:n_stories]
     chain.downsampled(masked_lm(model).bert, embedded, split.fit)
     clock.lap("embed")
-    downsampled = random_features(task.dataset, names, chain.encoder.n_hidden)
-    probes = draw_probes(chain.encoder, task.dataset, split, config)
+    downsampled = random_features(task.dataset, names, encoder.n_hidden)
+    probes = draw_probes(encoder, task.dataset, split, config)
     clock.lap("drawn")
     chain.score(downsampled, split.fit, split.validation)
     clock.lap("ridge")
@@ -213,9 +191,9 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     clock.lap("cc_seen")
     probe_loss(trained, probes.heldout, config.precision, chain.device)
     clock.lap("probe")
-    check_applied(chain.encoder, masked_lm(model).bert, "fine-tuning")
+    check_applied(encoder, masked_lm(model).bert, "fine-tuning")
     clock.lap("check")
-    measure_change(model, chain.encoder)
+    measure_change(model, encoder)
     clock.lap("change")
     times = {"probe": 2 * config.epochs + 2, "check": config.epochs, "change": 1}
     clock.seconds["other"] += sum(n * clock.seconds[part] for part, n in times.items())

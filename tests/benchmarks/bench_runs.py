@@ -21,16 +21,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Result = dict[str, Any]
 
 
-def measure_once(folder: Path, name: str, question: Result, sources: str, measure: Callable[[], Result]) -> Result:
-    """Return the saved result of the same question and sources, or measure it and save it.
-
-    Parameters
-    ----------
-    question : everything besides the sources that determines the result, as plain values
-    sources : ``source_hash`` of what is measured
-    """
-    key = question | {"sources": sources}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+def measure_once(folder: Path, name: str, question: Result, measure: Callable[[], Result]) -> Result:
+    """Return the saved result of the same question, all that determines the result; or measure it and save it."""
+    digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]
     file = folder / f"{name}-{digest}.json"
     if file.is_file():
         print(f"  {name}: saved before, {file.name}", flush=True)
@@ -39,7 +32,7 @@ def measure_once(folder: Path, name: str, question: Result, sources: str, measur
     result = measure()
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "result": result}, indent=1) + "\n")
+    partial.write_text(json.dumps({"question": question, "result": result}, indent=1) + "\n")
     partial.replace(file)
     return result
 
@@ -68,29 +61,19 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def run_script(script: str, arguments: list[str]) -> Result:
-    """Run a script of this folder in its own process; return its result, with ``wall`` seconds measured from outside.
-
-    Raises
-    ------
-    RuntimeError
-        if it fails; with the end of its output.
-    """
+def run_script(script: str, options: Result) -> Result:
+    """Run a script of this folder in its own process; return its result, with ``wall`` seconds seen from outside."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
+        command = [sys.executable, str(HERE / script), options["data"]]
+        command += command_line({name: value for name, value in options.items() if name != "data"} | {"out": out})
         began = time.perf_counter()
-        run_process([sys.executable, str(HERE / script), *arguments, "--out", str(out)], child_environment())
+        run_process(command, child_environment())
         return json.loads(out.read_text()) | {"wall": time.perf_counter() - began}
 
 
 def run_process(command: list[str], environment: dict[str, str]) -> None:
-    """Run a command to its end.
-
-    Raises
-    ------
-    RuntimeError
-        if it fails; with the end of its output.
-    """
+    """Run a command to its end; a RuntimeError, with the end of its output, if it fails."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-TAIL_LINES:])

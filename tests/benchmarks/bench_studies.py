@@ -1,10 +1,12 @@
 """A study of some configurations: the course script once for each, then ours, as it is and with early stopping."""
 
 import itertools
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from bert_encoding.trial.record import read_records
 
 NAME = "bench"
 PRIVATE = ("TMPDIR", "RAY_ADDRESS")  # what a study needs to find no cluster but its own
-EARLY = "asha"
 RANKS, LRS = (4, 16), (1e-4, 3e-4)
 SPACE = '''"""Which of these configurations predicts best? Scientific: rank, lr. Nuisance: seed. Fixed: the rest."""
 
@@ -65,26 +66,21 @@ def seed_sd(points: list[dict[str, Any]], cc: list[float]) -> float | None:
     """
     alike: dict[tuple[Any, ...], list[float]] = {}
     for point, score in zip(points, cc, strict=True):
-        alike.setdefault(tuple(without(point, "seed").items()), []).append(score)
+        alike.setdefault((point["rank"], point["lr"]), []).append(score)
     n_free = sum(len(group) - 1 for group in alike.values())
     if not n_free:
         return None
     return float(np.sqrt(sum(np.var(group) * len(group) for group in alike.values()) / n_free))
 
 
-def run_course_script(options: Result) -> Result:
-    """Run the course script in a process of its own."""
-    return run_script("course_script.py", [options["data"], *command_line(without(options, "data"))])
-
-
-def run_our_trial(options: Result) -> Result:
-    """Run a trial of the library in a process of its own."""
-    return run_script("bench_ours.py", [options["data"], *command_line(without(options, "data"))])
-
-
-def without(options: Result, *names: str) -> Result:
-    """Return the options but some."""
-    return {name: value for name, value in options.items() if name not in names}
+def measure_at_once(options: Result, n_trials: int, has_gpu: bool) -> Result:
+    """Time ``n_trials`` trials at once, each with its share of the cores; on a GPU they share it."""
+    threads = None if has_gpu else max(1, (os.cpu_count() or 1) // n_trials)
+    trials = [options | {"threads": threads, "seed": seed} for seed in range(n_trials)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(n_trials) as pool:
+        list(pool.map(lambda trial: run_script("bench_ours.py", trial), trials))
+    return {"wall": time.perf_counter() - began}
 
 
 def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> Result:
@@ -95,41 +91,31 @@ def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> 
     early : score after every epoch and stop early, else score once, at the end
     """
     private = short_folder("b-")
+    space = private / "bench_space.py"
+    space.write_text(SPACE.format(points=points))
+    options = shared | {"space": space, "out": private / "results", "name": NAME, "trials": len(points), "confirm": 0}
+    options |= {"address": "local", "scheduler": "asha" if early else "none"}
+    options |= {"score_every": None if early else shared["epochs"]}
+    environment = child_environment() | {name: environment_of(private)[name] for name in PRIVATE}
+    began, began_clock = time.time(), time.perf_counter()
     try:
-        return _run_our_study(private, shared, points, early)
+        run_process([sys.executable, str(ROOT / "study" / "run.py"), *command_line(options)], environment)
+        seconds = time.perf_counter() - began_clock
+        return read_our_study(private / "results" / NAME, points, began) | {"seconds": seconds}
     finally:
         for process in running_from(private):
             process.kill()
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _run_our_study(private: Path, shared: Result, points: list[dict[str, Any]], early: bool) -> Result:
-    space = private / "bench_space.py"
-    space.write_text(SPACE.format(points=points))
-    options = shared | {"space": space, "out": private / "results", "name": NAME, "trials": len(points), "confirm": 0}
-    options |= {"address": "local", "scheduler": EARLY if early else "none"}
-    options |= {"score_every": None if early else shared["epochs"]}
-    command = [sys.executable, str(ROOT / "study" / "run.py"), *command_line(options)]
-    began, began_clock = time.time(), time.perf_counter()
-    run_process(command, child_environment() | {name: environment_of(private)[name] for name in PRIVATE})
-    seconds = time.perf_counter() - began_clock
-    return read_our_study(private / "results" / NAME, points, began) | {"seconds": seconds}
-
-
 def read_our_study(folder: Path, points: list[dict[str, Any]], began: float) -> Result:
-    """Return the results of a study, one per configuration.
-
-    Raises
-    ------
-    RuntimeError
-        if trials are missing, failed, or were answered from a record.
-    """
+    """Return the results of a study, one per configuration; none may be missing, failed, or taken from a record."""
     every = read_records(folder)
     records = [record for record in every if record.phase == SEARCH]
     bad = [record.trial_id for record in records if record.status == FAILED or record.repeat_of]
     if bad or len(records) != len(points):
         raise RuntimeError(f"{folder}: {len(records)} trials, expected {len(points)}; failed or answered: {bad}")
-    trials = [next(record for record in records if _is_of(record.config, point)) for point in points]
+    trials = [next(record for record in records if point.items() <= record.config.items()) for point in points]
     ended = [(folder / "trials" / record.trial_id / "record.json").stat().st_mtime - began for record in trials]
     spans = [(end - record.seconds["total"], end) for end, record in zip(ended, trials, strict=True)]
     (frozen,) = (record for record in every if record.phase == BASELINE and record.method == FROZEN)
@@ -144,7 +130,3 @@ def read_our_study(folder: Path, points: list[dict[str, Any]], began: float) -> 
         "seconds_of_trials": sum(record.seconds["total"] for record in records),
         "at_once": max(sum(begin < now <= end for begin, end in spans) for _, now in spans),
     }
-
-
-def _is_of(config: dict[str, Any], point: dict[str, Any]) -> bool:
-    return all(config[name] == value for name, value in point.items())

@@ -1,12 +1,16 @@
 """Results of the bench as lines of text: what each side took, the ratio, the bar, and whether it holds."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from bench_runs import Result
+from scipy.stats import linregress
 
 BARS = {"train": 4.5, "embed": 4.0, "ridge": 2.7, "trial": 4.0, "study": 5.0, "early": 10.0}
 LOSS_TOLERANCE, CC_TOLERANCE = 0.01, 0.003
 NOT_THE_SCRIPTS = ("probes", "inspect", "drawn")  # laps of the course script that a student's own script does not have
+GROWING_LAPS = ("train", "embed", "ridge", "cc_seen", "other")
 OTHER_LAPS = ("start", "load", "check", "prepare", "cc_seen", "other")
 
 
@@ -221,3 +225,29 @@ def configuration_lines(script: Result, same: Result, early: Result) -> list[str
 
 def _held(is_held: bool) -> str:
     return "held" if is_held else "missed"
+
+
+def growth_lines(quantity: str, sizes: tuple[int, ...], trials: list[Result]) -> list[str]:
+    """Return a table of seconds per stage against size, and the fitted exponents with their standard errors."""
+    lines = [f"{quantity:>12s}" + "".join(f"{lap:>14s}" for lap in (*GROWING_LAPS, "trial"))]
+    rows = [[*(trial["seconds"][lap] for lap in GROWING_LAPS), trial["wall"]] for trial in trials]
+    columns = list(zip(*rows, strict=True))
+    for size, row in zip(sizes, rows, strict=True):
+        lines.append(f"{size:12d}" + "".join(f"{seconds:14.1f}" for seconds in row))
+    exponents = [exponent(sizes, column) for column in columns]
+    return [*lines, f"{'exponent':>12s}" + "".join(f"{power:6.2f} +- {error:4.2f}" for power, error in exponents)]
+
+
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return ``b`` of ``seconds = a size^b``, fitted to logarithms, and its standard error."""
+    fit = linregress(np.log(sizes), np.log(np.maximum(seconds, 1e-3)))
+    return float(fit.slope), float(fit.stderr)
+
+
+def at_once_lines(sizes: tuple[int, ...], trials: list[Result]) -> list[str]:
+    """Return trials per hour against trials at once."""
+    lines = ["trials at once   all of them, s   trials/h"]
+    for n, trial in zip(sizes, trials, strict=True):
+        lines.append(f"{n:14d}{trial['wall']:17.1f}{3600 * n / trial['wall']:11.1f}")
+    power, _ = exponent(sizes, [trial["wall"] for trial in trials])
+    return [*lines, f"exponent of the seconds {power:.2f} (0: side by side costs nothing, 1: nothing is gained)"]

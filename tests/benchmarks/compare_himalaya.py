@@ -12,18 +12,14 @@ from himalaya.ridge import RidgeCV
 from himalaya.scoring import correlation_score
 from sklearn.model_selection import PredefinedSplit
 
-from bert_encoding.core.devices import pick_device
 from bert_encoding.core.names import FROZEN
 from bert_encoding.core.zscore import ZScore
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import choose_stories
-from bert_encoding.features.bert_embeddings import embed_stories
-from bert_encoding.features.downsampling import downsample_story
-from bert_encoding.language_model.encoder import load_encoder
-from bert_encoding.language_model.windows import tokenize
 from bert_encoding.regression.response_panels import stack_responses
 from bert_encoding.trial.config import TrialConfig
+from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.scoring import make_design, prepare_ridge, score_subject
 
 app = cyclopts.App()
@@ -36,23 +32,12 @@ def main(data: Path, model: str = "minilm-plain", train_stories: int | None = No
     train, test = choose_stories(dataset, dataset.subjects, None, train_stories, seed)
     dataset = inspect(dataset.only(train + test, dataset.subjects))
     fit, scored, subject = tuple(sorted(train)), tuple(sorted(test)), dataset.subjects[0]
-    config = TrialConfig(method=FROZEN, model=model)
-    encoder = load_encoder(model)
-    tokens = {name: tokenize(dataset.stories[name].spoken, encoder.tokenizer) for name in fit + scored}
-    vectors = embed_stories(
-        encoder.model.bert,
-        tokens,
-        encoder.tokenizer,
-        layer=encoder.n_layers,
-        window_tokens=config.window_tokens,
-        stride=config.embed_stride,
-        precision="float32",
-        device=pick_device(),
-    )
-    downsampled = {name: downsample_story(vectors[name], dataset.stories[name]) for name in (*fit, *scored)}
+    config = TrialConfig(method=FROZEN, model=model, embed_precision="float32")
+    chain = Chain(config, Task(dataset, (), seed))
+    downsampled = chain.downsampled(chain.bert_encoder.model.bert, fit + scored, fit)
     design = make_design(downsampled, dataset, fit, scored, config, seed)
     began = time.perf_counter()
-    ours = score_subject(prepare_ridge(design, config, pick_device()), design, dataset, subject, fit, scored)
+    ours = score_subject(prepare_ridge(design, config, chain.device), design, dataset, subject, fit, scored)
     print(f"ours      mean test CC {ours.cc.mean():.5f}  {time.perf_counter() - began:.0f} s")
     Y = stack_responses(dataset, subject, fit)
     began = time.perf_counter()

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
+from compare_ridge import peak_gb
 from peft import LoraConfig, get_peft_model
 from ridge_utils.interpdata import lanczosinterp2D
 from ridge_utils.ridge import ridge, ridge_corr
@@ -32,6 +33,7 @@ from ridge_utils.util import make_delayed
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, get_scheduler
 
+from bert_encoding.core.devices import pick_device
 from bert_encoding.core.names import DEMOS
 from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.splits import Split, choose_stories, choose_subjects, split_stories, story_folds
@@ -51,19 +53,28 @@ Words = dict[str, np.ndarray]  # story -> an array with one row per word, or per
 
 def main() -> None:
     """Run one configuration and write its seconds and scores."""
-    began, arguments = psutil.Process().create_time(), parse_arguments()
+    began, arguments = psutil.Process().create_time(), argument_parser(__doc__).parse_args()
     seconds = {"start": time.time() - began}
     result = run(arguments)
     result["seconds"] = seconds | result["seconds"] | {"total": time.time() - began}
-    text = json.dumps(result, indent=1)
+    write_result(result, arguments.out)
+
+
+def write_result(result: dict[str, Any], file: Path | None) -> None:
+    """Print a result, with threads, device and peak memory of this process in GB (on a GPU also of its tensors)."""
+    peaks = {"memory": peak_gb()}
+    if torch.cuda.is_available():
+        peaks["gpu"] = torch.cuda.max_memory_allocated() / 1e9
+    where = {"n_threads": torch.get_num_threads(), "device": pick_device().type, "peak_gb": peaks}
+    text = json.dumps(result | where, indent=1)
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    if file is not None:
+        file.write_text(text + "\n")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; ``--max-steps`` and ``--embed-stories`` cut a measurement short that is extrapolated."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def argument_parser(text: str | None) -> argparse.ArgumentParser:
+    """Return the options; ``--max-steps`` and ``--embed-stories`` cut a measurement short that is extrapolated."""
+    parser = argparse.ArgumentParser(description=(text or "").split("\n")[0])
     parser.add_argument("data", help="'demo', or the folder of the data")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--train-stories", type=int, help="fit and validation together; default: all")
@@ -74,7 +85,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, help="stop training after this many steps")
     parser.add_argument("--embed-stories", type=int, help="embed only this many stories; the others get random vectors")
     parser.add_argument("--out", type=Path, help="JSON file")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,15 +93,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     clock = Clock()
     opened, split = open_and_split(arguments.data, arguments.train_stories)
     encoder = load_encoder(arguments.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    setting = TrialConfig(
-        model=arguments.model,
-        rank=arguments.rank,
-        lr=arguments.lr,
-        seed=arguments.seed,
-        epochs=arguments.epochs,
-        attention_dropout=None,
-    )
+    device = pick_device()
+    setting = TrialConfig(**chosen_settings(arguments), attention_dropout=None)
     clock.lap("load")
     dataset = inspected(opened)
     clock.lap("inspect")
@@ -114,25 +118,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": clock.seconds,
         "counts": trained | {"words": n_embedded, "words_whole": n_words, "n_voxels": sum(map(len, cc.values()))},
         "scores": {"cc_mean": float(np.mean([np.mean(one) for one in cc.values()])), "mlm_loss_heldout": loss},
-        "n_threads": torch.get_num_threads(),
-        "device": device.type,
         "probes": digest(probes),
         "precision": {"train": "float32", "embed": "float32"},
         "dropout": dropout_of(model.config),
-        "peak_gb": peak_gb(),
     }
+
+
+def chosen_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a trial that the command line chooses."""
+    return {name: getattr(arguments, name) for name in ("model", "rank", "lr", "seed", "epochs")}
 
 
 def dropout_of(config: Any) -> dict[str, float]:
     """Return the probabilities of dropout of a checkpoint."""
     return {"attention": config.attention_probs_dropout_prob, "hidden": config.hidden_dropout_prob}
-
-
-def peak_gb() -> dict[str, float]:
-    """Return the peak memory of this process in GB, and on a GPU that of its tensors."""
-    (peak,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
-    peaks = {"memory": int(peak.split()[1]) / 1e6}
-    return peaks | ({"gpu": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
 
 
 class Clock:

@@ -9,15 +9,14 @@ splits, which share stories and so are not independent.
 """
 
 import argparse
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from attention_dropout import make_task
+from transformers import BertModel
 
 from bert_encoding.datasets.splits import split_stories
-from bert_encoding.features.bert_embeddings import embed_layers
-from bert_encoding.features.downsampling import downsample_story
 from bert_encoding.language_model.finetuning_methods import prepare_model
 from bert_encoding.language_model.lora import masked_lm
 from bert_encoding.language_model.masked_lm import MaskedLM
@@ -41,8 +40,7 @@ def main() -> None:
     given = parser.parse_args()
     task = make_task(given.data, given.stories)
     chain = Chain(TrialConfig(model=given.model, epochs=1), task)
-    assert chain.encoder is not None
-    berts = {"frozen": chain.encoder.model.bert, "tuned": masked_lm(tuned(chain)).bert}
+    berts = {"frozen": chain.bert_encoder.model.bert, "tuned": masked_lm(tuned(chain)).bert}
     features = {
         (who, precision): read(chain, bert, given.layers, precision)
         for who, bert in berts.items()
@@ -63,8 +61,7 @@ def main() -> None:
 
 def tuned(chain: Chain) -> object:
     """Return the model after an epoch on the fit stories of the first split."""
-    assert chain.encoder is not None
-    model = prepare_model(chain.config.tuning, chain.encoder)
+    model = prepare_model(chain.config.tuning, chain.bert_encoder)
     trained, objective = TrainingData(chain, chain.task.splits[0]).objective(model)
     assert isinstance(objective, MaskedLM)
     for _ in train(trained, objective, chain.config.training, chain.config.seed, chain.device):
@@ -72,25 +69,14 @@ def tuned(chain: Chain) -> object:
     return model
 
 
-def read(chain: Chain, bert: object, layers: list[int], precision: str) -> dict[int, Features]:
-    """Return layer -> features of all training stories, and print how fast that was."""
-    assert chain.encoder is not None
-    split, config = chain.task.splits[0], chain.config
-    tokens, began = chain.tokens(split.fit + split.validation), time.perf_counter()
-    vectors = embed_layers(
-        bert,  # type: ignore[arg-type]
-        tokens,
-        chain.encoder.tokenizer,
-        layers=layers,
-        window_tokens=config.embed_window_tokens,
-        stride=config.embed_stride,
-        precision=precision,
-        device=chain.device,
-    )
-    n_words = sum(one.n_words for one in tokens.values())
-    print(f"{precision}: {n_words / (time.perf_counter() - began):.0f} words/s", flush=True)
-    stories = chain.task.dataset.stories
-    return {layer: {n: downsample_story(rows[n], stories[n]) for n in rows} for layer, rows in vectors.items()}
+def read(chain: Chain, bert: BertModel, layers: list[int], precision: str) -> dict[int, Features]:
+    """Return layer -> features of all training stories, and print how long that took."""
+    features, split = {}, chain.task.splits[0]
+    for layer in layers:
+        reader = Chain(replace(chain.config, embed_precision=precision, layer=layer), chain.task, chain.cache)
+        features[layer] = reader.downsampled(bert, split.fit + split.validation, split.fit)
+        print(f"layer {layer} in {precision}: {reader.seconds['embed']:.1f} s", flush=True)
+    return features
 
 
 def score(task: Task, config: TrialConfig, features: Features, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import bench
-import bench_growth
 import bench_ours
 import bench_runs
 import bench_studies
@@ -17,12 +16,9 @@ import pytest
 import torch
 
 from bert_encoding.core.devices import resolve_precision
-from bert_encoding.datasets.splits import Split
-from bert_encoding.datasets.story import Dataset
-from bert_encoding.features.bert_embeddings import embed_stories
 from bert_encoding.language_model.encoder import Encoder, load_encoder
 from bert_encoding.language_model.masked_lm import Probes
-from bert_encoding.language_model.windows import Tokens, cut_windows, tokenize, training_windows
+from bert_encoding.language_model.windows import cut_windows, tokenize, training_windows
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
 from bert_encoding.trial.record import TrialRecord, read_records, write_record
@@ -42,13 +38,6 @@ def task(lab: Path) -> Task:
     return Task(dataset, (split,), course_script.SPLIT_SEED)
 
 
-def test_the_data_are_divided_as_a_study_divides_them(task: Task) -> None:
-    split = task.splits[0]
-    assert split.test == ("wheretheressmoke",)
-    assert len(split.fit) == 5 and len(split.validation) == 1
-    assert task.dataset.n_valid("subject2") == 12
-
-
 @pytest.mark.parametrize(("window_tokens", "stride"), [(64, 24), (64, 62), (512, 256), (16, 3)])
 def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_tokens: int, stride: int) -> None:
     for story in task.dataset.stories.values():
@@ -58,17 +47,6 @@ def test_windows_are_the_librarys(task: Task, tiny_encoder: Encoder, window_toke
         windows = course_script.cut_windows(plain, window_tokens, stride, tokenizer)
         assert [window.ids for window in windows] == [window.ids.tolist() for window in expected]
         assert [window.word_ids for window in windows] == [window.word_ids.tolist() for window in expected]
-
-
-def test_word_vectors_are_the_librarys(task: Task, tiny_encoder: Encoder) -> None:
-    story = task.dataset.stories["beta"]
-    tokens = {"beta": tokenize(story.spoken, tiny_encoder.tokenizer)}
-    reading = {"layer": 2, "window_tokens": 64, "stride": 24, "precision": "float32", "device": torch.device("cpu")}
-    tokenizer = tiny_encoder.tokenizer
-    expected = embed_stories(tiny_encoder.model.bert, tokens, tokenizer, **reading)["beta"]
-    tokenized = course_script.tokenize_story(story.spoken, tokenizer)
-    vectors = course_script.embed_story(tiny_encoder.model.bert, tokenized, len(story.words), tokenizer, SETTING)
-    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)
 
 
 def test_its_scores_of_the_frozen_model_are_the_librarys(
@@ -81,6 +59,7 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
     monkeypatch.setattr("bert_encoding.regression.ridge.extend_alphas", lambda *_: None)  # the script has one grid
     expected = run_trial(config, task, with_tests=False)
     split, dataset, bert = task.splits[0], task.dataset, tiny_encoder.copy_model().bert
+    assert (split.test, len(split.fit), len(split.validation)) == (("wheretheressmoke",), 5, 1)
     stories = course_script.tokenize_all(dataset, split, tiny_encoder)
     on_trs, n_words = course_script.embed_all(bert, tiny_encoder, dataset, stories, config)
     cc = course_script.encode(on_trs, dataset, "subject2", split, config)
@@ -96,18 +75,6 @@ def test_data_that_cannot_be_read_end_the_bench_at_once(tmp_path: Path) -> None:
         bench.main(data=str(tmp_path / "no-such"))
 
 
-def test_random_stories_have_the_shape_of_embedded_ones(task: Task, tiny_encoder: Encoder) -> None:
-    split, bert = task.splits[0], tiny_encoder.copy_model().bert
-    stories = course_script.tokenize_all(task.dataset, split, tiny_encoder)
-    first = {name: stories[name] for name in split.fit[:2]}
-    embedded, n_words = course_script.embed_all(bert, tiny_encoder, task.dataset, first, SETTING)
-    assert n_words == sum(len(task.dataset.stories[name].words) for name in split.fit[:2])
-    drawn = course_script.draw_all(tiny_encoder, task.dataset, list(stories)[2:])
-    assert {name: rows.shape for name, rows in (embedded | drawn).items()} == {
-        name: (len(task.dataset.stories[name].tr_times_s), 32) for name in split.fit + split.validation
-    }
-
-
 def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Encoder) -> None:
     dataset, split, device = task.dataset, task.splits[0], torch.device("cpu")
     setting = TrialConfig(**{**vars(SETTING), "lr": 5e-2, "epochs": 4})
@@ -118,7 +85,8 @@ def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Enco
     counts = course_script.train(model, loader, setting, device, None)
     after = course_script.heldout_loss(model, probes, device)
     assert after < before - 0.03
-    windows = training_windows(tokens_of(dataset, split, tiny_encoder), 64, 24, tiny_encoder.tokenizer)
+    tokens = [tokenize(dataset.stories[name].spoken, tiny_encoder.tokenizer) for name in split.fit]
+    windows = training_windows(tokens, 64, 24, tiny_encoder.tokenizer)
     per_epoch = sum(len(window.ids) for window in windows)
     assert counts["tokens"] == counts["tokens_whole"] == 4 * per_epoch
     assert counts["steps"] == counts["steps_whole"] == 4 * -(-len(windows) // 8)
@@ -127,7 +95,7 @@ def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Enco
 
 def test_the_script_runs_whole_and_tells_its_laps_apart(lab: Path, tiny_bert: Path) -> None:
     given = [str(lab), "--model", str(tiny_bert), "--epochs", "2", "--max-steps", "1", "--embed-stories", "1"]
-    result = course_script.run(course_script.parse_arguments(given))
+    result = course_script.run(course_script.argument_parser(None).parse_args(given))
     assert set(result["seconds"]) == {"load", "inspect", "prepare", "train", "embed", "drawn", "ridge", "probes"}
     assert min(result["seconds"].values()) > 0
     assert (result["counts"]["steps"], result["counts"]["n_voxels"]) == (1, 12)
@@ -146,69 +114,24 @@ def test_the_hash_of_probes_follows_ids_choice_and_labels(task: Task, tiny_encod
         assert course_script.digest(Probes(probes.train, changed)) != digest
 
 
-def tokens_of(dataset: Dataset, split: Split, encoder: Encoder) -> list[Tokens]:
-    return [tokenize(dataset.stories[name].spoken, encoder.tokenizer) for name in split.fit]
-
-
-def test_kept_results_answer_the_same_question_of_the_same_sources(tmp_path: Path) -> None:
-    question: list[int] = []
-
-    def measure() -> dict[str, Any]:
-        question.append(len(question))
-        return {"seconds": 1.5 + len(question)}
-
-    first = bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abc", measure)
-    assert bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abc", measure) == first == {"seconds": 2.5}
-    assert bench_runs.measure_once(tmp_path, "script", {"lr": 2e-4}, "abc", measure) == {"seconds": 3.5}
-    assert bench_runs.measure_once(tmp_path, "script", {"lr": 1e-4}, "abd", measure) == {"seconds": 4.5}
-    assert len(question) == 3
-
-
-def test_the_hash_of_sources_follows_files_in_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_runs, "ROOT", tmp_path)
-    (tmp_path / "below").mkdir()
-    file = tmp_path / "below" / "one.py"
-    file.write_text("1\n")
-    (tmp_path / "two.py").write_text("2\n")
-    deep, flat = bench_runs.source_hash("**/*.py"), bench_runs.source_hash("*.py")
-    file.write_text("2\n")
-    assert bench_runs.source_hash("**/*.py") != deep
-    assert bench_runs.source_hash("*.py") == flat
-    with pytest.raises(ValueError, match="no such source"):
-        bench_runs.source_hash("other.py")
-
-
-def test_data_are_known_by_names_and_sizes(tmp_path: Path) -> None:
-    (tmp_path / "subject1").mkdir()
-    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"123")
-    before = bench_runs.data_fingerprint(tmp_path)
-    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"124")
-    assert bench_runs.data_fingerprint(tmp_path) == before
-    (tmp_path / "subject1" / "alpha.npy").write_bytes(b"1234")
-    longer = bench_runs.data_fingerprint(tmp_path)
-    (tmp_path / "subject1" / "alpha.npy").rename(tmp_path / "subject1" / "beta.npy")
-    assert len({before, longer, bench_runs.data_fingerprint(tmp_path)}) == 3
-
-
-def test_the_question_names_machine_data_versions_and_settings(
+def test_a_result_is_reused_for_the_same_side_options_data_and_sources_alone(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    questions: list[dict[str, Any]] = []
-    monkeypatch.setattr(bench, "measure_once", lambda folder, name, question, *_: questions.append(question))
-    runs = bench.Bench(tmp_path, {"data": str(lab)})
-    runs.script({"lr": 1.0})
-    runs.ours({"lr": 1.0})
-    assert set(questions[1]) == {"options", "machine", "data", "versions"}
-    assert questions[0] == questions[1] | {"settings": vars(TrialConfig())}
-    assert questions[1]["versions"]["torch"] == torch.__version__
-    assert set(questions[1]["versions"]) == {"torch", "transformers", "peft", "numpy", "ridge_utils"}
+    runs: list[tuple[object, ...]] = []
+    monkeypatch.setattr(bench, "run_script", lambda *run: runs.append(run) or {"wall": len(runs)})
 
+    def measure(side: str = "script", lr: float = 1e-4) -> int:
+        return getattr(bench.Bench(tmp_path / "saved", {"data": str(lab)}), side)({"lr": lr})["wall"]
 
-def test_no_variable_keeps_a_process_from_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-    assert not {name for name in bench_runs.child_environment() if name.endswith("_NUM_THREADS")}
-    assert bench_runs.child_environment()["PATH"] == os.environ["PATH"]
+    assert [measure(), measure(), measure(lr=2e-4), measure("ours"), measure("ours")] == [1, 1, 2, 3, 3]
+    (lab / "raw_text.pkl").rename(lab / "renamed.pkl")
+    assert measure() == 4
+    (lab / "renamed.pkl").write_bytes(b"of another size")
+    assert measure() == 5
+    monkeypatch.setattr(bench, "source_hash", lambda *patterns: "changed")
+    assert measure() == 6
+    with pytest.raises(ValueError, match="no such source"):
+        bench_runs.source_hash("other.py")
 
 
 def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,18 +146,6 @@ def test_a_study_is_run_with_all_cores_and_apart(monkeypatch: pytest.MonkeyPatch
     assert environment["RAY_ADDRESS"] == "local" and Path(environment["TMPDIR"]).name.startswith("b-")
     assert same[same.index("--score-every") + 1] == "3" and same[same.index("--scheduler") + 1] == "none"
     assert "--score-every" not in early and early[early.index("--scheduler") + 1] == "asha"
-
-
-def test_all_sources_of_the_bench_exist() -> None:
-    sources = (bench.SOURCES_OF_SCRIPT, bench.SOURCES_OF_OURS, bench.SOURCES_OF_STUDY)
-    assert len({bench_runs.source_hash(*parts) for parts in sources}) == 3
-
-
-def test_configurations_are_different_and_begin_alike() -> None:
-    points = bench_studies.configurations(8)
-    assert len({tuple(point.items()) for point in points}) == 8
-    assert points[:3] == bench_studies.configurations(3)
-    assert {point["seed"] for point in points} == {0, 1}
 
 
 SCRIPT_RUN = {
@@ -267,24 +178,16 @@ def test_the_table_of_stages_has_rates_ratios_and_bars() -> None:
     assert lines[4].split()[-7:] == ["127.0", "36.0", "3.53", "4", "missed", "by", "12%"]
     assert lines[5].split()[-3:] == ["6.0", "6.0", "1.00"]
     assert lines[6].split()[-3:] == ["3.0", "1.5", "2.00"]
+    name, ours = "ours, dropout as the script's", bench_tables.rates(OUR_RUN)
+    wide = bench_tables.stage_table(bench_tables.rates(SCRIPT_RUN), [("ours", ours), (name, ours)])
+    end = wide[0].index(name) + len(name)  # a column ends below its head
+    assert [line[:end].split()[-1] for line in wide[1:]] == ["2000.0", "800.0", "3.0", "36.0", "6.0", "1.5"]
+    settings = "\n".join(bench_tables.setting_lines(SCRIPT_RUN, [("ours", OUR_RUN), ("dropping", SCRIPT_RUN)]))
+    assert "script's held-out loss is read in float32, ours in bfloat16" in settings
+    assert "dropout on attention probabilities: script 0.1; ours 0; dropping 0.1" in settings
     loss, cc = bench_tables.score_lines(SCRIPT_RUN, [("ours", OUR_RUN)])
     assert loss.endswith("+0.75%, bar 1%: held (ours)")
     assert cc.endswith("+0.0031, bar 0.003: missed (ours)")
-
-
-def test_columns_of_the_table_of_stages_lie_below_their_heads() -> None:
-    name, ours = "ours, dropout as the script's", bench_tables.rates(OUR_RUN)
-    lines = bench_tables.stage_table(bench_tables.rates(SCRIPT_RUN), [("ours", ours), (name, ours)])
-    end = lines[0].index(name) + len(name)
-    assert [line[:end].split()[-1] for line in lines[1:]] == ["2000.0", "800.0", "3.0", "36.0", "6.0", "1.5"]
-
-
-def test_the_settings_of_both_sides_are_named() -> None:
-    text = "\n".join(bench_tables.setting_lines(SCRIPT_RUN, [("ours", OUR_RUN), ("dropping", SCRIPT_RUN)]))
-    assert "script's held-out loss is read in float32, ours in bfloat16" in text
-    assert "dropout on attention probabilities: script 0.1; ours 0; dropping 0.1" in text
-    assert "check of the data (7.0 s; ours has it in its trial), the reading of the loss (2.0 s)" in text
-    assert "the model with its adapter (4.0 s)" in text
 
 
 @pytest.mark.parametrize(
@@ -346,7 +249,7 @@ def test_a_study_that_misses_the_best_cc_holds_no_bar() -> None:
 
 
 def test_an_exponent_is_that_of_the_power() -> None:
-    power, error = bench_growth.exponent((5, 10, 40), [3 * 5**1.5, 3 * 10**1.5, 3 * 40**1.5])
+    power, error = bench_tables.exponent((5, 10, 40), [3 * 5**1.5, 3 * 10**1.5, 3 * 40**1.5])
     assert power == pytest.approx(1.5)
     assert error == pytest.approx(0, abs=1e-6)
 
@@ -402,7 +305,8 @@ def test_a_trial_of_ours_is_timed_by_stages(task: Task, tiny_bert: Path, score_e
     assert result["counts"]["n_voxels"] == 12
     assert set(result["seconds"]) == {"train", "embed", "ridge", "cc_seen", "other"}
     assert min(result["seconds"].values()) > 0
-    assert result["probes"] == probes_of_script(task, tiny_bert)
+    probes = course_script.draw_probes(load_encoder(str(tiny_bert)), task.dataset, task.splits[0], SETTING)
+    assert result["probes"] == course_script.digest(probes)
     assert Chain.score.__qualname__ == "Chain.score"  # nothing is watched any more
 
 
@@ -415,11 +319,6 @@ def test_a_part_of_a_trial_says_what_the_whole_would_be(task: Task, tiny_bert: P
     assert 2 * result["counts"]["words_whole"] == whole["counts"]["words"]
     assert set(result["seconds"]) == set(whole["seconds"])
     assert result["probes"] == whole["probes"]
-
-
-def probes_of_script(task: Task, tiny_bert: Path) -> str:
-    encoder = load_encoder(str(tiny_bert))
-    return course_script.digest(course_script.draw_probes(encoder, task.dataset, task.splits[0], SETTING))
 
 
 def test_what_stands_beside_the_stages_is_timed_once_and_counted_as_often_as_it_is_done(
