@@ -17,17 +17,8 @@ import pytest
 from make_data import LabSequence, edit_responses, edit_text, make_lab, make_tiny_bert
 from make_lebel import make_lebel
 from nobody import open_to_all, run_as_nobody
-from refusals import (
-    Case,
-    Change,
-    Commands,
-    a_pipe,
-    assert_not_usable,
-    assert_refused,
-    change_bytes,
-    content,
-    linked_to_itself,
-)
+from refusals import Case, Change, Commands, a_pipe, assert_not_usable, change_bytes, content, linked_to_itself
+from run_commands import assert_refused
 
 STORY = "beta"  # the story that is changed
 NPY = "{data}/subject2/beta.npy"
@@ -292,7 +283,7 @@ def test_a_wrong_file_of_voxels_is_refused(
 ) -> None:
     file = Path(name).resolve()
     np.save(file, values) if name.endswith(".npy") else np.savez(file, values)
-    assert_refused(both.study(lab, "--voxels", str(file)), (str(file), message))
+    assert_refused(both.study(lab, "--voxels", str(file)), str(file), message)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\N{SNAIL}\N{VARIATION SELECTOR-16} data", "tab\tand  spaces", "[red]"])
@@ -302,7 +293,7 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path, both: Commands) -
     assert both.check(data).code == 0
     npy(lambda y: y[1:])(data)
     message = (" ".join(str(data).split()), "story beta", "has 39 rows")
-    assert_refused(both.study(data), message)
+    assert_refused(both.study(data), *message)
     ended = both.check(data)
     assert ended.code == 2
     assert "has 39 rows" in ended.out
@@ -323,7 +314,7 @@ def test_a_story_of_one_word_is_usable(lab: Path, both: Commands) -> None:
 
 def test_a_data_folder_that_links_to_itself_is_refused(tmp_path: Path, both: Commands) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    assert_refused(both.study(tmp_path / "loop"), (str(tmp_path / "loop"),))
+    assert_refused(both.study(tmp_path / "loop"), str(tmp_path / "loop"))
     assert_not_usable(both.check(tmp_path / "loop"), (str(tmp_path / "loop"),))
 
 

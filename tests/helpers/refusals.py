@@ -1,26 +1,16 @@
 """Data sets with one change, which a study and ``check`` must both refuse in words, writing nothing."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+from run_commands import Ended, assert_refused, run_study_command
 
 import bert_encoding.__main__ as commands
-from bert_encoding.core.command_line import run_app
-from study import run
 
 Change = Callable[[Path], object]  # takes the folder of the data
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    error: str
 
 
 class Case(NamedTuple):
@@ -38,21 +28,19 @@ class Commands:
 
     def study(self, data: Path, *options: str) -> Ended:
         arguments = ["--dry-run", "--space", "smoke", "--data", str(data), "--model", str(self._model)]
-        return self._run(run.app, [*arguments, "--out", str(Path.cwd() / "out"), *options])
+        return run_study_command([*arguments, "--out", str(Path.cwd() / "out"), *options], self._capsys)
 
     def check(self, data: Path) -> Ended:
-        return self._run(commands.app, ["check", str(data)])
-
-    def _run(self, app: Any, arguments: list[str]) -> Ended:
-        self._capsys.readouterr()
-        return Ended(run_app(app, arguments), *self._capsys.readouterr())
+        return run_study_command(["check", str(data)], self._capsys, commands.app)
 
     def assert_both_refuse(self, case: Case, data: Path) -> None:
         """Make the change and assert that both commands end with exit code 2 and its message, and write no file."""
         case.change(data)
         before = content(data)
         message = tuple(part.replace("{data}", str(data)) for part in case.message)
-        assert_refused(self.study(data), message)
+        planned = self.study(data)
+        assert_refused(planned, *message)
+        assert planned.out == "", "nothing may look like a plan"
         assert not Path("out").exists()
         assert_not_usable(self.check(data), message)
         assert content(data) == before, "the data are not ours to change"
@@ -69,27 +57,16 @@ def content(folder: Path) -> dict[str, object]:
     return {str(path.relative_to(folder)): of(path) for path in sorted(folder.rglob("*"))}
 
 
-def assert_refused(ended: Ended, message: tuple[str, ...]) -> None:
-    """Assert that a study ended with exit code 2 and one line with all parts of the message."""
-    assert ended.code == 2, ended
-    assert re.fullmatch(r"error: [^\n]+\n", ended.error), ended.error
-    assert ended.out == "", "nothing may look like a plan"
-    for part in message:
-        assert part in ended.error
-
-
 def assert_not_usable(ended: Ended, message: tuple[str, ...]) -> None:
     """Assert that a check ended with exit code 2 and the message, in its verdict or in one line of error."""
-    assert ended.code == 2, ended
-    lines = ended.out.splitlines()
     if ended.error:
-        assert re.fullmatch(r"error: [^\n]+\n", ended.error), ended.error
         assert "verdict" not in ended.out
-        reasons = ended.error
+        reasons = assert_refused(ended)
     else:
-        assert "verdict: not usable" in lines
-        reasons = "\n".join(line for line in lines if line.startswith("  because "))
-    assert "Traceback" not in ended.out + ended.error
+        assert ended.code == 2, ended
+        assert "verdict: not usable" in ended.out.splitlines()
+        reasons = "\n".join(line for line in ended.out.splitlines() if line.startswith("  because "))
+    assert "Traceback" not in ended.out
     for part in message:
         assert part in reasons
 

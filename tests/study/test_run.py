@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_ends import Ended, assert_refused, read_files, run_study_command
 from make_data import edit_responses, make_lab, make_tiny_bert, put
 from nobody import open_to_all, run_as_nobody
 from project import ROOT
+from run_commands import Ended, assert_refused, read_files, run_study_command
 
 from study.session import plan
 

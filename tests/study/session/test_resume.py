@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from command_ends import Ended, assert_refused, read_files, run_study_command
 from make_data import edit_responses, edit_text, make_lab, make_tiny_bert
+from run_commands import Ended, assert_refused, read_files, run_study_command
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
