@@ -20,7 +20,9 @@ from study.results.verdicts.rules import Verdict
 HOSTILE = "<script>alert(1)</script>"
 
 
-def record(trial_id: str, cc: float | None, phase: str = "search", method: str = "lora", **more: Any) -> TrialRecord:
+def record(
+    trial_id: str = "0001", cc: float | None = 0.1, phase: str = "search", method: str = "lora", **more: Any
+) -> TrialRecord:
     """A trial by hand; failed without ``cc``; ``more`` are settings."""
     return TrialRecord(
         status="FAILED" if cc is None else "COMPLETE",
@@ -28,7 +30,7 @@ def record(trial_id: str, cc: float | None, phase: str = "search", method: str =
         config=asdict(TrialConfig(**({"model": "tiny", "method": method} | more))),
         trial_id=trial_id,
         phase=phase,
-        error="Traceback (most recent call last):\n  ...\nValueError: loss is nan" if cc is None else None,
+        error="Traceback (most recent call last):\n  ...\nValueError: loss [nan] at step 3" if cc is None else None,
         scores={} if cc is None else {"cc_mean": cc, "cc_seen": cc + 0.1},
         seconds={"total": 90.0},
         node="here",

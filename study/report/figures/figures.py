@@ -18,23 +18,23 @@ from study.report.figures.losses import draw_losses
 from study.report.figures.parallel import draw_parallel
 from study.report.figures.rank import draw_gaps, draw_ranks
 from study.report.figures.search import draw_confirmed, draw_history, draw_importances, draw_time
-from study.report.figures.style import Drawer, NothingToDraw, Picture, image_of, one_line, styled
+from study.report.figures.style import NothingToDraw, Picture, image_of, one_line, styled
 from study.report.figures.voxels import draw_histograms, draw_scatter
 from study.results.evidence import Evidence
 
-FIGURES = (
-    Drawer("score_by_rank", "Does a higher rank help?", draw_ranks),
-    Drawer("gap_by_rank", "Does a higher rank overfit?", draw_gaps),
-    Drawer("losses", "Loss in training and on held-out text", draw_losses),
-    Drawer("rank_by_lr", "Rank and learning rate", draw_heat),
-    Drawer("confirmed", "The finalists, confirmed", draw_confirmed),
-    Drawer("history", "The search, trial by trial", draw_history),
-    Drawer("importances", "Which settings matter", draw_importances),
-    Drawer("parallel", "All trials and their settings", draw_parallel),
-    Drawer("voxels", "CC over voxels", draw_histograms),
-    Drawer("voxel_pairs", "Tuned against frozen, voxel by voxel", draw_scatter),
-    Drawer("time", "Time per trial", draw_time),
-)
+FIGURES: dict[str, tuple[str, Callable[[Evidence], Picture]]] = {  # name -> title, drawing; in the order of the report
+    "score_by_rank": ("Does a higher rank help?", draw_ranks),
+    "gap_by_rank": ("Does a higher rank overfit?", draw_gaps),
+    "losses": ("Loss in training and on held-out text", draw_losses),
+    "rank_by_lr": ("Rank and learning rate", draw_heat),
+    "confirmed": ("The finalists, confirmed", draw_confirmed),
+    "history": ("The search, trial by trial", draw_history),
+    "importances": ("Which settings matter", draw_importances),
+    "parallel": ("All trials and their settings", draw_parallel),
+    "voxels": ("CC over voxels", draw_histograms),
+    "voxel_pairs": ("Tuned against frozen, voxel by voxel", draw_scatter),
+    "time": ("Time per trial", draw_time),
+}
 
 
 class Drawn(NamedTuple):
@@ -57,14 +57,14 @@ def draw_all(evidence: Evidence, folder: Place, skipped: Callable[[str, Exceptio
     """
     make_folder(folder)
     drawn = []
-    for drawer in FIGURES:
+    for name, (title, _) in FIGURES.items():
         try:
-            drawn.append(_write(drawer, evidence, folder))
+            drawn.append(_write(name, title, evidence, folder))
         except InputError:
             raise
         except Exception as error:
             if skipped is not None:
-                skipped(drawer.title, error)
+                skipped(title, error)
             elif not isinstance(error, NothingToDraw):
                 raise
     return drawn
@@ -72,19 +72,16 @@ def draw_all(evidence: Evidence, folder: Place, skipped: Callable[[str, Exceptio
 
 def draw(name: str, evidence: Evidence) -> Picture:
     """Return one figure, named as in `FIGURES`; raise NothingToDraw without data."""
-    drawer = next(drawer for drawer in FIGURES if drawer.name == name)
     with styled():
-        return drawer.draw(evidence)
+        return FIGURES[name][1](evidence)
 
 
-def _write(drawer: Drawer, evidence: Evidence, folder: Place) -> Drawn:
-    files = {ending: folder / f"{drawer.name}.{ending}" for ending in ("png", "svg")}
+def _write(name: str, title: str, evidence: Evidence, folder: Place) -> Drawn:
+    files = {ending: folder / f"{name}.{ending}" for ending in ("png", "svg")}
+    picture = draw(name, evidence)
     with styled():
-        picture = drawer.draw(evidence)
-        images = {ending: image_of(picture.figure, ending, drawer.name) for ending in files}
+        images = {ending: image_of(picture.figure, ending, name) for ending in files}
     for ending, file in files.items():
         with atomic_path(file) as temporary:
             temporary.write_bytes(images[ending])
-    return Drawn(
-        drawer.name, files["png"], files["svg"], drawer.title, one_line(picture.caption), one_line(picture.alt)
-    )
+    return Drawn(name, files["png"], files["svg"], title, one_line(picture.caption), one_line(picture.alt))

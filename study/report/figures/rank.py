@@ -67,10 +67,10 @@ def _against_rank(axes: Axes, evidence: Evidence, column: str) -> tuple[pd.DataF
         axes.plot(x[rows], trials[column][rows], marker, label=name, **hollow)
     if len(means):
         x_means = np.log2(means["rank"]) + MEAN_SHIFT * _spacing(ranks)
-        is_narrow = _has_bars(means) and _covers(means) == [SEEDS_ONLY]
+        bars = style.known(means, "low", "high")
+        is_narrow = len(bars) > 0 and _covers(means) == [SEEDS_ONLY]
         label = f"mean of a rank{' (bars: seeds only)' if is_narrow else ''}"
         axes.plot(x_means, means["mean"], "D", color=style.INK, markersize=6, label=label, zorder=4)
-        bars = style.known(means, "low", "high")
         reach = (np.zeros(len(bars)), bars["high"] - bars["low"])
         look: dict[str, Any] = {"color": style.INK, "capsize": 4, "linewidth": 1.6, "fmt": "none", "zorder": 3}
         axes.errorbar(x_means[bars.index], bars["low"], yerr=reach, **look)
@@ -124,16 +124,12 @@ def _points(evidence: Evidence, trials: pd.DataFrame, means: pd.DataFrame) -> st
     is_spread = trials["lr"].nunique() > 1
     sentences = [f"Points are trials{'; within a rank, learning rate increases to the right' if is_spread else ''}."]
     if len(means):
-        covers = _covers(means)
-        bars = f", bars its 95% interval{f' ({joined(covers)})' if covers else ''}" if _has_bars(means) else ""
+        covers = f" ({joined(_covers(means))})" if _covers(means) else ""
+        bars = f", bars its 95% interval{covers}" if len(style.known(means, "low")) else ""
         sentences.append(f"Diamonds are the mean of each rank{bars}.")
     if evidence.facts.is_adaptive:
         sentences.append("The search was adaptive: exploratory.")
     return " ".join(sentences)
-
-
-def _has_bars(means: pd.DataFrame) -> bool:
-    return len(style.known(means, "low")) > 0
 
 
 def _covers(means: pd.DataFrame) -> list[str]:

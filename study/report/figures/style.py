@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -66,14 +66,6 @@ class Picture(NamedTuple):
 
 class NothingToDraw(ValueError):
     """A study has no data for a figure; the message says why."""
-
-
-class Drawer(NamedTuple):
-    """One kind of figure; ``draw`` is called inside `styled` and raises NothingToDraw without data."""
-
-    name: str
-    title: str
-    draw: Callable[[Evidence], Picture]
 
 
 @contextmanager

@@ -26,18 +26,8 @@ from bert_encoding.core.names import (
 )
 from bert_encoding.language_model.masked_lm import PROBE_PROBABILITY
 from bert_encoding.trial.record import TrialRecord
-from study.report.methods.data import (
-    Study,
-    ridge,
-    scores,
-    stories,
-    story,
-    text_scores,
-    texts,
-    voxels,
-    were,
-    word_vectors,
-)
+from study.report.methods import data
+from study.report.methods.data import Study, story, were
 from study.report.methods.training import EACH_BASELINE, training_paragraphs
 from study.session.confirm import is_complete
 from study.wording import counted, duration, joined, number, one_or_several
@@ -66,10 +56,11 @@ def methods_paragraphs(
 ) -> list[str]:
     """Return the paragraphs of a methods section; ``looks`` are the test-set evaluations of ``read_looks``."""
     if study.get("task", ENCODING) == ENCODING:
-        data = [stories(study), voxels(study), word_vectors(study, records), ridge(study, records), scores(records)]
+        paragraphs = [data.stories(study), data.voxels(study), data.word_vectors(study, records)]
+        paragraphs += [data.ridge(study, records), data.scores(records)]
     else:
-        data = [texts(study), text_scores(study)]
-    paragraphs = [*data, _baselines(study, records), *training_paragraphs(study, records), _search(study, records)]
+        paragraphs = [data.texts(study), data.text_scores(study)]
+    paragraphs += [_baselines(study, records), *training_paragraphs(study, records), _search(study, records)]
     paragraphs += [*(_confirmed(look, records) for look in looks), *inference, _computing(study, records)]
     return [paragraph for paragraph in paragraphs if paragraph]
 
@@ -79,12 +70,13 @@ def _baselines(study: Study, records: Sequence[TrialRecord]) -> str:
     if not done:
         return ""
     head = ", with a trained head" * (study["task"] == CLASSIFICATION)
+    vectors = sorted({Path(record.config["static_vectors"]).name for record in done} - {""})
     names = {
         FROZEN: f"the same encoder without fine-tuning (frozen){head}",
         WORD_RATE: "word rate (number of words per TR)",
         RANDOM: "the encoder with randomly initialised weights",
         BAG_OF_WORDS: f"a bag of the {number(done[0].config['vocabulary'])} most frequent words of the fit stories",
-        STATIC: f"static word vectors ({', '.join({Path(r.config['static_vectors']).name for r in done} - {''})})",
+        STATIC: f"static word vectors ({', '.join(vectors)})",
     }
     methods = list(dict.fromkeys(record.method for record in done))
     described = joined([names.get(method, method) for method in methods])

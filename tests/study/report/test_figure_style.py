@@ -16,7 +16,6 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from study.report.figures import figures
 from study.report.figures import search as figure_search
 from study.report.figures import style as figure_style
 from study.report.figures.figures import FIGURES, Drawn, draw, draw_all
@@ -24,7 +23,7 @@ from study.report.figures.style import rank_colours, short, styled
 from study.results.evidence import Evidence
 
 SIMILAR = {  # figures laid out like those of another study
-    "a small grid": {drawer.name for drawer in FIGURES} - {"time", "parallel"},
+    "a small grid": set(FIGURES) - {"time", "parallel"},
     "a sampler": {"gap_by_rank", "confirmed", "history", "importances", "voxels", "voxel_pairs", "time"},
     "missing values": {"gap_by_rank", "history", "importances", "voxels", "voxel_pairs", "time"},
     "one trial": {"gap_by_rank", "importances"},
@@ -35,10 +34,10 @@ SIMILAR = {  # figures laid out like those of another study
 def all_figures() -> list[Any]:
     """Each figure of each study."""
     return [
-        pytest.param(study, drawer.name, marks=[pytest.mark.slow] * (drawer.name in SIMILAR.get(study, ())))
+        pytest.param(study, name, marks=[pytest.mark.slow] * (name in SIMILAR.get(study, ())))
         for study in STUDIES
-        for drawer in FIGURES
-        if drawer.name not in WITHOUT_DATA.get(study, ())
+        for name in FIGURES
+        if name not in WITHOUT_DATA.get(study, ())
     ]
 
 
@@ -90,7 +89,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Drawn]:
 
 @pytest.mark.slow
 def test_every_figure_has_two_files(files: list[Drawn]) -> None:
-    names = [drawer.name for drawer in FIGURES]
+    names = list(FIGURES)
     assert [figure.name for figure in files] == names
     folder = Path(str(files[0].png)).parent
     assert {file.name for file in folder.iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg")}
@@ -209,13 +208,13 @@ def test_failing_figure_does_not_prevent_the_others(tmp_path: Path, monkeypatch:
     evidence, failures = STUDIES["a small grid"], list[tuple[str, str]]()
     expected = [figure.name for figure in draw_all(evidence, tmp_path / "whole")]
 
-    def fail(evidence: Evidence) -> None:
+    def fail(evidence: Evidence) -> Any:
         raise ZeroDivisionError("no figure")
 
-    broken = [drawer._replace(draw=fail) if drawer.name == expected[0] else drawer for drawer in FIGURES]
-    monkeypatch.setattr(figures, "FIGURES", broken)
+    title = FIGURES[expected[0]][0]
+    monkeypatch.setitem(FIGURES, expected[0], (title, fail))
     drawn = draw_all(evidence, tmp_path / "rest", lambda title, error: failures.append((title, str(error))))
     assert [figure.name for figure in drawn] == expected[1:]
-    assert failures == [(next(drawer.title for drawer in FIGURES if drawer.name == expected[0]), "no figure")]
+    assert failures == [(title, "no figure")]
     with pytest.raises(ZeroDivisionError):
         draw_all(evidence, tmp_path / "raised")

@@ -1,11 +1,12 @@
 """The methods section: it names every setting that applies and nothing else, in singular and plural."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pandas as pd
 import pytest
 from fake_study import SMALL, Truth, write_fake_study
+from make_report import record, study_json
 from make_trials import OTHER_SETTINGS as OTHER
 
 from bert_encoding.trial.config import TrialConfig
@@ -26,27 +27,15 @@ NOT_NAMED = {  # of a trial that trains on stories
 NOT_OF_TRAINING = {"method", "model", "keep_layers", "vocabulary", "static_vectors"}
 
 
-def record(trial_id: str = "0001", status: str = "COMPLETE", phase: str = "search", **settings: Any) -> TrialRecord:
-    config = asdict(TrialConfig(**(BASE | settings)))
-    return TrialRecord(status, config["method"], config, trial_id, phase, scores={"cc_mean": 0.1}, node="here")
-
-
 def study(**changes: Any) -> dict[str, Any]:
-    return {
-        "task": "encoding",
-        "code": "c0de",
-        "git": {"commit": "0123456789abcdef", "dirty": True},
-        "python": "3.11.7",
-        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
-        "space": {"name": "lora_rank", "hash": "5face"},
-        "model": {"name": "/models/tiny", "weights": "abc"},
-        "config": asdict(TrialConfig(model="tiny")),
-        "precision": "bfloat16",
-        "options": {"sampler": "grid", "scheduler": "none", "seed": 11},
-        "data": {"source": "/home/me/lab", "fingerprint": "f1", "n_voxels": {"s1": 300}, "trim_trs": [10, 5]},
-        "voxels": {"asked": "all"},
-        "splits": [{"fit": list("abcdefg"), "validation": ["v"], "test": ["x", "y"]}],
-    } | changes
+    """Content of ``study.json`` with absolute paths, which no text may repeat."""
+    content = study_json(
+        git={"commit": "0123456789abcdef", "dirty": True},
+        model={"name": "/models/tiny", "weights": "abc"},
+        options={"sampler": "grid", "scheduler": "none", "seed": 11},
+        splits=[{"fit": list("abcdefg"), "validation": ["v"], "test": ["x", "y"]}],
+    )
+    return content | {"data": content["data"] | {"source": "/home/me/lab"}} | changes
 
 
 def methods(records: list[TrialRecord], looks: tuple[dict[str, Any], ...] = (), **changes: Any) -> str:
@@ -83,18 +72,15 @@ def test_several_values_are_listed_and_many_are_a_range() -> None:
 
 
 def test_failed_and_repeated_trials_are_not_described_as_trained() -> None:
-    repeat = record("0003", rank=128)
-    repeat.repeat_of = "0001"
-    text = methods(
-        [record("0001", rank=2), record("0002", "FAILED", rank=64), repeat, record("0004", "STOPPED", rank=4)]
-    )
+    failed, repeat = record("0002", None, rank=64), replace(record("0003", rank=128), repeat_of="0001")
+    text = methods([record(rank=2), failed, repeat, replace(record("0004", rank=4), status="STOPPED")])
     assert "2 trials trained LoRA adapters" in text
     assert "rank 2 and 4," in text
     assert "4 trials (2 complete, 1 stopped early and 1 failed)" in text
     assert "1 repeated configuration took the result" in text
     assert "64" not in text
     assert "128" not in text
-    assert "trained LoRA" not in methods([record("0002", "FAILED", rank=64)])
+    assert "trained LoRA" not in methods([failed])
 
 
 def test_singular_and_plural() -> None:

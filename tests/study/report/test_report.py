@@ -3,12 +3,12 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import fields, replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import pandas as pd
 import pytest
@@ -52,6 +52,9 @@ TEXT_STUDY = {
 }
 
 
+RECORDS = [*BASELINES, *SEARCHED]
+
+
 def with_options(**options: Any) -> dict[str, Any]:
     """Content of ``study.json`` with other options."""
     return study_json(options=study_json()["options"] | options)
@@ -63,79 +66,51 @@ def page_of(folder: Path, study: dict[str, Any], records: list[TrialRecord], **c
     return render(make_page(folder, evidence_of(study, records, **changes), records))
 
 
-class Node:
-    """An element of a page: name, attributes, text inside, children."""
-
-    def __init__(self, name: str, attributes: dict[str, str | None]) -> None:
-        self.name, self.attributes, self.text = name, attributes, ""
-        self.children: list[Node] = []
-
-    def all(self, *names: str) -> Iterator["Node"]:
-        for child in self.children:
-            if not names or child.name in names:
-                yield child
-            yield from child.all(*names)
-
-    @property
-    def whole_text(self) -> str:
-        return self.text + "".join(child.whole_text for child in self.children)
+def parsed(html: str) -> Element:
+    """The page, read strictly: once its void elements are closed, it is XML, in which no attribute stands twice."""
+    return ElementTree.fromstring(re.sub(r"<((?:meta|link|img|input)\b[^>]*)>", r"<\1/>", html))
 
 
-class Reader(HTMLParser):
-    """Reads HTML strictly: what opens must close, in order."""
-
-    VOID = ("meta", "link", "img", "br", "input")
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.root = Node("", {})
-        self.open = [self.root]
-        self.feed(html)
-        self.close()
-        assert self.open == [self.root], f"not closed: {self.open[-1].name}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        node = Node(tag, dict(attrs))
-        self.open[-1].children.append(node)
-        if tag not in self.VOID:
-            self.open.append(node)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1].name == tag, f"</{tag}> closes <{self.open[-1].name}>"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].text += data
+def text(element: Element) -> str:
+    return "".join(element.itertext())
 
 
-def parsed(html: str) -> Node:
-    return Reader(html).root
+def texts(element: Element, *tags: str) -> list[str]:
+    """The texts of all elements inside with these tags."""
+    return [text(node) for node in element.iter() if node.tag in tags]
 
 
-def section(root: Node, name: str) -> Node:
-    return next(node for node in root.all("section") if node.attributes["id"] == name)
+def section(root: Element, name: str) -> Element:
+    return next(node for node in root.iter("section") if node.attrib["id"] == name)
 
 
-def table_rows(section: Node) -> list[list[Node]]:
-    table = next(section.all("table"))
-    return [row.children for row in table.all("tr")]
+def table_rows(section: Element) -> list[list[Element]]:
+    return [list(row) for row in next(section.iter("table")).iter("tr")]
+
+
+def definitions(section: Element) -> dict[str, str]:
+    return dict(zip(texts(section, "dt"), texts(section, "dd"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Element:
+    """The page of a study of three trials."""
+    return parsed(page_of(tmp_path_factory.mktemp("page") / "study", study_json(), RECORDS))
 
 
 def test_names_chosen_by_users_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
     html = write_report(folder, evidence).read_text()
     root = parsed(html)
-    (script,) = root.all("script")
-    assert script.whole_text == (report.TEMPLATES / "report.js").read_text()
+    assert texts(root, "script") == [(report.TEMPLATES / "report.js").read_text()]
     assert html.lower().count("<script") == 1
     assert html.count(HOSTILE) == 0
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 30
-    for node in root.all():
-        assert not [name for name in node.attributes if name.startswith("on")], node.name
-        assert node.name in ALLOWED, node.name
-    (image,) = root.all("img")
-    assert image.attributes["alt"] == f"Alt {HOSTILE}\"'"
+    for node in root.iter():
+        assert not [name for name in node.attrib if name.startswith("on")], node.tag
+        assert node.tag in ALLOWED, node.tag
+    (image,) = root.iter("img")
+    assert image.attrib["alt"] == f"Alt {HOSTILE}\"'"
 
 
 ALLOWED = set(
@@ -147,16 +122,16 @@ ALLOWED = set(
 def test_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
     root = parsed(write_report(folder, evidence).read_text())
-    (policy,) = (m.attributes["content"] for m in root.all("meta") if m.attributes.get("http-equiv"))
-    (style,), (script,) = root.all("style"), root.all("script")
-    hashes = [f"'sha256-{digest(node.whole_text)}'" for node in (style, script)]
+    (policy,) = (meta.attrib["content"] for meta in root.iter("meta") if "http-equiv" in meta.attrib)
+    style, script = texts(root, "style", "script")
+    hashes = [f"'sha256-{digest(content)}'" for content in (style, script)]
     assert policy == (
         f"default-src 'none'; img-src data:; style-src {hashes[0]}; script-src {hashes[1]}; base-uri 'none'; "
         "form-action 'none'"
     )
-    links = [str(node.attributes[name]) for node in root.all() for name in ("src", "href") if name in node.attributes]
+    links = [node.attrib[name] for node in root.iter() for name in ("src", "href") if name in node.attrib]
     assert links and all(link.startswith(("data:", "#")) for link in links)
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|WebSocket|import\(", style.whole_text + script.whole_text)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|WebSocket|import\(", style + script)
 
 
 def digest(text: str) -> str:
@@ -165,27 +140,24 @@ def digest(text: str) -> str:
 
 def test_page_is_well_formed_and_accessible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [drawing(tmp_path)])
-    records = [*BASELINES, *SEARCHED]
-    folder = write_study(tmp_path / "study", study_json(), records)
-    html = write_report(folder, evidence_of(study_json(), records)).read_text()
+    folder = write_study(tmp_path / "study", study_json(), RECORDS)
+    html = write_report(folder, evidence_of(study_json(), RECORDS)).read_text()
     assert html.lstrip().startswith("<!DOCTYPE html>")
     root = parsed(html)
-    assert [node.attributes["lang"] for node in root.all("html")] == ["en"]
-    assert [node.whole_text for node in root.all("title")] == ["Study mine"]
-    levels = [int(node.name[1]) for node in root.all("h1", "h2", "h3")]
+    assert (root.tag, root.attrib["lang"], texts(root, "title")) == ("html", "en", ["Study mine"])
+    levels = [int(node.tag[1]) for node in root.iter() if node.tag in ("h1", "h2", "h3")]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
-    assert all((node.attributes["alt"] or "").strip() for node in root.all("img"))
-    ids = [node.attributes["id"] for node in root.all() if "id" in node.attributes]
-    assert len(set(ids)) == len(ids)
-    assert {str(a.attributes["href"]) for a in root.all("a")} == {f"#{name}" for name in ids}
+    assert all(node.attrib["alt"].strip() for node in root.iter("img"))
+    ids = [node.attrib["id"] for node in root.iter() if "id" in node.attrib]
+    assert {node.attrib["href"] for node in root.iter("a")} == {f"#{name}" for name in ids}
     assert ids == ["verdict", "figures", "trials", "methods", "provenance", "warnings"]
-    (terms,) = (node for node in root.all("details") if node.attributes.get("class") == "terms")
+    (terms,) = (node for node in root.iter("details") if node.get("class") == "terms")
     assert list(definitions(terms)) == ["CC", "Held-out", "Frozen", "Baseline", "Delta", "Fold", "Noise ceiling"]
-    for table in root.all("table"):
-        assert len(list(table.all("caption"))) == 1
-        assert len({len(row.children) for row in table.all("tr")}) == 1
-        assert {node.attributes["scope"] for node in table.all("th")} <= {"col", "row"}
+    for table in root.iter("table"):
+        assert len(list(table.iter("caption"))) == 1
+        assert len({len(row) for row in table.iter("tr")}) == 1
+        assert {node.attrib["scope"] for node in table.iter("th")} <= {"col", "row"}
 
 
 def test_figure_is_embedded_as_svg_or_large_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,32 +166,29 @@ def test_figure_is_embedded_as_svg_or_large_as_png(tmp_path: Path, monkeypatch: 
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
     for largest, kind, file in ((10**6, "svg+xml", figure.svg), (10, "png", figure.png)):
         monkeypatch.setattr(report, "LARGEST_SVG_BYTES", largest)
-        (image,) = parsed(write_report(folder, evidence).read_text()).all("img")
-        head, _, content = str(image.attributes["src"]).partition(",")
+        (image,) = parsed(write_report(folder, evidence).read_text()).iter("img")
+        head, _, content = image.attrib["src"].partition(",")
         assert head == f"data:image/{kind};base64"
         assert base64.b64decode(content) == file.read_bytes()
-        assert image.attributes["alt"] == "Alt rank\"'"
+        assert image.attrib["alt"] == "Alt rank\"'"
 
 
-def test_trial_table_holds_every_trial_best_first(tmp_path: Path) -> None:
-    records = [*BASELINES, *SEARCHED]
-    rows = table_rows(section(parsed(page_of(tmp_path / "study", study_json(), records)), "trials"))
-    names = [cell.whole_text for cell in rows[0]]
+def test_trial_table_holds_every_trial_best_first(page: Element) -> None:
+    rows = table_rows(section(page, "trials"))
+    names = [text(cell) for cell in rows[0]]
     assert names[:6] == ["trial_id", "phase", "status", "method", "cc_mean", "rank"]
     column = names.index("cc_mean")
-    assert [row[0].whole_text for row in rows[1:]] == ["0002", "0001", "baseline-frozen", "baseline-word_rate", "0003"]
-    assert [row[column].whole_text for row in rows[1:]] == ["0.1235", "0.1200", "0.1000", "0.0400", ""]
-    assert [row[column].attributes["data-sort"] for row in rows[1:]] == ["0.1234567", "0.12", "0.1", "0.04", ""]
-    assert rows[0][column].attributes == {"scope": "col", "class": "number", "aria-sort": "descending"}
-    assert [row[names.index("rank")].whole_text for row in rows[1:]] == ["16", "2", "", "", "64"]
+    assert [text(row[0]) for row in rows[1:]] == ["0002", "0001", "baseline-frozen", "baseline-word_rate", "0003"]
+    assert [text(row[column]) for row in rows[1:]] == ["0.1235", "0.1200", "0.1000", "0.0400", ""]
+    assert [row[column].attrib["data-sort"] for row in rows[1:]] == ["0.1234567", "0.12", "0.1", "0.04", ""]
+    assert rows[0][column].attrib == {"scope": "col", "class": "number", "aria-sort": "descending"}
+    assert [text(row[names.index("rank")]) for row in rows[1:]] == ["16", "2", "", "", "64"]
     assert "accuracy" not in names
 
 
-def test_trial_table_of_a_loss_is_ascending(tmp_path: Path) -> None:
-    frame = trials_frame(
-        [replace(record(str(i), 0.1), scores={"mlm_loss_heldout": v}) for i, v in enumerate([3, 1, 2])]
-    )
-    table = trial_sheet(frame, "adapt")
+def test_trial_table_of_a_loss_is_ascending() -> None:
+    records = [replace(record(str(i)), scores={"mlm_loss_heldout": loss}) for i, loss in enumerate([3, 1, 2])]
+    table = trial_sheet(trials_frame(records), "adapt")
     column = [item.name for item in table.columns].index("mlm_loss_heldout")
     assert [row[column].text for row in table.rows] == ["1", "2", "3"]
     assert table.columns[column].sorted == "ascending"
@@ -250,47 +219,47 @@ def test_cell_shows_four_decimals_and_sorts_by_the_full_value(value: Any, text: 
 PENDING = "still to be confirmed with fresh seeds and on the test stories."
 
 
-def banner(root: Node) -> str:
-    return " ".join(node.whole_text for node in root.all("div") if node.attributes.get("class") == "banner")
+def banner(root: Element) -> str:
+    return " ".join(" ".join(text(node) for node in root.iter("div") if node.get("class") == "banner").split())
 
 
 @pytest.mark.parametrize(
     ("options", "records", "message"),
     [
-        ({"trials": 12}, [*BASELINES, *SEARCHED], "3 of 12 searched trials have ended."),
+        ({"trials": 12}, RECORDS, "3 of 12 searched trials have ended."),
         ({"trials": 3}, SEARCHED, "There is no baseline yet to compare with."),
-        ({"trials": 3, "confirm": 1}, [*BASELINES, *SEARCHED], f"The best configuration is {PENDING}"),
-        ({"trials": 3, "confirm": 2}, [*BASELINES, *SEARCHED], f"The best 2 configurations are {PENDING}"),
-        ({"trials": 3}, [*BASELINES, *SEARCHED], ""),
+        ({"trials": 3, "confirm": 1}, RECORDS, f"The best configuration is {PENDING}"),
+        ({"trials": 3, "confirm": 2}, RECORDS, f"The best 2 configurations are {PENDING}"),
+        ({"trials": 3}, RECORDS, ""),
         ({"trials": 3, "confirm": 1}, [*BASELINES, *SEARCHED, record("confirm-0002-seed9", None, "confirm")], ""),
     ],
 )
 def test_banner_names_what_an_unfinished_study_lacks(
     tmp_path: Path, options: dict[str, Any], records: list[TrialRecord], message: str
 ) -> None:
-    text = banner(parsed(page_of(tmp_path / "study", with_options(**options), records)))
-    start = "This study is incomplete; what follows is provisional."
-    assert text.strip() == (f"{start}{message}" if message else "")
+    start = "This study is incomplete; what follows is provisional. "
+    page = page_of(tmp_path / "study", with_options(**options), records)
+    assert banner(parsed(page)) == (start + message if message else "")
 
 
 @pytest.mark.parametrize("records", [[], [record("0001", None)]])
 def test_study_without_a_complete_trial_has_one_line(tmp_path: Path, records: list[TrialRecord]) -> None:
     root = parsed(page_of(tmp_path / "study", with_options(trials=5), records, verdicts=(RANK,), levels=Levels()))
     verdict = section(root, "verdict")
-    assert [p.whole_text for p in verdict.all("p")] == ["No trial is complete yet, so there is nothing to compare."]
-    assert not list(verdict.all("article", "table"))
+    assert texts(verdict, "p") == ["No trial is complete yet, so there is nothing to compare."]
+    assert not texts(verdict, "article", "table")
     assert f"{len(records)} of 5 searched trials have ended." in banner(root)
 
 
 def test_report_of_baselines_alone_and_without_ranks(tmp_path: Path) -> None:
     root = parsed(page_of(tmp_path / "study", with_options(trials=0), BASELINES))
     assert banner(root) == ""
-    assert "frozen encoder 0.1000, word rate 0.0400" in section(root, "verdict").whole_text
-    assert "trained" not in section(root, "methods").whole_text
+    assert "frozen encoder 0.1000, word rate 0.0400" in text(section(root, "verdict"))
+    assert "trained" not in text(section(root, "methods"))
     records = [*BASELINES, record("0001", 0.11, method="full"), record("0002", 0.12, method="full", lr=1e-5)]
     root = parsed(page_of(tmp_path / "full", with_options(trials=2), records))
-    assert "all weights" in section(root, "methods").whole_text
-    assert "rank" not in [cell.whole_text for cell in table_rows(section(root, "trials"))[0]]
+    assert "all weights" in text(section(root, "methods"))
+    assert "rank" not in [text(cell) for cell in table_rows(section(root, "trials"))[0]]
 
 
 @pytest.mark.parametrize("task", ["classification", "adapt"])
@@ -302,33 +271,32 @@ def test_report_of_a_text_only_study(tmp_path: Path, task: str) -> None:
     levels = Levels(worse["accuracy" if task == "classification" else "mlm_loss_heldout"])
     html = page_of(tmp_path / "study", study, records, levels=levels)
     root = parsed(html)
-    verdict = section(root, "verdict").whole_text
+    verdict = text(section(root, "verdict"))
     assert ("accuracy 0.6000" if task == "classification" else "held-out loss 3.0000") in verdict
-    assert not list(section(root, "verdict").all("article"))
-    assert (HOSTILE in section(root, "trials").whole_text) == (task == "classification")
+    assert not texts(section(root, "verdict"), "article")
+    assert (HOSTILE in text(section(root, "trials"))) == (task == "classification")
     assert HOSTILE not in html
-    assert "voxel" not in section(root, "methods").whole_text.split("All settings")[0]
+    assert "voxel" not in text(section(root, "methods")).split("All settings")[0]
 
 
-def test_verdict_comes_first_with_its_command(tmp_path: Path) -> None:
-    root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
-    sections = list(root.all("section"))
-    assert sections[0].attributes["id"] == "verdict"
-    (article,) = sections[0].all("article")
-    assert [p.whole_text for p in article.all("p")] == [
+def test_verdict_comes_first_with_its_command(page: Element) -> None:
+    first = next(page.iter("section"))
+    assert first.attrib["id"] == "verdict"
+    (article,) = first.iter("article")
+    assert texts(article, "p") == [
         "These trials cannot tell. Exploratory: the search was adaptive.",
         "The effect of rank is +0.001 CC (-0.004 to +0.006).",
         "Next command:",
     ]
-    assert [node.whole_text for node in article.all("li", "code")] == ["It rests on 2 trials.", RANK.command]
+    assert texts(article, "li", "code") == ["It rests on 2 trials.", RANK.command]
 
 
 def test_scores_and_finalists_are_below_the_verdict(tmp_path: Path) -> None:
     confirmed = pd.DataFrame({"trial_id": ["0002"], "cc_confirmed": [0.119], "cc_test": [0.21], "low": [pd.NA]})
     levels = Levels(0.1, 0.04, 0.2, None, None, 0.5)
-    root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], confirmed=confirmed, levels=levels))
-    first, second = section(root, "verdict").all("table")
-    assert [[cell.whole_text for cell in row.children] for row in first.all("tr")] == [
+    root = parsed(page_of(tmp_path / "s", study_json(), RECORDS, confirmed=confirmed, levels=levels))
+    first, second = section(root, "verdict").iter("table")
+    assert [[text(cell) for cell in row] for row in first.iter("tr")] == [
         ["", "validation", "test"],
         ["frozen encoder", "0.1000", "0.2000"],
         ["word rate", "0.0400", ""],
@@ -336,40 +304,32 @@ def test_scores_and_finalists_are_below_the_verdict(tmp_path: Path) -> None:
         ["winner with fresh seeds (0002)", "0.1190", "0.2100"],
         ["noise ceiling", "", "0.5000"],
     ]
-    assert [[cell.whole_text for cell in row.children] for row in second.all("tr")] == [
+    assert [[text(cell) for cell in row] for row in second.iter("tr")] == [
         ["trial_id", "cc_confirmed", "cc_test"],
         ["0002", "0.1190", "0.2100"],
     ]
 
 
-def test_every_setting_is_listed_for_trials_and_baselines(tmp_path: Path) -> None:
-    root = parsed(page_of(tmp_path / "study", study_json(), [*BASELINES, *SEARCHED]))
-    rows = table_rows(section(root, "methods"))
-    assert [cell.whole_text for cell in rows[0]] == ["setting", "searched trials", "baselines"]
-    assert {row[0].whole_text for row in rows[1:]} == {field.name for field in fields(TrialConfig)}
-    settings = {row[0].whole_text: [cell.whole_text for cell in row[1:]] for row in rows[1:]}
+def test_every_setting_is_listed_for_trials_and_baselines(page: Element) -> None:
+    rows = table_rows(section(page, "methods"))
+    assert [text(cell) for cell in rows[0]] == ["setting", "searched trials", "baselines"]
+    assert {text(row[0]) for row in rows[1:]} == {field.name for field in fields(TrialConfig)}
+    settings = {text(row[0]): [text(cell) for cell in row[1:]] for row in rows[1:]}
     assert settings["rank"] == ["2 and 16", "8"]
     assert settings["method"] == ["lora", "frozen and word_rate"]
     assert settings["lr"] == ["0.0002", "0.0002"]
 
 
-def definitions(section: Node) -> dict[str, str]:
-    terms, meanings = ([node.whole_text for node in section.all(name)] for name in ("dt", "dd"))
-    return dict(zip(terms, meanings, strict=True))
-
-
-def test_provenance_names_command_code_and_data(tmp_path: Path) -> None:
-    root = parsed(page_of(tmp_path / "study", study_json(), BASELINES))
-    provenance = section(root, "provenance")
+def test_provenance_names_command_code_and_data(page: Element) -> None:
+    provenance = section(page, "provenance")
     rows = definitions(provenance)
-    assert [code.whole_text for code in provenance.all("code")] == [study_json()["space"]["source"]]
+    assert texts(provenance, "code") == [study_json()["space"]["source"]]
     assert rows["command"] == "study/run.py --space 'lora rank'"
     assert rows["commit"] == "0123456789abcdef"
     assert rows["packages"] == "torch 2.13.0 and numpy 2.4.6"
     assert rows["data"] == "/data/lab (fingerprint f1)"
     assert rows["fit"] == "a, b, c"
     assert "sampler grid; scheduler none; seed 0" in rows["options"]
-    assert rows["precision of training"] == study_json()["precision"]
 
 
 @pytest.mark.parametrize(("requested", "expected"), [("auto", "bfloat16"), ("float32", "float32"), (None, "float32")])
@@ -377,14 +337,14 @@ def test_provenance_names_the_precision_of_word_vectors_and_training(
     requested: str | None, expected: str, tmp_path: Path
 ) -> None:
     """None: recorded before this setting existed."""
-    config = {name: value for name, value in study_json()["config"].items() if name != "embed_precision"}
-    study = study_json(
-        config=config | ({} if requested is None else {"embed_precision": requested}), precision="bfloat16"
-    )
+    study = study_json()
+    study["config"] |= {"embed_precision": requested}
+    if requested is None:
+        del study["config"]["embed_precision"]
     root = parsed(page_of(tmp_path / "study", study, BASELINES))
     rows = definitions(section(root, "provenance"))
     assert (rows["precision of training"], rows["precision of word vectors"]) == ("bfloat16", expected)
-    assert f"with matrix products in {expected}; a word" in section(root, "methods").whole_text
+    assert f"with matrix products in {expected}; a word" in text(section(root, "methods"))
 
 
 def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
@@ -401,19 +361,20 @@ def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
     looks = [look | {"seeds": [9], "finalists": [], "test_stories": ["e"]}]
     evidence = evidence._replace(facts=evidence.facts._replace(looks=looks))
     write_study(tmp_path / "study", study, records)
-    page = make_page(tmp_path / "study", evidence, records, failures=["The figures could not be drawn: x"])
-    assert page["warnings"] == [
+    pages = [make_page(tmp_path / "study", evidence, records, failures=["No figure"]) for _ in range(2)]
+    assert render(pages[0] | {"written": ""}) == render(pages[1] | {"written": ""})
+    assert pages[0]["warnings"] == [
         "A warning.",
         "trials from 0002 on may not be comparable with earlier ones: the study was forced to resume (2026-02-01) "
         "although it differs in the code (see study.json)",
         "These test stories had been used before by study older (2026-01-01).",
-        "Trial 0003 failed: ValueError: loss is nan",
+        "Trial 0003 failed: ValueError: loss [nan] at step 3",
         "The code had uncommitted changes: its fingerprint identifies it, the commit does not.",
         "The study was taken over 1 time from a run that seemed to be active.",
         "1 story lacks responses",
-        "The figures could not be drawn: x",
+        "No figure",
     ]
-    assert page["notes"] == ["shared (trials 0001, 0002 and 0003)"]
+    assert pages[0]["notes"] == ["shared (trials 0001, 0002 and 0003)"]
 
 
 def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +394,7 @@ def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypa
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     monkeypatch.setattr(report, "draw_all", fail)
     assert report_lines(str(folder), evidence) == [f"report: {folder / 'report.html'}"]
-    warnings = section(parsed((folder / "report.html").read_text()), "warnings").whole_text
+    warnings = text(section(parsed((folder / "report.html").read_text()), "warnings"))
     assert "The figures could not be drawn: ZeroDivisionError: no" in warnings
 
 
@@ -453,8 +414,8 @@ def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatc
     monkeypatch.setattr(report, "draw_all", draw_there)
     monkeypatch.setattr(report, "gather", lambda place, delta: evidence_of(study_json(), BASELINES))
     assert report_lines(str(study)) == [f"report: {study / 'report.html'}"]
-    (image,) = parsed((study / "report.html").read_text()).all("img")
-    content = str(image.attributes["src"]).partition(",")[2]
+    (image,) = parsed((study / "report.html").read_text()).iter("img")
+    content = image.attrib["src"].partition(",")[2]
     assert base64.b64decode(content) == (study / "figures" / "one.svg").read_bytes()
 
 
@@ -463,7 +424,7 @@ def test_every_outcome_of_a_slope_is_shown_in_words(tmp_path: Path) -> None:
     used = used_trials(trials)[0]
     slopes = slope_table(used.assign(scaling_rule=["a", "b"] * (len(used) // 2)), stories)
     assert set(slopes["outcome"]) == set(OUTCOMES)
-    root = parsed(page_of(tmp_path / "s", study_json(), [*BASELINES, *SEARCHED], slopes=slopes))
-    table = next(node for node in root.all("table") if "Slope per doubling of rank" in node.whole_text)
-    cells = {cell.whole_text for cell in table.all("td", "th")}
+    root = parsed(page_of(tmp_path / "s", study_json(), RECORDS, slopes=slopes))
+    table = next(node for node in root.iter("table") if "Slope per doubling of rank" in text(node))
+    cells = set(texts(table, "td", "th"))
     assert set(OUTCOMES.values()) <= cells and not set(OUTCOMES) & cells

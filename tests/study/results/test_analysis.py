@@ -5,21 +5,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from fake_study import SMALL, Truth, write_fake_study
+from make_report import record as trial
+from make_report import write_study
 from project import ROOT
 from scipy.stats import ttest_1samp
 
 from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json
-from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.record import TrialRecord, write_record
+from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.tables import rows_frame, trials_frame
 from study import analysis
 from study.results.gather import gather
@@ -27,27 +28,12 @@ from study.results.load import load_trials
 from study.results.standing import Standing, cc_by_rank, gain_over_stories, standing, verdict_lines
 
 
-def trial(trial_id: str, cc: float | None, rank: int = 8, phase: str = "search", method: str = "lora") -> TrialRecord:
-    """A trial by hand; failed without ``cc``."""
-    return TrialRecord(
-        status="FAILED" if cc is None else "COMPLETE",
-        method=method,
-        config=asdict(TrialConfig(model="tiny", method=method, rank=rank, lora_alpha=2.0 * rank)),
-        trial_id=trial_id,
-        phase=phase,
-        error="Traceback (most recent call last):\n  ...\nValueError: loss [nan] at step 3" if cc is None else None,
-        scores={} if cc is None else {"cc_mean": cc, "cc_seen": cc + 0.1},
-        seconds={"total": 12.0},
-        cc={} if cc is None else {"s": np.full(3, cc, np.float32)},
-    )
-
-
 def frozen(cc: float = 0.1) -> TrialRecord:
-    return trial("baseline-frozen", cc, phase="baseline", method="frozen")
+    return trial("baseline-frozen", cc, "baseline", "frozen")
 
 
 def word_rate(cc: float = 0.5) -> TrialRecord:
-    return trial("baseline-word_rate", cc, phase="baseline", method="word_rate")
+    return trial("baseline-word_rate", cc, "baseline", "word_rate")
 
 
 HAND_MADE = [
@@ -79,7 +65,7 @@ def test_standing_compares_the_best_searched_trial_with_the_baselines() -> None:
         ([frozen(0.1), word_rate()], (0.1, None, None, None, 0, 0)),
         ([trial("0001", -0.2), word_rate()], (None, -0.2, "0001", None, 1, 0)),
         ([frozen(), trial("0001", None)], (0.1, None, None, None, 0, 1)),
-        ([trial("baseline-frozen", None, phase="baseline", method="frozen")], (None, None, None, None, 0, 1)),
+        ([trial("baseline-frozen", None, "baseline", "frozen")], (None, None, None, None, 0, 1)),
     ],
 )
 def test_standing_without_a_baseline_or_a_search(records: list[TrialRecord], expected: tuple[object, ...]) -> None:
@@ -149,16 +135,8 @@ def test_gain_over_stories_needs_shared_stories() -> None:
     assert len(verdict_lines(standing_of(trial("0001", 0.15), frozen()), gain_over_stories(single, "0001"))) == 2
 
 
-def write_study(folder: Path, records: list[TrialRecord]) -> Path:
-    folder.mkdir()
-    write_json(folder / "study.json", {"name": folder.name})
-    for record in records:
-        write_record(folder, record)
-    return folder
-
-
 def test_load_trials_reads_records_not_an_old_table(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study", HAND_MADE)
+    folder = write_study(tmp_path / "study", {"name": "study"}, HAND_MADE)
     (folder / "trials.parquet").write_bytes(b"an old table")
     for path in (folder, str(folder)):
         pd.testing.assert_frame_equal(load_trials(path), trials_frame(HAND_MADE))
@@ -180,7 +158,7 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     """Returns what the command prints for some records."""
 
     def print_them(*records: TrialRecord) -> str:
-        folder = write_study(tmp_path / f"study{len(list(tmp_path.iterdir()))}", list(records))
+        folder = write_study(tmp_path / f"study{len(list(tmp_path.iterdir()))}", {}, list(records))
         capsys.readouterr()
         assert exit_code(str(folder)) == 0
         out, error = capsys.readouterr()
@@ -217,7 +195,7 @@ def test_empty_columns_and_a_table_of_one_rank_are_not_printed(printed: Callable
 
 @pytest.mark.slow
 def test_command_prints_the_trials_and_rebuilds_the_tables(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study", HAND_MADE)
+    folder = write_study(tmp_path / "study", {"name": "study"}, HAND_MADE)
     ran = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "study" / "analysis.py"), str(folder)],
         capture_output=True,
@@ -243,7 +221,7 @@ def test_wrong_arguments_give_one_line(arguments: list[str], capsys: pytest.Capt
 
 
 def test_command_names_a_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_study(tmp_path / "study", HAND_MADE)
+    folder = write_study(tmp_path / "study", {"name": "study"}, HAND_MADE)
     (folder / "trials" / "0002" / "record.json").write_text('{"status": "COMP')
     assert exit_code(str(folder)) == 2
     error = capsys.readouterr().err
@@ -317,8 +295,7 @@ def test_nan_score_does_not_prevent_the_report(tmp_path: Path, capsys: pytest.Ca
 def test_only_an_adaptive_search_is_called_exploratory(
     options: dict[str, str], is_exploratory: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
-    folder = write_study(tmp_path / "study", HAND_MADE)
-    write_json(folder / "study.json", {"name": "study", "options": options})
+    folder = write_study(tmp_path / "study", {"name": "study", "options": options}, HAND_MADE)
     assert exit_code(str(folder)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CC by rank")]
     assert ("exploratory" in line) == is_exploratory
