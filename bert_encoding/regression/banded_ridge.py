@@ -33,7 +33,6 @@ class BandedRidge:
     n_candidates : band weights to try; see ``band_weights``
     seed : of the weights of three bands or more
     device : where ridge is computed
-
     """
 
     def __init__(

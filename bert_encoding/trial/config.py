@@ -143,9 +143,9 @@ class TrialConfig:
         target_regex(self.target_modules)
         _check_number("stride", self.stride, 1, self.window_tokens - 2)
         _check_number("embed_stride", self.embed_stride, 1, self.embed_window_tokens - 2)
-        differ = len(set(self.delays)) == len(self.delays)
-        if not self.delays or not differ or any(type(d) is not int or d < 0 for d in self.delays):
-            raise InputError(f"delays {self.delays!r}: must be different whole TRs from 0 up")
+        delays = self.delays
+        if not delays or any(type(d) is not int or d < 0 for d in delays) or len(set(delays)) < len(delays):
+            raise InputError(f"delays {delays!r}: must be different whole TRs from 0 up")
         if not self.ridge_alphas or not all(0 < ridge_alpha < float("inf") for ridge_alpha in self.ridge_alphas):
             raise InputError(f"ridge_alphas {self.ridge_alphas!r}: must be finite and above 0")
         if any(lower >= higher for lower, higher in pairwise(self.ridge_alphas)):

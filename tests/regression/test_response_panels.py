@@ -182,6 +182,7 @@ def test_cached_responses_answer_only_an_equal_request(dataset: Dataset, cache: 
     assert targets is not first
     np.testing.assert_array_equal(targets.Y, fresh.Y)
     np.testing.assert_array_equal(targets.norms, fresh.norms)
+    np.testing.assert_array_equal(read_targets(dataset, cache).Y, first.Y)
 
 
 def test_targets_and_scored_responses_of_the_same_stories_are_cached_separately(

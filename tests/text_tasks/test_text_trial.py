@@ -39,6 +39,7 @@ from bert_encoding.text_tasks.task import (
     TextTask,
     class_names,
     make_text_task,
+    read_texts,
     split_corpus,
     split_notes,
     tokenize_texts,
@@ -377,6 +378,7 @@ def test_the_cached_encoder_stays_unchanged(
     first, second = (run_text_trial(config, noise, cache=cache) for _ in range(2))
     assert weights_fingerprint(encoder.model) == before
     assert encoder.model.bert.pooler is None
+    assert read_texts(noise.corpus, encoder, cache) is read_texts(noise.corpus, encoder, cache)
     assert first.scores == second.scores, "the same seed gives the same bits in one process"
     assert first.examples == second.examples
     other = run_text_trial(replace(config, seed=1), noise)

@@ -40,7 +40,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "mask_probability": (0, 0.95, NAN),
     "hidden_dropout": (1.0, "0.1"),
     "attention_dropout": (-0.1, True),
-    "delays": ((), (-1, 1), (1, 1), (1.5,), (True,), ("1",)),
+    "delays": ((), (-1, 1), (1, 1), (1.5,), (True,), ("1",), ([1],), None),
     "ridge_alphas": ((), (0.0, 1.0), (-1.0,), (NAN,), (1.0, INF)),
     "n_folds": (2, 5.0),
     "probe_tokens": (0, True, 2.5),

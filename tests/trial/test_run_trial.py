@@ -125,6 +125,8 @@ def test_scores_equal_a_plain_chain_of_other_libraries(
     if method == "frozen":
         bert = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False).eval()
     if method == "lora":  # the adapter that the trial saved, in transformers and PEFT alone
+        frozen = run_trial(replace(settings, method="frozen"), uneven_task)
+        assert np.nanmax(np.abs(frozen.cc[SUBJECT] - record.cc[SUBJECT])) > 1e-3, "else a pretrained BERT would pass"
         whole = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(tiny_bert), tmp_path / "adapter")
         bert = whole.eval().get_base_model().bert
     chain = PlainChain(uneven_task, bert, tiny_encoder, 2 if layer is None else layer, window_tokens, stride)

@@ -153,7 +153,7 @@ def test_columns_without_a_value_are_none(dataset: Dataset, by_hand: dict[str, S
     assert ceiling_notes(by_hand, silence)[1] == f"b, {TEST}: cc_norm is of 0 voxels; 12 have a noise ceiling below 0.4"
 
 
-def test_notes_count_the_voxels_of_cc_norm(
+def test_cc_norm_is_of_the_stories_with_repeats_and_notes_count_its_voxels(
     dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings
 ) -> None:
     expected = []
@@ -163,6 +163,8 @@ def test_notes_count_the_voxels_of_cc_norm(
             f"{subject}, {TEST}: cc_norm is of {high.sum()} voxels; {(~high).sum()} have a noise ceiling below 0.4"
         )
     assert ceiling_notes(by_hand, ceilings) == expected
+    norms = [plain_cc_norm(by_hand[s].story_cc[TEST].astype(float), plain_ceiling(dataset, s)) for s in SUBJECTS]
+    assert columns_of_test(by_hand, ceilings)["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5), "zeta has none"
 
 
 # --- a whole trial ----------------------------------------------------------------------------------------------------
