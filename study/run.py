@@ -56,8 +56,6 @@ from study.setup.spaces import Space, load_space
 from study.setup.text_study import AnyStudy, prepare_text, print_text_plan
 from study.wording import counted, run_command
 
-WIDTH_OF_A_LOG = 400
-DEFAULT_SPACE = "lora_full"
 NOTHING_SET, NEW_STUDY = Options(), ResumePolicy()
 
 app = cyclopts.App(
@@ -92,7 +90,11 @@ def main(
     if dry_run:
         if policy.resumes:
             print_lines(console, *(f"note: {change}" for change in changes(study, policy.force_resume)))
-        return _rehearse(console, check_machine)
+        try:
+            check_machine()
+        except InputError as error:  # the study may be meant for another machine
+            print_lines(console, f"note: not on this machine: {error}")
+        return 0
     check_model(options.model, options.layer)
     check_machine()
     return _finish(options, console) if _run(study, policy, console) else INTERRUPTED
@@ -103,7 +105,7 @@ def _options(requested: dict[str, Any], policy: ResumePolicy) -> tuple[Options, 
     recorded = read_recorded(requested.get("out"), requested.get("name"), policy.resumes)
     if policy.resumes:
         requested = {"name": recorded["name"]} | requested
-    requested = {"space": recorded.get("space", DEFAULT_SPACE)} | requested
+    requested = {"space": recorded.get("space", "lora_full")} | requested
     n_layers = model_shape(model_of(requested, recorded))["n_layers"]
     space = load_space(requested["space"], n_layers, requested.get("sampler") or recorded.get("sampler"))
     return resolve_options(requested, recorded, space), space
@@ -143,15 +145,6 @@ def _run(study: AnyStudy, policy: ResumePolicy, console: Console) -> bool:
         has_results = (study.options.folder / STUDY_FILE).is_file()
         console.print("interrupted" if has_results else "interrupted before any trial had ended; nothing was kept")
         return has_results
-
-
-def _rehearse(console: Console, check: Callable[[], None]) -> int:
-    """Print what this machine would refuse; the study may be meant for another one."""
-    try:
-        check()
-    except InputError as error:
-        print_lines(console, f"note: not on this machine: {error}")
-    return 0
 
 
 def _check_machine(study: Study, disk_bytes: float) -> None:
@@ -212,7 +205,7 @@ def _console() -> Console:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if sys.stdout.isatty():
         return Console()
-    return Console(file=cast(IO[str], LogFile(sys.stdout)), width=WIDTH_OF_A_LOG)
+    return Console(file=cast(IO[str], LogFile(sys.stdout)), width=400)
 
 
 class LogFile:

@@ -44,7 +44,7 @@ Run = Callable[[str, list[Job]], str | None]  # (name, jobs) -> why it ended ear
 def confirm(
     options: Options, look: int, identity: dict[str, Any], make_key: MakeKey, run: Run, console: Console
 ) -> str | None:
-    """Run the jobs of the confirm phase that are not finished.
+    """Run the jobs of the confirm phase that are not finished; return why it ended early.
 
     Other studies are checked once more before ``confirm.json`` is written. Two studies that both check while the other
     one writes that file both score the test stories, and neither records the other.
@@ -54,11 +54,7 @@ def confirm(
     look : number of this test-set evaluation, from 1
     identity : code, data and split as in ``study.json``, and who ``heard`` the test stories
         (``locked_stories.heard_by``)
-    run : runs jobs; each writes a record, unless it is interrupted
-
-    Returns
-    -------
-    Why it ended early; None if it did not, or was interrupted.
+    run : runs jobs; each writes a record, unless it is interrupted; then None is returned
     """
     folder = options.folder
     if len(read_looks(folder)) < look:
@@ -75,7 +71,12 @@ def confirm(
             return None
         check_looks(options, look, identity["heard"], is_again=False)
         write_json(folder / look_file(look), fixed | {"keys": _keys(final_jobs(fixed, records, make_key))})
-        _print_winner(console, fixed)
+        cc = {finalist["trial_id"]: finalist["cc_confirmed"] for finalist in fixed["finalists"]}
+        print_lines(
+            console,
+            f"the winner is trial {fixed['winner']}, by its mean validation CC {cc[fixed['winner']]:.4f} over "
+            f"{len(fixed['seeds'])} fresh seeds; now the test stories are scored",
+        )
     fixed, records = read_looks(folder)[look - 1], read_records(folder)
     if is_complete(fixed, records):
         return None
@@ -154,10 +155,7 @@ def fix_winner(
 
 
 def final_jobs(fixed: dict[str, Any], records: list[TrialRecord], make_key: MakeKey) -> list[Job]:
-    """Return one job per finalist that did not drop out, with the first fresh seed, and one per baseline.
-
-    ``fixed`` is the content of ``confirm.json``.
-    """
+    """Return one job per finalist in ``confirm.json`` that is kept, with the first fresh seed, and per baseline."""
     record_of = {record.trial_id: record for record in records}
     configs = {r.trial_id: _config_of(r) for r in records if _is_baseline(r)}
     for finalist in kept(fixed):
@@ -184,11 +182,9 @@ def is_complete(fixed: dict[str, Any], records: list[TrialRecord]) -> bool:
 
 
 def is_lacking(options: Options, records: list[TrialRecord], look: int | None) -> bool:
-    """Whether the confirm phase has jobs to run, once the search is complete.
+    """Whether the confirm phase, which is to end with evaluation ``look``, has jobs to run after the search.
 
-    Parameters
-    ----------
-    look : number of the evaluation with which the session is to end; None if it adds none
+    ``look`` is None if the session adds no evaluation.
     """
     looks = read_looks(options.folder) if options.confirm else []
     if look is None or len(looks) >= look:
@@ -258,12 +254,3 @@ def _keys(jobs: list[Job]) -> dict[str, str]:
 def _unfinished(jobs: list[Job], records: list[TrialRecord]) -> list[Job]:
     finished = {(record.trial_id, record.key) for record in records}
     return [job for job in jobs if (job.trial_id, job.key) not in finished]
-
-
-def _print_winner(console: Console, fixed: dict[str, Any]) -> None:
-    cc = {finalist["trial_id"]: finalist["cc_confirmed"] for finalist in fixed["finalists"]}
-    print_lines(
-        console,
-        f"the winner is trial {fixed['winner']}, by its mean validation CC {cc[fixed['winner']]:.4f} over "
-        f"{len(fixed['seeds'])} fresh seeds; now the test stories are scored",
-    )

@@ -24,31 +24,19 @@ UNKNOWN = Rates(Work(*[math.nan] * 5), 1.0, 1.0, "not known: this machine does n
 
 
 class Estimate(NamedTuple):
-    """A forecast.
+    """A forecast."""
 
-    Attributes
-    ----------
-    trial_seconds, baseline_seconds : one trial with the base settings; the frozen baseline without its tests
-    tests_seconds : permutations and resamples of one baseline
-    final_seconds, final_baseline_seconds : scoring a finalist, or the frozen baseline, on the test stories, tests
-        included
-    final_tests_seconds : these tests alone
-    trial_bytes, disk_bytes : memory of one trial; what the study may write
-    low, high : factors from these seconds to the range that is expected
-    source : where the seconds are from
-    """
-
-    trial_seconds: float
-    baseline_seconds: float
-    tests_seconds: float
-    final_seconds: float
-    final_baseline_seconds: float
-    final_tests_seconds: float
-    trial_bytes: float
-    disk_bytes: float
-    low: float = 1.0
+    trial_seconds: float  # one trial with the base settings
+    baseline_seconds: float  # the frozen baseline without its tests
+    tests_seconds: float  # permutations and resamples of one baseline
+    final_seconds: float  # scoring a finalist on the test stories, tests included
+    final_baseline_seconds: float  # scoring the frozen baseline on the test stories, tests included
+    final_tests_seconds: float  # these tests alone
+    trial_bytes: float  # memory of one trial
+    disk_bytes: float  # what the study may write
+    low: float = 1.0  # factors from these seconds to the range that is expected
     high: float = 1.0
-    source: str = ""
+    source: str = ""  # where the seconds are from
 
 
 class JobWork(NamedTuple):

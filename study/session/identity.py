@@ -25,19 +25,6 @@ from study.setup.text_study import AnyStudy
 PACKAGES = ("ray", "torch", "transformers", "peft", "optuna", "numpy", "scipy", "pandas")
 
 
-def provenance() -> dict[str, Any]:
-    """Return what is needed to run the study again."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command_line": sys.argv,
-        "code": code_fingerprint(),
-        "git": git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
 def git_commit() -> dict[str, Any] | None:
     """Return the commit of the source tree and whether it had changes; None outside a checkout.
 
@@ -78,19 +65,23 @@ def identify(study: AnyStudy, task: Any, may_fetch: bool = True) -> dict[str, An
     at_hand = may_fetch or model in BUNDLED or Path(model).is_dir()
     here = study.options.machines.is_local or base.precision != "auto"
     device = pick_device() if study.options.gpus_per_trial else torch.device("cpu")
-    return (
-        provenance()
-        | {
-            "name": study.options.name,
-            "task": space.task,
-            "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
-            "model": {"name": model, "weights": checkpoint_fingerprint(model) if at_hand else None},
-            "config": asdict(base),
-            "precision": resolve_precision(base.precision, device) if here else None,
-            "options": options_record(study.options),
-        }
-        | study.about(task)
-    )
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": sys.argv,
+        "code": code_fingerprint(),
+        "git": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "name": study.options.name,
+        "task": space.task,
+        "space": {"name": space.name, "hash": space.source_hash, "source": space.path.read_text()},
+        "model": {"name": model, "weights": checkpoint_fingerprint(model) if at_hand else None},
+        "config": asdict(base),
+        "precision": resolve_precision(base.precision, device) if here else None,
+        "options": options_record(study.options),
+        **study.about(task),
+    }
 
 
 def differences(recorded: dict[str, Any], identity: dict[str, Any]) -> list[Difference]:
@@ -207,6 +198,7 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         for fold, split in enumerate(identity["splits"])
         for role, names in split.items()
     }
+    voxels = str(identity["voxels"]["asked"])  # those that the study chose are checked when they are read
     config = OLDER_SETTINGS | identity["config"]
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     return {
@@ -214,7 +206,7 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         "the search space": f"{identity['space']['name']} ({identity['space']['hash']})",
         "the data": f"{identity['data']['source']} ({identity['data']['fingerprint']})",
         "the trim": str(identity["data"].get("trim_trs")),
-        THE_VOXELS: _voxels_text(identity["voxels"]),
+        THE_VOXELS: voxels if voxels.isdecimal() else f"{Path(voxels).name} ({identity['voxels']['key']})",
         "the text that is not stories": str(identity.get("general_text")),
         "the model": f"{identity['model']['name']} ({identity['model']['weights']})",
         "the code of bert_encoding": str(identity["code"]),
@@ -224,9 +216,3 @@ def _comparable(identity: dict[str, Any]) -> dict[str, str]:
         **stories,
         **{f"the setting {name}": str(value) for name, value in settings.items()},
     }
-
-
-def _voxels_text(voxels: dict[str, Any]) -> str:
-    """Describe the scored voxels; voxels that the study chose are checked when they are read."""
-    requested = str(voxels["asked"])
-    return requested if requested.isdecimal() else f"{Path(requested).name} ({voxels['key']})"

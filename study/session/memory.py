@@ -116,9 +116,7 @@ def _left(folder: Path, limit: str, used: str) -> float:
 def check_memory(need: Callable[[int], float], n_voxels: int, options: Options) -> None:
     """Refuse what cannot fit on this machine; the error names the need, what is free, and options that would fit.
 
-    Parameters
-    ----------
-    need : number of voxels -> bytes of one trial
+    ``need`` returns the bytes of one trial for a number of voxels.
     """
     free = free_bytes() - DRIVER_BYTES
     at_once = min(options.max_concurrent, options.trials + 1)

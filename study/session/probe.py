@@ -38,20 +38,13 @@ EXPECTED_RANGE = (0.5, 2.0)  # of the probed seconds: other programs, and trials
 
 
 class Work(NamedTuple):
-    """Counted operations of a job, by stage.
-
-    Attributes
-    ----------
-    train, embed : floating-point operations of BERT
-    decompose, products : floating-point operations of ridge
-    tests : values (voxels times scored rows) that are permuted and resampled
-    """
+    """Counted operations of a job, by stage: floating-point operations, but for the tests."""
 
     train: float = 0.0
     embed: float = 0.0
-    decompose: float = 0.0
-    products: float = 0.0
-    tests: float = 0.0
+    decompose: float = 0.0  # of ridge
+    products: float = 0.0  # of ridge
+    tests: float = 0.0  # values (voxels times scored rows) that are permuted and resampled
 
 
 class Rates(NamedTuple):

@@ -12,7 +12,7 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key, read_json, write_json
 from bert_encoding.core.names import COMPLETE, ENCODING, FAILED, METRICS, SEARCH, STUDY_FILE, Metric
 from bert_encoding.core.storage import Place, children, make_folder, naming_full_disk, remove_tree
-from bert_encoding.trial.record import TrialRecord, keep_best, read_records
+from bert_encoding.trial.record import keep_best, read_records
 from bert_encoding.trial.tables import write_tables
 from study.cluster.connect import connect
 from study.cluster.lock import LOCK_FILE, OWNER_FILE, Hold, holding, session_id
@@ -56,12 +56,8 @@ def _tidy(folder: Place, metric: Metric, is_new: bool, n_adapters: int) -> None:
     if any(record.status == COMPLETE for record in records):
         keep_best(folder, n_adapters, metric)
         write_tables(folder, records)
-    elif is_new and not any(_has_traceback(record) for record in records):
+    elif is_new and all(record.status != FAILED or record.scores.get("is_user_error") for record in records):
         remove_tree(folder)  # so that the next attempt can use its name
-
-
-def _has_traceback(record: TrialRecord) -> bool:
-    return record.status == FAILED and not record.scores.get("is_user_error", False)
 
 
 def n_searched(folder: Place) -> int:
@@ -164,28 +160,21 @@ def in_key(identity: dict[str, Any], precision: str | None) -> dict[str, Any]:
     """Return the identity of which keys are made: ``code`` covers all that a result depends on but its own settings.
 
     A study that was forced to resume under another precision, other versions or with other folds must not answer its
-    trials from earlier records.
-
-    Parameters
-    ----------
-    precision : of matrix products in trials, which a cluster's driver learns from its workers
+    trials from earlier records. ``precision`` is that of matrix products in trials, which a cluster's driver learns
+    from its workers.
     """
     context = (precision, identity["versions"], identity["config"].get("seed"), identity["data"].get("trim_trs"))
     return identity | {"code": content_key(identity["code"], *context)}
 
 
-def first_free_id(folder: Place, recorded: dict[str, Any]) -> int:
+def first_free_id(folder: Place, session: dict[str, Any]) -> int:
     """Return a number that no trial of an earlier session has had or can still get.
 
     Workers can outlive a session that was killed, with trials that have written nothing yet: at most as many as ran at
-    once, with the next numbers. A session that ended normally has ended its workers.
-
-    Parameters
-    ----------
-    recorded : content of ``study.json``, with a ``session`` if that did not end normally
+    once, with the next numbers. A session that ended normally has ended its workers; any other one is recorded as
+    ``session`` in ``study.json``.
     """
     used = [int(path.name) for path in children(folder / "trials") if path.name.isdigit()]
-    session = recorded.get("session", {})
     return int(max(max(used, default=0) + 1, session.get("first_id", 1)) + session.get("at_once", 0))
 
 
@@ -195,7 +184,7 @@ def _next_id(folder: Place) -> int:
     session = read_json(file).get("session", {}) if file.is_file() else {}
     if session.get("id") == session_id():
         session = session | {"at_once": 0}
-    return first_free_id(folder, {"session": session})
+    return first_free_id(folder, session)
 
 
 def _next_trial(folder: Place) -> str:
@@ -238,9 +227,7 @@ def _open_folder(
 ) -> Iterator[Place]:
     """Lock the study's folder and yield it, with its ``study.json`` written or compared.
 
-    Parameters
-    ----------
-    at_once : number of trials that run concurrently
+    A new study that cannot be begun leaves no folder, so that the next attempt can use its name.
     """
     file, hold = folder / STUDY_FILE, hold or Hold()
     check_new(folder, resume)
@@ -252,29 +239,22 @@ def _open_folder(
                     check_new(folder, resume)
                 make_folder(folder / "trials")
             recorded = read_identity(folder, identity) if resume else {}
-            first_id = first_free_id(folder, recorded)
+            first_id = first_free_id(folder, recorded.get("session", {}))
             content = resumed(folder, recorded, identity, may_force, f"{first_id:04d}") if resume else identity
             if hold.takeover is not None:
                 content = content | {"takeovers": [*content.get("takeovers", []), hold.takeover]}
             session = {"id": session_id(), "first_id": first_id, "at_once": at_once}
-            with _removing_on_failure(folder, is_new=not resume):
+            try:
                 write_json(file, content | {"session": session})
+            except BaseException:
+                if not resume and isinstance(folder, Path):
+                    remove_tree(folder)
+                raise
             try:
                 yield folder
             finally:
                 if hold.lost_to is None:
                     _sign_off(file)
-
-
-@contextmanager
-def _removing_on_failure(folder: Place, is_new: bool) -> Iterator[None]:
-    """Remove the folder of a new study that cannot be begun, so that the next attempt can use its name."""
-    try:
-        yield
-    except BaseException:
-        if is_new and isinstance(folder, Path):
-            remove_tree(folder)
-        raise
 
 
 def _sign_off(file: Place) -> None:

@@ -14,11 +14,6 @@ def check_delta(delta: float) -> None:
 
 
 def delta_note(options: dict[str, Any], delta: float) -> str | None:
-    """Return a note if delta is not the one that the study began with.
-
-    Parameters
-    ----------
-    options : of ``study.json``; a study without a record of delta began with the default
-    """
+    """Return a note if delta is not the one that the study began with: without a record of it, the default."""
     first = [*options.get("deltas_before", []), options.get("delta", DELTA)][0]
     return None if delta == first else f"delta {delta:g} was chosen after the study ({first:g} was set)"

@@ -77,22 +77,23 @@ def prepare(options: Options, space: Space) -> Study:
     trains = rehearse(space, base)
     if options.trials and trains and options.model == MINILM_PLAIN:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to fine-tune; use minilm, or --trials 0")
-    dataset = open_data(options.data, TRIMS[options.trim], simulate=False)
+    heard = dataset = open_data(options.data, TRIMS[options.trim], simulate=False)
     subjects = choose_subjects(dataset, options.subjects)
     if options.data in DEMOS:  # its simulated listener hears every story
-        heard = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
-        train, test = choose_stories(
-            replace(dataset, stories=heard), subjects, options.test_stories, options.train_stories, options.seed
-        )
-        splits = split_stories(train, test, options.seed, options.outer_folds)
-        _check_number_of_voxels(options, dict.fromkeys(dataset.subjects, N_VOXELS))
-        return Study(options, space, dataset, splits, base)
-    train, test = choose_stories(dataset, subjects, options.test_stories, options.train_stories, options.seed)
+        stories = {name: replace(s, responses=dict.fromkeys(subjects)) for name, s in dataset.stories.items()}  # type: ignore[arg-type]
+        heard = replace(dataset, stories=stories)
+    train, test = choose_stories(heard, subjects, options.test_stories, options.train_stories, options.seed)
     splits = split_stories(train, test, options.seed, options.outer_folds)
-    used = replace(dataset.only(train + test, subjects), notes=dataset.notes + _without_responses(dataset, subjects))
-    inspected = _select_file_voxels(options, inspect_aligned(used, train, options.trust_alignment))
-    _check_number_of_voxels(options, {subject: inspected.n_valid(subject) for subject in subjects})
-    return Study(options, space, inspected, splits, base)
+    n_valid = dict.fromkeys(dataset.subjects, N_VOXELS)
+    if options.data not in DEMOS:
+        notes = dataset.notes + _without_responses(dataset, subjects)
+        used = replace(dataset.only(train + test, subjects), notes=notes)
+        dataset = _select_file_voxels(options, inspect_aligned(used, train, options.trust_alignment))
+        n_valid = {subject: dataset.n_valid(subject) for subject in subjects}
+    for subject, n in n_valid.items():
+        if options.voxels.isdecimal() and int(options.voxels) > n:
+            raise InputError(f"--voxels {options.voxels}: subject {subject} has {n} that can be scored; give fewer")
+    return Study(options, space, dataset, splits, base)
 
 
 def general_text(options: Options) -> dict[str, str]:
@@ -121,12 +122,6 @@ def _select_file_voxels(options: Options, dataset: Dataset) -> Dataset:
     if options.voxels == ALL or options.voxels.isdecimal():
         return dataset
     return keep_voxels(dataset, read_voxels(Path(options.voxels), dataset))
-
-
-def _check_number_of_voxels(options: Options, n_valid: dict[str, int]) -> None:
-    for subject, n in n_valid.items():
-        if options.voxels.isdecimal() and int(options.voxels) > n:
-            raise InputError(f"--voxels {options.voxels}: subject {subject} has {n} that can be scored; give fewer")
 
 
 def _without_responses(dataset: Dataset, subjects: tuple[str, ...]) -> tuple[str, ...]:

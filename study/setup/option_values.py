@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bert_encoding.core.command_line import absolute, parse_layer
+from bert_encoding.core.command_line import absolute
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.names import BAG_OF_WORDS, DEMOS, RANDOM, STATIC
 from bert_encoding.core.storage import Place, is_url, open_place
@@ -31,13 +31,6 @@ def parse_model(name: str) -> str:
 def parse_out(location: str) -> Place:
     """Return where studies are stored: a URL of object storage, or the absolute path of a folder."""
     return open_place(location) if is_url(location) else absolute("--out", location)
-
-
-def parse_layers(layer: str | int | list[int] | None) -> int | tuple[int, ...] | None:
-    """Return the layer of the command line's text, or of the number or the list that a study recorded."""
-    if isinstance(layer, list | tuple):
-        return tuple(layer)
-    return layer if isinstance(layer, int) else parse_layer(layer)
 
 
 def parse_voxels(voxels: str) -> str:

@@ -56,18 +56,13 @@ Check = Callable[[Any], str | None]  # value -> what is wrong with it
 class Meaning(NamedTuple):
     """What an option means for a study.
 
-    Attributes
-    ----------
-    default : value if neither the user nor a resumed study sets it; None also where it depends on space or machine
-    scope : STUDY (``study.json`` records it, and a resumed study takes it from there), MACHINES (recorded only if the
-        user set it, and used again where the machines allow it) or SESSION (never recorded)
-    task : ENCODING or TEXT_ONLY for an option of that kind of study alone; None for one of both
-    check : what is wrong with a value that is set
+    Its scope is STUDY (``study.json`` records it, and a resumed study takes it from there), MACHINES (recorded only if
+    the user set it, and used again where the machines allow it) or SESSION (never recorded).
     """
 
-    default: Any = None
+    default: Any = None  # if neither the user nor a resumed study sets it; also where it depends on space or machine
     scope: str = STUDY
-    task: str | None = None
+    task: str | None = None  # ENCODING or TEXT_ONLY for an option of that kind of study alone
     check: Check | None = None
 
 

@@ -4,6 +4,7 @@ import filecmp
 from datetime import date
 from typing import Any
 
+from bert_encoding.core.command_line import parse_layer
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json
 from bert_encoding.core.names import DEMO, DEMOS, ENCODING, STUDY_FILE
@@ -17,7 +18,6 @@ from study.setup.option_values import (
     parse_baselines,
     parse_data,
     parse_file,
-    parse_layers,
     parse_model,
     parse_names,
     parse_out,
@@ -46,13 +46,15 @@ def resolve_options(requested: dict[str, Any], recorded: dict[str, Any], space: 
             raise InputError(f"{flag(name)}: must not be empty")
     values = _defaults(space, chosen, is_resumed=bool(recorded)) | chosen
     cpus, gpus, machines = share_of_trial(chosen, tuple(name for name in SHARES if name not in requested))
-    static_vectors = parse_file("static_vectors", values["static_vectors"])
+    static_vectors, layer = parse_file("static_vectors", values["static_vectors"]), values["layer"]
+    if layer is None or isinstance(layer, str):  # as the user writes it; else as a study recorded it
+        layer = parse_layer(layer)
     is_path = "/" in values["space"] or values["space"].endswith(".py")
     resolved = {
         "space": str(space.path) if is_path else values["space"],
         "data": parse_data(values["data"]),
         "model": parse_model(values["model"]),
-        "layer": parse_layers(values["layer"]),
+        "layer": tuple(layer) if isinstance(layer, list) else layer,
         "subjects": parse_names("subjects", values["subjects"]),
         "voxels": parse_voxels(values["voxels"]),
         "test_stories": parse_names("test_stories", values["test_stories"]),

@@ -40,9 +40,7 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 def check_searchable(sampler: str, suggested: list[dict[str, BaseDistribution]]) -> None:
     """Refuse a space of which a sampler would silently draw some parameters at random.
 
-    Parameters
-    ----------
-    suggested : parameter -> range of each random suggestion
+    ``suggested`` has the parameters, each with its range, of every random suggestion.
     """
     if sampler not in FIXED_PARAMETERS_ONLY:
         return

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,6 @@ from study.setup.samplers import (
     quiet_study,
 )
 
-DEFAULT_TRIALS = 20
 # Settings that all trials share with the frozen baseline; trials that differ in them are not comparable.
 SHARED_WITH_BASELINE = (
     "model layer embed_stride embed_window_tokens embed_precision score_every delays ridge_alphas n_folds probe_tokens"
@@ -35,32 +34,22 @@ N_REHEARSALS = 50  # random suggestions that are checked before anything runs
 
 @dataclass(frozen=True)
 class Space:
-    """A search-space file.
-
-    Attributes
-    ----------
-    suggest : Optuna trial -> all values that the space sets, suggested and constant
-    start : points tried first, each name -> value
-    scheduler : early-stopping rule, unless the command line sets one
-    seeds : every configuration runs with each of them, one trial per seed; empty means the study's seed only
-    size : number of trials of a grid; None for other samplers
-    baseline : settings of the frozen baseline of a text task, whose head is trained
-    """
+    """A search-space file."""
 
     name: str
     path: Path
     source_hash: str
     question: str
-    suggest: Suggest
+    suggest: Suggest  # Optuna trial -> all values that the space sets, suggested and constant
     epochs: int | None
     trials: int
-    start: tuple[dict[str, Any], ...]
+    start: tuple[dict[str, Any], ...]  # points tried first, each name -> value
     sampler: str
     task: str = ENCODING
-    scheduler: str = NO_SCHEDULER
-    seeds: tuple[int, ...] = ()
-    size: int | None = None
-    baseline: dict[str, Any] = field(default_factory=dict)
+    scheduler: str = NO_SCHEDULER  # unless the command line sets one
+    seeds: tuple[int, ...] = ()  # every configuration runs with each of them; empty means the study's seed only
+    size: int | None = None  # number of trials of a grid
+    baseline: dict[str, Any] = field(default_factory=dict)  # of a text task: settings of its frozen baseline
 
 
 def load_space(name: str, n_layers: int | None = None, sampler: str | None = None) -> Space:
@@ -90,22 +79,18 @@ def load_space(name: str, n_layers: int | None = None, sampler: str | None = Non
         if sampler not in SAMPLERS:
             raise InputError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
         values["SAMPLER"] = sampler
-    size = grid_size(path, function) * max(1, len(values["SEEDS"])) if values["SAMPLER"] == "grid" else None
+    size = None
+    if values["SAMPLER"] == "grid":
+        size = grid_size(path, function) * max(1, len(values["SEEDS"]))
+        values["TRIALS"] = min(values["TRIALS"], size)
     return Space(
         name=path.stem,
         path=path,
         source_hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         question=((module.__doc__ or "").strip() or path.stem).splitlines()[0],
         suggest=function,
-        epochs=values["EPOCHS"],
-        trials=values["TRIALS"] if size is None else min(values["TRIALS"], size),
-        start=tuple(values["START"]),
-        sampler=values["SAMPLER"],
-        task=values["TASK"],
-        scheduler=values["SCHEDULER"],
-        seeds=tuple(values["SEEDS"]),
         size=size,
-        baseline=values["BASELINE"],
+        **{name.lower(): value for name, value in values.items()},
     )
 
 
@@ -122,11 +107,7 @@ def to_trial_config(suggested: dict[str, Any], base: TrialConfig) -> TrialConfig
         values["rank"] = 2 ** values.pop("log2_rank")
     if "alpha_factor" in values:
         values["lora_alpha"] = values.pop("alpha_factor") * values.get("rank", base.rank)
-    known = TrialConfig.from_dict({})
-    for name in values:
-        if not hasattr(known, name):
-            TrialConfig.from_dict({name: values[name]})  # raises, listing the settings
-    return replace(base, **values)
+    return TrialConfig.from_dict(asdict(base) | values)
 
 
 def rehearse(space: Space, base: TrialConfig) -> bool:
@@ -200,7 +181,7 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
         "SAMPLER": "tpe",
         "START": (),
         "EPOCHS": None,
-        "TRIALS": DEFAULT_TRIALS,
+        "TRIALS": 20,
         "TASK": ENCODING,
         "BASELINE": {},
         "SCHEDULER": NO_SCHEDULER,
@@ -220,7 +201,7 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
     for expected, (name, is_valid) in valid.items():
         if not is_valid:
             raise InputError(f"{path}: {name} {values[name]!r}: must be {expected}")
-    return values
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _is_list_of_dicts(values: object) -> bool:

@@ -10,7 +10,7 @@ from bert_encoding.core.command_line import print_lines
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import content_key
 from bert_encoding.core.names import ADAPT, DEMOS
-from bert_encoding.datasets.corpus import Corpus, describe, open_corpus
+from bert_encoding.datasets.corpus import describe, open_corpus
 from bert_encoding.language_model.encoder import MINILM_PLAIN, check_model_name
 from bert_encoding.text_tasks.task import TextTask, make_text_task
 from bert_encoding.trial.config import TrialConfig
@@ -63,17 +63,14 @@ def prepare_text(options: Options, space: Space) -> TextStudy:
         raise InputError(f"--model {MINILM_PLAIN}: has no masked-LM head to adapt; use minilm")
     base = base_config(options)
     rehearse(space, base)
+    if options.data in DEMOS:
+        raise InputError("--data: a space of this task needs text; give a .txt, .csv or .parquet file, or a folder")
+    corpus = open_corpus(Path(options.data), clean=options.clean, n_examples=options.examples, seed=options.seed)
     task = make_text_task(
-        space.task, _open(options), options.seed, n_train=options.train_examples, max_length=options.max_length
+        space.task, corpus, options.seed, n_train=options.train_examples, max_length=options.max_length
     )
     probe, control = general_text_files(options)
     return TextStudy(options, space, base, task._replace(probe_text=probe, control_text=control))
-
-
-def _open(options: Options) -> Corpus:
-    if options.data in DEMOS:
-        raise InputError("--data: a space of this task needs text; give a .txt, .csv or .parquet file, or a folder")
-    return open_corpus(Path(options.data), clean=options.clean, n_examples=options.examples, seed=options.seed)
 
 
 def print_text_plan(console: Console, study: TextStudy, n_done: int) -> None:
