@@ -30,10 +30,7 @@ Names = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=""
 
 
 def absolute(option: str, name: str | Path) -> Path:
-    """Return a path that does not depend on the current folder.
-
-    Raises InputError if its links form a loop, or its ``~`` names an unknown user.
-    """
+    """Return an absolute path; raise InputError if its links form a loop, or its ``~`` names an unknown user."""
     try:
         return Path(name).expanduser().resolve()
     except (RuntimeError, OSError) as error:
@@ -41,10 +38,7 @@ def absolute(option: str, name: str | Path) -> Path:
 
 
 def parse_layer(text: str | None) -> int | tuple[int, ...] | None:
-    """Return one layer (``4``), several to average (``4,5`` or ``4-6``), or None for the last (``last``).
-
-    Raises InputError if the text has another form.
-    """
+    """Return one layer (``4``), several to average (``4,5``, ``4-6``), or None (``last``); else raise InputError."""
     if text is None or text == "last":
         return None
     try:

@@ -30,10 +30,7 @@ def code_fingerprint() -> str:
 
 @contextmanager
 def output_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to, and rename it to ``file`` at the end; folders are made.
-
-    Raises InputError if the disk is full, or the folder must not be written to.
-    """
+    """Yield a temporary name, and rename it to ``file`` at the end; raise InputError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:

@@ -90,9 +90,8 @@ def is_url(location: str) -> bool:
 def open_place(location: str | Place) -> Place:
     """Return the place that a path or URL names, without any request to the network.
 
-    In a URL, ``%``, ``?`` and ``#`` that belong to a name must be percent-encoded.
-
-    Raises InputError if a URL has another scheme, no bucket, or contains a secret.
+    In a URL, ``%``, ``?`` and ``#`` that belong to a name must be percent-encoded; a URL of another scheme, without
+    bucket or with a secret raises InputError.
     """
     if not isinstance(location, str):
         return location

@@ -3,8 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,14 +79,9 @@ class Hasher:
     def add_header(self, subject: str, story: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._digest.update(f"{subject}/{story}/{shape}/{dtype.str}".encode())
 
-    @contextmanager
-    def adding(self, block: np.ndarray) -> Iterator[None]:
-        """Hash a block while the body runs."""
-        hashing = self._pool.submit(self.add, block)
-        try:
-            yield
-        finally:
-            hashing.result()
+    def begin_to_add(self, block: np.ndarray) -> Future[None]:
+        """Hash a block in the thread."""
+        return self._pool.submit(self.add, block)
 
     def result(self) -> str:
         return self._digest.hexdigest()[:16]
@@ -195,10 +189,11 @@ def _read(
     try:
         for block in responses.blocks():
             rows = slice(totals.n_rows, totals.n_rows + len(block))
-            with hasher.adding(block):
-                for voxels, values in totals.add(block):
-                    if watch is not None:
-                        watch(Block(story, subject, shape, rows, voxels, values))
+            hashing = hasher.begin_to_add(block)
+            for voxels, values in totals.add(block):
+                if watch is not None:
+                    watch(Block(story, subject, shape, rows, voxels, values))
+            hashing.result()
     except InputError as error:
         return check.and_problem(str(error)), totals
     check = totals.describe(check)

@@ -40,10 +40,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_lab(path: Path) -> Dataset:
-    """Open a folder in the lab's format: every story with text, and the responses that exist.
-
-    Raises InputError if a file is missing, malformed, or not safe to read.
-    """
+    """Open a folder in the lab's format; raise InputError if a file is missing, malformed, or not safe to read."""
     transcripts = read_transcripts(path / TEXT_FILE)
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
     responses = {folder.name: files for folder in folders if (files := _response_files(folder))}
@@ -104,10 +101,8 @@ def shown_name(name: str) -> str:
 def read_transcripts(path: Path) -> dict[str, SimpleNamespace]:
     """Read ``raw_text.pkl``: story -> its ``data``, ``data_times`` and ``tr_times``, as far as the file has them.
 
-    Another process reads the pickle (see ``safe_pickle``).
-
-    Raises InputError if the file is missing, damaged, of another form, or asks for anything but DataSequence and NumPy
-    arrays.
+    Another process reads the pickle (see ``safe_pickle``). Raises InputError if the file is missing, damaged, of
+    another form, or asks for anything but DataSequence and NumPy arrays.
     """
     if path.exists() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path}: refused: larger than {MAX_BYTES // 2**20} MiB, which no transcript is")

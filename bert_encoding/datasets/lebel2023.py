@@ -61,9 +61,8 @@ def recognises(path: Path) -> bool:
 def open_lebel(path: Path) -> Dataset:
     """Open the data set: every story with text and a length, and the responses that exist; responses are not read.
 
-    Responses whose content a DataLad clone has not fetched are left out with a note.
-
-    Raises InputError if a file is missing, malformed or not fetched, or responses have no text or no length.
+    Responses whose content a DataLad clone has not fetched are left out with a note. Raises InputError if another file
+    is missing, malformed or not fetched, or responses have no text or no length.
     """
     folder = _derivative(path)
     if folder is None:
@@ -170,10 +169,7 @@ def _known_defects(responses: Mapping[str, Files], stories: Mapping[str, Story])
 
 
 def read_volumes(path: Path) -> dict[str, int]:
-    """Return story -> volumes of its scan.
-
-    Raises InputError if the file is missing or not JSON, or a value is not a whole number that leaves at least one row.
-    """
+    """Return story -> volumes of its scan; raise InputError unless these are whole numbers that leave some rows."""
     check_regular(path)
     if not _is_fetched(path):
         raise InputError(f"{path}: {FETCH}")
@@ -198,10 +194,7 @@ def tr_times_s(n_volumes: int) -> np.ndarray:
 
 
 def word_tier(path: Path) -> Tier:
-    """Return the tier of words: the first one with that name, or else the second tier.
-
-    Raises InputError if there is none, or the TextGrid is malformed.
-    """
+    """Return the tier of words: the first one with that name, else the second tier, else raise InputError."""
     tiers = read_textgrid(path)
     named = [tier for tier in tiers if tier.name.strip().lower() in ("word", "words")]
     for tier in (*named, *tiers[1:2]):

@@ -64,37 +64,27 @@ class Responses:
         Everything between the first and the last voxel is read, in blocks of rows. Raises InputError as ``open``, and
         if the file cannot be read to its end.
         """
-        with self.open() as source:
-            out = np.empty((source.shape[0], voxels.size), np.float32)
-            if voxels.size == 0:
-                return out
-            columns = slice(int(voxels[0]), int(voxels[-1]) + 1)
-            width = columns.stop - columns.start
-            n_rows = max(1, BLOCK_BYTES // (width * source.dtype.itemsize))
-            for start in range(0, len(out), n_rows):
-                with self._naming_damage():
-                    block = source[start : start + n_rows, columns]  # (n_rows, width)
-                out[start : start + n_rows] = block if width == voxels.size else block[:, voxels - columns.start]
+        out = np.empty((self.check()[0][0], voxels.size), np.float32)
+        n_done = 0
+        for block in self.blocks(slice(int(voxels[0]), int(voxels[-1]) + 1) if voxels.size else slice(0)):
+            is_whole = block.shape[1] == voxels.size
+            out[n_done : n_done + len(block)] = block if is_whole else block[:, voxels - voxels[0]]
+            n_done += len(block)
         return out
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Yield all voxels in blocks of rows, (n_rows, n_voxels), in the file's type; raise as ``read`` does."""
+    def blocks(self, columns: slice = slice(None)) -> Iterator[np.ndarray]:
+        """Yield all or some voxels in blocks of rows, (n_rows, n_columns), in the file's type; raise as ``read``."""
         with self.open() as source:
-            row_bytes = int(np.prod(source.shape[1:])) * source.dtype.itemsize
+            row_bytes = len(range(*columns.indices(source.shape[1]))) * source.dtype.itemsize
             n_rows = max(1, BLOCK_BYTES // max(1, row_bytes))
             for start in range(0, source.shape[0], n_rows):
-                with self._naming_damage():
-                    block = np.asarray(source[start : start + n_rows])
+                try:
+                    block = np.asarray(source[start : start + n_rows, columns])
+                except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+                    raise InputError(
+                        f"{self.path}: cannot be read to its end ({first_line(error)}); get the file again"
+                    ) from None
                 yield block
-
-    @contextmanager
-    def _naming_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read to its end ({first_line(error)}); get the file again"
-            ) from None
 
 
 def _map_npy(path: Path) -> np.ndarray:

@@ -19,10 +19,7 @@ FILES = ("rois.json", "rois.npz")
 
 
 def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
-    """Return subject -> region -> ascending voxel indices, of subjects that have a file.
-
-    Raises InputError if a file is damaged, or a region is not a set of the subject's voxels.
-    """
+    """Return subject -> region -> ascending voxel indices; raise InputError if a file does not hold such."""
     rois: dict[str, dict[str, np.ndarray]] = {}
     first = _first_responses(dataset)
     for subject, responses in first.items():
@@ -37,10 +34,7 @@ def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
 
 
 def as_voxels(values: Any, n_voxels: int, what: str) -> np.ndarray:
-    """Return voxel indices, or a mask over all voxels, as ascending indices.
-
-    Raises InputError if ``values`` are neither, are empty, name a voxel twice, or reach beyond ``n_voxels``.
-    """
+    """Return voxel indices, or a mask over all voxels, as ascending indices; raise InputError for anything else."""
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "biu" or not array.size:
         raise InputError(f"{what}: expected voxel indices or a mask, got {array.dtype} of shape {array.shape}")

@@ -72,10 +72,7 @@ def choose_stories(
 
 
 def split_stories(train: list[str], test: list[str], seed: int, n_outer_folds: int) -> tuple[Split, ...]:
-    """Divide the training stories into fit and validation: one split, or ``n_outer_folds`` that rotate.
-
-    Raises InputError if there are too few stories for three fit stories and one validation story.
-    """
+    """Divide the training stories into fit and validation, once or in rotating folds; too few raise InputError."""
     shuffled = [sorted(train)[i] for i in generator(seed, "split").permutation(len(train))]
     n_validation = max(1, round(VALIDATION_SHARE * len(train)))
     if n_outer_folds == 1:

@@ -30,23 +30,14 @@ TRIMS = {"published": Trim(10, 5), "course": Trim(5, 10)}
 
 @dataclass(frozen=True)
 class Story:
-    """One continuous stimulus.
-
-    Attributes
-    ----------
-    words : (n_words,) as transcribed; empty strings and stray tags keep their row
-    word_times_s : (n_words,) middle of each word, in seconds from the start of the story
-    tr_times_s : (n_trs,) middle of each volume, in seconds from the start of the story
-    responses : subject -> responses to this story
-    repeats : subject -> responses to each repetition of the story, (n_repeats, n_rows, n_voxels), where available
-    """
+    """One continuous stimulus; times are in seconds from its start, responses and repeats by subject."""
 
     name: str
-    words: tuple[str, ...]
-    word_times_s: np.ndarray
-    tr_times_s: np.ndarray
+    words: tuple[str, ...]  # (n_words,) as transcribed; empty strings and stray tags keep their row
+    word_times_s: np.ndarray  # (n_words,) middle of each word
+    tr_times_s: np.ndarray  # (n_trs,) middle of each volume
     responses: Mapping[str, Responses]
-    repeats: Mapping[str, Responses] = field(default_factory=dict)
+    repeats: Mapping[str, Responses] = field(default_factory=dict)  # (n_repeats, n_rows, n_voxels), where available
 
     @property
     def spoken(self) -> tuple[str, ...]:
@@ -62,28 +53,19 @@ def spoken_text(word: str) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Stories with responses of one or more subjects.
-
-    Attributes
-    ----------
-    stories : name -> story, in alphabetical order
-    subjects : those with responses to some story; after ``only``, to every story
-    published_test : stories that are locked for the final score unless the user names others
-    rois : subject -> name of a region of interest -> indices of its voxels
-    voxel_masks : subject -> (n_voxels,) True where a voxel is scored; None until ``inspect`` has run
-    fingerprint : hash of all content used; empty until ``inspect`` has run
-    notes : what a user should know about these data, one line each
-    """
+    """Stories with responses of one or more subjects."""
 
     source: str
-    stories: Mapping[str, Story]
-    subjects: tuple[str, ...]
-    published_test: tuple[str, ...]
+    stories: Mapping[str, Story]  # by name, in alphabetical order
+    subjects: tuple[str, ...]  # those with responses to some story; after ``only``, to every story
+    published_test: tuple[str, ...]  # stories that are locked for the final score unless the user names others
     trim: Trim = TRIMS["published"]
+    # subject -> name of a region of interest -> indices of its voxels
     rois: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    # subject -> (n_voxels,) True where a voxel is scored; None until ``inspect`` has run
     voxel_masks: Mapping[str, np.ndarray] | None = None
-    fingerprint: str = ""
-    notes: tuple[str, ...] = ()
+    fingerprint: str = ""  # hash of all content used; empty until ``inspect`` has run
+    notes: tuple[str, ...] = ()  # what a user should know about these data, one line each
 
     def only(self, story_names: list[str], subjects: tuple[str, ...]) -> "Dataset":
         """Return the data set restricted to some stories and subjects."""

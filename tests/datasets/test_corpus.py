@@ -137,7 +137,9 @@ def test_parquet_labels_of_every_plain_type_become_text(labels: pa.Array, expect
     assert [e.label for e in open_corpus(path)] == expected
 
 
-def test_an_empty_label_column_counts_as_none(tmp_path: Path) -> None:
+def test_a_null_text_is_left_out_and_an_empty_label_column_counts_as_none(tmp_path: Path) -> None:
+    corpus = open_corpus(write_parquet(tmp_path / "a.parquet", pa.array(["x", None, "y"]), pa.array(["0", None, "1"])))
+    assert (list(corpus), corpus.n_left_out) == ([("x", "0"), ("y", "1")], 1)
     for path in (
         raw(tmp_path / "a.csv", b"text,label\nx,\ny, \n"),
         write_parquet(tmp_path / "a.parquet", pa.array(["x", "y"]), pa.nulls(2)),
@@ -217,12 +219,6 @@ def test_texts_that_are_empty_are_left_out_and_counted(form: str, tmp_path: Path
     assert (cleaned.n_left_out, cleaned.n_texts, cleaned.n_words, cleaned.counts) == (3, 3, 3, {"a": 1, "b": 2})
     assert cleaned.notes == ("3 of 6 texts left out: empty, or empty after cleaning",)
     assert cleaned.fingerprint != as_is.fingerprint
-
-
-def test_a_null_text_is_left_out_whatever_its_label(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", pa.array(["x", None, "y"]), pa.array(["0", None, "1"]))
-    corpus = open_corpus(path)
-    assert (list(corpus), corpus.n_left_out) == ([("x", "0"), ("y", "1")], 1)
 
 
 # --- samples
@@ -322,53 +318,47 @@ def test_content_that_changes_after_opening_is_noticed(form: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message", "options"),
+    ("name", "content", "message"),
     [
-        ("a.txt", b"", "no text to use: it is empty", {}),
-        ("a.txt", b"\xef\xbb\xbf", "no text to use: it is empty", {}),
-        ("a.csv", b"", "no text to use: it is empty", {}),
-        ("a.csv", b"text,label\n", "no text to use", {}),
-        ("a.parquet", b"", "cannot be read as Parquet", {}),
-        ("a.txt", "\u00e9\n\u00e8\n".encode(), "all 2 texts are empty", {"clean": True}),
-        ("a.txt", b"x\n", "0 examples requested", {"n_examples": 0}),
-        ("a.txt", b"x\n", "-3 examples requested", {"n_examples": -3}),
-        ("a.txt", b"fine\nna\xefve\n", "line 2: byte 2 (0xef) is not UTF-8", {}),
-        ("a.txt", b"\xef\xbb\xbfna\xefve\n", "line 1: byte 5 (0xef) is not UTF-8", {}),
-        ("a.txt", b"fine\nzero\0\n", "line 2 contains a zero byte", {}),
-    ],
-)
-def test_files_without_usable_text_are_refused(
-    name: str, content: bytes, message: str, options: dict[str, object], tmp_path: Path
-) -> None:
-    refused(raw(tmp_path / name, content), message, **options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"review,stars\nx,1\n", "no column 'text'; its columns are review, stars"),
-        (b"text;label\nx;1\n", "no column 'text'; its columns are text;label"),
-        (b"text,text\nx,y\n", "2 columns are named 'text'"),
-        (b"text,label,label\nx,0,1\n", "2 columns are named 'label'"),
-        (b'text,label\n"a\nb",0\nx, y,1\n', "row 2 (line 4) has 3 values, the first row names 2"),
-        (b"text,label\nx,0\ny\n", "row 2 (line 3) has 1 values"),
-        (b'text,label\nx,0\n"y,1\n', "line 3: unexpected end of data"),
-        (b'text,label\nx,0\n"y"z,1\n', "line 3: ',' expected"),
-        (b"text\n" + b"x" * 200_000 + b"\n", "line 2: field larger than field limit"),
-        (b"text,label\r\nx,0\r\ncaf\xe9,1\r\n", "line 3: byte 3 (0xe9) is not UTF-8"),
-        ("text,label\nx,0\n".encode("utf-16"), "line 1: byte 0 (0xff) is not UTF-8"),
-        ("text,label\nx,0\n".encode("utf-16-le"), "line 1 contains a zero byte"),
-        (b"text,label\nx,0\ny,\n", "row 2 (line 3) has no label, but '0' labels another"),
-        (b"text,label\nx,\ny,0\n", "row 1 (line 2) has no label, but '0' labels another"),
-        (b"text,label\nx,0\ny, 0\n", "all 2 texts have the label '0'"),
+        ("a.txt", b"", "no text to use: it is empty"),
+        ("a.txt", b"\xef\xbb\xbf", "no text to use: it is empty"),
+        ("a.csv", b"", "no text to use: it is empty"),
+        ("a.csv", b"text,label\n", "no text to use"),
+        ("a.parquet", b"", "cannot be read as Parquet"),
+        ("a.txt", b"fine\nna\xefve\n", "line 2: byte 2 (0xef) is not UTF-8"),
+        ("a.txt", b"\xef\xbb\xbfna\xefve\n", "line 1: byte 5 (0xef) is not UTF-8"),
+        ("a.txt", b"fine\nzero\0\n", "line 2 contains a zero byte"),
+        ("a.csv", b"review,stars\nx,1\n", "no column 'text'; its columns are review, stars"),
+        ("a.csv", b"text;label\nx;1\n", "no column 'text'; its columns are text;label"),
+        ("a.csv", b"text,text\nx,y\n", "2 columns are named 'text'"),
+        ("a.csv", b"text,label,label\nx,0,1\n", "2 columns are named 'label'"),
+        ("a.csv", b'text,label\n"a\nb",0\nx, y,1\n', "row 2 (line 4) has 3 values, the first row names 2"),
+        ("a.csv", b"text,label\nx,0\ny\n", "row 2 (line 3) has 1 values"),
+        ("a.csv", b'text,label\nx,0\n"y,1\n', "line 3: unexpected end of data"),
+        ("a.csv", b'text,label\nx,0\n"y"z,1\n', "line 3: ',' expected"),
+        ("a.csv", b"text\n" + b"x" * 200_000 + b"\n", "line 2: field larger than field limit"),
+        ("a.csv", b"text,label\r\nx,0\r\ncaf\xe9,1\r\n", "line 3: byte 3 (0xe9) is not UTF-8"),
+        ("a.csv", "text,label\nx,0\n".encode("utf-16"), "line 1: byte 0 (0xff) is not UTF-8"),
+        ("a.csv", "text,label\nx,0\n".encode("utf-16-le"), "line 1 contains a zero byte"),
+        ("a.csv", b"text,label\nx,0\ny,\n", "row 2 (line 3) has no label, but '0' labels another"),
+        ("a.csv", b"text,label\nx,\ny,0\n", "row 1 (line 2) has no label, but '0' labels another"),
+        ("a.csv", b"text,label\nx,0\ny, 0\n", "all 2 texts have the label '0'"),
         (
+            "a.csv",
             b"text,label\n" + b"".join(b"x,%d\n" % n for n in range(1001)),
             "more than 1000 different values, the last '1000'",
         ),
     ],
 )
-def test_malformed_csv_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    refused(raw(tmp_path / "a.csv", content), message)
+def test_malformed_files_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    refused(raw(tmp_path / name, content), message)
+
+
+def test_options_that_leave_no_text_are_refused(tmp_path: Path) -> None:
+    path = raw(tmp_path / "a.txt", "\u00e9\n\u00e8\n".encode())
+    refused(path, "all 2 texts are empty", clean=True)
+    for n_examples in (0, -3):
+        refused(path, f"{n_examples} examples requested", n_examples=n_examples)
 
 
 @pytest.mark.parametrize(

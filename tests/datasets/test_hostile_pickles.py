@@ -22,7 +22,7 @@ import watched_unpickler
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from make_data import LabSequence, pickle_as_lab
-from make_pickles import SEQUENCE, as_name, as_text, body
+from make_pickles import SEQUENCE, as_name, as_text, forged_array
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import safe_pickle
@@ -167,10 +167,6 @@ TEXTS = [
 ]
 
 
-def as_old_name(name: tuple[str, str]) -> bytes:
-    return b"c" + "\n".join(name).encode() + b"\n"
-
-
 NAMES = st.one_of(st.sampled_from(ALLOWED), st.sampled_from(ALLOWED), st.sampled_from(HOSTILE))
 SMALL = st.integers(0, 12).map(lambda at: bytes([at]))
 VALUES = st.one_of(
@@ -184,7 +180,7 @@ VALUES = st.one_of(
 )
 CALLS = st.one_of(
     NAMES.map(lambda name: as_name(*name)),
-    NAMES.map(as_old_name),
+    NAMES.map(lambda name: b"c" + "\n".join(name).encode() + b"\n"),
     NAMES.map(lambda name: b"(" + as_text(f"touch {CANARY_FILE}") + b"i" + "\n".join(name).encode() + b"\n"),
     NAMES.map(lambda name: b"(" + as_name(*name) + as_text(f"touch {CANARY_FILE}") + b"o"),
     NAMES.map(lambda name: as_name(*name) + as_text(f"touch {CANARY_FILE}") + b"\x85R"),
@@ -244,17 +240,7 @@ def test_forged_arrays(
 ) -> None:
     """Whatever an array claims to be: it holds the bytes that it came with, as numbers or text."""
     code, byte_order, raw, shape, order, route = parts
-    dtype = as_name("numpy", "dtype") + body((code, False, True)) + b"R"
-    dtype += body((3, byte_order, None, None, None, -1, -1, 0)) + b"b"
-    data = b"C" + bytes([len(raw)]) + raw
-    if route == "_frombuffer":
-        array = as_name(*ALLOWED[6]) + b"(" + data + dtype + body(tuple(shape)) + body(order) + b"tR"
-    elif route == "scalar":
-        array = as_name(*ALLOWED[5]) + dtype + data + b"\x86R"
-    else:
-        array = as_name(*ALLOWED[4]) + b"(" + as_name(*ALLOWED[2]) + body((0,)) + b"C\x01btR"
-        array += b"(" + body(1) + body(tuple(shape)) + dtype + b"\x89" + data + b"tb"
-    content = FRAMES["a state"](array)
+    content = FRAMES["a state"](forged_array(route, code, byte_order, raw, shape, order))
     if assert_read_or_refused(reader, content):
         file = tmp_path_factory.mktemp("forged") / "raw_text.pkl"
         file.write_bytes(content)

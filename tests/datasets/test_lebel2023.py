@@ -3,7 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,6 @@ def response_file(root: Path, subject: str, story: str) -> Path:
 
 def grid_file(root: Path, story: str) -> Path:
     return root / "derivative" / "TextGrids" / f"{story}.TextGrid"
-
-
-def edit_volumes(root: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the table of lengths."""
-    file = root / "derivative" / "respdict.json"
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
 
 
 def published_trfile(n_volumes: int) -> TRFile:
@@ -310,7 +301,8 @@ def test_lengths_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_text_or_length_alone_is_left_out_with_a_note(root: Path) -> None:
     for name in ("omega", "psi"):
         shutil.copy(grid_file(root, "alpha"), grid_file(root, name))
-    edit_volumes(root, lambda content: content.update({f"chi{i}": 200 for i in range(8)}))
+    lengths = root / "derivative" / "respdict.json"
+    lengths.write_text(json.dumps(json.loads(lengths.read_text()) | {f"chi{i}": 200 for i in range(8)}))
     dataset = open_lebel(root)
     assert tuple(dataset.stories) == STORIES
     assert dataset.notes == (
@@ -354,51 +346,33 @@ HOW = pytest.mark.parametrize("how", ["link", "pointer", "text"])
 
 
 @HOW
-def test_responses_not_fetched_are_left_out_with_a_note(how: str, root: Path) -> None:
+def test_responses_and_unheard_words_not_fetched_are_left_out_with_a_note(how: str, root: Path) -> None:
     unfetch(response_file(root, "UTS01", "alpha"), how)
     unfetch(response_file(root, "UTS01", "wheretheressmoke"), how)
     for story in STORIES:
         unfetch(response_file(root, "UTS03", story), how)
+    unfetch(grid_file(root, "alpha"), how)
     dataset = open_lebel(root)
     assert (dataset.subjects, dataset.published_test) == (("UTS01",), ())
     assert dataset.notes == (
         f"UTS01: responses to 2 of 7 stories left out: {HINT}",
         f"UTS03: responses to 7 of 7 stories left out: {HINT}",
+        f"left out: alpha (TextGrid: {HINT})",
     )
     heard = {name for name, story in dataset.stories.items() if story.responses}
     assert heard == set(STORIES) - {"alpha", "wheretheressmoke"}
 
 
 @HOW
-def test_nothing_fetched_is_refused(how: str, root: Path) -> None:
-    for subject in ("UTS01", "UTS03"):
-        for story in STORIES:
-            unfetch(response_file(root, subject, story), how)
-    with pytest.raises(InputError) as caught:
-        open_lebel(root)
-    assert str(caught.value) == f"{response_file(root, 'UTS01', 'alpha')}: {HINT}"
-
-
-@HOW
-def test_words_not_fetched_are_refused_where_they_were_heard(how: str, root: Path) -> None:
-    shutil.copy(grid_file(root, "alpha"), grid_file(root, "omega"))
-    edit_volumes(root, lambda content: content.update(omega=200))
-    unfetch(grid_file(root, "omega"), how)
-    assert open_lebel(root).notes == (f"left out: omega (TextGrid: {HINT})",)
-    unfetch(grid_file(root, "beta"), how)
-    with pytest.raises(InputError) as caught:
-        open_lebel(root)
-    assert str(caught.value) == f"{grid_file(root, 'beta')}: {HINT}"
-
-
-@HOW
-def test_lengths_not_fetched_are_refused(how: str, root: Path) -> None:
-    file = root / "derivative" / "respdict.json"
-    unfetch(file, how)
+@pytest.mark.parametrize("files", ["preprocessed_data/*/*.hf5", "TextGrids/beta.TextGrid", "respdict.json"])
+def test_what_is_needed_and_not_fetched_is_refused(files: str, how: str, root: Path) -> None:
+    unfetched = sorted((root / "derivative").glob(files))
+    for file in unfetched:
+        unfetch(file, how)
     assert recognises(root)
     with pytest.raises(InputError) as caught:
         open_lebel(root)
-    assert str(caught.value) == f"{file}: {HINT}"
+    assert str(caught.value) == f"{unfetched[0]}: {HINT}"
 
 
 def test_a_link_to_fetched_content_is_followed(root: Path, tmp_path: Path) -> None:

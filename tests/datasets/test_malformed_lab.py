@@ -179,6 +179,17 @@ RESPONSES = {
 }
 
 TEXTS = {
+    "a pickle that calls os.system": Case(
+        change_bytes("raw_text.pkl", lambda b: b"cos\nsystem\n(S'touch canary'\ntR."), (TEXT, "it asks for os.system")
+    ),
+    "a story's name half a character": Case(
+        change_bytes("raw_text.pkl", lambda b: b.replace(b"zeta", b"z\xed\xa0\xbd")),
+        (TEXT, r"story 'z\ud", "half a character"),
+    ),
+    **{
+        f"without {name}": transcript(text(lambda s, name=name: delattr(s, name)), f"has no {name}")
+        for name in ("data", "data_times", "tr_times")
+    },
     "no words": story(
         text(lambda s: (setattr(s, "data", []), setattr(s, "data_times", np.zeros(0)))), "has no spoken word"
     ),
@@ -236,13 +247,6 @@ TEXTS = {
     "lists of times": transcript(
         replacing("tr_times", lambda t: [t.tolist(), t.tolist()]), "TR times are not numbers: number 0 is of type list"
     ),
-    "regions beyond the voxels": Case(
-        with_file("subject2/rois.json", '{"V1": [3, 12]}'),
-        ("{data}/subject2/rois.json: region V1: no voxel 12", "0 to 11"),
-    ),
-    "regions beyond all numbers": Case(
-        with_file("rois.json", '{"V1": [1%s]}' % ("0" * 30)), ("{data}/rois.json: region V1",)
-    ),
     "regions a hundred thousand deep": Case(with_file("rois.json", "[" * 100_000), ("{data}/rois.json: not readable",)),
 }
 
@@ -259,13 +263,19 @@ def test_malformed_text_and_regions_are_refused(name: str, lab: Path, both: Comm
     both.assert_both_refuse(TEXTS[name], lab)
 
 
-def test_data_without_a_change_are_usable(lab: Path, tmp_path: Path, both: Commands) -> None:
+def test_data_without_a_change_or_with_a_story_of_one_word_are_usable(
+    lab: Path, tmp_path: Path, both: Commands
+) -> None:
     """Else each case could be refused for another reason."""
-    for data in (lab, make_lebel(tmp_path / "ds", subjects=("UTS03",))):
+    short = make_lab(tmp_path / "short")
+    for attribute in ("data", "data_times"):
+        replacing(attribute, lambda values: values[40:41])(short)
+    for data, beta in ((make_lebel(tmp_path / "ds", subjects=("UTS03",)), ""), (lab, ""), (short, "subject2 +1 +0 ")):
         planned, checked = both.study(data), both.check(data)
         assert (planned.code, planned.error, checked.code, checked.error) == (0, "", 0, ""), checked.out
         assert "beta" in planned.out
         assert "verdict: usable" in checked.out.splitlines()
+        assert re.search(f"^beta +{beta}", checked.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -297,19 +307,6 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path, both: Commands) -
     ended = both.check(data)
     assert ended.code == 2
     assert "has 39 rows" in ended.out
-
-
-def test_a_story_of_one_word_is_usable(lab: Path, both: Commands) -> None:
-    def edit(story: LabSequence) -> None:
-        story.data, story.data_times = story.data[40:41], story.data_times[40:41]
-
-    text(edit)(lab)
-    ended = both.study(lab)
-    assert (ended.code, ended.error) == (0, "")
-    assert "beta" in ended.out
-    ended = both.check(lab)
-    assert (ended.code, ended.error) == (0, "")
-    assert re.search(r"^beta +subject2 +1 +0 ", ended.out, re.MULTILINE)
 
 
 def test_a_data_folder_that_links_to_itself_is_refused(tmp_path: Path, both: Commands) -> None:

@@ -132,12 +132,8 @@ HDF5 = {
     "without a shape": written(
         lambda file, rows, _: file.create_dataset("data", data=h5py.Empty("f8")), "without a shape"
     ),
-    "transposed": rows(lambda y: y.T, "has 12 rows and 40 columns", "transposed"),
     "an extra TR": rows(lambda y: np.vstack([y, y[:1]]), "has 41 rows", "make 40"),
-    "one TR less": rows(lambda y: y[:-1], "has 39 rows", "make 40"),
-    "another number of voxels": rows(lambda y: y[:, :5], "has 5 voxels", "have 12"),
     "one dimension": rows(lambda y: y[:, 0], "shape (40,)"),
-    "nothing finite": rows(lambda y: y * np.nan, "has no finite voxel"),
     "a pipe": Case(a_pipe(HF5), (FILE, "not a file but a pipe")),
     "without text": renamed("unheard.hf5", "data/UTS03/unheard.hf5: story unheard has no text"),
     "another case": renamed("Beta.hf5", "data/UTS03/Beta.hf5: story Beta has no text"),

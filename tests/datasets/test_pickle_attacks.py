@@ -16,15 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from make_data import LabSequence, make_lab, pickle_as_lab
-from make_pickles import SEQUENCE, array, as_bytes, as_name, as_text, body, sequence, transcript
+from make_pickles import SEQUENCE, array, as_bytes, as_name, as_text, body, forged_array, sequence, transcript
 from project import ROOT
-from refusals import Case, Commands, change_bytes
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import open_dataset, safe_pickle
 from bert_encoding.datasets.lab import read_transcripts
-
-TEXT = "{data}/raw_text.pkl"
 
 
 def refusal(file: Path, content: bytes) -> str:
@@ -146,18 +143,10 @@ def test_an_object_scalar_with_a_pickle_inside_is_refused(core: str, tmp_path: P
 @pytest.mark.parametrize("route", ["_frombuffer", "_reconstruct", "scalar"])
 def test_forged_object_arrays_are_refused(route: str, tmp_path: Path) -> None:
     """An object dtype whose state denies that it holds objects makes NumPy take the file's bytes for pointers."""
-    dtype = as_name("numpy", "dtype") + body(("O8", False, True)) + b"R"
-    dtype += body((3, "|", None, None, None, -1, -1, 0)) + b"b"
-    raw = b"C\x10" + b"A" * 16
-    if route == "scalar":
-        forged = b"]" + as_name("numpy._core.multiarray", route) + dtype + raw + b"\x86Ra"
-    elif route == "_frombuffer":
-        forged = as_name("numpy._core.numeric", route) + b"(" + raw + dtype + body((2,)) + as_text("C") + b"tR"
-    else:
-        empty = as_name("numpy", "ndarray") + body((0,)) + b"C\x01b"
-        forged = as_name("numpy._core.multiarray", route) + b"(" + empty + b"tR"
-        forged += b"(" + body(1) + body((2,)) + dtype + b"\x89" + raw + b"tb"
-    assert refusal(tmp_path / "raw_text.pkl", sequence(as_text("data") + forged)) == "an array of object is not allowed"
+    forged = forged_array(route, "O8", "|", b"A" * 16, [2])
+    for words in (forged, b"]" + forged + b"a"):
+        content = sequence(as_text("data") + words)
+        assert refusal(tmp_path / "raw_text.pkl", content) == "an array of object is not allowed"
 
 
 def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
@@ -326,20 +315,3 @@ def test_opcodes_are_checked_where_memory_cannot_be_limited() -> None:
         with pytest.raises(ValueError, match=r"numbers an object|expected \d+ bytes"):
             safe_pickle.check_opcodes(BOMBS[name])
     safe_pickle.check_opcodes(pickle.dumps({"alpha": ["once", "upon", "a", "time"] * 100}, protocol=2))
-
-
-PICKLES = {
-    "os.system": Case(
-        change_bytes("raw_text.pkl", lambda b: b"cos\nsystem\n(S'touch canary'\ntR."), (TEXT, "it asks for os.system")
-    ),
-    "a story's name half a character": Case(
-        change_bytes("raw_text.pkl", lambda b: b.replace(b"zeta", b"z\xed\xa0\xbd")),
-        (TEXT, r"story 'z\ud", "half a character"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_a_study_and_check_refuse_pickles(name: str, lab: Path, both: Commands) -> None:
-    both.assert_both_refuse(PICKLES[name], lab)
-    assert not Path("canary").exists()

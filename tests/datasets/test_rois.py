@@ -56,6 +56,7 @@ BAD: dict[str, tuple[str | np.ndarray, str]] = {
     "none": ('{"V1": []}', "region V1: expected voxel indices or a mask"),
     "negative": ('{"V1": [2, -1]}', "region V1: no voxel -1; the responses have 12"),
     "beyond": ('{"V1": [12]}', "region V1: no voxel 12; the responses have 12: 0 to 11"),
+    "beyond all numbers": ('{"V1": [1%s]}' % ("0" * 30), "region V1"),
     "twice": ('{"V1": [3, 4, 3]}', "region V1: voxel 3 is named twice"),
     "short mask": (np.ones(11, bool), "region V1: the mask has 11 voxels, the responses have 12"),
     "empty mask": (np.zeros(12, bool), "region V1: the mask selects no voxel"),

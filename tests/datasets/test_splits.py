@@ -38,18 +38,16 @@ def dataset() -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("fit", "validation", "test", "message"),
+    ("roles", "message"),
     [
-        (("a", "b"), ("b",), ("c",), "story b is in both fit and validation"),
-        (("a", "b"), ("c",), ("a",), "story a is in both fit and test"),
-        (("a", "b"), ("c", "d"), ("d",), "story d is in both validation and test"),
+        (("ab", "b", "c"), "story b is in both fit and validation"),
+        (("ab", "c", "a"), "story a is in both fit and test"),
+        (("ab", "cd", "d"), "story d is in both validation and test"),
     ],
 )
-def test_split_refuses_a_story_with_two_roles(
-    fit: tuple[str, ...], validation: tuple[str, ...], test: tuple[str, ...], message: str
-) -> None:
+def test_split_refuses_a_story_with_two_roles(roles: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Split(fit, validation, test)
+        Split(*map(tuple, roles))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345])
@@ -126,27 +124,23 @@ def test_choose_subjects_takes_all_or_those_named_once_each(dataset: Dataset) ->
     assert choose_subjects(dataset, []) == SUBJECTS
     assert choose_subjects(dataset, ["subject3"]) == ("subject3",)
     assert choose_subjects(dataset, ["subject3", "subject2", "subject3"]) == ("subject3", "subject2")
-
-
-def test_an_unknown_subject_is_refused_and_the_known_ones_named(dataset: Dataset) -> None:
     with pytest.raises(InputError, match="the/source: no subject subject9; it has subject2, subject3"):
         choose_subjects(dataset, ["subject2", "subject9"])
 
 
-def test_all_but_the_published_test_stories_train_by_default(dataset: Dataset) -> None:
-    assert choose_stories(dataset, SUBJECTS, None, None, 0) == (names(12)[:-2], names(12)[-2:])
-
-
-def test_a_story_that_a_chosen_subject_did_not_hear_stays_out(dataset: Dataset) -> None:
-    assert "partial" not in choose_stories(dataset, SUBJECTS, None, None, 0)[0]
-    assert "partial" in choose_stories(dataset, SUBJECTS[:1], None, None, 0)[0]
-    assert choose_stories(dataset, SUBJECTS[:1], ["partial"], None, 0)[1] == ["partial"]
-
-
-def test_named_test_stories_replace_the_published_ones(dataset: Dataset) -> None:
-    train, test = choose_stories(dataset, SUBJECTS, ["story003", "story001", "story003"], None, 0)
-    assert test == ["story003", "story001"]
-    assert sorted(train + test) == names(12)
+@pytest.mark.parametrize(
+    ("subjects", "named", "train", "test"),
+    [
+        (SUBJECTS, None, names(12)[:-2], names(12)[-2:]),
+        (SUBJECTS[:1], None, ["partial", *names(12)[:-2]], names(12)[-2:]),
+        (SUBJECTS[:1], ["partial"], names(12), ["partial"]),
+        (SUBJECTS, ["story003", "story001", "story003"], sorted({*names(12)} - {"story001", "story003"}), None),
+    ],
+)
+def test_stories_that_all_chosen_subjects_heard_train_except_published_or_named_ones(
+    subjects: tuple[str, ...], named: list[str] | None, train: list[str], test: list[str] | None, dataset: Dataset
+) -> None:
+    assert choose_stories(dataset, subjects, named, None, 0) == (train, test or ["story003", "story001"])
 
 
 @pytest.mark.parametrize("n_train", [1, 4, 10])
@@ -222,8 +216,3 @@ def test_story_folds_follow_the_seed_and_not_the_order_of_the_dict() -> None:
     reordered = dict(reversed(n_rows.items()))
     assert story_folds(n_rows, 4, 1) == story_folds(reordered, 4, 1) == story_folds(n_rows, 4, 1)
     assert len({frozenset(story_folds(n_rows, 4, seed)) for seed in range(20)}) > 15
-
-
-def test_with_fewer_stories_than_folds_each_story_is_one() -> None:
-    folds = story_folds({"a": 100, "b": 300, "c": 200}, 5, 0)
-    assert sorted(folds) == [("a",), ("b",), ("c",)]

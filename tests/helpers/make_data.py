@@ -30,10 +30,7 @@ def make_tiny_bert(
 ) -> Path:
     """Write a BERT with 2 layers of width 32 that reads 512 tokens, and return its folder.
 
-    Parameters
-    ----------
-    words, letters : its vocabulary; a word of other letters is unknown to it
-    changes : other settings of ``BertConfig``
+    A word of other ``letters`` is unknown to it. ``changes`` are other settings of ``BertConfig``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]

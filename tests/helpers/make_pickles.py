@@ -38,4 +38,18 @@ def array(dtype: str, raw: bytes, shape: bytes) -> bytes:
     return as_name("numpy._core.numeric", "_frombuffer") + b"(" + arguments + b"tR"
 
 
+def forged_array(route: str, code: str, byte_order: str, raw: bytes, shape: list[int], order: str = "C") -> bytes:
+    """Return the opcodes of an array, by one of NumPy's routes, whose dtype denies that it holds objects."""
+    dtype = as_name("numpy", "dtype") + body((code, False, True)) + b"R"
+    dtype += body((3, byte_order, None, None, None, -1, -1, 0)) + b"b"
+    data = b"C" + bytes([len(raw)]) + raw
+    if route == "_frombuffer":
+        return as_name("numpy._core.numeric", route) + b"(" + data + dtype + body(tuple(shape)) + body(order) + b"tR"
+    made = as_name("numpy._core.multiarray", route)
+    if route == "scalar":
+        return made + dtype + data + b"\x86R"
+    made += b"(" + as_name("numpy", "ndarray") + body((0,)) + b"C\x01btR"
+    return made + b"(" + body(1) + body(tuple(shape)) + dtype + b"\x89" + data + b"tb"
+
+
 SEQUENCE = as_name("ridge_utils.DataSequence", "DataSequence")

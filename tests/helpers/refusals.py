@@ -41,8 +41,8 @@ class Commands:
         planned = self.study(data)
         assert_refused(planned, *message)
         assert planned.out == "", "nothing may look like a plan"
-        assert not Path("out").exists()
         assert_not_usable(self.check(data), message)
+        assert not list(Path().iterdir()), "no file is written"
         assert content(data) == before, "the data are not ours to change"
 
 

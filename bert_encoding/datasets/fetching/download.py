@@ -51,9 +51,8 @@ class WrongContent(Exception):
 def download(client: Client, files: Sequence[RemoteFile], folder: Path, console: Console) -> int:
     """Make every file exist with the right content, and return how many did before.
 
-    Existing files are verified and kept. A file of other content is renamed to ``<name>.wrong`` and downloaded.
-
-    Raises InputError if the disk has too little space, or a file could not be downloaded; the others are kept.
+    Existing files are verified and kept. A file of other content is renamed to ``<name>.wrong`` and downloaded. Raises
+    InputError if the disk has too little space, or a file could not be downloaded; the others are kept.
     """
     with ByteProgress(console, "checking existing files", sum(_size(file.path) for file in files)) as progress:
         exists = map_in_threads(lambda file: _exists(file, progress), files, client)

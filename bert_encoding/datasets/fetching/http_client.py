@@ -93,10 +93,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def check_url(url: str) -> str:
-    """Return a base URL that ends in ``/``.
-
-    Raises InputError unless it is ``https://host/...``, or ``http://`` with a host on this machine.
-    """
+    """Return a base URL that ends in ``/``; raise InputError unless it is https, or http to this machine."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -168,10 +165,7 @@ class RetryPolicy:
 
 
 def read_small(client: Client, url: str) -> bytes | None:
-    """Return the content of a small file, or None if the server has no such file (404).
-
-    Raises InputError if the server fails however often it is asked, or the file is not small.
-    """
+    """Return the content of a small file, None if there is none (404); raise InputError if it fails or is larger."""
     retries = RetryPolicy(client, url)
     while True:
         try:

@@ -17,9 +17,8 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], client
     """Return ``[work(item) for item in items]``, with one thread per connection of the client.
 
     If an item fails, the others are still processed, until as many failures in a row as there are connections were
-    permanent. The threads are daemons: those of ``concurrent.futures`` would delay the end of an interrupted program.
-
-    Raises InputError if items failed: the message of the first failure, and the number of others.
+    permanent; then InputError is raised, with the first message and the number of other failures. The threads are
+    daemons: those of ``concurrent.futures`` would delay the end of an interrupted program.
     """
     n_threads = client.n_connections
     was_permanent: list[bool] = []  # appended to by all threads, in the order in which items end
