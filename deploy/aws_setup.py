@@ -94,14 +94,11 @@ def make_group(ec2: Any, ssh_from: str) -> str:
         raise InputError("this region has no default VPC; make one: aws ec2 create-default-vpc")
     inside = [{"Name": "vpc-id", "Values": [networks[0]["VpcId"]]}, {"Name": "group-name", "Values": [GROUP]}]
     groups = ec2.describe_security_groups(Filters=inside)["SecurityGroups"]
-    if groups:
-        group, rules = groups[0]["GroupId"], groups[0]["IpPermissions"]
-    else:
-        made = ec2.create_security_group(
-            GroupName=GROUP, Description="Nodes of a BERT encoding study", VpcId=networks[0]["VpcId"]
-        )
-        group, rules = made["GroupId"], []
-    if rules:
+    if not groups:
+        about = "Nodes of a BERT encoding study"
+        groups = [ec2.create_security_group(GroupName=GROUP, Description=about, VpcId=networks[0]["VpcId"])]
+    group = groups[0]["GroupId"]
+    if rules := groups[0].get("IpPermissions"):
         ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=rules)
     among_members = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
     ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[among_members, _ssh(ssh_from)])

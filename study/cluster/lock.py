@@ -73,25 +73,12 @@ class Hold:
 def holding(folder: Place, hold: Hold) -> Iterator[None]:
     """Hold a study's lock; raise InputError if another run holds it, or has taken it over by the end."""
     mine = this_process()
-    if isinstance(folder, Path):
-        with _holding_file(folder, mine), _in_session(mine.token):
+    with _holding_file(folder, mine) if isinstance(folder, Path) else _holding_object(folder, mine, hold):
+        previous = _held.set(mine.token)
+        try:
             yield
-        return
-    lock = conditional_object(folder / LOCK_FILE)
-    tag, hold.takeover = _acquire(lock, folder, mine, hold.may_force)
-    renewal = threading.Thread(target=_renew, args=(lock, mine, tag, hold), daemon=True)
-    renewal.start()
-    try:
-        with _in_session(mine.token):
-            yield
-    except KeyboardInterrupt:
-        if hold.lost_to is None:
-            raise
-    finally:
-        hold.ended.set()
-        renewal.join()
-    if hold.lost_to is not None:
-        raise InputError(f"{folder}: another run took this study over ({hold.lost_to}); this one has ended")
+        finally:
+            _held.reset(previous)
 
 
 def this_process() -> Owner:
@@ -107,23 +94,11 @@ def session_id() -> str:
 
 
 def is_held_by(folder: Place, session: str) -> bool:
-    """Whether a session still holds a study; works on every machine.
-
-    Raises InputError if object storage cannot be read.
-    """
+    """Whether a session still holds a study, on every machine; raise InputError if object storage cannot be read."""
     try:
         return _parse((folder / (OWNER_FILE if isinstance(folder, Path) else LOCK_FILE)).read_bytes()).token == session
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _in_session(token: str) -> Iterator[None]:
-    previous = _held.set(token)
-    try:
-        yield
-    finally:
-        _held.reset(previous)
 
 
 @contextmanager
@@ -142,6 +117,24 @@ def _holding_file(folder: Path, mine: Owner) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _holding_object(folder: ObjectPath, mine: Owner, hold: Hold) -> Iterator[None]:
+    lock = conditional_object(folder / LOCK_FILE)
+    tag, hold.takeover = _acquire(lock, folder, mine, hold.may_force)
+    renewal = threading.Thread(target=_renew, args=(lock, mine, tag, hold), daemon=True)
+    renewal.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if hold.lost_to is None:
+            raise
+    finally:
+        hold.ended.set()
+        renewal.join()
+    if hold.lost_to is not None:
+        raise InputError(f"{folder}: another run took this study over ({hold.lost_to}); this one has ended")
 
 
 def _refusal(folder: Place, owner: Owner, advice: str) -> InputError:

@@ -40,22 +40,13 @@ class Node(NamedTuple):
 
 
 class Machines(NamedTuple):
-    """Where trials will run.
+    """Where trials will run."""
 
-    Attributes
-    ----------
-    address : ``host:port`` of the cluster's head; None for a Ray of our own on this machine
-    chosen_by : why these machines were chosen
-    nodes : the machines that run now
-    can_add : the machines that an autoscaler could add; None if unknown
-    notes : what the user should know
-    """
-
-    address: str | None
-    chosen_by: str
-    nodes: tuple[Node, ...]
-    can_add: tuple[Node, ...] | None = ()
-    notes: tuple[str, ...] = ()
+    address: str | None  # ``host:port`` of the cluster's head; None for a Ray of our own on this machine
+    chosen_by: str  # why these machines were chosen
+    nodes: tuple[Node, ...]  # the machines that run now
+    can_add: tuple[Node, ...] | None = ()  # the machines that an autoscaler could add; None if unknown
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def is_local(self) -> bool:
@@ -96,11 +87,8 @@ def machine_gpus() -> int:
 def find_machines(address: str | None = None) -> Machines:
     """Return where trials run: at ``address``, else at RAY_ADDRESS, else in a cluster on this node, else here.
 
-    Raises InputError if the cluster does not answer, cannot be joined from this machine, or refuses our token.
-
-    Parameters
-    ----------
-    address : ``host:port``, ``auto`` (a cluster on this node) or ``local`` (this machine)
+    An address is ``host:port``, ``auto`` (a cluster on this node) or ``local`` (this machine). Raises InputError if the
+    cluster does not answer, cannot be joined from this machine, or refuses our token.
     """
     requested = address or os.environ.get(ADDRESS_VARIABLE)
     source = "--address" if address else ADDRESS_VARIABLE

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,36 +24,32 @@ def for_workers(dataset: Dataset) -> Dataset:
 
     Raises InputError if responses without a file (simulated ones) are too large to be sent, or a file does not exist.
     """
-    stories = dataset.stories.values()
-    responses = [r for story in stories for r in (*story.responses.values(), *story.repeats.values())]
+    responses = [r for story in dataset.stories.values() for r in (*story.responses.values(), *story.repeats.values())]
     n_bytes = sum(r.array.nbytes for r in responses if r.array is not None)
     if n_bytes > MAX_SENT_BYTES:
         raise InputError(
             f"{dataset.source}: {n_bytes / 1e9:.1f} GB of responses in memory are too large to be sent to the workers "
             f"(at most {MAX_SENT_BYTES / 1e9:.0f} GB); keep them in files, or use fewer voxels"
         )
-    stamps: dict[Path, str] = {}
-    stamped = {
-        name: replace(
-            story,
-            responses={subject: _stamp(r, stamps) for subject, r in story.responses.items()},
-            repeats={subject: _stamp(r, stamps) for subject, r in story.repeats.items()},
-        )
+    stamp_of = functools.cache(_stamp)  # a file may contain the responses to several stories
+
+    def stamped(responses: Mapping[str, Responses]) -> dict[str, Responses]:
+        return {
+            subject: r if r.path is None else replace(r, stamp=stamp_of(r.path)) for subject, r in responses.items()
+        }
+
+    stories = {
+        name: replace(story, responses=stamped(story.responses), repeats=stamped(story.repeats))
         for name, story in dataset.stories.items()
     }
-    return replace(dataset, stories=stamped)
+    return replace(dataset, stories=stories)
 
 
-def _stamp(responses: Responses, stamps: dict[Path, str]) -> Responses:
-    """Return the responses with the stamp of their file, which may hold those of several stories."""
-    if responses.path is None:
-        return responses
-    if responses.path not in stamps:
-        try:
-            stamps[responses.path] = file_stamp(responses.path)
-        except OSError as error:
-            raise InputError(f"{responses.path}: {error.strerror or error}") from None
-    return replace(responses, stamp=stamps[responses.path])
+def _stamp(path: Path) -> str:
+    try:
+        return file_stamp(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
 def with_settled_precision(config: TrialConfig, study: str) -> TrialConfig:

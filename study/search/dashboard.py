@@ -42,7 +42,7 @@ class Journal:
 
     def __init__(self, path: Path, name: str, is_gain: bool) -> None:
         self.path = path
-        self.storage: JournalStorage | None = None
+        self.storage: Any = None
         self.ids: dict[int, int] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
@@ -59,14 +59,12 @@ class Journal:
     @_never_fatal
     def copy(self, trials: list[FrozenTrial]) -> None:
         """Write trials of earlier sessions."""
-        assert self.storage is not None
         for trial in trials:
             self.storage.create_new_trial(self.study_id, template_trial=trial)
 
     @_never_fatal
     def begin(self, asked: optuna.Trial) -> None:
         """Write a trial that begins, with its parameters."""
-        assert self.storage is not None
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=asked.params,
@@ -78,12 +76,10 @@ class Journal:
     @_never_fatal
     def report(self, asked: optuna.Trial, epoch: int, value: float) -> None:
         """Write one epoch of a trial."""
-        assert self.storage is not None
         self.storage.set_trial_intermediate_value(self.ids[asked.number], epoch, value)
 
     @_never_fatal
     def end(self, asked: optuna.Trial, state: TrialState, value: float | None) -> None:
         """Write how a trial ended."""
-        assert self.storage is not None
         values = None if value is None else [value]
         self.storage.set_trial_state_values(self.ids.pop(asked.number), state, values)

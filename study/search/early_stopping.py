@@ -26,14 +26,10 @@ class StopBoard:
 
 
 class StopSignal:
-    """Passes the decision to stop from the driver to the worker.
+    """Passes the decision to stop from the driver to the worker, by a ``StopBoard`` in Ray.
 
     A trial that is retried after its worker died stops after the same epoch as before. If the board cannot be reached,
     no trial stops.
-
-    Parameters
-    ----------
-    board : handle of a ``StopBoard`` in Ray
     """
 
     def __init__(self, board: Any) -> None:

@@ -1,6 +1,7 @@
 """What hands jobs to Ray Tune, and a fixed list of jobs."""
 
 from collections import deque
+from dataclasses import asdict
 from typing import Any
 
 from ray import tune
@@ -57,7 +58,7 @@ class JobList(JobSearcher):
         if self.error is not None or not self.waiting:
             return Searcher.FINISHED
         self.jobs[trial_id] = self.waiting.popleft()
-        return self.jobs[trial_id].to_dict()
+        return asdict(self.jobs[trial_id])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn: the jobs are given."""

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from bert_encoding.core.names import BASELINE, COMPLETE, CONFIRM, FAILED, STOPPED
 from bert_encoding.trial.record import TrialRecord
 from study.search.job_list import JobList, JobSearcher, TuneCallback
-from study.search.time_limits import RETRIES, died
+from study.search.time_limits import DIED
 from study.wording import duration
 
 EVERY_S = 60.0  # between lines of a log file that only say what is running
@@ -18,26 +18,19 @@ ENOUGH, ENOUGH_SHARE = 2, 0.1  # finished trials before the time left is estimat
 
 
 class ProgressLine(TuneCallback):
-    """Follows a study through Ray Tune's events.
-
-    Parameters
-    ----------
-    records : of earlier sessions
-    n_jobs : jobs that this session will run
-    """
+    """Follows a study, of which ``records`` are there from earlier sessions, through Ray Tune's events."""
 
     def __init__(
         self,
         console: Console,
         searcher: JobSearcher,
         records: list[TrialRecord],
-        n_jobs: int,
         n_epochs: int,
         clock: Any = time.monotonic,
     ) -> None:
         self.console, self.searcher, self.clock = console, searcher, clock
         self.phase = _phase(searcher)
-        self.n_jobs, self.n_epochs, self.n_done, self.n_searched = n_jobs, n_epochs, 0, 0
+        self.n_jobs, self.n_epochs, self.n_done, self.n_searched = searcher.n_jobs, n_epochs, 0, 0
         self.search_began = self.last_printed = clock()
         self.running: dict[str, str] = {}  # trial -> how far it is
         self.best: tuple[float, str] | None = None
@@ -48,7 +41,7 @@ class ProgressLine(TuneCallback):
         self.bar = Progress(
             BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console, transient=True
         )
-        self.task = self.bar.add_task("starting workers", total=n_jobs)
+        self.task = self.bar.add_task("starting workers", total=self.n_jobs)
 
     def __enter__(self) -> "ProgressLine":
         if self.console.is_terminal:
@@ -75,7 +68,7 @@ class ProgressLine(TuneCallback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Count a trial that was given up, whose worker cannot report its end."""
         job = self.searcher.jobs[trial.trial_id]
-        reason = self.searcher.reasons.get(trial.trial_id, died(RETRIES))
+        reason = self.searcher.reasons.get(trial.trial_id, DIED)
         self._ended(job.config["method"], {"job": job.trial_id, "phase": job.phase, "status": FAILED, "error": reason})
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:

@@ -37,14 +37,11 @@ class StudySearcher(JobSearcher):
 
     Parameters
     ----------
-    baselines : jobs without a record
     n_trials : number of searched trials of the study, those of ``records`` included
     records : of earlier sessions
     make_key : configuration -> identity
     metric : the score that Optuna optimises
-    scheduler : the rule that stops trials early
-    stop_signal : tells a trial to stop; None stops no trial
-    journal : a copy for viewing
+    scheduler : the rule that stops trials early, if there is a ``stop_signal``
     is_mixed : records may come from another version of the space; Optuna does not receive those it cannot suggest
     """
 
@@ -89,7 +86,7 @@ class StudySearcher(JobSearcher):
             return Searcher.FINISHED
         if self.waiting_baselines:
             self.jobs[trial_id] = self.waiting_baselines.pop(0)
-            return self.jobs[trial_id].to_dict()
+            return asdict(self.jobs[trial_id])
         if self.open_baselines:
             return None  # without a baseline the search has nothing to be compared with
         if self.held is None and self.n_left == 0:
@@ -105,7 +102,7 @@ class StudySearcher(JobSearcher):
         self.held = None
         self.jobs[trial_id] = replace(job, repeat_of=self.done.get(job.key))
         self._begin(trial_id, asked)
-        return self.jobs[trial_id].to_dict()
+        return asdict(self.jobs[trial_id])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report an epoch to Optuna and, if its rule says so, request the stop; the trial waits meanwhile."""

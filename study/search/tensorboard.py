@@ -13,12 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class TensorBoard(TuneCallback):
-    """Writes the scores of every epoch as they come; a failure to write ends the writing and nothing else.
-
-    Parameters
-    ----------
-    folder : of the study; the scalars are in ``tensorboard/<trial>``
-    """
+    """Writes the scores of every epoch to ``tensorboard/<trial>``; a failure ends the writing and nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder / TENSORBOARD_FOLDER

@@ -12,6 +12,7 @@ from study.search.job_list import JobSearcher, TuneCallback
 from study.search.worker import Job, failed_record, find_record
 
 RETRIES = 2  # of a trial whose worker died
+DIED = f"its worker died {RETRIES + 1} times"
 MAX_UNRECORDED = 3  # trials in a row that could not write their records, before a study ends
 
 
@@ -22,10 +23,7 @@ class TrialGuard(TuneCallback):
     continue. If a worker could not write its record, for example for lack of space, the driver may: it needs less, and
     may be on another machine. If the driver cannot either, or several trials in a row could not, the study ends.
 
-    Parameters
-    ----------
-    folder : of the study
-    limit_s : seconds that a trial may take, from the start of its worker's work on it; None is no limit
+    The limit in seconds counts from the start of a worker's work on a trial; None is no limit.
     """
 
     def __init__(self, folder: Place, searcher: JobSearcher, limit_s: float | None = None) -> None:
@@ -61,9 +59,7 @@ class TrialGuard(TuneCallback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record a trial that was given up, unless it has a record."""
         self.running.pop(trial.trial_id, None)
-        job = self.searcher.jobs[trial.trial_id]
-        reason = self.searcher.reasons.get(trial.trial_id, died(RETRIES))
-        self._record(job, reason)
+        self._record(self.searcher.jobs[trial.trial_id], self.searcher.reasons.get(trial.trial_id, DIED))
         forget(trial)
 
     def _record(self, job: Job, reason: str, by_user: bool = False) -> None:
@@ -100,8 +96,3 @@ def forget(trial: Any) -> None:
     """
     for table in (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
         table.clear()
-
-
-def died(retries: int) -> str:
-    """Return the recorded reason of a trial whose worker died in every attempt."""
-    return f"its worker died {retries + 1} times"

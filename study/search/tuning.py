@@ -94,16 +94,19 @@ def run_jobs(
     ----------
     name : of these jobs within the session
     """
-    options, folder, n_jobs = study.options, study.options.folder, searcher.n_jobs
+    options, folder = study.options, study.options.folder
     _set_up_tune()
-    with ProgressLine(console, searcher, records, n_jobs, options.epochs) as progress:
+    with ProgressLine(console, searcher, records, options.epochs) as progress:
         callbacks: list[tune.Callback] = [TrialGuard(folder, searcher, options.trial_timeout), progress]
         if options.tensorboard and isinstance(folder, Path):
             callbacks.append(TensorBoard(folder))
         tuner = tune.Tuner(
             _trainable(study, task, stop_signal),
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=n_jobs, max_concurrent_trials=options.max_concurrent, reuse_actors=True
+                search_alg=searcher,
+                num_samples=searcher.n_jobs,
+                max_concurrent_trials=options.max_concurrent,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=name,

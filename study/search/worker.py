@@ -6,11 +6,10 @@ import logging
 import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.core.files import content_key
 from bert_encoding.core.names import BASELINE, FAILED, SEARCH, Metric
 from bert_encoding.core.storage import Place, naming_full_disk, open_place
 from bert_encoding.core.worker_cache import WorkerCache
@@ -44,17 +43,9 @@ class Job:
     is_final: bool = False  # refit on fit + validation and score only the test stories (end of the confirm phase)
     session: str = field(default_factory=session_id)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class LostLockError(InputError):
     """Another session holds the study's lock, so this one may not write."""
-
-
-def job_key(config: TrialConfig, inputs: tuple[str, ...], splits: Any, code: str, score_test: bool) -> str:
-    """Return the identity of a configuration: equal keys give equal results."""
-    return content_key(asdict(config), inputs, splits, code, score_test)
 
 
 def objective(
@@ -71,7 +62,6 @@ def objective(
 
     The last report states how the trial ended. If it is ``unrecorded``, the record could not be written here and the
     driver writes it; another try would fail in the same way.
-
     """
     from ray import tune
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from bert_encoding.core.files import content_key
 from bert_encoding.core.names import BASELINE, COMPLETE, ENCODING, FROZEN, STATIC, WORD_RATE
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
-from study.search.worker import Job, job_key
+from study.search.worker import Job
 from study.setup.encoding_study import file_hash
 from study.setup.spaces import to_trial_config
 from study.setup.text_study import AnyStudy
@@ -16,13 +17,13 @@ MakeKey = Callable[..., str]  # (config, score_test=False) -> key
 
 
 def key_maker(identity: dict[str, Any]) -> MakeKey:
-    """Return the function that computes the key of a configuration in this study."""
+    """Return the function that computes the key of a configuration in this study; equal keys give equal results."""
     data, model = identity["data"]["fingerprint"], identity["model"]["weights"]
     inputs = (data, model, identity["voxels"]["key"], str(identity.get("general_text")))
 
     def make_key(config: TrialConfig, score_test: bool = False) -> str:
         read = (*inputs, file_hash(config.static_vectors)) if config.static_vectors else inputs
-        return job_key(config, read, identity["splits"], identity["code"], score_test)
+        return content_key(asdict(config), read, identity["splits"], identity["code"], score_test)
 
     return make_key
 

@@ -30,8 +30,8 @@ from study.cluster.lock import Hold, holding
 from study.cluster.machines import Machines, Node
 from study.setup.spaces import load_space
 
-SLEEPS, HOLDS_THE_INTERPRETER, DIES, DIES_ONCE, FAILS, FREEZES = 0.101, 0.202, 0.303, 0.404, 0.505, 0.606
-WAITS_ONCE, NEEDS_TOO_MUCH, FILLS_MEMORY = 0.707, 0.808, 0.818
+SLEEPS, HOLDS_THE_INTERPRETER, DIES_ONCE, FAILS, FREEZES = 0.101, 0.202, 0.404, 0.505, 0.606
+WAITS_ONCE, FILLS_MEMORY = 0.707, 0.818
 FILLS_ITS_DISK, FILLS_EVERY_DISK = 0.828, 0.838  # a worker cannot write the record; nor can the driver
 MAX_BYTES = 200  # of a file, where no more can be written
 LOG, WAITING = "log", "waiting.json"
@@ -49,15 +49,13 @@ def pretend(given: dict[str, Any], folder: Path, report: Any) -> TrialRecord:
         log.write(f"{config.lr} {os.getpid()}\n")
     if config.lr == WAITS_ONCE and not (folder / WAITING).exists():
         wait_for_the_end(folder / WAITING)
-    if config.lr == NEEDS_TOO_MUCH:
-        raise MemoryError
     if config.lr == FILLS_MEMORY:
         fill_memory()
     if config.lr == SLEEPS:
         time.sleep(10_000)
     if config.lr == HOLDS_THE_INTERPRETER:
         re.match("(a+)+$", "a" * 60 + "b")
-    if config.lr == DIES or (config.lr == DIES_ONCE and not (folder / "died").exists()):
+    if config.lr == DIES_ONCE and not (folder / "died").exists():
         (folder / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if config.lr == FREEZES:

@@ -22,14 +22,8 @@ class Play:
     def __init__(self, n_trials: int = 4, **given: Any) -> None:
         self.time, self.out = 0.0, io.StringIO()
         self.searcher = searcher(n_trials=n_trials, **given)
-        self.line = ProgressLine(
-            Console(file=self.out, width=400),
-            self.searcher,
-            given.get("records", []),
-            self.searcher.n_jobs,
-            3,
-            clock=lambda: self.time,
-        )
+        console, records = Console(file=self.out, width=400), given.get("records", [])
+        self.line = ProgressLine(console, self.searcher, records, 3, clock=lambda: self.time)
 
     def begin(self, name: str) -> str:
         job = self.searcher.suggest(name)
@@ -109,22 +103,18 @@ def test_how_a_trial_ended_is_said() -> None:
     assert play.line.running == {}
 
 
-def test_the_best_of_earlier_sessions_counts() -> None:
+def test_the_best_of_earlier_sessions_counts_and_the_time_left_has_a_fitting_unit() -> None:
     space = load_space("lora_full")
     params = {"log2_rank": 2, "alpha_factor": 1.0, "target_modules": "all", "lr": 1e-4, "stride": 128}
-    play = Play(space=space, records=[finished(space, params, 1, 0.3)], first_id=2)
-    play.begin("a")
-    play.end("a", value=0.2)
-    assert "best CC 0.3000 (0001)" in play.lines[0]
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(50, "about 50 s"), (600, "about 10 min"), (7200, "about 2.0 h")])
-def test_time_left_has_a_fitting_unit(seconds: float, text: str) -> None:
-    play = Play(n_trials=2)
-    play.begin("a")
-    play.time = seconds
-    play.end("a")
-    assert f"{text} left" in play.lines[0]
+    for seconds, text in ((50, "about 50 s"), (600, "about 10 min"), (7200, "about 2.0 h")):
+        play = Play(space=space, records=[finished(space, params, 1, 0.3)], first_id=2, n_trials=3)
+        with play.line:
+            play.begin("a")
+            play.time = seconds
+            play.end("a", value=0.2)
+        (line,) = play.lines
+        assert line.endswith(f" | best CC 0.3000 (0001), frozen - | {text} left")
+        assert play.out.getvalue() == f"{line}\n", "no blank line follows"
 
 
 def test_a_terminal_gets_no_lines_of_a_log() -> None:
@@ -161,17 +151,8 @@ def test_the_phase_is_said(is_final: bool, phase: str) -> None:
     job = Job("a", "confirm", "k", {"method": "lora"}, {}, is_final=is_final)
     out = io.StringIO()
     jobs = JobList([job, replace(job, trial_id="b")], METRICS["encoding"])
-    line = ProgressLine(Console(file=out, width=400), jobs, [], 2, 3, clock=lambda: 0.0)
+    line = ProgressLine(Console(file=out, width=400), jobs, [], 3, clock=lambda: 0.0)
     jobs.suggest("1")
     result = {"job": "a", "phase": "confirm", "status": "COMPLETE", "value": -0.00001, "ended": True}
     line.on_trial_result(0, [], SimpleNamespace(trial_id="1"), result)
     assert out.getvalue().startswith(f"[{phase} 1/2] a: CC 0.0000 | best CC -, frozen - | ")
-
-
-def test_a_log_gets_no_blank_line_at_the_end() -> None:
-    play = Play()
-    with play.line:
-        play.begin("a")
-        play.end("a")
-    assert len(play.lines) == 1
-    assert play.out.getvalue().endswith("left\n")

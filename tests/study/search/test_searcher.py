@@ -1,7 +1,7 @@
 """Which trial comes next, asked directly: no Ray process runs here."""
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -38,18 +38,17 @@ def test_baselines_come_first_and_alone() -> None:
 def test_the_start_point_comes_first() -> None:
     jobs = ask_all(searcher())
     assert jobs[0]["params"] == COURSE
-    assert {n: jobs[0]["config"][n] for n in ("rank", "lora_alpha", "lr")} == {
-        "rank": 8,
-        "lora_alpha": 16.0,
-        "lr": 2e-4,
-    }
+    assert [jobs[0]["config"][name] for name in ("rank", "lora_alpha", "lr")] == [8, 16.0, 2e-4]
     assert jobs[0]["key"] == key_of(TrialConfig.from_dict(jobs[0]["config"]))
     assert COURSE not in [job["params"] for job in jobs[1:]]
 
 
-def test_several_start_points_keep_their_order() -> None:
-    jobs = ask_all(searcher(load_space("smoke"), n_trials=4))
-    assert [job["params"] for job in jobs[:2]] == [{"log2_rank": 1}, {"log2_rank": 4}]
+@pytest.mark.parametrize("n_done", [0, 1])
+def test_start_points_that_were_not_reached_keep_their_order(n_done: int) -> None:
+    space = load_space("smoke")
+    records = [finished(space, {"log2_rank": 1}, 1)][:n_done]
+    jobs = ask_all(searcher(space, n_trials=4, records=records, first_id=1 + n_done))
+    assert [job["params"]["log2_rank"] for job in jobs[: 2 - n_done]] == [1, 4][n_done:]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -58,6 +57,8 @@ def test_the_budget_is_respected(n: int) -> None:
     assert search.n_jobs == n
     jobs = ask_all(search)
     assert [job["trial_id"] for job in jobs] == [f"{i:04d}" for i in range(1, n + 1)]
+    assert [job["repeat_of"] for job in jobs] == [None] * n
+    assert len({job["key"] for job in jobs}) == n
     assert states(search) == [("COMPLETE", 0.1 + at / 1000) for at in range(n)]
     assert search.n_jobs == 0
     assert search.suggest("late") == Searcher.FINISHED
@@ -65,18 +66,19 @@ def test_the_budget_is_respected(n: int) -> None:
 
 def test_the_budget_counts_trials_that_run_at_once_and_those_that_fail() -> None:
     search = searcher(n_trials=3)
-    jobs = [search.suggest(name) for name in "abc"]
-    assert all(isinstance(job, dict) for job in jobs)
+    assert [search.suggest(name)["trial_id"] for name in "abc"] == ["0001", "0002", "0003"]
     assert search.suggest("d") == Searcher.FINISHED
     search.on_trial_complete("a", error=True)
+    search.on_trial_complete("unknown", OK)
     assert search.suggest("d") == Searcher.FINISHED
+    assert states(search) == [("FAIL", None)]
 
 
 def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
     (job,) = ask_all(searcher(base=TrialConfig(model="tiny", seed=9, layer=1, epochs=2), n_trials=1))
     config = TrialConfig.from_dict(job["config"])
     assert (config.model, config.seed, config.layer, config.epochs) == ("tiny", 9, 1, 2)
-    assert Job(**job).to_dict() == job
+    assert asdict(Job(**job)) == job
 
 
 # --- what Optuna knows ----------------------------------------------------------------------------------------------
@@ -113,12 +115,6 @@ def test_optuna_receives_each_end_and_the_search_continues(
     assert search.suggest("b")["trial_id"] == "0002"
 
 
-def test_an_unknown_trial_changes_nothing() -> None:
-    search = searcher()
-    search.on_trial_complete("never asked", OK)
-    assert states(search) == []
-
-
 @pytest.mark.parametrize(
     ("result", "error", "reason"),
     [
@@ -151,32 +147,17 @@ def test_a_nonsensical_suggestion_stops_the_search_with_its_reason() -> None:
 # --- records of earlier sessions --------------------------------------------------------------------------------------
 
 
-def test_finished_records_count_and_the_start_point_is_not_tried_again() -> None:
+def test_complete_and_failed_records_count_and_their_points_are_not_tried_again() -> None:
     space = load_space("lora_full")
     other = COURSE | {"log2_rank": 5, "lr": 3e-4}
-    records = [finished(space, COURSE, 1, 0.2), finished(space, other, 2, 0.3)]
+    records = [finished(space, COURSE, 1, None), finished(space, other, 2, 0.3)]
     search = searcher(n_trials=5, records=records, first_id=3)
     assert search.n_jobs == 3
-    assert states(search) == [("COMPLETE", 0.2), ("COMPLETE", 0.3)]
+    assert states(search) == [("FAIL", None), ("COMPLETE", 0.3)]
     assert search.study.best_params == other
     jobs = ask_all(search)
     assert [job["trial_id"] for job in jobs] == ["0003", "0004", "0005"]
     assert COURSE not in [job["params"] for job in jobs]
-
-
-def test_a_start_point_that_was_not_reached_is_still_tried() -> None:
-    space = load_space("smoke")
-    search = searcher(space, records=[finished(space, {"log2_rank": 1}, 1)], n_trials=3, first_id=2)
-    assert ask_all(search)[0]["params"]["log2_rank"] == 4
-
-
-def test_failed_records_count_and_are_told_as_failed() -> None:
-    space = load_space("lora_full")
-    search = searcher(n_trials=2, records=[finished(space, COURSE, 1, None)], first_id=2)
-    assert states(search) == [("FAIL", None)]
-    jobs = ask_all(search)
-    assert len(jobs) == 1
-    assert jobs[0]["params"] != COURSE
 
 
 def test_records_of_other_phases_are_no_part_of_the_search() -> None:
@@ -267,12 +248,6 @@ def test_a_repeated_configuration_is_answered_from_a_complete_record(
         search.on_trial_complete("a", {"status": status, "value": 0.1})
     job = search.suggest("b")
     assert (job["trial_id"], job["repeat_of"]) == ("0002", repeated)
-
-
-def test_another_configuration_is_no_repeat() -> None:
-    jobs = ask_all(searcher(n_trials=5))
-    assert [job["repeat_of"] for job in jobs] == [None] * 5
-    assert len({job["key"] for job in jobs}) == 5
 
 
 def test_ray_s_own_restore_is_refused() -> None:

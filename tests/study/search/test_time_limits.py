@@ -1,6 +1,6 @@
 """The guard of trials, called as Ray Tune calls it; with real processes it is in test_stopping.py."""
 
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,8 @@ from make_searcher import searcher
 from bert_encoding.core.errors import InputError
 from bert_encoding.trial.record import TrialRecord, has_record, read_record, write_record
 from study.search import time_limits as guard_module
-from study.search.time_limits import TrialGuard, died
-from study.search.worker import Job, find_record
+from study.search.time_limits import TrialGuard
+from study.search.worker import find_record
 
 
 def ray_trial(name: str, worker: Any = "worker") -> SimpleNamespace:
@@ -58,17 +58,7 @@ def test_only_what_is_too_late_is_ended(killed: list[Any], monkeypatch: pytest.M
     assert killed == ["worker of a"]
 
 
-def test_without_a_limit_nothing_is_ended(killed: list[Any], tmp_path: Path) -> None:
-    search = searcher()
-    search.suggest("a")
-    guard = TrialGuard(tmp_path, search)
-    guard.on_trial_start(0, [], ray_trial("a"))
-    guard.running["a"] = (time.monotonic() - 1e9, guard.running["a"][1])
-    guard.on_step_end(0, [])
-    assert killed == []
-
-
-@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("limit", [None, 3])  # without a limit its worker is not ended, and dies by itself
 def test_what_was_given_up_gets_a_record_with_its_reason(
     limit: float | None, killed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -79,9 +69,10 @@ def test_what_was_given_up_gets_a_record_with_its_reason(
     guard.on_trial_start(0, [], ray_trial("a"))
     clock(monkeypatch, 4)
     guard.on_step_end(0, [])
+    assert killed == ([] if limit is None else ["worker"])
     search.on_trial_complete("a", None, error=True)
     guard.on_trial_error(0, [], ray_trial("a"))
-    reason = died(2) if limit is None else "no end after 3 s (--trial-timeout)"
+    reason = "its worker died 3 times" if limit is None else "no end after 3 s (--trial-timeout)"
     record = read_record(tmp_path, "baseline-frozen")
     job = search.jobs["a"]
     assert (record.status, record.error) == ("FAILED", reason)
@@ -90,17 +81,17 @@ def test_what_was_given_up_gets_a_record_with_its_reason(
     assert search.error == f"baseline baseline-frozen failed: {'the worker died' if limit is None else reason}"
 
 
-def test_a_record_that_was_written_before_death_stays(tmp_path: Path) -> None:
+def test_a_record_that_a_worker_has_written_stays(tmp_path: Path) -> None:
     search = searcher()
     search.suggest("a")
     job = search.jobs["a"]
     write_record(tmp_path, TrialRecord("COMPLETE", "lora", job.config, job.trial_id, key=job.key))
     TrialGuard(tmp_path, search).on_trial_error(0, [], ray_trial("a"))
+    TrialGuard(tmp_path, search).on_trial_result(0, [], ray_trial("a"), ending())
     assert read_record(tmp_path, job.trial_id).status == "COMPLETE"
     found_again = find_record(tmp_path, job)
     assert found_again is not None and found_again.status == "COMPLETE"
-    other = Job(**{**job.to_dict(), "key": "of another configuration"})
-    assert find_record(tmp_path, other) is None
+    assert find_record(tmp_path, replace(job, key="of another configuration")) is None
 
 
 FULL = "trials/0001: no space left"
@@ -112,7 +103,7 @@ def ending(**more: Any) -> dict[str, Any]:
 
 
 def test_what_a_worker_could_not_write_the_driver_writes(tmp_path: Path) -> None:
-    search = searcher(n_trials=3)
+    search = searcher()
     guard = TrialGuard(tmp_path, search)
     for name, by_user in (("a", True), ("b", False)):
         search.suggest(name)
@@ -122,13 +113,6 @@ def test_what_a_worker_could_not_write_the_driver_writes(tmp_path: Path) -> None
         assert (record.status, record.error, record.key, record.params) == ("FAILED", FULL, job.key, job.params)
         assert record.scores == ({"is_user_error": True} if by_user else {})
     assert search.error is None and guard.running == {}
-    search.suggest("c")
-    written = TrialRecord(
-        "COMPLETE", "lora", search.jobs["c"].config, search.jobs["c"].trial_id, key=search.jobs["c"].key
-    )
-    write_record(tmp_path, written)
-    TrialGuard(tmp_path, search).on_trial_result(0, [], ray_trial("c"), ending())
-    assert read_record(tmp_path, written.trial_id).status == "COMPLETE", "what is there stays"
 
 
 @pytest.mark.parametrize("worker_died", [True, False])
@@ -162,12 +146,9 @@ def test_a_study_ends_when_trials_in_a_row_cannot_write(tmp_path: Path) -> None:
 
 
 def test_of_an_ended_trial_no_statistics_are_kept(tmp_path: Path) -> None:
-    search = searcher(n_trials=2)
-    guard = TrialGuard(tmp_path, search)
-    ended, given_up = ray_trial("a"), ray_trial("b")
-    search.suggest("a")
-    search.suggest("b")
-    guard.on_trial_complete(0, [], ended)
-    guard.on_trial_error(0, [], given_up)
-    for trial in (ended, given_up):
+    search = searcher()
+    for name, end in (("a", TrialGuard.on_trial_complete), ("b", TrialGuard.on_trial_error)):
+        trial = ray_trial(name)
+        search.suggest(name)
+        end(TrialGuard(tmp_path, search), 0, [], trial)
         assert (trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params) == ({}, {}, {})

@@ -65,7 +65,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def work(study: Place, job: Job, **changes: Any) -> None:
     limits = {"n_threads": torch.get_num_threads(), "gpu_share": 0.0}
-    objective(job.to_dict(), task=None, study=str(study), metric=METRICS["encoding"], **limits | changes)
+    objective(asdict(job), task=None, study=str(study), metric=METRICS["encoding"], **limits | changes)
 
 
 def a_job(name: str = "0007", **changes: Any) -> Job:
@@ -123,7 +123,7 @@ def test_a_job_names_its_session(study: Place) -> None:
         first = a_job().session
         assert first == session_id() != ""
         assert is_held_by(study, first)
-        assert Job(**a_job().to_dict()).session == first
+        assert Job(**asdict(a_job())).session == first
     assert session_id() == ""
     assert not is_held_by(study, first)
     with holding(study, Hold()):

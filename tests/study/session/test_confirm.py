@@ -277,7 +277,7 @@ def test_jobs_run_in_order_and_a_failure_stops_no_other() -> None:
     jobs = [Job(f"test-{at}", "confirm", "k", asdict(BASE), is_final=True) for at in range(3)]
     job_list, out = JobList(jobs, METRICS["encoding"]), io.StringIO()
     before = [make_record("0001", 0.3), make_record("test-0009", None, phase="confirm", status="COMPLETE")]
-    progress = ProgressLine(Console(file=out, width=400), job_list, before, job_list.n_jobs, 3, clock=lambda: 0.0)
+    progress = ProgressLine(Console(file=out, width=400), job_list, before, 3, clock=lambda: 0.0)
     for name, status in (("a", "COMPLETE"), ("b", "FAILED")):
         job = job_list.suggest(name)
         result = {"job": job["trial_id"], "phase": "confirm", "status": status, "value": 0.4, "error": "no"}
