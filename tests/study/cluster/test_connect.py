@@ -115,31 +115,24 @@ def test_no_short_path_is_refused_with_the_longest_that_works(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ray_that_fails_before_its_first_log_leaves_nothing(fake_ray: SimpleNamespace, tmp_path: Path) -> None:
-    def fail(**given: Any) -> None:
-        raise ValueError
-
-    fake_ray.init = fail
-    with pytest.raises(InputError, match=r"^Ray does not start on this machine: ValueError$"), local_ray(1):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_error_inside_the_block_passes_unchanged(fake_ray: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), local_ray(1):
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_while_ray_ends_leaves_no_folder(
-    fake_ray: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("moment", "error", "expected", "message"),
+    [
+        ("init", ValueError, InputError, r"^Ray does not start on this machine: ValueError$"),  # before its first log
+        ("block", ZeroDivisionError, ZeroDivisionError, None),
+        ("shutdown", KeyboardInterrupt, KeyboardInterrupt, None),  # Ctrl-C
+    ],
+)
+def test_no_folder_is_left(
+    moment: str, error: type, expected: type, message: str | None, fake_ray: SimpleNamespace, tmp_path: Path
 ) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    def fail(**options: Any) -> None:
+        raise error
 
-    fake_ray.shutdown = interrupt
-    with pytest.raises(KeyboardInterrupt), local_ray(1):
-        pass
+    fake_ray.block = lambda: None
+    setattr(fake_ray, moment, fail)
+    with pytest.raises(expected, match=message), local_ray(1):
+        fake_ray.block()
     assert list(tmp_path.iterdir()) == []
 
 

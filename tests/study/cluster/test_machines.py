@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import psutil
 import pytest
 from project import ROOT
 from ray_cluster import Cluster, cluster
-from study_process import environment_of, running_from, short_folder
+from study_process import environment_of, private_tmp, running_from
 
 from bert_encoding.core.errors import InputError
 from study.cluster import machines as machines_module
@@ -21,7 +20,7 @@ from study.cluster.machines import Machines, Node, check_fits, describe_machines
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["cluster"]  # a fixture
+__all__ = ["cluster", "private_tmp"]  # fixtures
 SMALL, GPU = Node(2, 0), Node(8, 1)
 
 
@@ -143,23 +142,17 @@ with local_ray(1) as folder:
 
 
 @pytest.mark.ray
-def test_study_starts_its_own_ray_while_another_one_runs_here() -> None:
+def test_study_starts_its_own_ray_while_another_one_runs_here(private_tmp: Path) -> None:
     """Ray decides once, when imported, whether it shows a token: the search for clusters must not import it."""
-    folder = short_folder()
     idle = [sys.executable, "-c", "import time; time.sleep(600)", "--gcs-address=127.0.0.1:1"]
     other = subprocess.Popen(idle)  # stands for a raylet of ours
-    clean = {name: value for name, value in environment_of(folder).items() if not name.startswith("RAY_")}
+    clean = {name: value for name, value in environment_of(private_tmp).items() if not name.startswith("RAY_")}
     try:
-        command = [sys.executable, "-c", BESIDE_ANOTHER]
-        done = subprocess.run(
-            command, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-        )
+        command, variables = [sys.executable, "-c", BESIDE_ANOTHER], clean | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     finally:
         other.kill()
         other.wait()
-        for process in running_from(folder):
-            process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
     assert done.stdout == "joined 1\n", done.stderr
 
 
@@ -188,10 +181,7 @@ def test_address_without_a_ray_head_is_refused_in_bounded_time(
     ("address", "says"),
     [
         ("ray://10.0.0.5:10001", "a Ray Client cannot run a study"),
-        ("10.0.0.5", "must be HOST:PORT"),
-        ("10.0.0.5:", "must be HOST:PORT"),
-        (":6379", "must be HOST:PORT"),
-        ("10.0.0.5:99999", "must be HOST:PORT"),
+        *((address, "must be HOST:PORT") for address in ("10.0.0.5", "10.0.0.5:", ":6379", "10.0.0.5:99999")),
     ],
 )
 def test_malformed_address_is_refused(address: str, says: str, environment: dict[str, str]) -> None:
@@ -224,18 +214,8 @@ def test_missing_or_empty_token_is_refused_and_an_open_one_noted(tmp_path: Path,
     ("cpus", "gpus", "n"),
     [(1, 0, 26), (2, 0, 13), (8, 0, 3), (2, 1, 3), (2, 0.5, 6), (3, 0.5, 6), (8, 0.25, 3), (0.5, 0, 52), (1, 2, 0)],
 )
-def test_at_once_equals_a_plain_loop(cpus: float, gpus: float, n: int) -> None:
-    machines = Machines("h:1", "x", (SMALL, GPU), (GPU, GPU))
-    assert machines.at_once(cpus, gpus) == n
-    packed = 0
-    for node in (SMALL, GPU, GPU, GPU):
-        free_cpus, cards = float(node.n_cpus), [1.0] * node.n_gpus
-        while free_cpus >= cpus and (gpus == 0 or sum(card >= min(gpus, 1) for card in cards) >= max(1, gpus)):
-            free_cpus -= cpus
-            for _ in range(max(1, int(gpus)) if gpus else 0):
-                cards[max(range(len(cards)), key=cards.__getitem__)] -= min(gpus, 1)
-            packed += 1
-    assert packed == n
+def test_trials_at_once_fit_on_the_nodes_of_now_and_on_demand(cpus: float, gpus: float, n: int) -> None:
+    assert Machines("h:1", "x", (SMALL, GPU), (GPU, GPU)).at_once(cpus, gpus) == n
 
 
 @pytest.mark.parametrize(
@@ -306,15 +286,14 @@ def test_cluster_file_tells_what_an_autoscaler_can_add(
     assert machines_module._read_cluster_file(str(file), n_nodes) == expected
 
 
-def test_damaged_or_missing_cluster_file_leaves_it_unknown(tmp_path: Path) -> None:
+def test_damaged_or_missing_cluster_file_leaves_it_unknown_and_the_bundled_one_scales_from_nothing(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "c.yaml"
-    for content in ("", "[1]", "max_workers: {", "available_node_types: {a: 3}\nhead_node_type: b"):
-        file.write_text(content)
+    for content in (None, "", "[1]", "max_workers: {", "available_node_types: {a: 3}\nhead_node_type: b"):
+        if content is not None:
+            file.write_text(content)
         assert machines_module._read_cluster_file(str(file), 1) is None
-    assert machines_module._read_cluster_file(str(tmp_path / "none"), 1) is None
-
-
-def test_bundled_cluster_file_scales_from_nothing() -> None:
     can_add = machines_module._read_cluster_file(str(ROOT / "cluster.yaml"), 1)
     assert can_add == (GPU,) * 4
     assert Machines("h:1", "x", (Node(0, 0),), can_add).at_once(4, 0.5) == 8

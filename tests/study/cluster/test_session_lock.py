@@ -94,6 +94,15 @@ def wait_for_beats(study: Place, n_beats: int) -> None:
         time.sleep(0.02)
 
 
+def assert_lock_is_kept(study: ObjectPath) -> None:
+    """Hold the lock for several renewals."""
+    hold = Hold()
+    with holding(study, hold):
+        wait_for_beats(study, 4)
+    assert hold.lost_to is None
+    assert keys(study) == []
+
+
 # --- conditional writes -----------------------------------------------------------------------------------------------
 
 
@@ -225,42 +234,14 @@ def test_has_ended_distinguishes_processes_and_machines() -> None:
     assert has_ended(replace(mine, pid=ended.pid))
 
 
-HOLDER = """
-import sys, time
-from bert_encoding.core.storage import open_place
-from study.cluster.lock import Hold, holding
-with holding(open_place(sys.argv[1]), Hold()):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: ObjectPath) -> None:
-    for place in (tmp_path, study):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", HOLDER, str(place)]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            message = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
-            with pytest.raises(InputError, match=message):
-                hold_lock(place)
-            holder.send_signal(signal.SIGKILL)
-            holder.wait()
-        takeover = hold_lock(place).takeover
-        if isinstance(place, ObjectPath):
-            assert takeover is not None
-            assert (takeover["from"]["pid"], takeover["forced"]) == (holder.pid, False)
-
-
-LOSER = """
+DRIVER = """
 import signal, sys, time
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.storage import open_place
 from study.cluster import lock
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as where Ray runs
-lock.BEAT_S, hold = 0.05, lock.Hold()
+lock.BEAT_S, hold = float(sys.argv[2]), lock.Hold()
 try:
     with lock.holding(open_place(sys.argv[1]), hold):
         print("held", flush=True)
@@ -270,20 +251,36 @@ except InputError as error:
 """
 
 
+def start_driver(place: Place, beat_s: float, is_heard: bool = True) -> subprocess.Popen:
+    """Start a process that holds a lock; if Ctrl-C is ignored, as with nohup, it receives SIGTERM."""
+    command = with_ctrl_c([sys.executable, "-c", DRIVER, str(place), str(beat_s)], is_heard)
+    driver = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None and driver.stdout.readline() == "held\n"
+    return driver
+
+
+def test_the_lock_of_a_killed_driver_is_free_at_once(tmp_path: Path, study: ObjectPath) -> None:
+    for place in (tmp_path, study):
+        with start_driver(place, BEAT_S) as holder:
+            message = rf"another run is at work on this study \(host .*, process {holder.pid}, since "
+            with pytest.raises(InputError, match=message):
+                hold_lock(place)
+            holder.send_signal(signal.SIGKILL)
+        takeover = hold_lock(place).takeover
+        if isinstance(place, ObjectPath):
+            assert takeover is not None
+            assert (takeover["from"]["pid"], takeover["forced"]) == (holder.pid, False)
+
+
 @pytest.mark.parametrize("is_heard", [True, False])
 def test_a_driver_that_loses_its_lock_ends_and_does_not_touch_the_new_one(study: ObjectPath, is_heard: bool) -> None:
-    """If Ctrl-C is ignored, as with nohup, it receives SIGTERM."""
-    command = with_ctrl_c([sys.executable, "-c", LOSER, str(study)], is_heard)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as loser:
+    with start_driver(study, 0.05, is_heard) as loser:
         try:
-            assert loser.stdout is not None and loser.stdout.readline() == "held\n"
             leave_lock(study, ELSEWHERE)
             text, _ = loser.communicate(timeout=30)
         finally:
             loser.kill()
-    message = r"elsewhere .*: another run took this study over \(host elsewhere, process 1, "
-    assert re.match(message, text)
+    assert re.match(r"elsewhere .*: another run took this study over \(host elsewhere, process 1, ", text)
     assert lock_of(study)["token"] == "theirs"
 
 
@@ -301,12 +298,8 @@ def test_a_renewal_whose_response_was_lost_keeps_the_lock(
 
     monkeypatch.setattr(S3Object, "write", lose_one)
     logging.getLogger("study.cluster.lock").setLevel(logging.ERROR)
-    hold = Hold()
-    with holding(study, hold):
-        wait_for_beats(study, 4)
+    assert_lock_is_kept(study)
     assert lost
-    assert hold.lost_to is None
-    assert keys(study) == []
 
 
 def test_a_renewal_that_met_another_request_keeps_the_lock(
@@ -327,12 +320,8 @@ def test_a_renewal_that_met_another_request_keeps_the_lock(
         self.client.meta.events.register("before-send.s3.PutObject", answer_first_renewal)
 
     monkeypatch.setattr(S3Object, "__init__", make)
-    hold = Hold()
-    with holding(study, hold):
-        wait_for_beats(study, 4)
+    assert_lock_is_kept(study)
     assert len(conflicts) == 1
-    assert hold.lost_to is None
-    assert keys(study) == []
 
 
 def test_ctrl_c_releases_the_lock(study: ObjectPath, tmp_path: Path) -> None:
@@ -395,24 +384,17 @@ def test_a_study_that_another_driver_just_began_is_not_overwritten(
     assert read_json(study / "study.json") == IDENTITY
 
 
-def test_a_stale_lock_without_a_study_does_not_prevent_a_new_one(
-    study: ObjectPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A driver was killed between the lock and ``study.json``."""
-    leave_lock(study, ELSEWHERE)
-    set_age(monkeypatch, STALE_S + 1)
-    begin(study, IDENTITY)
-    (takeover,) = read_json(study / "study.json")["takeovers"]
-    assert takeover["from"]["host"] == "elsewhere"
-
-
-def test_takeovers_are_recorded_in_order(study: ObjectPath) -> None:
-    begin(study, IDENTITY)
-    for host in ("one", "two"):
+def test_takeovers_are_recorded_in_order(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is of a driver that was killed between the lock and ``study.json``."""
+    for host, age_s in (("one", STALE_S + 1), ("two", 0), ("three", 0)):
         leave_lock(study, replace(ELSEWHERE, host=host))
-        begin(study, IDENTITY, is_resumed=True, hold=Hold(may_force=True))
-    takeovers = read_json(study / "study.json")["takeovers"]
-    assert [(takeover["from"]["host"], takeover["forced"]) for takeover in takeovers] == [("one", True), ("two", True)]
+        with monkeypatch.context() as patch:
+            set_age(patch, age_s)
+            begin(study, IDENTITY, is_resumed=host != "one", hold=Hold(may_force=host != "one"))
+    takeovers = [
+        (takeover["from"]["host"], takeover["forced"]) for takeover in read_json(study / "study.json")["takeovers"]
+    ]
+    assert takeovers == [("one", False), ("two", True), ("three", True)]
 
 
 def test_the_next_id_follows_trials_without_a_record(study: ObjectPath) -> None:

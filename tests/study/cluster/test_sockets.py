@@ -145,7 +145,6 @@ except Exception as error:
 """
 
 
-@pytest.mark.slow
 def test_rays_own_client_needs_the_token_too(study: subprocess.Popen, private_tmp: Path) -> None:
     (port,) = (port for process, _, port in open_ports(study.pid) if process.name() == "gcs_server")
     clean = {name: value for name, value in environment_of(private_tmp).items() if not name.startswith("RAY_")}

@@ -74,25 +74,21 @@ def test_a_resumed_study_writes_it_anew(space: Space, tmp_path: Path) -> None:
     assert copy.trials[0].intermediate_values == {1: 0.1, 2: 0.2}
 
 
-def test_a_copy_that_cannot_be_begun_ends_nothing(
-    space: Space, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("folder", "warning"), [("a_file", "the study goes on without it"), ("", "is not kept up to date any more")]
+)
+def test_a_copy_that_cannot_be_begun_or_breaks_ends_nothing(
+    folder: str, warning: str, space: Space, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a_file").touch()
-    search = searcher(space, n_trials=1, journal=Journal(tmp_path / "a_file" / JOURNAL_FILE, "night", True))
-    assert search.suggest("a")["trial_id"] == "0001"
-    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
-    assert caplog.text.count("the study goes on without it") == 1
-
-
-def test_a_copy_that_breaks_ends_nothing(space: Space, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = Journal(tmp_path / JOURNAL_FILE, "night", True)
+    journal = Journal(tmp_path / folder / JOURNAL_FILE, "night", True)
     search = searcher(space, n_trials=2, journal=journal)
-    search.suggest("a")
+    assert search.suggest("a")["trial_id"] == "0001"
     journal.ids.clear()
     search.on_trial_result("a", {"epoch": 1.0, "cc_mean": 0.1})
     search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
     assert search.suggest("b")["trial_id"] == "0002"
-    assert caplog.text.count("is not kept up to date any more") == 1
+    assert caplog.text.count(warning) == 1
     assert search.study.trials[0].value == 0.1
 
 

@@ -1,6 +1,7 @@
 """Early stopping: which trials the rules stop, what Optuna knows, and the way from driver to worker."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +17,6 @@ from study.setup.samplers import SCHEDULERS
 from study.setup.spaces import Space, load_space
 
 
-class RecordedSignal:
-    """A stop signal that only remembers."""
-
-    def __init__(self) -> None:
-        self.board = StopBoard()
-
-    def put(self, trial_id: str, epoch: int) -> None:
-        self.board.put(trial_id, epoch)
-
-
 @pytest.fixture
 def space(tmp_path: Any) -> Space:
     """A space with one number."""
@@ -33,32 +24,35 @@ def space(tmp_path: Any) -> Space:
     return load_space(str(tmp_path / "one.py"))
 
 
+def stopping(space: Space, rule: str = "asha", **changes: Any) -> StudySearcher:
+    """Return a searcher that stops trials early, whose stop signal only remembers."""
+    board = StopBoard()
+    signal = SimpleNamespace(board=board, put=board.put)
+    return searcher(space, n_trials=12, scheduler=rule, stop_signal=signal, **changes)
+
+
 def epoch(trial: str, at: int, cc: float) -> dict[str, Any]:
     return {"job": trial, "epoch": float(at), "cc_mean": cc, "mlm_loss_train": 2.0}
 
 
-def run_trial(search: StudySearcher, name: str, values: list[float], n_epochs: int) -> list[float]:
-    """Play a worker: report epoch by epoch until the signal says stop; return the values that were reached."""
-    job = search.suggest(name)
-    reached = []
-    for at, value in enumerate(values[:n_epochs], 1):
-        reached.append(value)
-        search.on_trial_result(name, epoch(job["trial_id"], at, value))
-        if at < n_epochs and search.stop_signal.board.should_stop(job["trial_id"], at):
-            break
-    status = "COMPLETE" if len(reached) == n_epochs else "STOPPED"
-    ended = {"status": status, "value": reached[-1], "curve": list(enumerate(reached, 1)), "ended": True}
-    search.on_trial_complete(name, ended)
-    return reached
-
-
 def play(search: StudySearcher, curves: list[list[float]]) -> list[int]:
-    """Run trials one after the other; return how many epochs each was given."""
-    return [len(run_trial(search, f"ray{at}", values, len(values))) for at, values in enumerate(curves)]
+    """Report trials one after the other, each epoch by epoch until the signal says stop; return how many each ran."""
+    n_epochs = []
+    for name, values in ((f"ray{index}", values) for index, values in enumerate(curves)):
+        job = search.suggest(name)
+        for at, value in enumerate(values, 1):
+            search.on_trial_result(name, epoch(job["trial_id"], at, value))
+            if at < len(values) and search.stop_signal.board.should_stop(job["trial_id"], at):
+                break
+        status = "COMPLETE" if at == len(values) else "STOPPED"
+        curve_of_trial = list(enumerate(values[:at], 1))
+        search.on_trial_complete(name, {"status": status, "value": value, "curve": curve_of_trial, "ended": True})
+        n_epochs.append(at)
+    return n_epochs
 
 
-def rising(value: float, n_epochs: int = 4) -> list[float]:
-    return [value * at for at in range(1, n_epochs + 1)]
+def rising(value: float) -> list[float]:
+    return [value * at for at in (1, 2, 3, 4)]
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -103,20 +97,19 @@ CURVES = [rising(value) for value in (0.5, 0.2, 0.6, 0.55, 0.9, 0.1, 0.3, 0.95, 
 def test_a_rule_stops_what_it_should(
     rule: str, by_hand: Callable[[list[list[float]]], list[int]], space: Space
 ) -> None:
-    search = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
-    given = play(search, CURVES)
+    given = play(stopping(space, rule), CURVES)
     assert given == by_hand(CURVES)
     assert 0 < sum(n < 4 for n in given) < len(CURVES), "some are stopped, some are not"
 
 
 def test_none_stops_nothing(space: Space) -> None:
-    assert play(searcher(space, n_trials=len(CURVES), stop_signal=RecordedSignal()), CURVES) == [4] * len(CURVES)
+    assert play(stopping(space, "none"), CURVES) == [4] * len(CURVES)
     assert set(SCHEDULERS) == {"none", "asha", "median"}
 
 
 @pytest.mark.parametrize("rule", ["asha", "median"])
 def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
-    search = searcher(space, n_trials=8, scheduler=rule, stop_signal=RecordedSignal(), metric=METRICS["adapt"])
+    search = stopping(space, rule, metric=METRICS["adapt"])
     for at in range(6):
         search.suggest(f"ray{at}")
         for step in (1, 2):
@@ -129,7 +122,7 @@ def test_a_loss_is_stopped_when_it_is_high(rule: str, space: Space) -> None:
 
 
 def test_before_training_nobody_is_stopped(space: Space) -> None:
-    search = searcher(space, n_trials=9, scheduler="asha", stop_signal=RecordedSignal())
+    search = stopping(space)
     for at in range(4):
         job = search.suggest(f"ray{at}")
         search.on_trial_result(f"ray{at}", epoch(job["trial_id"], 0, -float(at)))
@@ -144,7 +137,7 @@ def known_to_optuna(search: StudySearcher) -> list[tuple[str, float | None, dict
 
 
 def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
-    search = searcher(space, n_trials=2, scheduler="asha", stop_signal=RecordedSignal())
+    search = stopping(space)
     play(search, [rising(0.5), rising(0.2)])
     assert known_to_optuna(search) == [("COMPLETE", 2.0, {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}), ("PRUNED", 0.2, {1: 0.2})]
     assert search.study.best_value == 2.0, "a pruned trial is not the best one"
@@ -152,7 +145,7 @@ def test_a_stopped_trial_is_pruned_with_its_epochs(space: Space) -> None:
 
 def test_a_trial_that_is_tried_again_tells_its_epochs_once(space: Space) -> None:
     """Its worker died after the second epoch; Ray runs it anew."""
-    search = searcher(space, n_trials=3, scheduler="asha", stop_signal=RecordedSignal())
+    search = stopping(space)
     job = search.suggest("a")
     for at, value in ((1, 0.5), (2, 0.6), (1, 0.5), (2, 0.6), (3, 0.7)):
         search.on_trial_result("a", epoch(job["trial_id"], at, value))
@@ -169,21 +162,14 @@ def record_of(space: Space, lr: float, at: int, values: list[float], status: str
 
 @pytest.mark.parametrize("rule", ["asha", "median"])
 def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Space) -> None:
-    whole = searcher(space, n_trials=len(CURVES), scheduler=rule, stop_signal=RecordedSignal())
+    whole = stopping(space, rule)
     given = play(whole, CURVES)
     n_before = 7
     records = [
         record_of(space, trial.params["lr"], at + 1, CURVES[at][:n], "COMPLETE" if n == 4 else "STOPPED")
         for at, (trial, n) in enumerate(zip(whole.study.trials[:n_before], given, strict=False))
     ]
-    resumed = searcher(
-        space,
-        n_trials=len(CURVES),
-        scheduler=rule,
-        stop_signal=RecordedSignal(),
-        records=records,
-        first_id=n_before + 1,
-    )
+    resumed = stopping(space, rule, records=records, first_id=n_before + 1)
     assert known_to_optuna(resumed) == known_to_optuna(whole)[:n_before]
     assert play(resumed, CURVES[n_before:]) == given[n_before:]
 
@@ -191,7 +177,7 @@ def test_a_resumed_search_decides_as_one_that_never_stopped(rule: str, space: Sp
 def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> None:
     stopped = record_of(space, 0.5, 1, [0.2], "STOPPED")
     again = Space(**vars(space) | {"start": ({"lr": 0.5},)})
-    search = searcher(again, n_trials=3, records=[stopped], first_id=2, scheduler="asha", stop_signal=RecordedSignal())
+    search = stopping(again, records=[stopped], first_id=2)
     search.waiting.append(({"lr": 0.5}, None))
     assert search.suggest("a")["repeat_of"] == "0001"
     ended = {"status": "STOPPED", "value": 0.2, "curve": curve(stopped, METRICS["encoding"])}
@@ -202,26 +188,19 @@ def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> No
 # --- what is running --------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_that_runs_at_this_moment_is_waited_for(space: Space) -> None:
+@pytest.mark.parametrize(("fails", "repeated"), [(False, "0001"), (True, None)])
+def test_a_configuration_that_runs_at_this_moment_is_waited_for(
+    fails: bool, repeated: str | None, space: Space
+) -> None:
     twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5}, {"lr": 0.6})})
     search = searcher(twice, n_trials=3)
-    first = search.suggest("a")
+    assert search.suggest("a")["repeat_of"] is None
     assert search.suggest("b") is None, "it runs already"
     assert search.suggest("c") is None
-    assert first["repeat_of"] is None
-    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1})
-    assert (search.suggest("d")["trial_id"], search.jobs["d"].repeat_of) == ("0002", "0001")
+    search.on_trial_complete("a", {"status": "COMPLETE", "value": 0.1}, error=fails)
+    assert (search.suggest("d")["trial_id"], search.jobs["d"].repeat_of) == ("0002", repeated)
     assert search.suggest("e")["params"] == {"lr": 0.6}
     assert search.suggest("f") == StudySearcher.FINISHED
-
-
-def test_a_twin_of_a_failed_trial_runs_itself(space: Space) -> None:
-    twice = Space(**vars(space) | {"start": ({"lr": 0.5}, {"lr": 0.5})})
-    search = searcher(twice, n_trials=2)
-    search.suggest("a")
-    assert search.suggest("b") is None
-    search.on_trial_complete("a", error=True)
-    assert search.suggest("b")["repeat_of"] is None
 
 
 # --- from the driver to the worker ------------------------------------------------------------------------------------
