@@ -88,29 +88,24 @@ def test_stopped_trials_leave_records_and_a_resumed_search_knows_them(tmp_path: 
 
 LORA = '''"""Which rank?"""
 EPOCHS = 2
-START = [{{"rank": rank, "lr": lr}} for rank in (4, 2) for lr in (1e-2, 1e-3, 1e-4)]
+START = [{"rank": rank, "lr": lr} for rank in (4, 2) for lr in (1e-2, 1e-3, 1e-4)]
 SCHEDULER = "asha"
 
 
 def space(trial):
     rank, lr = trial.suggest_categorical("rank", [2, 4]), trial.suggest_float("lr", 1e-4, 1e-2, log=True)
-    return {{"rank": rank, "lr": lr, "window_tokens": 128, "stride": 100}}
+    return {"rank": rank, "lr": lr, "window_tokens": 128, "stride": 100}
 '''
 
 
 @pytest.mark.slow
 def test_a_real_study_with_early_stopping(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
     make_lab(tmp_path / "lab")
-    (tmp_path / "rank.py").write_text(LORA.format())
-    places = {
-        "--space": tmp_path / "rank.py",
-        "--data": tmp_path / "lab",
-        "--model": tiny_bert,
-        "--out": tmp_path / "out",
-    }
-    options = [str(part) for pair in places.items() for part in pair]
-    command = [sys.executable, str(RUN), *options, "--name", "s", "--confirm", "0"]
-    done = run_command([*command, "--trials", "5", "--trial-timeout", "300"], private_tmp)
+    (tmp_path / "rank.py").write_text(LORA)
+    options = {"--space": tmp_path / "rank.py", "--data": tmp_path / "lab", "--model": tiny_bert, "--name": "s"}
+    options |= {"--out": tmp_path / "out", "--confirm": 0, "--trials": 5, "--trial-timeout": 300}
+    command = [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair)]
+    done = run_command(command, private_tmp)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr == ""
     study = tmp_path / "out" / "s"
