@@ -132,11 +132,6 @@ def test_open_place_refuses_and_repeats_no_secret(locations: list[str], reason: 
         assert "hush" not in str(refused.value)
 
 
-def test_an_unknown_setting_of_a_url_is_refused(bucket: ObjectPath) -> None:
-    with pytest.raises(InputError, match="schame"):
-        ObjectPath(bucket.bucket, "x", "schame=http").exists()
-
-
 # --- the same in a folder and in object storage -----------------------------------------------------------------------
 
 
@@ -200,7 +195,8 @@ def test_an_error_in_a_local_folder_uploads_nothing_and_one_about_a_copy_names_t
     assert str(refused.value) == f"{bucket / 'voxels.npz'}: subject s: no such voxel"
 
 
-def test_entries_are_one_level_deep(place: Place) -> None:
+def test_entries_are_one_level_deep_and_folders_no_prefixes(place: Place) -> None:
+    """Object storage knows prefixes, not folders."""
     for name in ("2", "1", "10"):
         write(place / name, "record.json")
     write(place / "3", "other.json")
@@ -211,16 +207,10 @@ def test_entries_are_one_level_deep(place: Place) -> None:
     ]
     assert [entry.parent.name for entry in entries(place, "deeper")] == ["3"]
     assert list(entries(place / "nothing", "record.json")) == []
-
-
-def test_folders_with_the_same_prefix_are_distinct(place: Place) -> None:
-    """Object storage knows prefixes, not folders."""
-    write(place / "trial1", "a")
-    write(place / "trial10", "a")
-    assert [child.name for child in children(place / "trial1")] == ["a"]
-    remove_tree(place / "trial1")
-    assert [child.name for child in children(place)] == ["trial10"]
-    assert not (place / "trial").exists()
+    assert [child.name for child in children(place / "1")] == ["record.json"]
+    remove_tree(place / "1")
+    assert [child.name for child in children(place)] == ["10", "2", "3", "record.json"]
+    assert not (place / "rec").exists()
 
 
 def test_more_than_a_thousand_files_are_listed(bucket: ObjectPath) -> None:
@@ -330,7 +320,9 @@ def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys
 # --- what the storage refuses -----------------------------------------------------------------------------------------
 
 
-def test_a_bucket_that_is_missing_is_one_line(bucket: ObjectPath) -> None:
+def test_an_unknown_setting_and_a_bucket_that_is_missing_are_one_line(bucket: ObjectPath) -> None:
+    with pytest.raises(InputError, match="schame"):
+        ObjectPath(bucket.bucket, "x", "schame=http").exists()
     study = ObjectPath("s3://no-such-bucket", "s", bucket.query)
     with pytest.raises(InputError, match=rf"{re.escape(str(study))}.*: no such bucket; create it"):
         children(study)
