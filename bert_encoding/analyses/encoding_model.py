@@ -222,17 +222,6 @@ def predict_story(
 
     Raises InputError if the story has another TR or no row left, or the encoder or the adapter is not the model's.
     """
-    X = model_features(model, story, encoder_name)
-
-    def blocks(subject: str) -> Iterator[tuple[slice, np.ndarray]]:
-        for columns, weights in model.weights(subject):
-            yield columns, X @ weights
-
-    return {subject: blocks(subject) for subject in model.subjects}
-
-
-def model_features(model: EncodingModel, story: Story, encoder_name: str | None = None) -> np.ndarray:
-    """Return the z-scored features of a story, (n_rows, n_features) float32; arguments as of ``predict_story``."""
     settings = model.settings
     rows = settings.trim_trs.rows(len(story.tr_times_s))
     if rows.stop <= rows.start:
@@ -247,7 +236,13 @@ def model_features(model: EncodingModel, story: Story, encoder_name: str | None 
         raise InputError(
             f"{model.file}: damaged: weights for {model.n_features} features, but a story has {features.shape[1]}"
         )
-    return model.constants.apply(features)
+    X = model.constants.apply(features)
+
+    def blocks(subject: str) -> Iterator[tuple[slice, np.ndarray]]:
+        for columns, weights in model.weights(subject):
+            yield columns, X @ weights
+
+    return {subject: blocks(subject) for subject in model.subjects}
 
 
 def _vectors(model: EncodingModel, story: Story, encoder_name: str | None) -> np.ndarray:

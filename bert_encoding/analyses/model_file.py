@@ -317,20 +317,14 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and bool(values) and all(type(v) is int and 0 <= v < 10_000 for v in values)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and all(map(_is_text, values))
-
-
 _RULES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("checkpoint", "fingerprint", "study", "trial_id"), _is_text),
+    **dict.fromkeys(("checkpoint", "fingerprint", "study", "trial_id"), lambda v: isinstance(v, str)),
     **dict.fromkeys(("window_tokens", "stride"), _is_count),
-    **dict.fromkeys(("fit_stories", "test_stories"), _are_texts),
-    "encoder": lambda v: _is_text(v) and v,
-    "adapter": lambda v: v is None or _is_text(v),
+    **dict.fromkeys(
+        ("fit_stories", "test_stories"), lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)
+    ),
+    "encoder": lambda v: isinstance(v, str) and v,
+    "adapter": lambda v: v is None or isinstance(v, str),
     "layer": lambda v: _are_counts(v if isinstance(v, list) else [v]),
     "delays": _are_counts,
     "trim_trs": lambda v: _are_counts(v) and len(v) == 2,

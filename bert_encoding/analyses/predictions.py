@@ -36,8 +36,6 @@ def predict_to_files(
     out; unit: standard deviations of the responses that the model was fitted on.
 
     Raises InputError if the model, the story or the data do not fit each other or are damaged, or an output exists.
-
-    Parameters: see the command ``predict``.
     """
     model = load_model(file)
     settings = model.settings

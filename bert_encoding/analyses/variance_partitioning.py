@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ class PermutationSettings(NamedTuple):
         """Return p of each voxel's CC, NaN where the stories are too short; see ``block_permutation_p``."""
         if count_orders(self.story_of_row) < self.n_permutations:
             return np.full(Y.shape[1], np.nan)
-        options = {"n_permutations": self.n_permutations, "seed": self.seed}
-        return block_permutation_p(Y, predicted, self.story_of_row, **options)
+        return block_permutation_p(Y, predicted, self.story_of_row, n_permutations=self.n_permutations, seed=self.seed)
 
 
 def unique_p(Y: np.ndarray, joint: np.ndarray, without: np.ndarray, permutation: PermutationSettings) -> np.ndarray:
@@ -115,7 +114,7 @@ class SubsetFit(NamedTuple):
 
 
 # yields responses of fit and scored rows, z-scored by the fit rows, (n_rows, n_columns) each
-Panels = Callable[[], Iterator[tuple[np.ndarray, ...]]]
+Panels = Callable[[], Iterator[tuple[np.ndarray, ...]]]  # called once or twice per subset
 Fits = dict[tuple[str, Subset], SubsetFit]  # by subject and subset
 
 
@@ -135,10 +134,6 @@ class PredictionCache:
     def load(self, subset: Subset, panel: int) -> np.ndarray:
         return np.asarray(np.load(self._file(subset, panel)))
 
-    def drop(self, subset: Subset) -> None:
-        for panel in range(self.n_panels(subset)):
-            self._file(subset, panel).unlink()
-
     def n_panels(self, subset: Subset) -> int:
         return sum(1 for _ in self.folder.glob(f"{self.subject}.{'+'.join(subset)}.*.npy"))
 
@@ -153,19 +148,13 @@ def nested_scores(
     n_permutations: int = N_PERMUTATIONS,
     folder: Path | None = None,
 ) -> dict[str, dict[Subset, NestedScores]]:
-    """Fit ridge on every non-empty subset of the feature spaces and score its predictions.
+    """Fit ridge on every non-empty subset of the feature spaces, whose designs have the same rows and folds; score it.
 
     All subsets of a subject share one grid of penalties, because a difference between grids would count as unique or
     shared variance. If the voxels need a wider grid in any subset, all subsets are fitted again on the union of these
-    grids.
+    grids. Temporary files take 4 bytes per scored row and voxel, of the responses and of every subset.
 
     Raises InputError if the disk is full.
-
-    Parameters
-    ----------
-    designs : features of each space; all have the same rows and folds
-    panels : subject -> function that yields its panels of voxels; called once or twice per subset
-    folder : for temporary files, 4 bytes per scored row and voxel of the responses and of every subset
     """
     spaces = tuple(designs)
     permutation = PermutationSettings(designs[spaces[0]].scored_story, n_permutations, settings.seed)
@@ -222,8 +211,7 @@ def r2_score(Y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def _make_ridge(designs: Sequence[Design], settings: RidgeSettings) -> CrossValidatedRidge | BandedRidge:
     X, folds = [design.fit for design in designs], designs[0].folds
     if settings.banded and len(X) > 1:
-        options: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
-        return BandedRidge(X, folds, settings.ridge_alphas, **options)
+        return BandedRidge(X, folds, settings.ridge_alphas, seed=settings.seed, device=settings.device)
     return CrossValidatedRidge(np.hstack(X), folds, settings.ridge_alphas, device=settings.device)
 
 
@@ -272,16 +260,10 @@ def _wider_grids(fits: Fits) -> dict[str, tuple[float, ...]]:
 def _score_subject(
     cache: PredictionCache, subject: str, spaces: Subset, fits: Fits, permutation: PermutationSettings
 ) -> dict[Subset, NestedScores]:
-    """Score every subset from the cached predictions, and delete them as soon as possible."""
-    scores = {}
-    for subset in subsets_of(spaces):
-        scores[subset] = _score(cache, subset, permutation, fits[subject, subset])
-        if len(subset) < len(spaces) - 1:
-            cache.drop(subset)
+    """Score every subset from the cached predictions."""
+    scores = {subset: _score(cache, subset, permutation, fits[subject, subset]) for subset in subsets_of(spaces)}
     for space in spaces if len(spaces) > 1 else ():
         scores[(space,)] = scores[(space,)]._replace(p_unique=_unique_p(cache, spaces, space, permutation))
-    for subset in (RESPONSES, *subsets_of(spaces)):
-        cache.drop(subset)
     return scores
 
 

@@ -40,7 +40,6 @@ from bert_encoding.trial.pipeline import Chain, Task
 METHODS = {BERT: FROZEN, WORD_RATE: WORD_RATE, BAG_OF_WORDS: BAG_OF_WORDS, STATIC: STATIC}
 MAX_SPACES = 3
 JSON_FILE, ARRAYS_FILE = "partition.json", "partition.npz"
-PACKAGES = ("numpy", "torch", "transformers")
 
 
 def partition(
@@ -194,7 +193,7 @@ def _provenance(base: TrialConfig, names: Subset, banded: bool, task: Task) -> d
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command_line": sys.argv,
         "code": code_fingerprint(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch", "transformers")},
         "spaces": names,
         "banded_solver": "own" if banded else None,
         "settings": {name: getattr(base, name) for name in ("delays", "ridge_alphas", "n_folds", "vocabulary", "seed")},
@@ -215,7 +214,5 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str,
     """Write both files, the table last: if it exists, the result is complete."""
     with output_file(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub confuses names with allow_pickle
-    try:
-        write_json(folder / JSON_FILE, content)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    with output_file(folder / JSON_FILE) as temporary:
+        write_json(temporary, content)
