@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_data import make_lab
+from make_data import edit_responses, make_lab, put
 from make_lebel import make_lebel
 from run_commands import refusal, run_command
 
@@ -34,9 +34,7 @@ run = partial(run_command, "partition")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects; voxel 4 of the first is not finite in one story."""
     path = make_lab(tmp_path_factory.mktemp("data") / "lab", subjects=("a", "b"), n_words=250)
-    responses = np.load(path / "a" / "beta.npy")
-    responses[3, 4] = np.nan
-    np.save(path / "a" / "beta.npy", responses)
+    edit_responses(path, "beta", put((3, 4), np.nan), "a")
     return path
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from make_texts import make_text_bert, negated_texts, write_texts
 from peft import PeftModel
-from run_commands import refusal, run_command
+from run_commands import run_command
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertTokenizerFast
 
@@ -189,22 +189,6 @@ def test_the_command_reads_files_and_writes_tables(
         assert capsys.readouterr().out == f"2 predictions are in {out}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give texts in quotes, or --file FILE"),
-        (["good", " "], "text 2 of 2 is empty; leave it out"),
-        (["good", "--to", "out.txt"], "--to out.txt: give a name that ends in .csv, .parquet"),
-        (["good", "--to", "no/such/out.csv"], "--to no/such/out.csv: no such folder no/such; make it first"),
-        (["--file", "absent.csv"], "absent.csv: no such file or folder"),
-    ],
-)
-def test_bad_arguments_are_refused_in_one_line(
-    arguments: list[str], message: str, trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in refusal(capsys, "predict", trained("full").folder, *arguments)
-
-
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,27 +220,23 @@ def test_damaged_weights_are_refused(variant: str, copied: Callable[[str], Path]
         load_classifier(folder)
 
 
-def test_damaged_settings_are_refused(copied: Callable[[str], Path]) -> None:
-    folder = copied("full")
-    file = folder / "classifier.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"labels": ["a", "b", "c"]}))
-    with pytest.raises(InputError, match="3 labels, but weights for 2"):
-        load_classifier(folder)
-    file.write_text(json.dumps({name: content[name] for name in content if name != "labels"}))
-    with pytest.raises(InputError, match="damaged"):
-        load_classifier(folder)
-
-
-def test_an_adapter_is_loaded_only_onto_its_own_base_model(
-    copied: Callable[[str], Path], tmp_path: Path, bert: Path
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("full", {"labels": ["a", "b", "c"]}, "3 labels, but weights for 2"),
+        ("full", {"labels": None}, "damaged"),
+        ("lora", {"model": "other"}, "was trained on another .*other; its files have changed since"),
+        ("lora", {"model": "gone"}, "--model .*gone"),
+    ],
+)
+def test_damaged_settings_and_another_base_model_are_refused(
+    variant: str, changes: dict[str, Any], message: str, copied: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder, file = copied("lora"), "classifier.json"
-    content = json.loads((folder / file).read_text())
-    assert content["model"] == str(bert)
-    (folder / file).write_text(json.dumps(content | {"model": str(make_text_bert(tmp_path / "other", seed=1))}))
-    with pytest.raises(InputError, match=r"was trained on another .*other; its files have changed since"):
-        load_classifier(folder)
-    (folder / file).write_text(json.dumps(content | {"model": str(tmp_path / "gone")}))
-    with pytest.raises(InputError, match=r"--model .*gone"):
-        load_classifier(folder)
+    file = copied(variant) / "classifier.json"
+    if "model" in changes:
+        changes = {"model": str(tmp_path / changes["model"])}
+        make_text_bert(tmp_path / "other", seed=1)
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(InputError, match=message):
+        load_classifier(file.parent)
