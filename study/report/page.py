@@ -18,7 +18,6 @@ from study.report.methods.methods import methods_paragraphs
 from study.report.tables import BRIEF, MEANINGS, OUTCOMES, SIGNED, Sheet, p_value, sheet, trial_sheet
 from study.results.confirmed import confirm_lines
 from study.results.evidence import Evidence
-from study.results.load import forced_lines
 from study.results.printing import comparison_lines, trial_columns
 from study.results.verdicts.rules import Verdict
 from study.session.confirm import is_complete
@@ -46,7 +45,6 @@ TEXT_TERMS = {
     "Held-out": "not used for training.",
     "Frozen": "BERT as published, without fine-tuning; the baseline that trials are compared with.",
 }
-NOT_GIVEN: tuple[Any, ...] = (None, "", [])  # values of an option that was not given; 0 is a value
 MOST_NAMED = 5  # trials that share a note
 SHORT_SLOPES = "outcome adjustment subset n_trials n_ranks n_stories slope effect low high p".split()
 SHORT_CONFIRMED = (
@@ -88,7 +86,7 @@ def make_page(
         "provenance": provenance_rows(facts.study),
         "space": facts.space,
         "source": facts.study["space"]["source"],
-        "warnings": list(dict.fromkeys((*_warnings(study, evidence, records), *failures))),
+        "warnings": list(dict.fromkeys((*_warnings(evidence, records), *failures))),
         "notes": shared_notes(records),
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "version": bert_encoding.__version__,
@@ -232,7 +230,7 @@ def provenance_rows(study: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if study.get("general_text"):
         rows.append(("general text", joined([f"{name} {key}" for name, key in study["general_text"].items()])))
-    given = [f"{name} {setting(v)}" for name, v in options.items() if v is not False and v not in NOT_GIVEN]
+    given = [f"{name} {setting(v)}" for name, v in options.items() if v is not False and v not in (None, "", [])]
     rows.append(("options", "; ".join(given) or "none"))
     for i, split in enumerate(study["splits"], 1):
         fold = f", fold {i}" if len(study["splits"]) > 1 else ""
@@ -240,10 +238,10 @@ def provenance_rows(study: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _warnings(folder: Place, evidence: Evidence, records: list[TrialRecord]) -> list[str]:
+def _warnings(evidence: Evidence, records: list[TrialRecord]) -> list[str]:
     """Return what a reader must know before relying on the results."""
     study, verdicts = evidence.facts.study, evidence.verdicts
-    lines = [*evidence.warnings, *(line.removeprefix("note: ") for line in forced_lines(folder))]
+    lines = list(evidence.warnings)
     if verdicts and (changed := delta_note(study.get("options", {}), verdicts[0].delta)):
         lines.append(changed)
     for look in evidence.facts.looks:

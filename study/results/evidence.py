@@ -27,8 +27,6 @@ class Evidence(NamedTuple):
 
     Attributes
     ----------
-    left_out : searched trials that analyses of rank exclude, in words; empty if none
-    trials : one row per trial of any phase and status (``load_trials``)
     epochs : one row per trial and epoch: trial_id, phase, epoch, rank, lr, seed, cc_mean, mlm_loss_train,
         mlm_loss_heldout, seconds, is_used (included in analyses of rank), and other scores of the epoch
     stories : one row per trial, split, role, subject and story: trial_id, phase, split, role, subject, story, cc_mean
@@ -37,39 +35,31 @@ class Evidence(NamedTuple):
         loss_gap (held-out minus training masked-LM loss, nats) and forgetting (probe loss after minus before, nats)
     by_rank : one row per outcome and rank: outcome, rank, n_trials, n_seeds, n_stories, mean, low, high (95%, NaN where
         unknown), sd_seeds (between seeds of one setting), covers (what the interval includes, in words)
-    rank_by_lr : one row per rank and learning rate: rank, lr, n_trials, cc_mean
-    slopes : one row per outcome, adjustment and subset (``slopes.COLUMNS``; ``SlopeKey`` describes the outcomes)
     importances : one row per parameter, most important first: parameter, importance (share of the score's variance,
         fANOVA), low, high (95% bootstrap over trials), n_trials
-    history : one row per complete searched trial in order: number (from 1), trial_id, value, best_so_far
-    varied : parameters that the search varied, as columns of ``used`` or ``trials``
     confirmed : one row per test-set evaluation and finalist, the winner first (``confirmed.COLUMNS``): cc_searched,
         cc_confirmed (mean over fresh seeds, validation), selection_bias (searched minus confirmed), cc_test,
         gain_test with low and high (95%) over ``unit``, gain_of_stories (mean over test stories), ...
-    voxels : one row per subject and voxel: subject, voxel, frozen, best (validation CC; NaN where masked)
-    best_id : the best complete searched trial, None if there is none
     seconds : one row per trial: trial_id, phase, seconds_train, seconds_embed, seconds_ridge, seconds_other,
         seconds_total
-    verdicts : on fine-tuning, then on rank; empty for text-only studies
-    warnings : one line each
     """
 
     facts: Facts
     levels: Levels
-    left_out: str
-    trials: pd.DataFrame
+    left_out: str  # searched trials that analyses of rank exclude, in words; empty if none
+    trials: pd.DataFrame  # one row per trial of any phase and status (``load_trials``)
     epochs: pd.DataFrame
     stories: pd.DataFrame
     used: pd.DataFrame
     by_rank: pd.DataFrame
-    rank_by_lr: pd.DataFrame
-    slopes: pd.DataFrame
+    rank_by_lr: pd.DataFrame  # one row per rank and learning rate: rank, lr, n_trials, cc_mean
+    slopes: pd.DataFrame  # one row per outcome, adjustment and subset (``slopes.COLUMNS``, ``SlopeKey``)
     importances: pd.DataFrame
-    history: pd.DataFrame
-    varied: tuple[str, ...]
+    history: pd.DataFrame  # complete searched trials in order: number (from 1), trial_id, value, best_so_far
+    varied: tuple[str, ...]  # parameters that the search varied, as columns of ``used`` or ``trials``
     confirmed: pd.DataFrame
-    voxels: pd.DataFrame
-    best_id: str | None
+    voxels: pd.DataFrame  # one row per subject and voxel: subject, voxel, frozen, best (validation CC; NaN if masked)
+    best_id: str | None  # the best complete searched trial
     seconds: pd.DataFrame
-    verdicts: tuple[Verdict, ...]
-    warnings: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]  # on fine-tuning, then on rank; empty for text-only studies
+    warnings: tuple[str, ...]  # one line each

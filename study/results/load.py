@@ -37,8 +37,7 @@ def load_trials(path: str | Place) -> pd.DataFrame:
 
 def load_options(path: str | Place) -> dict[str, Any]:
     """Return the options that a study recorded."""
-    options: dict[str, Any] = load_study(path).get("options", {})
-    return options
+    return load_study(path).get("options", {})
 
 
 def load_delta(path: str | Place) -> float:

@@ -20,7 +20,6 @@ from study.setup.options import Options
 PERMITTED = "look_permitted"
 Heard = dict[str, list[str]]  # story -> subjects, each with a hash of the story's words
 _REQUIRED = ("at", "data", "test_stories", "n_searched", "asked", "seeds", "finalists", "winner")
-_OF_DAMAGE = (InputError, OSError, AttributeError, IndexError, KeyError, TypeError)
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def _of_all(options: Options, read: Callable[[Place], list[Look]]) -> list[Look]
     for folder in children(open_place(options.out)):
         try:
             looks += read(folder)
-        except _OF_DAMAGE as error:
+        except (InputError, OSError, AttributeError, IndexError, KeyError, TypeError) as error:
             if folder.name == options.folder.name:
                 raise
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -16,7 +16,6 @@ BY_RANK = "outcome rank n_trials n_seeds n_stories mean low high sd_seeds covers
 RANK_BY_LR = "rank lr n_trials cc_mean".split()
 SETTING = "rank lr scaling target_modules optimizer_steps".split()  # trials that agree in these differ by seed alone
 NUMBERS = "rank lora_alpha scaling lr optimizer_steps seed".split()
-REASONS = ("failed", "stopped early", "repeated", "not LoRA")
 FEW_LEVELS = 4
 LEVEL = 0.95
 
@@ -44,14 +43,14 @@ def used_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     training masked-LM loss, nats) and ``forgetting`` (probe loss after minus before, nats). Numbers are float64.
     """
     searched = trials[trials["phase"] == SEARCH]
-    applies = (
-        searched["status"] == FAILED,
-        searched["status"] == STOPPED,
-        searched["repeat_of"].notna(),
-        searched["method"] != LORA,
-    )
-    reasons = np.select([column.to_numpy(bool) for column in applies], REASONS, "")
-    counts = [(int((reasons == reason).sum()), reason) for reason in REASONS]
+    applies = {
+        "failed": searched["status"] == FAILED,
+        "stopped early": searched["status"] == STOPPED,
+        "repeated": searched["repeat_of"].notna(),
+        "not LoRA": searched["method"] != LORA,
+    }
+    reasons = np.select([column.to_numpy(bool) for column in applies.values()], list(applies), "")
+    counts = [(int((reasons == reason).sum()), reason) for reason in applies]
     used = searched[(reasons == "") & (searched["status"] == COMPLETE).to_numpy(bool)].reset_index(drop=True)
     return _with_derived(used), ", ".join(f"{n} {reason}" for n, reason in counts if n)
 

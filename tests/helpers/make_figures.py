@@ -19,7 +19,6 @@ def figure_evidence(
     rules: tuple[str, ...] = ("rsLoRA lora_alpha = 6",),
     seeds: tuple[int, ...] = (0, 1),
     n_voxels: tuple[int, ...] = (400,),
-    **changes: Any,
 ) -> Evidence:
     """A study made by hand: CC rises by 0.001 per doubling of rank, the gap by 0.002."""
     rng = np.random.default_rng(0)
@@ -41,15 +40,10 @@ def figure_evidence(
         stories=pd.DataFrame(),
         used=used,
         by_rank=pd.concat([_by_rank(used, "cc_mean"), _by_rank(used, "adaptation_gap")]),
-        rank_by_lr=used.groupby(["rank", "lr"])["cc_mean"]
-        .agg(["size", "mean"])
-        .reset_index()
-        .rename(columns={"size": "n_trials", "mean": "cc_mean"}),
+        rank_by_lr=used.groupby(["rank", "lr"])["cc_mean"].agg(n_trials="size", cc_mean="mean").reset_index(),
         slopes=pd.DataFrame(),
         importances=_importances(["rank", "lr", "seed"], [0.6, 0.3, 0.1], [0.4, 0.1, 0.0], [0.8, 0.5, 0.2], n),
-        history=used[["trial_id"]].assign(
-            number=range(1, n + 1), value=used["cc_mean"], best_so_far=used["cc_mean"].cummax()
-        ),
+        history=_history(used, "cc_mean"),
         varied=tuple(name for name in ("rank", "lr", "scaling_rule", "seed") if used[name].nunique() > 1),
         confirmed=_confirmed(used),
         voxels=_voxels(subjects, rng),
@@ -57,7 +51,7 @@ def figure_evidence(
         seconds=_seconds(used, rng),
         verdicts=(),
         warnings=(),
-    )._replace(**changes)
+    )
 
 
 def _importances(parameters: list[str], importance: Any, low: Any, high: Any, n_trials: int) -> pd.DataFrame:
@@ -66,9 +60,14 @@ def _importances(parameters: list[str], importance: Any, low: Any, high: Any, n_
 
 
 def _by_rank(used: pd.DataFrame, outcome: str) -> pd.DataFrame:
-    means = used.groupby("rank")[outcome].agg(["size", "mean"]).reset_index()
-    means = means.rename(columns={"size": "n_trials"}).assign(outcome=outcome, covers="seeds and validation stories")
+    means = used.groupby("rank")[outcome].agg(n_trials="size", mean="mean").reset_index()
+    means = means.assign(outcome=outcome, covers="seeds and validation stories")
     return means.assign(low=means["mean"] - 0.0015, high=means["mean"] + 0.0015)
+
+
+def _history(used: pd.DataFrame, score: str) -> pd.DataFrame:
+    table = used[["trial_id"]].assign(number=range(1, len(used) + 1))
+    return table.assign(value=used[score], best_so_far=used[score].cummax())
 
 
 def _epochs(used: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
@@ -175,11 +174,8 @@ def of_text() -> Evidence:
     nothing = {name: evidence._asdict()[name].iloc[:0] for name in ("by_rank", "rank_by_lr", "confirmed", "voxels")}
     of_study = facts(len(used), {}, task="classification", stories={})
     epochs = evidence.epochs.rename(columns={"mlm_loss_train": "loss_train", "mlm_loss_heldout": "loss_heldout"})
-    levels = Levels(0.5)
-    history = evidence.history.assign(value=used["accuracy"], best_so_far=used["accuracy"].cummax())
-    return evidence._replace(
-        history=history, facts=of_study, used=used, trials=used, epochs=epochs, levels=levels, **nothing
-    )
+    tables = {"history": _history(used, "accuracy"), "used": used, "trials": used, "epochs": epochs}
+    return evidence._replace(**tables, **nothing, facts=of_study, levels=Levels(0.5))
 
 
 STUDIES = {
@@ -212,10 +208,14 @@ WITHOUT_DATA = {  # study -> figure -> reason
 }
 
 
+def linear_rgb(colour: Any) -> list[float]:
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+
+
 def luminance(colour: Any) -> float:
-    """Relative luminance by WCAG 2.2, part by part."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    """Relative luminance by WCAG 2.2."""
+    red, green, blue = linear_rgb(colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(first: Any, second: Any) -> float:

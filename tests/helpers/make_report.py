@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from bert_encoding.core.files import write_json
+from bert_encoding.core.storage import make_folder
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
 from bert_encoding.trial.tables import trials_frame
@@ -114,16 +115,19 @@ def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: An
     )._replace(**changes)
 
 
-def write_study(folder: Path, study: dict[str, Any], records: list[TrialRecord]) -> Path:
-    folder.mkdir()
+def write_study(folder: Any, study: dict[str, Any], records: list[TrialRecord]) -> Any:
+    """Write a study into a folder, or into object storage, and return its place."""
+    make_folder(folder)
     write_json(folder / "study.json", study)
     for trial in records:
         write_record(folder, trial)
     return folder
 
 
-def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidence]:
-    """A study on disk in which every name that a user chooses is a script."""
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a study in which every name that a user chooses is a script."""
+    folder = tmp_path_factory.mktemp("hostile") / "study"
     data = {"source": f'/data/{HOSTILE}" onload="alert(1)', "fingerprint": HOSTILE, "n_voxels": {HOSTILE: 3}}
     study = study_json(
         name=f"mine {HOSTILE}",
@@ -146,8 +150,9 @@ def hostile_study(folder: Path, draw: pytest.MonkeyPatch) -> tuple[Path, Evidenc
     )
     table = pd.DataFrame({"trial_id": [HOSTILE], "cc_confirmed": [0.1], "cc_test": [0.1]})
     evidence = evidence_of(study, records, verdicts=(verdict,), warnings=(HOSTILE,), confirmed=table)
-    draw.setattr(report, "draw_all", lambda *arguments: [drawing(folder, HOSTILE)])
-    return folder, evidence
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_all", lambda *arguments: [drawing(folder, HOSTILE)])
+        return Path(str(report.write_report(folder, evidence)))
 
 
 def drawing(folder: Path, words: str = "rank") -> Drawn:

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from study.report.figures import style
@@ -25,7 +25,9 @@ def draw_heat(evidence: Evidence) -> style.Picture:
     margin = 0.0 if np.ptp(scores) else 1e-3
     norm = Normalize(scores.min() - margin, scores.max() + margin)
     is_grid = rows["lr"].nunique() <= MOST_RATES
-    (_cells if is_grid else _scatter)(figure, axes[0, 0], rows, norm)
+    drawn = (_cells if is_grid else _scatter)(axes[0, 0], rows, norm)
+    axes[0, 0].set_ylabel("learning rate")
+    figure.colorbar(drawn, ax=axes[0, 0], label=style.UNITS["cc_mean"])
     mark = "each cell is the mean of the trials with that rank and rate" if is_grid else "each point is a trial"
     n_trials = int(rows["n_trials"].sum())
     caption = f"Mean CC by rank and learning rate; {mark}. {style.sample(evidence, n_trials)}."
@@ -38,12 +40,11 @@ def draw_heat(evidence: Evidence) -> style.Picture:
     return style.Picture(figure, caption, alt)
 
 
-def _cells(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) -> None:
+def _cells(axes: Axes, rows: pd.DataFrame, norm: Normalize) -> ScalarMappable:
     """Draw a heat map, with a number in each cell if there is room."""
     table = rows.pivot(index="lr", columns="rank", values="cc_mean")
     image, ranks = table.to_numpy(float), list(table.columns)  # (n_rates, n_ranks)
     drawn = axes.imshow(image, origin="lower", aspect="auto", cmap=style.SEQUENTIAL, norm=norm)
-    figure.colorbar(drawn, ax=axes, label=style.UNITS["cc_mean"])
     if len(ranks) <= MOST_ACROSS and image.size <= MOST_CELLS:
         for (y, x), score in np.ndenumerate(image):
             if np.isfinite(score):
@@ -54,10 +55,10 @@ def _cells(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) -> N
     axes.set_xticks(shown, [f"{ranks[i]:g}" for i in shown])
     axes.set_yticks(range(len(table)), [style.plain(lr) for lr in table.index])
     axes.set_xlabel(style.RANK)
-    axes.set_ylabel("learning rate")
+    return drawn
 
 
-def _scatter(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) -> None:
+def _scatter(axes: Axes, rows: pd.DataFrame, norm: Normalize) -> ScalarMappable:
     ranks, rates, scores = style.floats(rows, "rank", "lr", "cc_mean")
     style.rank_axis(axes, sorted(set(ranks)))
     drawn = axes.scatter(np.log2(ranks), rates, c=scores, cmap=style.SEQUENTIAL, norm=norm, s=36)
@@ -67,6 +68,5 @@ def _scatter(figure: Figure, axes: Axes, rows: pd.DataFrame, norm: Normalize) ->
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.plain(value)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylabel("learning rate")
     style.light_grid(axes, "both")
-    figure.colorbar(drawn, ax=axes, label=style.UNITS["cc_mean"])
+    return drawn

@@ -12,7 +12,8 @@ from study.results.evidence import Evidence
 
 MOST_LINES = 24  # trials with a line each; with more, trials are thin and the mean of each rank thick
 NO_LOSS = "no searched trial reports a loss per epoch"
-LOSSES = (("mlm_loss_train", "mlm_loss_heldout"), ("loss_train", "loss_heldout"))  # masked LM; classifier
+MLM_LOSSES = {"mlm_loss_train": "training", "mlm_loss_heldout": "held-out"}
+LOSSES = MLM_LOSSES | {"loss_train": "training", "loss_heldout": "held-out"}  # the latter of a classifier
 
 
 def _epochs(evidence: Evidence) -> pd.DataFrame:
@@ -27,13 +28,11 @@ def draw_losses(evidence: Evidence) -> style.Picture:
     """Draw training and held-out loss by epoch, coloured by rank, on one scale."""
     rows = _epochs(evidence)
     rows = rows.assign(rank=style.floats(rows, "rank")[0])
-    places = ("training", "held-out")
-    present = [(name, place) for pair in LOSSES for name, place in zip(pair, places, strict=True)]
-    present = [(name, place) for name, place in present if len(style.known(rows, "epoch", name))][:2]
+    present = [(name, where) for name, where in LOSSES.items() if len(style.known(rows, "epoch", name))][:2]
     if not present:
         raise style.NothingToDraw(NO_LOSS)
     figure, axes = style.canvas(len(present))
-    unit = "masked-LM loss (nats per token)" if present[0][0] in LOSSES[0] else "loss (nats per text)"
+    unit = "masked-LM loss (nats per token)" if present[0][0] in MLM_LOSSES else "loss (nats per text)"
     groups = _groups(rows)
     n_trials = rows["trial_id"].nunique()
     are_many = n_trials > MOST_LINES and len(groups) <= style.MOST_NAMED

@@ -28,7 +28,7 @@ from bert_encoding.language_model.masked_lm import PROBE_PROBABILITY
 from bert_encoding.trial.record import TrialRecord
 from study.report.methods import data
 from study.report.methods.data import Study, story, were
-from study.report.methods.training import EACH_BASELINE, training_paragraphs
+from study.report.methods.training import training_paragraphs
 from study.session.confirm import is_complete
 from study.wording import counted, duration, joined, number, one_or_several
 
@@ -80,7 +80,8 @@ def _baselines(study: Study, records: Sequence[TrialRecord]) -> str:
     }
     methods = list(dict.fromkeys(record.method for record in done))
     described = joined([names.get(method, method) for method in methods])
-    return f"{'Baseline' if len(methods) == 1 else 'Baselines'}: {described}, {EACH_BASELINE[study['task']]}."
+    data_of_each = "each on the same stories and voxels" if study["task"] == ENCODING else "on the same texts"
+    return f"{'Baseline' if len(methods) == 1 else 'Baselines'}: {described}, {data_of_each} as the trials."
 
 
 def _search(study: Study, records: Sequence[TrialRecord]) -> str:

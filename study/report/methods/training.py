@@ -11,11 +11,6 @@ from study.wording import counted, distinct, joined, one_or_several, setting
 
 Configs = Sequence[dict[str, Any]]
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "attention output", "i": "intermediate", "d": "output"}
-EACH_BASELINE = {
-    ENCODING: "each on the same stories and voxels as the trials",
-    CLASSIFICATION: "on the same texts as the trials",
-    ADAPT: "on the same texts as the trials",
-}
 SCALINGS = {"standard": "lora_alpha / rank", "rslora": "lora_alpha / sqrt(rank) (rsLoRA)"}
 INITS = {
     "zero": "B initialised to zero and A at random",

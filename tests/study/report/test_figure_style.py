@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from make_figures import STUDIES, WITHOUT_DATA, contrast, empty, luminance
+from make_figures import STUDIES, WITHOUT_DATA, contrast, empty, linear_rgb, luminance
 from matplotlib import rc_context, rcParams
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -89,10 +88,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Drawn]:
 
 @pytest.mark.slow
 def test_every_figure_has_two_files(files: list[Drawn]) -> None:
-    names = list(FIGURES)
-    assert [figure.name for figure in files] == names
+    assert [figure.name for figure in files] == list(FIGURES)
     folder = Path(str(files[0].png)).parent
-    assert {file.name for file in folder.iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg")}
+    assert {file.name for file in folder.iterdir()} == {f"{name}.{end}" for name in FIGURES for end in ("png", "svg")}
     for figure in files:
         image = imread(str(figure.png))
         assert image.shape[1] >= 840 and image[..., :3].std() > 0.02, figure.name
@@ -123,14 +121,13 @@ SVG_ELEMENTS = {
 
 
 def test_equal_studies_give_equal_bytes_with_any_user_settings(files: list[Drawn], tmp_path: Path) -> None:
-    few = [figure for figure in files if figure.name in ("score_by_rank", "rank_by_lr")]
     before = dict(rcParams)
     with rc_context({"font.size": 30, "axes.facecolor": "black", "svg.fonttype": "none", "text.parse_math": True}):
         mine = dict(rcParams)
         again = {figure.name: figure for figure in draw_all(_only(STUDIES["long names"]), tmp_path)}
         assert dict(rcParams) == mine
     assert dict(rcParams) == before
-    for figure in few:
+    for figure in [figure for figure in files if figure.name in ("score_by_rank", "rank_by_lr")]:
         assert again[figure.name].png.read_bytes() == figure.png.read_bytes()
         assert again[figure.name].svg.read_bytes() == figure.svg.read_bytes()
 
@@ -152,9 +149,7 @@ DEFICIENCIES = {
 
 def perceived(colour: Any, deficiency: str) -> np.ndarray:
     """A colour as perceived, in CIE L*a*b*."""
-    parts = np.array(to_rgb(colour))
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(np.array(DEFICIENCIES[deficiency]) @ linear, 0, 1)
+    linear = np.clip(np.array(DEFICIENCIES[deficiency]) @ linear_rgb(colour), 0, 1)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     x, y, z = np.cbrt(to_xyz @ linear / [0.9505, 1.0, 1.089])
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
@@ -164,9 +159,7 @@ def perceived(colour: Any, deficiency: str) -> np.ndarray:
 def test_colours_are_distinct_for_the_colour_blind(deficiency: str) -> None:
     ranks = list(rank_colours([2, 4, 8, 16, 32, 64]).values())
     stages = [colour for colour, _ in figure_search.STAGE_LOOKS]
-    pairs = [*pairwise(ranks), *pairwise(stages)]
-    pairs += [(figure_style.BEST, figure_style.PLAIN)]
-    for first, second in pairs:
+    for first, second in [*pairwise(ranks), *pairwise(stages), (figure_style.BEST, figure_style.PLAIN)]:
         assert np.linalg.norm(perceived(first, deficiency) - perceived(second, deficiency)) > 10
 
 
@@ -182,16 +175,12 @@ def test_colours_of_ranks_are_distinct_in_grey_and_legible_on_white() -> None:
 
 def test_markers_lines_and_hatching_repeat_what_colours_show() -> None:
     figure = draw("losses", STUDIES["the whole grid"]).figure
-    looks = {
-        (line.get_marker(), str(line.get_linestyle()))
-        for line in figure.axes[0].get_lines()
-        if line.get_label()[0] != "_"
-    }
-    assert len(looks) == 6
+    lines = [line for line in figure.axes[0].get_lines() if line.get_label()[0] != "_"]
+    assert len({(line.get_marker(), str(line.get_linestyle())) for line in lines}) == 6
     hatches = {bars[0].get_hatch() for bars in draw("time", STUDIES["a small grid"]).figure.axes[0].containers}
     assert len(hatches) == 4
-    lines = {shape.get_linestyle() for shape in draw("voxels", STUDIES["a small grid"]).figure.axes[0].patches}
-    assert len(lines) == 2
+    patterns = {shape.get_linestyle() for shape in draw("voxels", STUDIES["a small grid"]).figure.axes[0].patches}
+    assert len(patterns) == 2
 
 
 def test_formats_of_names_and_numbers() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from make_figures import EPOCHS, STUDIES, WITHOUT_DATA, contrast, empty, figure_evidence
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
@@ -16,7 +17,7 @@ from study.report.figures import search as figure_search
 from study.report.figures import style as figure_style
 from study.report.figures import voxels as figure_voxels
 from study.report.figures.figures import FIGURES, draw, draw_all
-from study.report.figures.style import NothingToDraw, known
+from study.report.figures.style import NothingToDraw, Picture, known
 from study.results.evidence import Levels
 
 
@@ -24,6 +25,15 @@ def drawn_points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
     """The points of the lines with this label, (n, 2)."""
     lines = [line for line in figure.axes[panel].get_lines() if line.get_label() == label]
     return np.vstack([np.asarray(line.get_xydata()) for line in lines])
+
+
+def curves(axes: Axes) -> list[np.ndarray]:
+    """The y values of the lines that are not in the legend alone."""
+    return [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if len(np.asarray(line.get_ydata()))]
+
+
+def legend_of(picture: Picture) -> list[str]:
+    return [text.get_text() for text in picture.figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(("name", "column"), [("score_by_rank", "cc_mean"), ("gap_by_rank", "adaptation_gap")])
@@ -51,27 +61,24 @@ def test_baselines_and_ceiling_are_lines_or_in_the_legend_if_far_away() -> None:
     evidence = STUDIES["a small grid"]
     near = evidence._replace(levels=Levels(0.051, 0.049, ceiling=0.06))
     axes = draw("score_by_rank", near).figure.axes[0]
-    level = {line.get_label(): set(np.asarray(line.get_ydata())) for line in axes.get_lines()}
-    assert (level["frozen baseline"], level["word rate"], level["noise ceiling"]) == ({0.051}, {0.049}, {0.06})
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    names = ("frozen baseline", "word rate", "noise ceiling")
+    assert [set(np.asarray(lines[name].get_ydata())) for name in names] == [{0.051}, {0.049}, {0.06}]
+    assert len({lines[name].get_linestyle() for name in names}) == 3
     low, high = axes.get_ylim()
     assert low < 0.049 and high > 0.06
-    looks = {line.get_label(): line.get_linestyle() for line in axes.get_lines()}
-    assert len({looks[name] for name in ("frozen baseline", "word rate", "noise ceiling")}) == 3
     far = draw("score_by_rank", evidence)
     assert far.figure.axes[0].get_ylim()[1] < 0.1
-    names = [text.get_text() for text in far.figure.legends[0].get_texts()]
-    assert "noise ceiling 0.3100, above" in names
-    assert "word rate 0.0200, below" in names
+    assert {"noise ceiling 0.3100, above", "word rate 0.0200, below"} <= set(legend_of(far))
     assert far.alt.endswith("Frozen baseline 0.0510, word rate 0.0200 and noise ceiling 0.3100.")
-    unknown = draw("score_by_rank", STUDIES["missing values"])
-    assert not any("frozen" in text.get_text() for text in unknown.figure.legends[0].get_texts())
+    assert not any("frozen" in name for name in legend_of(draw("score_by_rank", STUDIES["missing values"])))
 
 
 def test_figure_of_a_sampler_is_exploratory_and_has_no_means() -> None:
     picture = draw("score_by_rank", STUDIES["a sampler"])
     assert "exploratory" in picture.caption
     assert "exploratory" not in draw("score_by_rank", STUDIES["a small grid"]).caption
-    assert "mean of a rank" not in [text.get_text() for text in picture.figure.legends[0].get_texts()]
+    assert "mean of a rank" not in legend_of(picture)
     ticks = [label.get_text() for label in picture.figure.axes[0].get_xticklabels()]
     assert ticks == ["2", "4", "8", "16", "32"]
 
@@ -93,7 +100,7 @@ def test_losses_of_few_trials_are_one_line_each() -> None:
     assert [axes.get_title() for axes in figure.axes] == ["training", "held-out"]
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     for axes, column in zip(figure.axes, ("mlm_loss_train", "mlm_loss_heldout"), strict=True):
-        lines = [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if len(np.asarray(line.get_ydata()))]
+        lines = curves(axes)
         expected = [rows[column].to_numpy() for _, rows in evidence.epochs.groupby("trial_id")]
         assert len(lines) == len(expected) == 12
         assert {tuple(line) for line in lines} == {tuple(line) for line in expected}
@@ -103,29 +110,25 @@ def test_captions_name_limits_of_a_figure() -> None:
     evidence = STUDIES["a small grid"]
     assert "Learning rates are not marked" in draw("losses", evidence).caption
     assert "are not marked" not in draw("losses", evidence._replace(epochs=evidence.epochs.assign(lr=1e-4))).caption
-    shares = evidence.importances.assign(n_trials=12)
-    few = draw("importances", evidence._replace(importances=shares))
-    assert "too few trials for a reliable order. n = 12 trials" in few.caption
-    thirty = evidence._replace(importances=shares.assign(n_trials=30))
-    assert "too few" not in draw("importances", thirty).caption
+    for n, is_few in ((12, True), (30, False)):
+        caption = draw("importances", evidence._replace(importances=evidence.importances.assign(n_trials=n))).caption
+        assert ("too few trials for a reliable order." in caption) == is_few
+        assert f"n = {n} trials" in caption
     of_seeds = draw("gap_by_rank", evidence._replace(by_rank=evidence.by_rank.assign(covers="seeds")))
     assert "bars its 95% interval (seeds only, not stories)" in of_seeds.caption
-    labels = [text.get_text() for text in of_seeds.figure.legends[0].get_texts()]
-    assert "mean of a rank (bars: seeds only)" in labels
+    assert "mean of a rank (bars: seeds only)" in legend_of(of_seeds)
 
 
 def test_losses_of_many_trials_show_the_mean_of_each_rank() -> None:
     evidence = STUDIES["the whole grid"]
     picture = draw("losses", evidence)
     axes = picture.figure.axes[1]
-    thick = [np.asarray(line.get_ydata(), float) for line in axes.get_lines() if len(np.asarray(line.get_ydata()))]
+    thick = curves(axes)
     thin = sum(len(item.get_segments()) for item in axes.collections if isinstance(item, LineCollection))
     assert (len(thick), thin) == (6, 162)
     for line, rank in zip(thick, (2, 4, 8, 16, 32, 64), strict=True):
-        expected = []
-        for epoch in range(1, EPOCHS + 1):
-            rows = evidence.epochs[(evidence.epochs["rank"] == rank) & (evidence.epochs["epoch"] == epoch)]
-            expected.append(sum(rows["mlm_loss_heldout"]) / len(rows))
+        rows = evidence.epochs[evidence.epochs["rank"] == rank]
+        expected = [rows.loc[rows["epoch"] == epoch, "mlm_loss_heldout"].mean() for epoch in range(1, EPOCHS + 1)]
         np.testing.assert_allclose(line, expected, rtol=0, atol=1e-12)
         assert f"rank {rank} " in picture.alt
         assert f"{expected[0]:.3f} to {expected[-1]:.3f}" in picture.alt
@@ -133,25 +136,22 @@ def test_losses_of_many_trials_show_the_mean_of_each_rank() -> None:
 
 def test_losses_leave_out_trials_excluded_from_rank_analyses() -> None:
     evidence = STUDIES["a small grid"]
-    stopped = evidence.epochs["trial_id"] == "0003"
-    rows = evidence.epochs.assign(is_used=~stopped)
+    rows = evidence.epochs.assign(is_used=evidence.epochs["trial_id"] != "0003")
     assert "n = 11 trials" in draw("losses", evidence._replace(epochs=rows)).caption
-    none = evidence.epochs.assign(is_used=False, rank=pd.NA)
-    picture = draw("losses", evidence._replace(epochs=none))
+    picture = draw("losses", evidence._replace(epochs=evidence.epochs.assign(is_used=False, rank=pd.NA)))
     assert "n = 12 trials" in picture.caption
     assert "no rank 2." in picture.alt
 
 
 def test_heat_map_shows_means_and_scatter_every_trial() -> None:
     evidence = STUDIES["the whole grid"]
-    picture = draw("rank_by_lr", evidence)
-    image = np.asarray(picture.figure.axes[0].images[0].get_array(), float)
+    axes = draw("rank_by_lr", evidence).figure.axes[0]
+    image = np.asarray(axes.images[0].get_array(), float)
     expected = evidence.rank_by_lr.pivot_table(index="lr", columns="rank", values="cc_mean").to_numpy(float)
     np.testing.assert_allclose(image, expected, rtol=0, atol=1e-12)
-    written = [text.get_text() for text in picture.figure.axes[0].texts]
-    assert written == [f"{value:.4f}" for value in expected.ravel()]
-    for text in picture.figure.axes[0].texts:
-        behind = figure_style.SEQUENTIAL(picture.figure.axes[0].images[0].norm(float(text.get_text())))
+    assert [text.get_text() for text in axes.texts] == [f"{value:.4f}" for value in expected.ravel()]
+    for text in axes.texts:
+        behind = figure_style.SEQUENTIAL(axes.images[0].norm(float(text.get_text())))
         assert contrast(text.get_color(), behind) > 3.5
     hollow = evidence._replace(rank_by_lr=evidence.rank_by_lr.iloc[1:])
     assert np.isnan(np.asarray(draw("rank_by_lr", hollow).figure.axes[0].images[0].get_array(), float)).sum() == 1
@@ -169,9 +169,8 @@ def test_history_finalists_and_importances_show_the_tables() -> None:
     points, best = drawn_points(picture.figure, "a trial"), drawn_points(picture.figure, "best so far")
     np.testing.assert_allclose(points, evidence.history[["number", "value"]].astype(float), rtol=0, atol=1e-12)
     np.testing.assert_allclose(best[:, 1], evidence.history["best_so_far"].astype(float), rtol=0, atol=1e-12)
-    assert (
-        f"best {evidence.history['value'].max():.4f}, trial {evidence.best_id}, frozen baseline 0.0510." in picture.alt
-    )
+    highest = evidence.history["value"].max()
+    assert f"best {highest:.4f}, trial {evidence.best_id}, frozen baseline 0.0510." in picture.alt
     losing = evidence._replace(facts=evidence.facts._replace(task="adapt"))
     lowest = evidence.history.loc[evidence.history["value"].astype(float).idxmin(), "trial_id"]
     assert f"trial {lowest}," in draw("history", losing).alt
@@ -206,24 +205,22 @@ def test_time_stacks_the_stages(study: str) -> None:
 
 @pytest.mark.parametrize(("seconds", "unit"), [(100, "(s)"), (1000, "(min)"), (10_000, "(h)")])
 def test_time_has_a_suitable_unit(seconds: float, unit: str) -> None:
-    evidence = STUDIES["one trial"]
-    table = evidence.seconds.tail(1).assign(
-        seconds_train=seconds, seconds_embed=0.0, seconds_ridge=0.0, seconds_other=0.0
-    )
-    assert draw("time", evidence._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
+    table = STUDIES["one trial"].seconds.tail(1)
+    table = table.assign(seconds_train=seconds, seconds_embed=0.0, seconds_ridge=0.0, seconds_other=0.0)
+    assert draw("time", STUDIES["one trial"]._replace(seconds=table)).figure.axes[0].get_ylabel().endswith(unit)
 
 
-def test_histograms_count_each_voxel_once_per_model() -> None:
+def test_histograms_count_each_voxel_once_per_model_of_the_first_subjects() -> None:
     evidence = STUDIES["the whole grid"]
     picture = draw("voxels", evidence)
     for axes, n in zip(picture.figure.axes, (5000, 400, 300), strict=True):
-        heights = [shape.get_xy()[:, 1] for shape in axes.patches]
-        assert len(heights) == 2
-        for height in heights:
-            assert height[1:-1:2].sum() == n
+        assert [shape.get_xy()[1:-1:2, 1].sum() for shape in axes.patches] == [n, n]
     frozen = evidence.voxels.loc[evidence.voxels["subject"] == "UTS02", "frozen"]
     assert f"UTS02, 400 voxels: mean {frozen.mean():.4f} frozen" in picture.alt
     assert "n = 266 voxels of UTS01" in draw("voxels", STUDIES["missing values"]).caption
+    many = draw("voxels", figure_evidence(n_voxels=(20,) * 8))
+    assert len(many.figure.axes) == figure_voxels.MOST_SUBJECTS
+    assert many.caption.endswith("2 further subjects not drawn.")
 
 
 def test_few_voxels_are_points_and_many_a_density() -> None:
@@ -236,17 +233,10 @@ def test_few_voxels_are_points_and_many_a_density() -> None:
     assert dense.axes[3].get_ylabel() == "voxels per cell"
 
 
-def test_further_subjects_are_counted_but_not_drawn() -> None:
-    picture = draw("voxels", figure_evidence(n_voxels=(20,) * 8))
-    assert len(picture.figure.axes) == figure_voxels.MOST_SUBJECTS
-    assert picture.caption.endswith("2 further subjects not drawn.")
-
-
 def test_parallel_coordinates_break_at_missing_values() -> None:
     evidence = STUDIES["missing values"]
     picture = draw("parallel", evidence)
-    drawn = [np.asarray(line.get_ydata(), float) for line in picture.figure.axes[0].get_lines()]
-    lines = [line for line in drawn if len(line) == 4]
+    lines = [line for line in curves(picture.figure.axes[0]) if len(line) == 4]
     used = known(evidence.used, "cc_mean")
     assert len(lines) == len(used) == 10
     np.testing.assert_allclose(sorted(line[-1] for line in lines)[-1], 1)

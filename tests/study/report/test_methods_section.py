@@ -17,12 +17,11 @@ from study.results.evidence import Evidence
 from study.results.gather import gather
 from study.wording import counted, duration, joined, number, one_or_several
 
-BASE = {"model": "tiny"}
+OF_LORA = {name for name in OTHER if name.startswith("lora_")} | {"rank", "target_modules", "dora"}
 NOT_NAMED = {  # of a trial that trains on stories
     "lora": {"train_embeddings", "frozen_blocks"},
-    "full": {name for name in OTHER if name.startswith("lora_")} | {"rank", "target_modules", "dora", "frozen_blocks"},
-    "partial": {name for name in OTHER if name.startswith("lora_")}
-    | {"rank", "target_modules", "dora", "train_embeddings"},
+    "full": OF_LORA | {"frozen_blocks"},
+    "partial": OF_LORA | {"train_embeddings"},
 }
 NOT_OF_TRAINING = {"method", "model", "keep_layers", "vocabulary", "static_vectors"}
 
@@ -52,7 +51,7 @@ def test_setting_is_named_if_it_applies_and_only_then(name: str, method: str) ->
     """Each setting, changed alone, changes the text, which names its new value if it is a number."""
     changed = {name: OTHER[name]}
     before = methods([record(method=method)])
-    after = methods([record(method=method, **changed)], config=asdict(TrialConfig(**(BASE | changed))))
+    after = methods([record(method=method, **changed)], config=asdict(TrialConfig(model="tiny", **changed)))
     if name in NOT_NAMED[method]:
         assert after == before
         return

@@ -21,16 +21,15 @@ from make_report import (
     SEARCHED,
     drawing,
     evidence_of,
-    hostile_study,
+    hostile,
     record,
     study_json,
     write_study,
 )
 
-from bert_encoding.core.files import write_json
 from bert_encoding.core.storage import ObjectPath, Place, atomic_path
 from bert_encoding.trial.config import TrialConfig
-from bert_encoding.trial.record import TrialRecord, write_record
+from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.tables import trials_frame
 from study.report import html as report
 from study.report.figures.figures import Drawn
@@ -41,7 +40,7 @@ from study.results.evidence import Evidence, Levels
 from study.results.rank_tables import used_trials
 from study.results.slopes import slope_table
 
-__all__ = ["bucket", "s3_endpoint"]  # fixtures
+__all__ = ["bucket", "hostile", "s3_endpoint"]  # fixtures
 
 
 TEXT_DATA = {"source": "/data/reviews", "n_texts": 1000, "classes": {"neg": 500, "pos": 500}, "max_length": 256}
@@ -98,9 +97,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Element:
     return parsed(page_of(tmp_path_factory.mktemp("page") / "study", study_json(), RECORDS))
 
 
-def test_names_chosen_by_users_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
-    html = write_report(folder, evidence).read_text()
+def test_names_chosen_by_users_are_escaped(hostile: Path) -> None:
+    html = hostile.read_text()
     root = parsed(html)
     assert texts(root, "script") == [(report.TEMPLATES / "report.js").read_text()]
     assert html.lower().count("<script") == 1
@@ -119,9 +117,8 @@ ALLOWED = set(
 )
 
 
-def test_page_needs_and_allows_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, evidence = hostile_study(tmp_path / "study", monkeypatch)
-    root = parsed(write_report(folder, evidence).read_text())
+def test_page_needs_and_allows_no_network(hostile: Path) -> None:
+    root = parsed(hostile.read_text())
     (policy,) = (meta.attrib["content"] for meta in root.iter("meta") if "http-equiv" in meta.attrib)
     style, script = texts(root, "style", "script")
     hashes = [f"'sha256-{digest(content)}'" for content in (style, script)]
@@ -348,9 +345,7 @@ def test_provenance_names_the_precision_of_word_vectors_and_training(
 
 
 def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
-    forced = {"first_trial": "0002", "at": "2026-02-01", "differences": [{"what": "the code"}]}
     study = study_json(
-        forced=[forced],
         takeovers=[{}],
         git={"commit": "01", "dirty": True},
         data=study_json()["data"] | {"notes": ["1 story lacks responses"]},
@@ -365,8 +360,6 @@ def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
     assert render(pages[0] | {"written": ""}) == render(pages[1] | {"written": ""})
     assert pages[0]["warnings"] == [
         "A warning.",
-        "trials from 0002 on may not be comparable with earlier ones: the study was forced to resume (2026-02-01) "
-        "although it differs in the code (see study.json)",
         "These test stories had been used before by study older (2026-01-01).",
         "Trial 0003 failed: ValueError: loss [nan] at step 3",
         "The code had uncommitted changes: its fingerprint identifies it, the commit does not.",
@@ -399,10 +392,7 @@ def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypa
 
 
 def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = bucket / "out" / "mine"
-    write_json(study / "study.json", study_json())
-    for trial in BASELINES:
-        write_record(study, trial)
+    study = write_study(bucket / "out" / "mine", study_json(), BASELINES)
 
     def draw_there(evidence: Evidence, folder: Place, skipped: object) -> list[Drawn]:
         here = drawing(tmp_path)

@@ -15,9 +15,9 @@ from fake_study import SMALL, Truth, write_fake_study
 from make_report import record as trial
 from make_report import write_study
 from project import ROOT
+from run_commands import Ended, assert_refused, run_study_command
 from scipy.stats import ttest_1samp
 
-from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json
 from bert_encoding.trial.record import TrialRecord
@@ -159,18 +159,15 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
     def print_them(*records: TrialRecord) -> str:
         folder = write_study(tmp_path / f"study{len(list(tmp_path.iterdir()))}", {}, list(records))
-        capsys.readouterr()
-        assert exit_code(str(folder)) == 0
-        out, error = capsys.readouterr()
-        assert error == ""
-        return out
+        ended = run(capsys, folder)
+        assert (ended.code, ended.error) == (0, "")
+        return ended.out
 
     return print_them
 
 
-def exit_code(*arguments: str) -> int:
-    """Run the command here and return its exit code."""
-    return run_app(analysis.app, list(arguments))
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
+    return run_study_command([str(argument) for argument in arguments], capsys, analysis.app)
 
 
 def test_trial_table_is_printed_best_first(printed: Callable[..., str]) -> None:
@@ -196,12 +193,8 @@ def test_empty_columns_and_a_table_of_one_rank_are_not_printed(printed: Callable
 @pytest.mark.slow
 def test_command_prints_the_trials_and_rebuilds_the_tables(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", {"name": "study"}, HAND_MADE)
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "study" / "analysis.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, "-W", "error", str(ROOT / "study" / "analysis.py"), str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (ran.returncode, ran.stderr) == (0, "")
     for record in HAND_MADE:
         assert record.trial_id in ran.stdout
@@ -213,20 +206,15 @@ def test_command_prints_the_trials_and_rebuilds_the_tables(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("arguments", [[], ["--folder"], ["a", "b"], ["--colour"]])
 def test_wrong_arguments_give_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(*arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    ended = run(capsys, *arguments)
+    assert_refused(ended)
+    assert ended.out == ""
 
 
 def test_command_names_a_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "study", {"name": "study"}, HAND_MADE)
     (folder / "trials" / "0002" / "record.json").write_text('{"status": "COMP')
-    assert exit_code(str(folder)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {folder / 'trials' / '0002' / 'record.json'}: damaged")
-    assert error.count("\n") == 1
+    assert_refused(run(capsys, folder), f"error: {folder / 'trials' / '0002' / 'record.json'}: damaged")
 
 
 @pytest.fixture
@@ -245,17 +233,17 @@ def test_delta_chosen_later_is_noted_in_print_and_report(
     write_json(folder / "summary.json", {"best": 0.5, "verdict": None})
     note = "delta 0.05 was chosen after the study (0.004 was set)"
     for arguments, delta in (([], 0.004), (["--delta", "0.05"], 0.05), ([], 0.004)):
-        assert exit_code(str(folder), *arguments) == 0
+        ended = run(capsys, folder, *arguments)
+        assert ended.code == 0
         summary, page = read_json(folder / "summary.json"), (folder / "report.html").read_text()
         assert summary["best"] == 0.5
         assert (summary["verdict"]["rank"]["delta"], summary["verdict"]["tuning"]["delta"]) == (delta, delta)
-        assert (f"note: {note}\n" in capsys.readouterr().out) == (delta == 0.05)
+        assert (f"note: {note}\n" in ended.out) == (delta == 0.05)
         assert (f"<li>{note}</li>" in page) == (delta == 0.05)
         assert (f"chosen after the study had begun as {delta:g} CC" in page) == (delta == 0.05)
         assert (f"set in advance as {delta:g} CC" in page) == (delta == 0.004)
     assert "within \u00b10.05 CC" not in page and "+-" not in page
-    assert exit_code(str(folder), "--delta", "0") == 2
-    assert capsys.readouterr().err == "error: --delta 0: must be a CC above 0 and below 1\n"
+    assert_refused(run(capsys, folder, "--delta", "0"), "error: --delta 0: must be a CC above 0 and below 1\n")
 
 
 @pytest.mark.slow
@@ -267,8 +255,8 @@ def test_missing_or_damaged_summary_does_not_prevent_verdict_and_report(
     summary, verdicts = folder / "summary.json", gather(folder).verdicts
     if is_damaged:
         summary.write_text("{")
-    assert exit_code(str(folder)) == 0
-    out = capsys.readouterr().out
+    code, out, _ = run(capsys, folder)
+    assert code == 0
     assert all(verdict.question in out and verdict.headline in out for verdict in verdicts)
     assert (f"note: the verdicts are not in summary.json: {summary}: damaged" in out) == is_damaged
     assert summary.exists() == is_damaged
@@ -281,9 +269,8 @@ def test_nan_score_does_not_prevent_the_report(tmp_path: Path, capsys: pytest.Ca
     file = next(iter(sorted(folder.glob("trials/0*/record.json"))))
     record = read_json(file)
     file.write_text(json.dumps(record | {"scores": record["scores"] | {"cc_mean": float("nan")}}))
-    assert exit_code(str(folder)) == 0
-    out, error = capsys.readouterr()
-    assert error == ""
+    code, out, error = run(capsys, folder)
+    assert (code, error) == (0, "")
     assert "could not" not in (folder / "report.html").read_text()
     assert out.endswith(f"report: {folder / 'report.html'}\n")
 
@@ -296,6 +283,5 @@ def test_only_an_adaptive_search_is_called_exploratory(
     options: dict[str, str], is_exploratory: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
     folder = write_study(tmp_path / "study", {"name": "study", "options": options}, HAND_MADE)
-    assert exit_code(str(folder)) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CC by rank")]
+    (line,) = [line for line in run(capsys, folder).out.splitlines() if line.startswith("CC by rank")]
     assert ("exploratory" in line) == is_exploratory

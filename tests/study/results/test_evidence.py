@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_study import FULL, SMALL, Plan, Truth, write_fake_study
+from run_commands import Ended, assert_refused, run_study_command
 
-from bert_encoding.core.command_line import run_app
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.files import read_json, write_json
 from study import analysis
@@ -23,6 +23,9 @@ from study.results.compare import check_comparable, compare
 from study.results.evidence import Evidence
 from study.results.gather import gather, verdict_record
 from study.results.verdicts.next_runs import resume_command
+
+RUN = "python study/run.py --space lora_rank --data demo --model minilm"
+RESUME = "python study/run.py --resume --name"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,14 +53,19 @@ def searched_study(folder: Path, truth: Truth | None = None, plan: Plan = SMALL)
     return write_fake_study(folder, truth or Truth(), plan, confirm=False, odd=False)
 
 
+def commands(folder: Path, delta: float = 0.002) -> list[str | None]:
+    """The next command for the verdicts on tuning and on rank."""
+    return [verdict.command for verdict in gather(folder, delta).verdicts]
+
+
 def change(folder: Path, options: dict[str, Any] | None = None, **fields: Any) -> None:
     """Change ``study.json``."""
     study = read_json(folder / "study.json")
     write_json(folder / "study.json", study | {"options": study["options"] | (options or {})} | fields)
 
 
-def run(*arguments: Path) -> int:
-    return run_app(analysis.app, [str(argument) for argument in arguments])
+def run(capsys: pytest.CaptureFixture[str], *arguments: Path) -> Ended:
+    return run_study_command([str(argument) for argument in arguments], capsys, analysis.app)
 
 
 def test_facts_describe_the_study(evidence: Evidence) -> None:
@@ -137,21 +145,25 @@ def test_undecided_study_names_the_next_runs(tmp_path: Path) -> None:
     noisy = searched_study(tmp_path / "noisy", Truth(sd_noise=0.01), replace(SMALL, n_stories=2))
     tuning, rank = gather(noisy).verdicts
     assert rank.answer == tuning.answer == "cannot tell"
-    assert rank.command is not None
-    assert rank.command.startswith("python study/run.py --space lora_rank --data demo --model minilm --outer-folds 5")
+    assert str(rank.command).startswith(f"{RUN} --outer-folds 5")
     assert "validation stories" in rank.sentences[-1]
-    assert tuning.command == f"python study/run.py --resume --name noisy --out {tmp_path} --confirm 3"
+    assert tuning.command == f"{RESUME} noisy --out {tmp_path} --confirm 3"
 
 
 def test_warnings_of_an_adaptive_or_unfinished_study(tmp_path: Path) -> None:
     folder = write_fake_study(tmp_path / "tpe", Truth(), SMALL, sampler="tpe", confirm=False)
-    change(folder, {"trials": 40})
+    forced = {"first_trial": "0002", "at": "2026-02-01", "differences": [{"what": "the code"}]}
+    change(folder, {"trials": 40}, forced=[forced])
     evidence = gather(folder)
     assert evidence.facts.is_adaptive
     assert all(verdict.is_exploratory for verdict in evidence.verdicts)
     assert evidence.warnings[0] == "24 of 40 searched trials have not ended yet"
     assert any("sampler tpe" in line for line in evidence.warnings)
-    assert evidence.verdicts[1].command == f"python study/run.py --resume --name tpe --out {tmp_path}"
+    assert evidence.warnings[-1] == (
+        "trials from 0002 on may not be comparable with earlier ones: the study was forced to resume (2026-02-01) "
+        "although it differs in the code (see study.json)"
+    )
+    assert evidence.verdicts[1].command == f"{RESUME} tpe --out {tmp_path}"
     change(folder, {"sampler": "grid", "scheduler": "asha"})
     assert gather(folder).facts.is_adaptive
 
@@ -172,32 +184,21 @@ def test_largest_grid_repeats_with_another_seed(tmp_path: Path) -> None:
     change(folder, splits=read_json(folder / "study.json")["splits"] * 5)
     rank = gather(folder).verdicts[1]
     assert rank.answer == "cannot tell"
-    assert rank.command == (
-        "python study/run.py --space lora_rank --data demo --model minilm --seed 1 --outer-folds 5 --name large-seed1 "
-        f"--out {tmp_path}"
-    )
+    assert rank.command == f"{RUN} --seed 1 --outer-folds 5 --name large-seed1 --out {tmp_path}"
     assert "runs this grid again" in rank.sentences[-1]
     assert "trials (lora_rank) in each of 5 outer folds, 810 trainings in all" in rank.sentences[-1]
     assert "(from 2 stories: a guess)" in rank.sentences[-1]
-
-
-def commands(folder: Path, delta: float = 0.002) -> tuple[str | None, str | None]:
-    tuning, rank = gather(folder, delta).verdicts
-    return tuning.command, rank.command
 
 
 def test_next_command_names_the_folder_only_if_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = searched_study(tmp_path / "results" / "one", plan=replace(SMALL, n_stories=2))
     change(folder, name="other")
     monkeypatch.chdir(tmp_path)
-    assert commands(folder)[0] == "python study/run.py --resume --name one --confirm 3"
-    assert commands(folder, 0.003)[1] == (
-        "python study/run.py --space lora_rank --data demo --model minilm --outer-folds 5 --delta 0.003 "
-        "--name one-lora_rank"
-    )
+    assert commands(folder)[0] == f"{RESUME} one --confirm 3"
+    assert commands(folder, 0.003)[1] == f"{RUN} --outer-folds 5 --delta 0.003 --name one-lora_rank"
     monkeypatch.chdir("/")
-    assert commands(folder)[0] == f"python study/run.py --resume --name one --out {tmp_path}/results --confirm 3"
-    assert resume_command("s3://bucket/far/one") == "python study/run.py --resume --name one --out s3://bucket/far"
+    assert commands(folder)[0] == f"{RESUME} one --out {tmp_path}/results --confirm 3"
+    assert resume_command("s3://bucket/far/one") == f"{RESUME} one --out s3://bucket/far"
 
 
 def test_next_command_is_the_pending_confirm_phase_or_missing_baseline(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_next_command_is_the_pending_confirm_phase_or_missing_baseline(tmp_path:
     (folder / "trials" / "baseline-frozen" / "record.json").unlink()
     tuning = gather(folder).verdicts[0]
     assert "no frozen baseline" in tuning.headline
-    assert tuning.command == f"python study/run.py --resume --name clear --out {tmp_path}"
+    assert tuning.command == f"{RESUME} clear --out {tmp_path}"
 
 
 def test_next_command_after_confirm_uses_more_stories(tmp_path: Path) -> None:
@@ -215,10 +216,7 @@ def test_next_command_after_confirm_uses_more_stories(tmp_path: Path) -> None:
     folder = write_fake_study(tmp_path / "open", truth, replace(SMALL, n_test=2), odd=False)
     tuning = gather(folder).verdicts[0]
     assert tuning.answer == "cannot tell"
-    assert tuning.command == (
-        "python study/run.py --space lora_rank --data demo --model minilm --outer-folds 5 --name open-folds "
-        f"--confirm 0 --out {tmp_path}"
-    )
+    assert tuning.command == f"{RUN} --outer-folds 5 --name open-folds --confirm 0 --out {tmp_path}"
     assert "15 validation stories in 5 outer folds" in tuning.sentences[-1]
     change(folder, {"voxels": "500"})  # voxels were chosen with stories that outer folds would rotate
     tuning = gather(folder).verdicts[0]
@@ -232,14 +230,10 @@ def test_next_command_if_all_trials_failed_or_none_was_searched(tmp_path: Path) 
         write_json(file, read_json(file) | {"status": "FAILED", "scores": {}, "stories": [], "epochs": []})
     rank = gather(folder).verdicts[1]
     assert rank.sentences[-1].startswith("All 12 searched trials failed; fix the error")
-    assert rank.command == (
-        f"python study/run.py --space lora_rank --data demo --model minilm --name bad-again --out {tmp_path}"
-    )
+    assert rank.command == f"{RUN} --name bad-again --out {tmp_path}"
     empty = searched_study(tmp_path / "empty", plan=replace(SMALL, seeds=()))
-    assert commands(empty)[1] == (
-        "python study/run.py --space lora_rank_small --data demo --model minilm --name empty-lora_rank_small "
-        f"--out {tmp_path}"
-    )
+    small = RUN.replace("lora_rank", "lora_rank_small")
+    assert commands(empty)[1] == f"{small} --name empty-lora_rank_small --out {tmp_path}"
 
 
 def test_compare_shows_two_studies_side_by_side(
@@ -250,20 +244,17 @@ def test_compare_shows_two_studies_side_by_side(
     assert table.columns.tolist() == ["fake", "other"]
     assert table.loc["rank"].tolist() == ["helps", gather(other).verdicts[1].answer]
     assert table.loc["complete trials"].tolist() == ["14", "12"]
-    assert run(folder, other) == 0
-    out = capsys.readouterr().out
-    assert "effect of rank" in out
-    assert "other" in out
+    code, out, _ = run(capsys, folder, other)
+    assert code == 0
+    assert "effect of rank" in out and "other" in out
 
 
 def test_compare_refuses_studies_on_other_data(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fewer = searched_study(tmp_path / "fewer")
-    assert run(folder, fewer) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: fake and fewer: cannot be compared, since their ")
-    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    ended = run(capsys, folder, searched_study(tmp_path / "fewer"))
+    assert_refused(ended, "error: fake and fewer: cannot be compared, since their ")
+    assert ended.out == ""
     study = read_json(folder / "study.json")
     for other, message in (
         (study | {"data": study["data"] | {"fingerprint": "x"}}, "their data differ: abc and x"),

@@ -20,7 +20,6 @@ def used_of(records: list[TrialRecord]) -> pd.DataFrame:
 
 def test_used_trials_are_complete_searched_lora_trials_without_repeats() -> None:
     records = fake_records(plan=SMALL)
-    n = len(records)
     records[2] = replace(records[2], status="FAILED", repeat_of="0009")  # counted once, as failed
     records[3] = replace(records[3], status="STOPPED")
     records[4] = replace(records[4], repeat_of="0001")
@@ -29,7 +28,7 @@ def test_used_trials_are_complete_searched_lora_trials_without_repeats() -> None
     used, left_out = used_trials(trials_frame(records))
     assert used["trial_id"].tolist() == [record.trial_id for record in records[7:]]
     assert left_out == "1 failed, 1 stopped early, 1 repeated, 1 not LoRA"
-    assert n - 2 == 12
+    assert len(used) == 12 - 5
 
 
 def test_derived_columns() -> None:
@@ -42,10 +41,8 @@ def test_derived_columns() -> None:
 
 def test_scaling_rule_is_named_by_what_is_constant_over_rank() -> None:
     used = used_of(fake_records(plan=FULL))
-    params = used["alpha_rule"].map(
-        {RSLORA: "rsLoRA lora_alpha = 6", TWICE: "lora_alpha = 2 r", FIXED: "lora_alpha = 18"}
-    )
-    assert used["scaling_rule"].tolist() == params.tolist()
+    names = {RSLORA: "rsLoRA lora_alpha = 6", TWICE: "lora_alpha = 2 r", FIXED: "lora_alpha = 18"}
+    assert used["scaling_rule"].tolist() == used["alpha_rule"].map(names).tolist()
     alone = used_of(fake_records(plan=Plan(ranks=(1, 2, 4), rules=(RSLORA,))))
     assert alone["scaling_rule"].unique().tolist() == ["rsLoRA lora_alpha = 6"]
 
@@ -74,15 +71,12 @@ def test_story_table_averages_subjects_and_drops_incomplete_stories() -> None:
 
 def test_seed_spread_equals_a_plain_loop() -> None:
     used = used_of(fake_records(plan=SMALL))
-    squares = 0.0
-    for _, cell in used.groupby(["rank", "lr"]):
-        squares += sum((value - cell["cc_mean"].mean()) ** 2 for value in cell["cc_mean"])
+    cells = [cell["cc_mean"] for _, cell in used.groupby(["rank", "lr"])]
+    squares = sum(((cell - cell.mean()) ** 2).sum() for cell in cells)
     sd, df = seed_spread(used)
     assert df == 12 - 6
     assert sd == pytest.approx(np.sqrt(squares / 6), abs=1e-15)
-    one_seed = used[used["seed"] == 0]
-    assert np.isnan(seed_spread(one_seed)[0])
-    assert seed_spread(one_seed)[1] == 0
+    np.testing.assert_array_equal(seed_spread(used[used["seed"] == 0]), (np.nan, 0))
 
 
 def test_intervals_by_rank_equal_a_plain_loop_over_seeds_and_stories() -> None:
@@ -95,22 +89,15 @@ def test_intervals_by_rank_equal_a_plain_loop_over_seeds_and_stories() -> None:
     sd, _ = seed_spread(used)
     difference = {}  # (rank, story) -> CC of the rank in the story minus the mean over ranks
     for story, rows in stories[stories["trial_id"].isin(used["trial_id"])].groupby("story"):
-        of_rank = {
-            r: rows[rows["trial_id"].isin(used.loc[used["rank"] == r, "trial_id"])]["cc_mean"] for r in (4, 16, 64)
-        }
-        mean = np.mean([values.mean() for values in of_rank.values()])
-        difference |= {(rank, story): values.mean() - mean for rank, values in of_rank.items()}
+        cc_of_rank = rows.groupby(rows["trial_id"].map(used.set_index("trial_id")["rank"]))["cc_mean"].mean()
+        difference |= {(rank, story): cc - cc_of_rank.mean() for rank, cc in cc_of_rank.items()}
     for rank in (4, 16, 64):
         row = table[(table["outcome"] == "cc_mean") & (table["rank"] == rank)].iloc[0]
         spread = np.std([value for (r, _), value in difference.items() if r == rank], ddof=1)
         half = np.hypot(student.ppf(0.975, 6) * sd / np.sqrt(4), student.ppf(0.975, 2) * spread / np.sqrt(3))
         mean = used.loc[used["rank"] == rank, "cc_mean"].mean()
-        np.testing.assert_allclose(
-            row[["mean", "low", "high", "sd_seeds"]].to_numpy(float),
-            [mean, mean - half, mean + half, sd],
-            rtol=0,
-            atol=1e-12,
-        )
+        values = row[["mean", "low", "high", "sd_seeds"]].to_numpy(float)
+        np.testing.assert_allclose(values, [mean, mean - half, mean + half, sd], rtol=0, atol=1e-12)
         assert (row["n_trials"], row["n_seeds"], row["n_stories"]) == (4, 2, 3)
         assert row["covers"] == "seeds and 3 validation stories"
     loss = table[table["outcome"] == "loss_gap"].iloc[0]
@@ -131,12 +118,8 @@ def test_history_equals_a_plain_loop() -> None:
     records = fake_records(plan=SMALL)
     records[4] = replace(records[4], status="FAILED", scores={})
     table = history(trials_frame(records), METRICS["encoding"])
-    best, expected = -np.inf, []
-    for record in records[2:]:
-        if record.status == "COMPLETE":
-            best = max(best, record.scores["cc_mean"])
-            expected.append(best)
-    np.testing.assert_allclose(table["best_so_far"], expected, rtol=0, atol=0)
+    scores = [record.scores["cc_mean"] for record in records[2:] if record.status == "COMPLETE"]
+    assert table["best_so_far"].tolist() == [max(scores[: i + 1]) for i in range(len(scores))]
     assert table["number"].tolist() == list(range(1, 12))
     loss = history(trials_frame(records), METRICS["adapt"])
     assert (np.diff(loss["best_so_far"]) <= 0).all()
