@@ -19,7 +19,7 @@ FILES = ("rois.json", "rois.npz")
 
 
 def read_rois(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
-    """Return subject -> region -> ascending voxel indices; raise InputError if a file does not hold such."""
+    """Return subject -> region -> ascending voxel indices; raise InputError for a damaged or wrong file."""
     rois: dict[str, dict[str, np.ndarray]] = {}
     first = _first_responses(dataset)
     for subject, responses in first.items():
