@@ -134,9 +134,11 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--space", "lora_fool"], ["--space lora_fool: unknown", "lora_full", "smoke"]),
+        (["--space", "lora_fool"], ["--space lora_fool: unknown; use ", "lora_full", "smoke", "FILE.py"]),
         (["--space", "/etc/passwd"], ["/etc/passwd: cannot be loaded: SyntaxError"]),
         (["--space", "nowhere.py"], ["--space nowhere.py: no such file"]),
+        (["--space", "./nowhere"], ["--space ./nowhere: no such file"]),
+        (["--sampler", "best"], ["--sampler best: must be one of tpe, gp, cmaes, random, grid, qmc"]),
         (["--data", "/nowhere/at/all"], ["/nowhere/at/all: no such data"]),
         (["--model", "./nowhere"], ["--model ./nowhere: no such folder"]),
         (["--model", "a/b/c"], ["--model a/b/c: no such folder"]),

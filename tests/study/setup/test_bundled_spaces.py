@@ -1,6 +1,6 @@
 """The bundled spaces that are grids: every point once, however many run at once; and what each space tries first."""
 
-import importlib.util
+import hashlib
 import itertools
 import re
 from collections import Counter, deque
@@ -19,18 +19,10 @@ from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from bert_encoding.trial.tables import lora_scaling
 from study.search.searcher import StudySearcher
+from study.setup.samplers import quiet_study
 from study.setup.spaces import Space, load_space, rehearse, to_trial_config
 
-FOLDER = Path(next(iter(search_spaces.__path__)))
-
-
-def load(name: str) -> Any:
-    """Import a space file afresh."""
-    spec = importlib.util.spec_from_file_location(f"space_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+BUNDLED = sorted(f.stem for f in Path(next(iter(search_spaces.__path__))).glob("*.py") if f.stem != "__init__")
 
 
 def run_study(space: Space, n_at_once: int, jobs_done: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,23 +128,21 @@ def test_layers_visits_every_layer_once(n_layers: int) -> None:
 
 
 def test_nsp_starts_at_the_course_s_point_and_beside_it() -> None:
-    module = load("nsp")
+    space = load_space("nsp")
     configs = [
-        to_trial_config(module.space(optuna.trial.FixedTrial(point)), TrialConfig(epochs=module.EPOCHS))
-        for point in module.START
+        to_trial_config(space.suggest(optuna.trial.FixedTrial(point)), TrialConfig(epochs=space.epochs or 0))
+        for point in space.start
     ]
     assert [(c.objective, c.method, c.lr, c.epochs) for c in configs] == [
         ("mlm_nsp", "full", 5e-6, 2),
         ("mlm", "full", 5e-6, 2),
     ]
-    space = load_space("nsp")
     assert (space.seeds, space.trials % len(space.seeds)) == ((0, 1, 2), 0), "no point lacks a seed at the end"
 
 
 def test_nsp_compares_the_two_objectives_alone() -> None:
-    module = load("nsp")
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    configs = [to_trial_config(module.space(study.ask()), TrialConfig()) for _ in range(200)]
+    study = quiet_study(optuna.samplers.RandomSampler(seed=0))
+    configs = [to_trial_config(load_space("nsp").suggest(study.ask()), TrialConfig()) for _ in range(200)]
     assert {config.objective for config in configs} == {"mlm", "mlm_nsp"}
     assert 1e-6 <= min(c.lr for c in configs) < 1.5e-6
     assert 3.5e-5 < max(c.lr for c in configs) <= 5e-5
@@ -194,16 +184,16 @@ def test_lora_rank_holds_every_trial_of_its_small_form() -> None:
 
 @pytest.mark.parametrize("name", ["full_vs_lora", "layers", "nsp", "lora_rank", "lora_rank_small"])
 def test_the_docstring_sorts_every_parameter(name: str) -> None:
-    module = load(name)
-    doc = str(module.__doc__)
-    assert doc.splitlines()[0].endswith("?")
+    space = load_space(name)
+    doc = space.path.read_text().split('"""')[1]
+    assert space.question.endswith("?")
     sections = {
         title: re.search(rf"^{title}\n((?:    .*\n)+)", doc, re.MULTILINE) for title in ("Scientific", "Nuisance")
     }
     text = "".join(match.group(1) for match in sections.values() if match)
-    for point in module.START:
+    for point in space.start:
         trial = optuna.trial.FixedTrial(point)
-        suggested = module.space(trial)
+        suggested = space.suggest(trial)
         assert set(point) == set(trial.params)
         assert not [parameter for parameter in trial.params if f"``{parameter}``" not in text]
         assert set(suggested) <= set(TrialConfig.__dataclass_fields__)
@@ -214,14 +204,16 @@ def test_the_docstring_sorts_every_parameter(name: str) -> None:
 # --- as studies load them ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["lora_full", "smoke", "layers", "full_vs_lora", "nsp", "sentiment_lora", "lora_rank", "lora_rank_small"]
-)
+@pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("n_layers", [12, 6])
 def test_every_bundled_space_passes_the_rehearsal(name: str, n_layers: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "bert", "num_hidden_layers": {n_layers}}}')
     space = load_space(name, n_layers)
     rehearse(space, TrialConfig(model=str(tmp_path), epochs=space.epochs or 3))
+    assert (space.name, space.path.name) == (name, f"{name}.py")
+    assert space.source_hash == hashlib.sha256(space.path.read_bytes()).hexdigest()[:16]
+    assert space.question.endswith(("?", ".")) and "\n" not in space.question
+    assert space.start, "the first point is the course's, not a random one"
     assert space.task == ("classification" if name == "sentiment_lora" else "encoding")
     assert {"full_vs_lora": 45, "layers": n_layers + 1, "lora_rank": 162, "lora_rank_small": 12}.get(
         name, space.trials

@@ -158,11 +158,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_sampler("tpe", 0), optuna.samplers.TPESampler)
 
 
-def test_an_unknown_sampler_is_refused(load: Callable[..., Space]) -> None:
-    with pytest.raises(InputError, match="--sampler best: must be one of tpe, gp, cmaes, random, grid, qmc"):
-        load(NUMBERS, "best")
-
-
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEDED = "SEEDS = (0, 1, 2)\n" + NUMBERS
