@@ -104,14 +104,9 @@ def read_identity(folder: Place, identity: dict[str, Any]) -> dict[str, Any]:
 def resumed(
     folder: Place, recorded: dict[str, Any], identity: dict[str, Any], may_force: bool, first_trial: str
 ) -> dict[str, Any]:
-    """Return the new content of ``study.json`` of a resumed study.
+    """Return the new content of ``study.json`` of a resumed study, whose next trial is ``first_trial``.
 
     Raises InputError, naming the first difference, if there is one and it may not be forced.
-
-    Parameters
-    ----------
-    may_force : resume although it differs, and record the differences
-    first_trial : id of the next trial
     """
     changes = differences(recorded, identity)
     _check(folder, changes, may_force)
@@ -131,10 +126,7 @@ def record_force(
 ) -> dict[str, Any]:
     """Return ``study.json`` with an entry for a study that was resumed although it differs.
 
-    Parameters
-    ----------
-    was : the earlier content where it differs
-    first_trial : id of the first trial that runs under the new content
+    ``was`` is the earlier content where it differs, ``first_trial`` the first one that runs under the new content.
     """
     forced = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -29,14 +29,9 @@ from study.setup.spaces import Space
 
 
 def resolve_options(requested: dict[str, Any], recorded: dict[str, Any], space: Space) -> Options:
-    """Fill in every option that the user did not set.
+    """Fill in every option that the user did not set; ``recorded`` are those in ``study.json`` of a study to resume.
 
     Raises InputError if a value is out of range, or a named cluster does not answer.
-
-    Parameters
-    ----------
-    requested : option -> value that the user set
-    recorded : option -> value in ``study.json`` of the study to resume; empty for a new study
     """
     requested = {name: value for name, value in requested.items() if value is not None}
     inherited = {name: recorded[name] for name in _names(STUDY, MACHINES) if recorded.get(name) is not None}

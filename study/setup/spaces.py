@@ -53,14 +53,9 @@ class Space:
 
 
 def load_space(name: str, n_layers: int | None = None, sampler: str | None = None) -> Space:
-    """Load a bundled space by name, or a user's file.
+    """Load a bundled space by name, or a user's file; the model's ``n_layers`` and ``sampler`` replace the file's own.
 
     Raises InputError if it does not exist, cannot be imported, or lacks a required part.
-
-    Parameters
-    ----------
-    n_layers : of the model; replaces the value ``N_LAYERS`` of a file that has one
-    sampler : replaces the file's own
     """
     path = _find(name)
     module = ModuleType(f"search_space_{path.stem}")
@@ -188,13 +183,15 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
         "SEEDS": (),
     }
     values |= {name: getattr(module, name) for name in values if hasattr(module, name)}
+    start = values["START"]
+    are_points = isinstance(start, list | tuple) and all(isinstance(point, dict) for point in start)
     valid = {
         f"one of {', '.join(SAMPLERS)}": ("SAMPLER", values["SAMPLER"] in tuple(SAMPLERS)),
         f"one of {', '.join(SCHEDULERS)}": ("SCHEDULER", values["SCHEDULER"] in tuple(SCHEDULERS)),
         "a list of different whole numbers from 0": ("SEEDS", _are_seeds(values["SEEDS"])),
         f"one of {', '.join(METRICS)}": ("TASK", values["TASK"] in tuple(METRICS)),
         "a dict": ("BASELINE", isinstance(values["BASELINE"], dict)),
-        "a list of dicts": ("START", _is_list_of_dicts(values["START"])),
+        "a list of dicts": ("START", are_points),
         "a whole number from 1": ("EPOCHS", values["EPOCHS"] is None or _is_whole(values["EPOCHS"], 1)),
         "a whole number from 0": ("TRIALS", _is_whole(values["TRIALS"], 0)),
     }
@@ -202,10 +199,6 @@ def _module_values(path: Path, module: ModuleType) -> dict[str, Any]:
         if not is_valid:
             raise InputError(f"{path}: {name} {values[name]!r}: must be {expected}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _is_list_of_dicts(values: object) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(value, dict) for value in values)
 
 
 def _are_seeds(values: object) -> bool:

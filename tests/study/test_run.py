@@ -140,6 +140,7 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
         (["--space", "./nowhere"], ["--space ./nowhere: no such file"]),
         (["--sampler", "best"], ["--sampler best: must be one of tpe, gp, cmaes, random, grid, qmc"]),
         (["--data", "/nowhere/at/all"], ["/nowhere/at/all: no such data"]),
+        (["--space", "sentiment_lora", "--data", "demo"], ["--data: a space of this task needs text"]),
         (["--model", "./nowhere"], ["--model ./nowhere: no such folder"]),
         (["--model", "a/b/c"], ["--model a/b/c: no such folder"]),
         (["--subjects", "nobody"], ["no subject nobody; it has subject2"]),

@@ -89,12 +89,3 @@ def test_an_adaptation_study_minimises_the_held_out_loss(tmp_path: Path, private
     summary = json.loads((study / "summary.json").read_text())
     assert summary["best"] == searched.min()
     assert summary["best_id"] == searched.idxmin()
-
-
-@pytest.mark.slow
-def test_text_is_needed(tmp_path: Path, private_tmp: Path) -> None:
-    texts = command(tmp_path, "classification", 1)
-    at = texts.index("--data")
-    refused = run_command([*texts[:at], *texts[at + 2 :]], private_tmp)
-    assert refused.returncode == 2
-    assert "--data: a space of this task needs text" in refused.stderr

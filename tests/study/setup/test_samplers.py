@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,19 +160,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEDED = "SEEDS = (0, 1, 2)\n" + NUMBERS
-
-
-def points(jobs: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(*sorted(job["params"].items()), job["config"]["seed"]) for job in jobs]
-
-
-def test_a_grid_visits_every_point_with_every_seed(load: Callable[..., Space]) -> None:
-    space = load(SEEDED, "grid")
-    assert (space.size, space.trials) == (45, 20)
-    jobs = search(searcher(space, n_trials=45), n_at_once=4)
-    assert len(set(points(jobs))) == 45
-    assert Counter(job["config"]["seed"] for job in jobs) == {0: 15, 1: 15, 2: 15}
-    assert [job["repeat_of"] for job in jobs] == [None] * 45
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
