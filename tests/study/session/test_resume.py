@@ -93,11 +93,10 @@ def test_a_finished_study_can_be_resumed_and_has_nothing_to_do(study: FinishedSt
     assert (study.folder / "trials.parquet").is_file()
 
 
-def change_record(study: FinishedStudy, **values: Any) -> dict[str, Any]:
+def change_record(study: FinishedStudy, **values: Any) -> None:
     """Change what the study recorded when it began."""
-    content = read_json(study.folder / "study.json") | values
-    (study.folder / "study.json").write_text(json.dumps(content))
-    return content
+    file = study.folder / "study.json"
+    file.write_text(json.dumps(read_json(file) | values))
 
 
 def edit_nothing(study: FinishedStudy) -> None:
@@ -247,7 +246,7 @@ def test_a_forced_study_records_how_it_changed(
     study: FinishedStudy, resume: Resume, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = read_json(study.folder / "study.json")
-    old = change_record(study, code="older", versions=now["versions"] | {"torch": "1.0"}, created="long ago")
+    change_record(study, code="older", versions=now["versions"] | {"torch": "1.0"}, created="long ago")
     refused = assert_refused(resume(), "the code of bert_encoding changed from older to ")
     assert "or resume with --force-resume; also changed: the version of torch\n" in refused
 
@@ -271,16 +270,10 @@ def test_a_forced_study_records_how_it_changed(
         "the version of torch": ("1.0", now["versions"]["torch"]),
     }
     assert forced["first_trial"] == "0003"
-    assert {name: forced["was"][name] for name in ("code", "versions")} == {
-        "code": "older",
-        "versions": old["versions"],
-    }
     assert after["created"] == "long ago"
     assert {name: after[name] for name in now if name not in ("created", "options")} == {
         name: now[name] for name in now if name not in ("created", "options")
     }
-    for name, content in read_files(study.folder / "trials").items():
-        assert before[f"trials/{name}"] == content
 
     again = resume()
     assert (again.code, again.error) == (0, "")

@@ -77,7 +77,6 @@ OTHER_CONTENT: dict[str, Callable[[Path], object]] = {
     "a study": lambda folder: write_json(folder / "study.json", IDENTITY),
     "a trial": lambda folder: write_record(folder, TrialRecord("COMPLETE", "lora", {}, "0001", "search")),
     "weights": lambda folder: (folder / "trials" / "0001" / "adapter").mkdir(parents=True),
-    "notes": lambda folder: (folder / "notes.txt").write_text("mine"),
 }
 
 
