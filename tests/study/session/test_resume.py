@@ -159,23 +159,27 @@ CHANGES: dict[str, tuple[Callable[[FinishedStudy], object], list[str], str]] = {
 }
 
 
-def make_change(change: str, study: FinishedStudy) -> tuple[list[str], str]:
-    """Make a change, and return the options and the message that belong to it."""
-    edit, options, message = CHANGES[change]
-    edit(study)
-    return [option.format(folder=study.lab.parent) for option in options], message
-
-
 @pytest.mark.table
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_study_is_refused_by_name(change: str, study: FinishedStudy, resume: Resume) -> None:
-    options, message = make_change(change, study)
-    before = read_files(study.folder)
+def test_a_changed_study_is_refused_by_name_unless_forced(change: str, study: FinishedStudy, resume: Resume) -> None:
+    edit, options, message = CHANGES[change]
+    edit(study)
+    options = [option.format(folder=study.lab.parent) for option in options]
+    before, recorded = read_files(study.folder), read_json(study.folder / "study.json")
+    records = read_files(study.folder / "trials")
     error = assert_refused(resume(*options), f"{study.folder}: cannot resume: ", message, "--name")
     assert assert_refused(resume("--dry-run", *options)) == error
     was, now = re.fullmatch(r".* changed from (.*) to (.*); give .*\n", error).groups()  # type: ignore[union-attr]
     assert was != now, "the difference must be visible"
     assert read_files(study.folder) == before
+    ended = resume(*options, "--force-resume", "--trials", "2")
+    assert (ended.code, ended.error) == (0, ""), ended
+    (forced,) = read_json(study.folder / "study.json")["forced"]
+    differences_text = " ".join(difference["what"] for difference in forced["differences"])
+    assert message.partition("changed")[0].strip() in differences_text
+    assert {name: recorded[name] for name in forced["was"]} == forced["was"]
+    assert read_files(study.folder / "trials") == records
+    assert resume().code == 0, "what was forced once is what the study is now"
 
 
 def test_a_difference_late_in_a_long_split_is_visible(study: FinishedStudy) -> None:
@@ -279,22 +283,6 @@ def test_a_forced_study_records_how_it_changed(
     assert (again.code, again.error) == (0, "")
     assert message in again.out, "the study stays mixed"
     assert read_json(study.folder / "study.json")["forced"] == [forced]
-
-
-@pytest.mark.table
-@pytest.mark.parametrize("change", CHANGES)
-def test_every_change_can_be_forced(change: str, study: FinishedStudy, resume: Resume) -> None:
-    options, message = make_change(change, study)
-    before, records = read_json(study.folder / "study.json"), read_files(study.folder / "trials")
-    ended = resume(*options, "--force-resume", "--trials", "2")
-    assert (ended.code, ended.error) == (0, ""), ended
-    (forced,) = read_json(study.folder / "study.json")["forced"]
-    differences_text = " ".join(difference["what"] for difference in forced["differences"])
-    assert message.partition("changed")[0].strip() in differences_text
-    for name, value in forced["was"].items():
-        assert before[name] == value
-    assert read_files(study.folder / "trials") == records
-    assert resume().code == 0, "what was forced once is what the study is now"
 
 
 def test_nothing_is_recorded_where_nothing_changed(study: FinishedStudy, resume: Resume) -> None:
