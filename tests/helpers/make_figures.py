@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from make_report import facts
 from matplotlib.colors import to_rgb
 
 from study.results.evidence import Evidence, Levels
+from study.results.facts import Facts
 
 EPOCHS = 4
 
@@ -31,8 +31,14 @@ def figure_evidence(
     used["adaptation_gap"] = 0.002 * log2 + 0.001 * rng.standard_normal(n)
     used = used.astype({"rank": "Int64", "cc_mean": "Float64", "adaptation_gap": "Float64"})
     subjects = {f"UTS{i:02d}": n for i, n in enumerate(n_voxels, 1)}
+    facts = Facts(
+        name="lora_rank", task="encoding", question="Does a higher rank help?", space="lora_rank", sampler="grid",
+        is_adaptive=False, n_requested=n, n_searched=n, n_complete=n, n_failed=0, n_voxels=subjects,
+        stories={"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}, is_confirmed=True, looks=[],
+        study={},
+    )  # fmt: skip
     return Evidence(
-        facts=facts(n, subjects),
+        facts=facts,
         levels=Levels(0.051, 0.02, 0.06, 0.02, 0.31, 0.35),
         left_out="",
         trials=used,
@@ -172,7 +178,7 @@ def of_text() -> Evidence:
     used = evidence.used.rename(columns={"cc_mean": "accuracy"}).assign(accuracy=lambda rows: rows["accuracy"] * 10)
     used = used.drop(columns="adaptation_gap")
     nothing = {name: evidence._asdict()[name].iloc[:0] for name in ("by_rank", "rank_by_lr", "confirmed", "voxels")}
-    of_study = facts(len(used), {}, task="classification", stories={})
+    of_study = evidence.facts._replace(task="classification", n_voxels={}, stories={})
     epochs = evidence.epochs.rename(columns={"mlm_loss_train": "loss_train", "mlm_loss_heldout": "loss_heldout"})
     tables = {"history": _history(used, "accuracy"), "used": used, "trials": used, "epochs": epochs}
     return evidence._replace(**tables, **nothing, facts=of_study, levels=Levels(0.5))

@@ -11,11 +11,10 @@ from bert_encoding.core.files import write_json
 from bert_encoding.core.storage import make_folder
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
-from bert_encoding.trial.tables import trials_frame
 from study.report import html as report
 from study.report.figures.figures import Drawn
-from study.results.evidence import Evidence, Levels
-from study.results.facts import Facts
+from study.results.evidence import Evidence
+from study.results.gather import gather
 from study.results.verdicts.rules import Verdict
 
 HOSTILE = "<script>alert(1)</script>"
@@ -77,42 +76,10 @@ RANK = Verdict(
 )  # fmt: skip
 
 
-def facts(n: int, n_voxels: dict[str, int], **changes: Any) -> Facts:
-    """The facts of a confirmed grid of ``n`` complete trials."""
-    stories = {"fit": ("a", "b", "c"), "validation": ("d", "e"), "test": ("f",)}
-    return Facts(
-        name="lora_rank", task="encoding", question="Does a higher rank help?", space="lora_rank", sampler="grid",
-        is_adaptive=False, n_requested=n, n_searched=n, n_complete=n, n_failed=0, n_voxels=n_voxels, stories=stories,
-        is_confirmed=True, looks=[], study={},
-    )._replace(**changes)  # fmt: skip
-
-
-def evidence_of(study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> Evidence:
-    """As ``gather`` returns it, with empty tables except the trials."""
-    trials, task = trials_frame(records), study["task"]
-    tables = "epochs stories used by_rank rank_by_lr slopes importances history confirmed voxels seconds"
-    searched = trials[trials["phase"] == "search"]
-    n_of = searched["status"].value_counts()
-    metric = {"encoding": "cc_mean", "classification": "accuracy", "adapt": "mlm_loss_heldout"}[task]
-    done = searched[searched["status"] == "COMPLETE"].sort_values(metric, ascending=task == "adapt")
-    of_study = facts(
-        len(searched), study["data"].get("n_voxels", {}), name=study["name"], task=task,
-        question=study["space"]["source"].split('"""')[1], space=study["space"]["name"],
-        sampler=study["options"]["sampler"], n_requested=study["options"]["trials"],
-        n_complete=int(n_of.get("COMPLETE", 0)), n_failed=int(n_of.get("FAILED", 0)), stories={}, is_confirmed=False,
-        study=study,
-    )  # fmt: skip
-    return Evidence(
-        facts=of_study,
-        levels=Levels(0.1, 0.04),
-        left_out="",
-        trials=trials,
-        **dict.fromkeys(tables.split(), pd.DataFrame()),
-        varied=(),
-        best_id=str(done["trial_id"].iloc[0]) if len(done) else None,
-        verdicts=(RANK,) if task == "encoding" else (),
-        warnings=(),
-    )._replace(**changes)
+def evidence_of(folder: Any, **changes: Any) -> Evidence:
+    """The tables of a study on disk, with a verdict by hand."""
+    evidence = gather(folder)
+    return evidence._replace(**({"verdicts": (RANK,) * bool(evidence.verdicts)} | changes))
 
 
 def write_study(folder: Any, study: dict[str, Any], records: list[TrialRecord]) -> Any:
@@ -149,7 +116,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         question=HOSTILE, headline=HOSTILE, sentences=(HOSTILE,), command=f"</code></pre>{HOSTILE}", answer=HOSTILE
     )
     table = pd.DataFrame({"trial_id": [HOSTILE], "cc_confirmed": [0.1], "cc_test": [0.1]})
-    evidence = evidence_of(study, records, verdicts=(verdict,), warnings=(HOSTILE,), confirmed=table)
+    evidence = evidence_of(folder, verdicts=(verdict,), warnings=(HOSTILE,), confirmed=table)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_all", lambda *arguments: [drawing(folder, HOSTILE)])
         return Path(str(report.write_report(folder, evidence)))

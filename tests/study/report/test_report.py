@@ -62,7 +62,7 @@ def with_options(**options: Any) -> dict[str, Any]:
 def page_of(folder: Path, study: dict[str, Any], records: list[TrialRecord], **changes: Any) -> str:
     """The HTML of a study on disk, without figures."""
     write_study(folder, study, records)
-    return render(make_page(folder, evidence_of(study, records, **changes), records))
+    return render(make_page(folder, evidence_of(folder, **changes), records))
 
 
 def parsed(html: str) -> Element:
@@ -138,7 +138,7 @@ def digest(text: str) -> str:
 def test_page_is_well_formed_and_accessible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [drawing(tmp_path)])
     folder = write_study(tmp_path / "study", study_json(), RECORDS)
-    html = write_report(folder, evidence_of(study_json(), RECORDS)).read_text()
+    html = write_report(folder, evidence_of(folder)).read_text()
     assert html.lstrip().startswith("<!DOCTYPE html>")
     root = parsed(html)
     assert (root.tag, root.attrib["lang"], texts(root, "title")) == ("html", "en", ["Study mine"])
@@ -158,12 +158,12 @@ def test_page_is_well_formed_and_accessible(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_figure_is_embedded_as_svg_or_large_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure, evidence = drawing(tmp_path), evidence_of(study_json(), BASELINES)
+    figure = drawing(tmp_path)
     monkeypatch.setattr(report, "draw_all", lambda *arguments: [figure])
     folder = write_study(tmp_path / "study", study_json(), BASELINES)
     for largest, kind, file in ((10**6, "svg+xml", figure.svg), (10, "png", figure.png)):
         monkeypatch.setattr(report, "LARGEST_SVG_BYTES", largest)
-        (image,) = parsed(write_report(folder, evidence).read_text()).iter("img")
+        (image,) = parsed(write_report(folder).read_text()).iter("img")
         head, _, content = image.attrib["src"].partition(",")
         assert head == f"data:image/{kind};base64"
         assert base64.b64decode(content) == file.read_bytes()
@@ -292,7 +292,7 @@ def test_scores_and_finalists_are_below_the_verdict(tmp_path: Path) -> None:
     confirmed = pd.DataFrame({"trial_id": ["0002"], "cc_confirmed": [0.119], "cc_test": [0.21], "low": [pd.NA]})
     levels = Levels(0.1, 0.04, 0.2, None, None, 0.5)
     root = parsed(page_of(tmp_path / "s", study_json(), RECORDS, confirmed=confirmed, levels=levels))
-    first, second = section(root, "verdict").iter("table")
+    first, second, *_ = section(root, "verdict").iter("table")
     assert [[text(cell) for cell in row] for row in first.iter("tr")] == [
         ["", "validation", "test"],
         ["frozen encoder", "0.1000", "0.2000"],
@@ -351,11 +351,10 @@ def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
         data=study_json()["data"] | {"notes": ["1 story lacks responses"]},
     )
     records = [*BASELINES, *(replace(trial, notes=["shared"]) for trial in SEARCHED)]
-    evidence = evidence_of(study, records, warnings=("A warning.", "A warning."))
     look = {"look": 2, "looks": [{"study": "older", "at": "2026-01-01"}], "n_searched": 3, "winner": "0002"}
     looks = [look | {"seeds": [9], "finalists": [], "test_stories": ["e"]}]
+    evidence = evidence_of(write_study(tmp_path / "study", study, records), warnings=("A warning.", "A warning."))
     evidence = evidence._replace(facts=evidence.facts._replace(looks=looks))
-    write_study(tmp_path / "study", study, records)
     pages = [make_page(tmp_path / "study", evidence, records, failures=["No figure"]) for _ in range(2)]
     assert render(pages[0] | {"written": ""}) == render(pages[1] | {"written": ""})
     assert pages[0]["warnings"] == [
@@ -373,7 +372,7 @@ def test_warnings_and_notes_of_a_study(tmp_path: Path) -> None:
 def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = report_lines(tmp_path)
     assert line.startswith(f"note: no report was written: {tmp_path}: no study here")
-    folder, evidence = write_study(tmp_path / "study", study_json(), BASELINES), evidence_of(study_json(), BASELINES)
+    folder = write_study(tmp_path / "study", study_json(), BASELINES)
     (folder / "report.html").write_text("old")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -383,10 +382,10 @@ def test_failing_report_is_one_line_and_changes_no_file(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(report, "render", fail)
         patch.setattr(report, "draw_all", lambda *arguments: [])
-        assert report_lines(folder, evidence) == ["note: no report was written: ZeroDivisionError: no"]
+        assert report_lines(folder) == ["note: no report was written: ZeroDivisionError: no"]
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     monkeypatch.setattr(report, "draw_all", fail)
-    assert report_lines(str(folder), evidence) == [f"report: {folder / 'report.html'}"]
+    assert report_lines(str(folder)) == [f"report: {folder / 'report.html'}"]
     warnings = text(section(parsed((folder / "report.html").read_text()), "warnings"))
     assert "The figures could not be drawn: ZeroDivisionError: no" in warnings
 
@@ -402,7 +401,6 @@ def test_report_in_object_storage(bucket: ObjectPath, tmp_path: Path, monkeypatc
         return [here._replace(png=folder / "one.png", svg=folder / "one.svg")]
 
     monkeypatch.setattr(report, "draw_all", draw_there)
-    monkeypatch.setattr(report, "gather", lambda place, delta: evidence_of(study_json(), BASELINES))
     assert report_lines(str(study)) == [f"report: {study / 'report.html'}"]
     (image,) = parsed((study / "report.html").read_text()).iter("img")
     content = image.attrib["src"].partition(",")[2]

@@ -41,11 +41,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory, scores: list[float | None]) 
     folder = tmp_path_factory.mktemp("plain")
     ranks = [2 ** (1 + i % 6) for i in range(N_TRIALS)]
     searched = [record(f"{i + 1:04d}", cc, rank=ranks[i], lr=1e-4 * (1 + i % 3)) for i, cc in enumerate(scores)]
-    study, records = study_json(options=study_json()["options"] | {"trials": N_TRIALS}), [*BASELINES, *searched]
-    write_study(folder / "study", study, records)
+    study = study_json(options=study_json()["options"] | {"trials": N_TRIALS})
+    write_study(folder / "study", study, [*BASELINES, *searched])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_all", lambda *arguments: [drawing(folder), pixels(folder)])
-        return Path(str(write_report(folder / "study", evidence_of(study, records))))
+        return Path(str(write_report(folder / "study", evidence_of(folder / "study"))))
 
 
 def pixels(folder: Path) -> Drawn:
