@@ -70,15 +70,9 @@ def one_thread() -> Iterator[None]:
     """Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost most."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def one_blas_thread() -> Iterator[None]:
-    """The same for NumPy and SciPy: a second thread only waits, for minutes where other programs use the cores."""
-    with threadpool_limits(1):
+    with threadpool_limits(1):  # NumPy and SciPy
         yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

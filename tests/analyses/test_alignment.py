@@ -28,7 +28,7 @@ from bert_encoding.datasets.splits import story_folds
 from bert_encoding.datasets.story import TRIMS, Dataset, Story, Trim
 from bert_encoding.features.downsampling import lanczos_downsample
 
-pytestmark = pytest.mark.usefixtures("one_blas_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PUBLISHED, COURSE = TRIMS["published"], TRIMS["course"]
 TR_S = 2.0

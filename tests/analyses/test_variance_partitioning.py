@@ -27,7 +27,7 @@ from bert_encoding.statistics.correlation import correlate
 from bert_encoding.statistics.permutation import block_permutation_p
 from bert_encoding.trial.scoring import Design
 
-pytestmark = pytest.mark.usefixtures("one_thread", "one_blas_thread", "no_bfloat16")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_bfloat16")
 
 A, B, AB = ("a",), ("b",), ("a", "b")
 WEAK = RidgeSettings(ridge_alphas=(1e-3, 1.0))  # nearly no penalty

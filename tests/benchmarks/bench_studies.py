@@ -14,7 +14,7 @@ import numpy as np
 from bench_runs import ROOT, Result, child_environment, command_line, run_process, run_script
 from bench_tables import CC_TOLERANCE, trial_seconds
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 sys.path.insert(0, str(ROOT))
 
 from study_process import environment_of, running_from, short_folder

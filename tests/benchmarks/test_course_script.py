@@ -1,6 +1,9 @@
 """The yardstick of the bench does the library's work: same windows, vectors, ridge, loss; and the bench keeps books."""
 
 import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +74,10 @@ def test_its_scores_of_the_frozen_model_are_the_librarys(
 
 
 def test_data_that_cannot_be_read_end_the_bench_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*no-such"):
-        bench.main(data=str(tmp_path / "no-such"))
+    command = [sys.executable, bench.__file__, "--data", str(tmp_path / "no-such")]
+    ended = subprocess.run(command, cwd=tmp_path, env=bench_runs.child_environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*no-such.*\n", ended.stderr)
 
 
 def test_training_teaches_and_counts_what_it_read(task: Task, tiny_encoder: Encoder) -> None:

@@ -23,7 +23,7 @@ from bert_encoding.statistics.noise_ceiling import CC_MAX_FLOOR, ceiling_of
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.pipeline import Chain, Task
 
-pytestmark = pytest.mark.usefixtures("one_thread", "one_blas_thread", "no_bfloat16")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_bfloat16")
 
 TEST = "wheretheressmoke"
 

@@ -1,6 +1,5 @@
 """A page in headless Chromium, driven through the DevTools protocol over a pipe: nothing listens."""
 
-import base64
 import json
 import os
 import select
@@ -92,11 +91,6 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             text_of_key = {"text": text} if text and kind == "keyDown" else {}
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text_of_key)
-
-    def screenshot(self, file: Path, whole: bool = False) -> Path:
-        content = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
-        file.write_bytes(base64.b64decode(content))
-        return file
 
     def named(self, method: str) -> list[dict[str, Any]]:
         """Return the parameters of the events of one kind since the page was opened."""

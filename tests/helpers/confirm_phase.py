@@ -2,15 +2,16 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from make_searcher import key_of, make_record
 from rich.console import Console
 
-from bert_encoding.core.files import content_key, write_json
+from bert_encoding.core.files import write_json
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord, write_record
 from study.results.locked_stories import look_file
@@ -40,22 +41,8 @@ def make_study_file(study: Path) -> Path:
     return study / "study.json"
 
 
-def make_record(
-    name: str, cc: float | None, config: TrialConfig = BASE, phase: str = "search", **more: Any
-) -> TrialRecord:
-    values: dict[str, Any] = {
-        **{"status": "FAILED" if cc is None else "COMPLETE", "method": config.method, "config": asdict(config)},
-        **{"trial_id": name, "phase": phase, "key": key_of(config), "scores": {} if cc is None else {"cc_mean": cc}},
-    }
-    return TrialRecord(**values | more)
-
-
-def write_trial(study: Path, name: str, cc: float | None, **values: Any) -> None:
-    write_record(study, make_record(name, cc, **values))
-
-
-def key_of(config: TrialConfig) -> str:
-    return content_key(asdict(config))
+def write_trial(study: Path, name: str, cc: float | None, config: TrialConfig = BASE, **values: Any) -> None:
+    write_record(study, make_record(name, cc, config, **values))
 
 
 def make_options(study: Path, **changes: Any) -> Any:

@@ -273,18 +273,12 @@ def write_fake_study(
 def _with_epochs(listener: Listener, record: TrialRecord) -> TrialRecord:
     if record.method != "lora":
         return replace(record, epochs=[{"epoch": 0.0, "cc_mean": record.scores["cc_mean"], "seconds": 5.0}])
-    epochs = []
-    for epoch in range(1, 6):
-        left = 5 - epoch
-        epochs.append(
-            {
-                "epoch": float(epoch),
-                "cc_mean": record.scores["cc_mean"] - 0.0005 * left,
-                "mlm_loss_train": record.scores["mlm_loss_train"] + 0.08 * left,
-                "mlm_loss_heldout": record.scores["mlm_loss_heldout"] + 0.03 * left,
-                "seconds": 12.0 * epoch,
-            }
-        )
+    away = {"cc_mean": -0.0005, "mlm_loss_train": 0.08, "mlm_loss_heldout": 0.03}  # per epoch before the last
+    epochs = [
+        {"epoch": float(epoch), "seconds": 12.0 * epoch}
+        | {name: record.scores[name] + change * (5 - epoch) for name, change in away.items()}
+        for epoch in range(1, 6)
+    ]
     return replace(record, epochs=epochs)
 
 
@@ -361,19 +355,36 @@ def _study(name: str, plan: Plan, sampler: str, n_searched: int, n_voxels: int) 
         "baselines": [], "static_vectors": "", "probe": "", "control_text": "", "train_examples": None,
         "examples": None, "max_length": None, "clean": False, "keep_adapters": 5, "confirm": 2, "confirm_seeds": 2,
     }  # fmt: skip
-    return {
-        "created": "2026-01-31T10:00:00+00:00",
-        "command_line": ["study/run.py", "--space", "lora_rank"],
-        "code": "c0de", "git": {"commit": "0" * 40, "dirty": False}, "python": "3.11.9", "platform": "Linux",
-        "versions": {"torch": "2.13.0", "optuna": "5.0.0"},
-        "name": name, "task": "encoding", "precision": "bfloat16", "config": _BASE, "options": options,
+    changes = {
+        "name": name, "config": _BASE, "options": options, "model": {"name": "minilm", "weights": "beef"},
         "space": {"name": "lora_rank", "hash": "0123", "source": '"""Does a higher rank help?\n\nMore."""\n'},
-        "model": {"name": "minilm", "weights": "beef"},
-        "data": {
-            "source": "demo", "fingerprint": "abc", "n_voxels": dict.fromkeys(plan.subjects, n_voxels),
-            "trim_trs": [10, 5], "notes": [],
-        },
-        "voxels": {"asked": "all", "key": "all"},
         "splits": [{"fit": fit, "validation": names, "test": [f"test{at}" for at in range(plan.n_test)]}],
         "general_text": {"probe": "bundled", "control_text": "bundled"},
     }  # fmt: skip
+    n_of = {"n_voxels": dict.fromkeys(plan.subjects, n_voxels)}
+    study = study_json(**changes)
+    return study | {"data": study["data"] | {"source": "demo", "fingerprint": "abc"} | n_of}
+
+
+def study_json(**changes: Any) -> dict[str, Any]:
+    """Content of ``study.json``, of a study on stories."""
+    return {
+        "name": "mine",
+        "task": "encoding",
+        "created": "2026-01-31T10:00:00+00:00",
+        "command_line": ["study/run.py", "--space", "lora rank"],
+        "code": "c0de",
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "python": "3.11.7",
+        "platform": "Linux",
+        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
+        "space": {"name": "lora_rank", "hash": "5face", "source": '"""Does rank help?"""\nEPOCHS = 3\n'},
+        "model": {"name": "tiny", "weights": "abc"},
+        "config": asdict(TrialConfig(model="tiny")),
+        "precision": "bfloat16",
+        "options": {"trials": 3, "sampler": "grid", "scheduler": "none", "seed": 0, "confirm": 0, "epochs": 3},
+        "data": {"source": "/data/lab", "fingerprint": "f1", "n_voxels": {"s1": 300}, "trim_trs": [10, 5], "notes": []},
+        "voxels": {"asked": "all", "key": "k"},
+        "splits": [{"fit": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}],
+        "general_text": {},
+    } | changes

@@ -130,8 +130,9 @@ def sampled() -> Evidence:
     evidence = figure_evidence(ranks, (1e-4,), seeds=(0,))
     used = evidence.used.assign(lr=10 ** rng.uniform(-4, -3.3, 40))
     used["scaling_rule"] = [f"lora_alpha = {value:.2f}" for value in rng.uniform(1, 99, 40)]
-    rows, facts_of = used[["rank", "lr", "cc_mean"]].assign(n_trials=1), evidence.facts._replace(is_adaptive=True)
-    return evidence._replace(used=used, rank_by_lr=rows, varied=("rank", "lr", "scaling_rule"), facts=facts_of)
+    cells = used[["rank", "lr", "cc_mean"]].assign(n_trials=1)
+    adaptive = evidence.facts._replace(is_adaptive=True)
+    return evidence._replace(used=used, rank_by_lr=cells, varied=("rank", "lr", "scaling_rule"), facts=adaptive)
 
 
 def long_names() -> Evidence:

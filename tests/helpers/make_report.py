@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from fake_study import study_json
 
 from bert_encoding.core.files import write_json
 from bert_encoding.core.storage import make_folder
@@ -44,30 +45,6 @@ BASELINES = [
 
 
 SEARCHED = [record("0001", 0.12, rank=2), record("0002", 0.1234567, rank=16), record("0003", None, rank=64)]
-
-
-def study_json(**changes: Any) -> dict[str, Any]:
-    """Content of ``study.json``, of a study on stories."""
-    return {
-        "name": "mine",
-        "task": "encoding",
-        "created": "2026-01-31T10:00:00+00:00",
-        "command_line": ["study/run.py", "--space", "lora rank"],
-        "code": "c0de",
-        "git": {"commit": "0123456789abcdef", "dirty": False},
-        "python": "3.11.7",
-        "platform": "Linux",
-        "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
-        "space": {"name": "lora_rank", "hash": "5face", "source": '"""Does rank help?"""\nEPOCHS = 3\n'},
-        "model": {"name": "tiny", "weights": "abc"},
-        "config": asdict(TrialConfig(model="tiny")),
-        "precision": "bfloat16",
-        "options": {"trials": 3, "sampler": "grid", "scheduler": "none", "seed": 0, "confirm": 0, "epochs": 3},
-        "data": {"source": "/data/lab", "fingerprint": "f1", "n_voxels": {"s1": 300}, "trim_trs": [10, 5], "notes": []},
-        "voxels": {"asked": "all", "key": "k"},
-        "splits": [{"fit": ["a", "b", "c"], "validation": ["d"], "test": ["e", "f"]}],
-        "general_text": {},
-    } | changes
 
 
 RANK = Verdict(

@@ -1,4 +1,4 @@
-"""Searchers and finished jobs, without Ray."""
+"""Searchers, records and finished jobs, without Ray."""
 
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +20,17 @@ def key_of(config: TrialConfig) -> str:
     return content_key(asdict(config))
 
 
+def make_record(
+    name: str, cc: float | None, config: TrialConfig = BASE, phase: str = "search", **more: Any
+) -> TrialRecord:
+    """Return the record of a trial; failed without ``cc``."""
+    values: dict[str, Any] = {
+        **{"status": "FAILED" if cc is None else "COMPLETE", "method": config.method, "config": asdict(config)},
+        **{"trial_id": name, "phase": phase, "key": key_of(config), "scores": {} if cc is None else {"cc_mean": cc}},
+    }
+    return TrialRecord(**values | more)
+
+
 def baselines(*methods: str) -> list[Job]:
     return [Job(f"baseline-{m}", "baseline", f"key-{m}", asdict(TrialConfig(method=m))) for m in methods]
 
@@ -37,16 +48,7 @@ def finished(
 ) -> TrialRecord:
     """The record that a job with these parameters would have left; failed without ``cc``."""
     config = to_trial_config(space.suggest(optuna.trial.FixedTrial(params)), BASE)
-    return TrialRecord(
-        status="FAILED" if cc is None else "COMPLETE",
-        method="lora",
-        config=asdict(config),
-        trial_id=f"{at:04d}",
-        phase=phase,
-        key=key_of(config),
-        params=params,
-        scores={} if cc is None else {"cc_mean": cc},
-    )
+    return make_record(f"{at:04d}", cc, config, phase, params=params)
 
 
 def ask_all(search: StudySearcher, cc: float = 0.1) -> list[dict[str, Any]]:

@@ -24,14 +24,11 @@ def pretend(
     folder: Path, private_tmp: Path, lrs: list[float], ends: str = "ended: None", **options: object
 ) -> subprocess.CompletedProcess:
     """Run a study whose trials have these learning rates; ``ends``: what it says at its end."""
-    folder.mkdir(exist_ok=True)
-    (folder / "space.py").write_text(SPACE.format(lrs=lrs))
-    environment = environment_of(private_tmp) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(STUB), str(folder), json.dumps({"trials": len(lrs)} | options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert ends in done.stdout
-    return done
+    driver = begin(folder, private_tmp, lrs, **options)
+    out, error = driver.communicate(timeout=900)
+    assert driver.returncode == 0, error + out
+    assert ends in out
+    return subprocess.CompletedProcess(driver.args, driver.returncode, out, error)
 
 
 def by_lr(folder: Path) -> dict[float, TrialRecord]:

@@ -13,7 +13,7 @@ from bert_encoding.regression.banded_ridge import DECADES, BandedRidge, band_wei
 from bert_encoding.regression.ridge import RidgeFit
 from bert_encoding.statistics.correlation import correlate
 
-pytestmark = pytest.mark.usefixtures("one_blas_thread", "no_bfloat16")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_bfloat16")
 
 GRID = tuple(float(alpha) for alpha in np.logspace(0, 4, 5))
 N_TRS, N_VOXELS = 240, 15

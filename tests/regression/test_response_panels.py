@@ -26,7 +26,7 @@ from bert_encoding.statistics.noise_ceiling import noise_ceiling
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import prepare_ridge, score_subject, seen_cc
 
-pytestmark = pytest.mark.usefixtures("one_blas_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU, ALL = torch.device("cpu"), slice(None)
 FIT, SCORED = ("alpha", "beta", "delta"), ("gamma", "zeta")

@@ -18,7 +18,7 @@ from bert_encoding.regression import ridge
 from bert_encoding.regression.ridge import RIDGE_ALPHAS, CrossValidatedRidge, RidgeFit
 from bert_encoding.regression.solvers import FORMS
 
-pytestmark = pytest.mark.usefixtures("one_blas_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRID = tuple(float(alpha) for alpha in np.logspace(-1, 4, 9))
 FOLD_SIZES = (30, 17, 22, 25)  # stories differ in length

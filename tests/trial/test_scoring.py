@@ -42,7 +42,7 @@ from bert_encoding.trial.scoring import (
     seen_cc,
 )
 
-pytestmark = pytest.mark.usefixtures("one_blas_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 FIT, SCORED = ("alpha", "beta", "delta", "epsilon", "gamma"), ("zeta", "wheretheressmoke")
