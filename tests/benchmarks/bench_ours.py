@@ -22,6 +22,7 @@ from course_script import (
     argument_parser,
     chosen_settings,
     digest,
+    draw_all,
     draw_probes,
     dropout_of,
     inspected,
@@ -35,7 +36,6 @@ from bert_encoding.core.devices import pick_device, resolve_precision
 from bert_encoding.core.worker_cache import WorkerCache
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import Dataset
-from bert_encoding.features.downsampling import downsample_story
 from bert_encoding.language_model.finetuning_methods import measure_change, prepare_model
 from bert_encoding.language_model.lora import check_applied, masked_lm
 from bert_encoding.language_model.masked_lm import Probes, make_probes, probe_loss
@@ -182,7 +182,7 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
     embedded = names[:n_stories]
     chain.downsampled(masked_lm(model).bert, embedded, split.fit)
     clock.lap("embed")
-    downsampled = random_features(task.dataset, names, encoder.n_hidden)
+    downsampled = draw_all(encoder, task.dataset, names)
     probes = draw_probes(encoder, task.dataset, split, config)
     clock.lap("drawn")
     chain.score(downsampled, split.fit, split.validation)
@@ -214,13 +214,6 @@ def run_parts(config: TrialConfig, task: Task, n_steps: int, n_stories: int | No
 def n_words(dataset: Dataset, names: tuple[str, ...]) -> int:
     """Return the words of some stories."""
     return sum(len(dataset.stories[name].words) for name in names)
-
-
-def random_features(dataset: Dataset, names: tuple[str, ...], n_hidden: int) -> dict[str, np.ndarray]:
-    """Return random word vectors on the scanner's clock, story -> (n_trs, n_hidden)."""
-    rng = np.random.default_rng(0)
-    stories = [dataset.stories[name] for name in names]
-    return {s.name: downsample_story(rng.standard_normal((len(s.words), n_hidden)), s) for s in stories}
 
 
 def with_voxels(dataset: Dataset, n_voxels: int) -> Dataset:

@@ -17,14 +17,13 @@ from bench_tables import CC_TOLERANCE, trial_seconds
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 sys.path.insert(0, str(ROOT))
 
-from study_process import environment_of, running_from, short_folder
+from study_process import running_from, short_folder
 
 from bert_encoding.core.devices import pick_device, resolve_precision
 from bert_encoding.core.names import BASELINE, FAILED, FROZEN, SEARCH
 from bert_encoding.trial.record import read_records
 
 NAME = "bench"
-PRIVATE = ("TMPDIR", "RAY_ADDRESS")  # what a study needs to find no cluster but its own
 RANKS, LRS = (4, 16), (1e-4, 3e-4)
 SPACE = '''"""Which of these configurations predicts best? Scientific: rank, lr. Nuisance: seed. Fixed: the rest."""
 
@@ -96,7 +95,7 @@ def run_our_study(shared: Result, points: list[dict[str, Any]], early: bool) -> 
     options = shared | {"space": space, "out": private / "results", "name": NAME, "trials": len(points), "confirm": 0}
     options |= {"address": "local", "scheduler": "asha" if early else "none"}
     options |= {"score_every": None if early else shared["epochs"]}
-    environment = child_environment() | {name: environment_of(private)[name] for name in PRIVATE}
+    environment = child_environment() | {"TMPDIR": str(private), "RAY_ADDRESS": "local"}  # no cluster but its own
     began, began_clock = time.time(), time.perf_counter()
     try:
         run_process([sys.executable, str(ROOT / "study" / "run.py"), *command_line(options)], environment)

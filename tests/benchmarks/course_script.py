@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,7 +256,7 @@ def embed_all(
     return features, n_embedded
 
 
-def draw_all(encoder: Encoder, dataset: Dataset, names: list[str]) -> Words:
+def draw_all(encoder: Encoder, dataset: Dataset, names: Sequence[str]) -> Words:
     """Return what ``embed_all`` does, of random word vectors: for stories that are not embedded."""
     rng = np.random.default_rng(0)
     stories = [dataset.stories[name] for name in names]

@@ -67,9 +67,9 @@ def cost(samples: list[Sample], first: float, last: float) -> tuple[float, float
     """Return seconds, processor seconds and MB of the driver per trial, between two shares of all records."""
     n = samples[-1].n_records
     begin, end = at_record(samples, int(first * n)), at_record(samples, int(last * n))
-    n_between = end.n_records - begin.n_records
-    spent = (end.seconds - begin.seconds, end.driver_cpu_s - begin.driver_cpu_s, end.driver_mb - begin.driver_mb)
-    return (spent[0] / n_between, spent[1] / n_between, spent[2] / n_between)
+    n_between, *spent = (after - before for before, after in zip(begin[:4], end[:4], strict=True))
+    seconds, cpu_s, mb = (value / n_between for value in spent)
+    return seconds, cpu_s, mb
 
 
 def at_record(samples: list[Sample], n: int) -> Sample:
@@ -89,7 +89,7 @@ def measure(folder: Path, private_tmp: Path, n_trials: int, n_workers: int, samp
     (folder / "space.py").write_text(SPACE.format(sampler=sampler))
     given = {"trials": n_trials, "max_concurrent": n_workers, "cpus": n_workers, "epochs": 1}
     command = [sys.executable, str(HELPERS / "stub_study.py"), str(folder), json.dumps(given)]
-    environment = environment_of(private_tmp) | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+    environment = environment_of(private_tmp) | {"PYTHONPATH": str(ROOT)}
     with open(folder / "out", "w") as out:
         driver = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
         samples = list(_watch(driver, folder))
