@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +39,9 @@ SPARE_BYTES = 2**20  # for the rest of a model file
 class Origin(NamedTuple):
     """Names of the study and trial of a model, and the trial's validation CC, subject -> (n_all,)."""
 
-    study: str = ""
-    trial_id: str = ""
-    cc: Mapping[str, np.ndarray] = MappingProxyType({})
-
-
-NOWHERE = Origin()
+    study: str
+    trial_id: str
+    cc: Mapping[str, np.ndarray]
 
 
 def fit_encoding_model(
@@ -53,8 +49,8 @@ def fit_encoding_model(
     stories: Sequence[str],
     file: Path,
     *,
-    adapter: Path | None = None,
-    origin: Origin = NOWHERE,
+    adapter: Path | None,
+    origin: Origin,
     log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Fit ridge on some stories, for every subject of the chain's data set, and write ``file`` (``model.npz``) and a

@@ -59,11 +59,11 @@ def predict_to_files(
     if name in settings.fit_stories and responses:
         yield f"note: the model was fitted on {name}, so its CC is optimistically biased"
     if is_locked and responses:
-        study = f"the study {settings.study}" if settings.study else "the model's study"
+        of = f"a locked test story of the study {settings.study}"
         if test:
-            yield f"note: {name} was a locked test story of {study} and has now been scored: choose nothing by its CC"
+            yield f"note: {name} was {of} and has now been scored: choose nothing by its CC"
         else:
-            yield f"note: {name} is a locked test story of {study}, so its CC is not computed (--test computes it)"
+            yield f"note: {name} is {of}, so its CC is not computed (--test computes it)"
             responses = {}
     for subject, blocks in predicted.items():
         part = model.subjects[subject]

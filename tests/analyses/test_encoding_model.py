@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 
 from bert_encoding.analyses import encoding_model, model_file
-from bert_encoding.analyses.encoding_model import fit_encoding_model, predict_story
+from bert_encoding.analyses.encoding_model import Origin, fit_encoding_model, predict_story
 from bert_encoding.analyses.model_file import EncodingModel, FittedSubject, ModelSettings, load_model, write_model
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.zscore import ZScore
@@ -66,18 +66,21 @@ def trials(task: Task, tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathF
     }
 
 
+def fit_trial(trial: Trial, file: Path) -> Path:
+    chain, record, adapter = trial
+    origin = Origin("study", "0001", record.cc)
+    fit_encoding_model(chain, chain.task.splits[0].fit, file, adapter=adapter, origin=origin)
+    return file
+
+
 @pytest.fixture(scope="module")
-def saved(trials: dict[str, Trial], task: Task, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def saved(trials: dict[str, Trial], tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Fit a model on the fit stories, once per method."""
     models: dict[str, EncodingModel] = {}
 
     def fit(method: str) -> EncodingModel:
         if method not in models:
-            chain, record, adapter = trials[method]
-            file = tmp_path_factory.mktemp("saved") / "model.npz"
-            origin = encoding_model.Origin("study", "0001", record.cc)
-            fit_encoding_model(chain, task.splits[0].fit, file, adapter=adapter, origin=origin)
-            models[method] = load_model(file)
+            models[method] = load_model(fit_trial(trials[method], tmp_path_factory.mktemp("saved") / "model.npz"))
         return models[method]
 
     return fit
@@ -136,7 +139,7 @@ def test_predictions_equal_scikit_learn_on_the_trials_features(
 def test_block_and_panel_sizes_have_no_effect(
     trials: dict[str, Trial], saved: Saved, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, (chain, _, _), names = saved("frozen"), trials["frozen"], task.splits[0].validation
+    model, names = saved("frozen"), task.splits[0].validation
     expected = predicted(model, task, names)
     monkeypatch.setattr(model_file, "BLOCK_BYTES", 5 * 4 * model.n_features)
     widths = [columns.stop - columns.start for columns, _ in model.weights("b")]
@@ -144,18 +147,15 @@ def test_block_and_panel_sizes_have_no_effect(
     np.testing.assert_allclose(predicted(model, task, names)["b"], expected["b"], rtol=0, atol=1e-5)
     monkeypatch.setattr(response_panels, "PANEL_BYTES", 20_000)
     assert len(list(response_panels.panels(task.dataset, "b", (), (), 500))) > 1
-    fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz")
-    panelled = predicted(load_model(tmp_path / "model.npz"), task, names)
+    panelled = predicted(load_model(fit_trial(trials["frozen"], tmp_path / "model.npz")), task, names)
     np.testing.assert_allclose(panelled["a"], expected["a"], rtol=0, atol=1e-4)
 
 
 def test_equal_models_give_equal_bytes_readable_by_numpy(
-    trials: dict[str, Trial], saved: Saved, task: Task, tmp_path: Path
+    trials: dict[str, Trial], saved: Saved, tmp_path: Path
 ) -> None:
-    model, (chain, record, adapter) = saved("lora"), trials["lora"]
-    origin = encoding_model.Origin("study", "0001", record.cc)
-    fit_encoding_model(chain, task.splits[0].fit, tmp_path / "other.npz", adapter=adapter, origin=origin)
-    assert (tmp_path / "other.npz").read_bytes() == model.file.read_bytes()
+    model, adapter = saved("lora"), trials["lora"][2]
+    assert fit_trial(trials["lora"], tmp_path / "other.npz").read_bytes() == model.file.read_bytes()
     assert adapter is not None and model.adapter_folder is not None
     for name in encoding_model.ADAPTER_FILES:
         assert (tmp_path / "other" / "adapter" / name).read_bytes() == (adapter / name).read_bytes()
@@ -185,13 +185,13 @@ def test_a_missing_or_changed_adapter_is_refused(saved: Saved, task: Task, tmp_p
         predict_story(load_model(file), story)
 
 
-def test_an_adapter_without_effect_is_not_saved(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
-    chain, _, adapter = trials["lora"]
+def test_an_adapter_without_effect_is_not_saved(trials: dict[str, Trial], tmp_path: Path) -> None:
+    chain, record, adapter = trials["lora"]
     assert adapter is not None
     idle = Path(shutil.copytree(adapter, tmp_path / "idle"))
     without_effect(idle / "adapter_model.safetensors")
     with pytest.raises(InputError, match="changes nothing"):
-        fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz", adapter=idle)
+        fit_trial((chain, record, idle), tmp_path / "model.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["idle"]
 
 
@@ -211,7 +211,7 @@ def test_another_encoder_or_tr_is_refused(saved: Saved, task: Task, tiny_bert: P
 
 @pytest.mark.parametrize("failure", ["disk", "writing"])
 def test_no_file_is_left_if_the_model_cannot_be_written(
-    failure: str, trials: dict[str, Trial], task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: str, trials: dict[str, Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*of: object) -> None:
         raise OSError(28, "No space left on device")
@@ -220,17 +220,16 @@ def test_no_file_is_left_if_the_model_cannot_be_written(
         monkeypatch.setattr(encoding_model.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     else:
         monkeypatch.setattr(model_file, "_write_weights", fail)
-    chain, _, adapter = trials["lora"]
     with pytest.raises(InputError, match=r"are free there|cannot be written .No space left"):
-        fit_encoding_model(chain, task.splits[0].fit, tmp_path / "model.npz", adapter=adapter)
+        fit_trial(trials["lora"], tmp_path / "model.npz")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_file_is_overwritten(trials: dict[str, Trial], task: Task, tmp_path: Path) -> None:
+def test_no_file_is_overwritten(trials: dict[str, Trial], tmp_path: Path) -> None:
     (tmp_path / "model.npz").write_text("precious")
     for name, message in (("model.npz", "exists already"), ("m.npy", "ends in .npz"), ("no/m.npz", "no such folder")):
         with pytest.raises(InputError, match=message):
-            fit_encoding_model(trials["frozen"][0], task.splits[0].fit, tmp_path / name)
+            fit_trial(trials["frozen"], tmp_path / name)
     assert (tmp_path / "model.npz").read_text() == "precious"
 
 
