@@ -60,15 +60,8 @@ class BandedRidge:
     def fit_predict(self, Y: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Choose each voxel's penalties by the mean held-out CC over folds, fit on all rows, and predict other rows.
 
-        Parameters
-        ----------
-        Y : (n_trs, n_voxels), z-scored
-        X : (n_rows, n_features), the bands side by side
-
-        Returns
-        -------
-        as plain ridge, but ``ridge_alphas`` is (n_bands, n_voxels), and ``cv_cc``, (n_alphas, n_voxels), is that of the
-        chosen candidate
+        As plain ridge, with the bands side by side in ``X``; but ``ridge_alphas`` is (n_bands, n_voxels), and
+        ``cv_cc``, (n_alphas, n_voxels), is that of the chosen candidate.
         """
         targets = Targets.prepare(np.asarray(Y, np.float32), rows_of_folds(self.folds), self.device)
         best: tuple[np.ndarray, ...] = ()
@@ -79,8 +72,7 @@ class BandedRidge:
             better = cv_cc.max(axis=0) > best[2].max(axis=0)
             for old, new in zip(best, candidate, strict=True):
                 old[:, better] = new[:, better]
-        predicted, ridge_alphas, cv_cc = best
-        return predicted, ridge_alphas, cv_cc
+        return best[0], best[1], best[2]
 
     def candidate(self, index: int) -> CrossValidatedRidge:
         """Return plain ridge on the bands scaled by one candidate's weights; cached if all candidates fit in memory."""

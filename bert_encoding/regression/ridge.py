@@ -95,24 +95,14 @@ class CrossValidatedRidge:
     def fit(self, Y: np.ndarray | Targets) -> RidgeFit:
         """Choose each voxel's ridge_alpha by the mean held-out CC over folds, then fit on all rows.
 
-        Parameters
-        ----------
-        Y : (n_trs, n_voxels), z-scored; or prepared, if several fits share them
+        ``Y``, (n_trs, n_voxels), is z-scored; or prepared, if several fits share it.
         """
         return RidgeFit(*self._fit(Y, lambda weights: weights))
 
     def fit_predict(self, Y: np.ndarray | Targets, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fit, and predict other rows without keeping the weights, which may be large.
+        """Fit, and predict other rows, (n_rows, n_features), without keeping the weights, which may be large.
 
-        Parameters
-        ----------
-        Y : as in ``fit``
-        X : (n_rows, n_features)
-
-        Returns
-        -------
-        predicted : (n_rows, n_voxels) float32
-        ridge_alphas, cv_cc : as in ``RidgeFit``
+        Returns predictions, (n_rows, n_voxels) float32, and ``ridge_alphas`` and ``cv_cc`` as in ``RidgeFit``.
         """
         rows = torch.from_numpy(X).to(self.device, torch.float32)
         return self._fit(Y, lambda weights: rows @ weights)

@@ -33,13 +33,8 @@ def prepare_classifier(
 ) -> tuple[BertForSequenceClassification, PeftModel | None]:
     """Return a copy of the pristine encoder with a new head, ready for the method, and PEFT's wrapper around it if any.
 
-    The encoder trains as for a masked LM (see ``prepare_model``); the classes always train, the pooler if it is new or
-    the method trains whole weights.
-
-    Raises
-    ------
-    InputError
-        if the model lacks the blocks that a setting names.
+    The encoder trains as for a masked LM (see ``prepare_model``, which refuses blocks that the model lacks); the
+    classes always train, the pooler if it is new or the method trains whole weights.
     """
     prepared = prepare_model(replace(config.tuning, layer=None), encoder)
     model = assemble(masked_lm(prepared).bert, labels, config.seed)
@@ -108,7 +103,6 @@ class Classification:
 
     @property
     def n_items(self) -> int:
-        """Return the number of texts."""
         return len(self.windows)
 
     def draw(self, indices: Sequence[int], epoch_rng: np.random.Generator) -> TextBatch:
@@ -118,19 +112,16 @@ class Classification:
         return TextBatch([self.windows[index] for index in order], self.labels[order], vectors)
 
     def split(self, batch: TextBatch, size: int) -> list[TextBatch]:
-        """Cut a step into micro-batches."""
         parts = [slice(start, start + size) for start in range(0, len(batch.windows), size)]
         vectors = batch.vectors
         return [TextBatch(batch.windows[p], batch.labels[p], None if vectors is None else vectors[p]) for p in parts]
 
     def n_terms(self, batch: TextBatch) -> dict[str, int]:
-        """Return one term per text."""
         return {"class": len(batch.windows)}
 
     def losses(
         self, model: BertForSequenceClassification, batch: TextBatch, precision: str, device: torch.device
     ) -> dict[str, tuple[torch.Tensor, int]]:
-        """Return the summed cross-entropy."""
         with autocast(precision, device):
             if batch.vectors is None:
                 vectors = _first_vectors(model, batch.windows, self.pad_id, device)
@@ -142,7 +133,6 @@ class Classification:
         return {"class": (loss, len(batch.windows))}
 
     def n_tokens(self, batch: TextBatch) -> int:
-        """Return the tokens read, [CLS] and [SEP] included."""
         return sum(len(window.ids) for window in batch.windows)
 
 

@@ -15,7 +15,7 @@ from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import prepare_model
 from bert_encoding.language_model.general_text import control_text
 from bert_encoding.language_model.lora import check_applied, masked_lm, save_adapter, save_whole
-from bert_encoding.language_model.masked_lm import EpochLosses, MaskedLM, Probes, finetune, make_probes, probe_loss
+from bert_encoding.language_model.masked_lm import EpochLosses, MaskedLM, finetune, make_probes, probe_loss
 from bert_encoding.language_model.masking import MaskedBatch
 from bert_encoding.language_model.windows import Tokens, Window, training_windows
 from bert_encoding.text_tasks.task import TextTask, pick, read_texts, resolve_max_length
@@ -40,18 +40,21 @@ class AdaptRun:
         self.notes = [f"{len(self.train)} windows of at most {self.length} tokens to train on"]
 
     def _windows(self, indices: np.ndarray, stride: int | None = None) -> list[Window]:
+        """Return windows of some texts, without overlap if no stride is given."""
         tokens = pick(self.texts.tokens, indices)
         return text_windows(tokens, self.length, stride or self.length - 2, self.encoder)
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train and yield losses; a model that does not train yields epoch 0 alone."""
         model, config, task = masked_lm(self.model).to(self.device), self.config, self.task
-        probes = self._probes()
+        train, heldout = self._windows(task.train), self._windows(task.heldout)
+        probes = make_probes(train, heldout, self.encoder.tokenizer, config.probe_tokens, task.split_seed)
         self.general = general_probe(config.model, task.probe_text, config.probe_tokens, task.split_seed, self.cache)
         self.before = [self._loss(batches) for batches in (*probes, self.general)]
         if config.method not in TUNED:
             yield _row(EpochLosses(0, 0, 0, self.before[0], self.before[1]))
             return
+        n_steps = -(-len(train) // (config.batch_size * config.accumulation))
         steps = finetune(
             model,
             self._objective(),
@@ -60,7 +63,7 @@ class AdaptRun:
             config.seed,
             self.device,
             patience=config.patience,
-            steps_per_epoch=self._steps_per_epoch(),
+            steps_per_epoch=n_steps if config.match_steps else None,
         )
         yield from map(_row, timed(steps, self.seconds))
 
@@ -88,24 +91,11 @@ class AdaptRun:
             save_whole(self.model, folder)
 
     def _objective(self) -> MaskedLM:
-        config, tokenizer = self.config, self.encoder.tokenizer
+        config, tokenizer, file = self.config, self.encoder.tokenizer, self.task.control_text
         general = None
         if config.replay:
-            general = control_text(
-                tokenizer, self.length, self.length - 2, None, self.task.control_text, config.seed
-            ).windows
+            general = control_text(tokenizer, self.length, self.length - 2, None, file, config.seed).windows
         return MaskedLM(self.train, tokenizer, config.mask_probability, config.whole_words, general, config.replay)
-
-    def _steps_per_epoch(self) -> int | None:
-        """Return the steps of one epoch of non-overlapping windows with ``match_steps``, else None."""
-        if not self.config.match_steps:
-            return None
-        return -(-len(self._windows(self.task.train)) // (self.config.batch_size * self.config.accumulation))
-
-    def _probes(self) -> Probes:
-        """Return the masked tokens on which losses are read, the same in every trial."""
-        train, heldout = self._windows(self.task.train), self._windows(self.task.heldout)
-        return make_probes(train, heldout, self.encoder.tokenizer, self.config.probe_tokens, self.task.split_seed)
 
     def _loss(self, batches: list[MaskedBatch]) -> float:
         return probe_loss(masked_lm(self.model), batches, self.config.precision, self.device)

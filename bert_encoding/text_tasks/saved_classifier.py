@@ -81,13 +81,7 @@ def _add_head(folder: Path, model: BertForSequenceClassification) -> None:
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """Load what ``save_classifier`` wrote.
-
-    Raises
-    ------
-    InputError
-        if it is missing or damaged, or its base model has changed.
-    """
+    """Load what ``save_classifier`` wrote; InputError if it is missing or damaged, or its base model has changed."""
     if not (folder / SETTINGS_FILE).is_file():
         raise InputError(f"{folder}: no {SETTINGS_FILE}; give the folder of a trained classifier")
     settings = read_json(folder / SETTINGS_FILE, required=(*ReadingSettings._fields, "model"))

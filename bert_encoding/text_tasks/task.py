@@ -40,13 +40,7 @@ class TextTask(NamedTuple):
 def make_text_task(
     kind: str, corpus: Corpus, seed: int, *, n_train: int | None = None, max_length: int | None = None
 ) -> TextTask:
-    """Split a corpus for one kind of task.
-
-    Raises
-    ------
-    InputError
-        if classes are missing, or a part of the split would lack texts or a class.
-    """
+    """Split a corpus for one kind of task; refuse one without the classes that the task needs."""
     if kind == CLASSIFICATION and not corpus.labels:
         raise InputError(
             f"{corpus.path}: has no labels to learn; add a column 'label', or give a folder with a sub-folder of "
@@ -61,14 +55,8 @@ def make_text_task(
 def split_corpus(corpus: Corpus, seed: int, n_train: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Draw indices of training texts and of held-out texts, both in the class proportions of the corpus.
 
-    Parameters
-    ----------
-    n_train : number of training texts; None holds out ``SHARE_HELDOUT`` of all texts
-
-    Raises
-    ------
-    InputError
-        if either part would be empty, or lack a class.
+    Without ``n_train``, ``SHARE_HELDOUT`` of all texts are held out. InputError if a part would be empty or lack a
+    class.
     """
     if n_train is None:
         n_train = corpus.n_texts - max(1, round(SHARE_HELDOUT * corpus.n_texts))

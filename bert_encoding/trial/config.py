@@ -67,10 +67,7 @@ def _check_number(name: str, value: object, lowest: float, highest: float) -> No
 class TrialConfig:
     """The settings of one trial, flat as in records and search spaces; docs/fine_tuning.md explains every field.
 
-    Raises
-    ------
-    InputError
-        if a value is not allowed, or does not go with another one.
+    InputError names a value that is not allowed, or does not go with another one.
     """
 
     method: str = _choice(LORA, METHODS)
@@ -174,13 +171,7 @@ class TrialConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrialConfig":
-        """Build a configuration from plain values, as a record or a search space has them.
-
-        Raises
-        ------
-        InputError
-            if a name is no setting or a value is not allowed.
-        """
+        """Build a configuration from plain values, as a record or a search space has them; check names and values."""
         settings = {setting.name for setting in fields(cls)}
         for name in values:
             if name not in settings:

@@ -131,17 +131,12 @@ def run_test(
     them.
 
     Only the last epoch is scored, no masked-LM loss is read on test stories, and ``cc_mean`` stays empty. With several
-    splits, fit + validation is the same in all of them.
+    splits, fit + validation is the same in all of them. Patience is refused: only the test stories are held out here.
 
     Parameters
     ----------
     report : called after every epoch of training with its masked-LM loss in training; its answer is ignored
     adapter_folder : where to save the adapter, or all weights of ``full`` and ``partial``
-
-    Raises
-    ------
-    ValueError
-        if training would stop by a held-out loss: nothing but the test stories is held out here.
     """
     if config.patience is not None:
         raise ValueError("patience needs held-out stories; give the number of epochs instead")

@@ -140,12 +140,8 @@ def score_subject(
     """Fit ridge on the fit stories and correlate its predictions with the responses to the scored stories.
 
     Responses are read, fitted and scored one panel of voxels at a time. If more than a fifth of the voxels would gain
-    from a ridge_alpha beyond an edge of the grid, all are fitted once more with a wider grid.
-
-    Parameters
-    ----------
-    with_tests : also compute one p value per voxel, and resamples of time
-    cache : of responses that other trials share
+    from a ridge_alpha beyond an edge of the grid, all are fitted once more with a wider grid. ``with_tests`` also
+    computes one p value per voxel, and resamples of time.
     """
 
     def score(ridge: CrossValidatedRidge) -> SubjectScores:
@@ -225,9 +221,7 @@ def edge_notes(
 ) -> list[str]:
     """Say where the configured grid of ridge_alphas was widened, and where it is still too narrow; each once.
 
-    Parameters
-    ----------
-    scores_of_role : beginning of a note -> the scores of one or more splits, by subject
+    ``scores_of_role`` maps the beginning of a note to the scores of one or more splits, by subject.
     """
     notes = [
         role + note

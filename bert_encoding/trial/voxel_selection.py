@@ -56,10 +56,7 @@ def write_voxels(file: Path, voxels: Mapping[str, np.ndarray]) -> None:
 def read_voxels(file: Path, dataset: Dataset) -> dict[str, np.ndarray]:
     """Read the voxels to keep: ``.npy`` with indices or a mask for one subject, ``.npz`` with one array per subject.
 
-    Raises
-    ------
-    InputError
-        if the file is damaged, lacks a subject, or names voxels that do not exist or none that can be scored.
+    InputError if the file is damaged, lacks a subject, or names voxels that do not exist or none that can be scored.
     """
     assert dataset.voxel_masks is not None
     arrays = read_arrays(file) if file.suffix == ".npz" else _read_npy(file, dataset.subjects)
