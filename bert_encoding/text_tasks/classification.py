@@ -66,8 +66,11 @@ class ClassifyRun:
         """Train and yield scores; with patience, until this many epochs were no better than an earlier one."""
         self.before = self._logits(self.task.heldout)
         sample = generator(self.task.split_seed, "training loss").permutation(self.task.train)[:TRAIN_SAMPLE]
+        texts, pad_id = self.task.train, self.encoder.tokenizer.pad_token_id
+        vectors = None if self.config.method in TUNED else self._vectors(texts)
+        objective = Classification(pick(self.windows, texts), self.classes[texts], pad_id, vectors)
         ranks: list[tuple[float, ...]] = []
-        steps = train(self.model, self._objective(), self.config.training, self.config.seed, self.device)
+        steps = train(self.model, objective, self.config.training, self.config.seed, self.device)
         for progress in timed(steps, self.seconds):
             scores = self._read(progress, sample)
             ranks.append(self.rank(scores))
@@ -109,13 +112,6 @@ class ClassifyRun:
         """Write the classifier for ``load_classifier``."""
         reading = ReadingSettings(self.labels, self.max_length, self.precision, self.task.corpus.clean)
         save_classifier(folder, self.model, self.adapted, reading, self.encoder)
-
-    def _objective(self) -> Classification:
-        train = self.task.train
-        vectors = None if self.config.method in TUNED else self._vectors(train)
-        return Classification(
-            pick(self.windows, train), self.classes[train], self.encoder.tokenizer.pad_token_id, vectors
-        )
 
     def _logits(self, indices: np.ndarray) -> np.ndarray:
         return read_logits(self.model, self._vectors(indices), self.device)

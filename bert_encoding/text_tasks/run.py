@@ -99,8 +99,5 @@ def _final_scores(best: dict[str, float], last: dict[str, float]) -> dict[str, A
 def _traits(run: TextRun, config: TrialConfig) -> dict[str, Any]:
     """Return the number of trained parameters, and how far training moved them."""
     counts = count_parameters(run.model)
-    traits: dict[str, Any] = {"n_trainable": float(counts.n_trainable), "share_trainable": counts.share}
-    if config.method in TUNED:
-        change = measure_change(run.model, run.encoder)
-        traits |= {"delta_norm": change.delta_norm, "stable_rank": change.stable_rank}
-    return traits
+    change = measure_change(run.model, run.encoder)._asdict() if config.method in TUNED else {}
+    return {"n_trainable": float(counts.n_trainable), "share_trainable": counts.share} | change

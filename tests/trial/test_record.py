@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from bert_encoding.trial.record import (
 )
 from bert_encoding.trial.tables import rows_frame, trials_frame, write_tables
 
-# Typed from DESIGN.md, "What a study leaves behind".
+# Typed from docs/results.md.
 DOCUMENTED = [
     *("trial_id", "phase", "status", "error", "seed", "repeat_of", "method", "rank", "lora_alpha", "scaling"),
     *("target_modules", "lr", "stride", "epochs_done", "optimizer_steps", "tokens_seen", "n_trainable", "layer"),
@@ -383,6 +384,26 @@ def test_parquet_comes_back_as_the_frame(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "trials.parquet"), frame)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "epochs.parquet"), rows_frame(rows, "epochs"))
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "stories.parquet"), rows_frame(rows, "stories"))
+
+
+@pytest.mark.parametrize("n", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_records_of_a_large_study_become_a_table_in_seconds(n: int, tmp_path: Path) -> None:
+    """With as many rows of epochs and stories as a study of three subjects has."""
+    each, one = np.arange(n), lora(**NO_ARRAYS)
+    one = replace(one, epochs=3 * one.epochs, stories=12 * one.stories)
+    for index in each.tolist():
+        config, scores = one.config | {"rank": 2 ** (index % 6 + 1)}, one.scores | {"cc_mean": index / 1e5}
+        params = {"log2_rank": index % 6 + 1}
+        write_record(tmp_path, replace(one, trial_id=f"{index:05d}", config=config, scores=scores, params=params))
+    began = time.process_time()  # processor seconds: what else this machine does is not our cost
+    trials = trials_frame(read_records(tmp_path))
+    seconds = time.process_time() - began
+    assert trials["trial_id"].tolist() == [f"{index:05d}" for index in each]
+    np.testing.assert_array_equal(trials["cc_mean"].to_numpy(float), each / 1e5)
+    np.testing.assert_array_equal(trials["rank"].to_numpy(int), 2 ** (each % 6 + 1))
+    np.testing.assert_array_equal(trials["log2_rank"].to_numpy(int), each % 6 + 1)
+    print(f"{n} records: {seconds:.2f} s")
+    assert seconds < 5 / 10_000 * max(n, 2_000), f"{seconds:.1f} s for {n} records"
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
