@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,10 +200,7 @@ def finished_record(config: TrialConfig, seconds: dict[str, float], started: flo
 def _side_by_side(streams: list[Iterator[FoldEpoch]]) -> Iterator[tuple[FoldEpoch, ...]]:
     """Yield the epochs of all splits together; one that stopped early waits with its last."""
     latest: list[FoldEpoch | None] = [None] * len(streams)
-    while True:
-        fresh = [next(stream, None) for stream in streams]
-        if not any(result is not None for result in fresh):
-            return
+    for fresh in zip_longest(*streams):
         latest = [new or old for new, old in zip(fresh, latest, strict=True)]
         yield tuple(result for result in latest if result is not None)
 
@@ -297,12 +295,11 @@ class _Fold:
         traits: dict[str, Any] = {"layer": float(layer) if isinstance(layer, int) else None}
         if self.model is None or not self._is_tuned:
             return traits | {"n_trainable": 0.0}
-        counts, change = count_parameters(self.trained), measure_change(self.model, chain.bert_encoder)
+        counts = count_parameters(self.trained)
         return traits | {
             "n_trainable": float(counts.n_trainable),
             "share_trainable": counts.share,
-            "delta_norm": change.delta_norm,
-            "stable_rank": change.stable_rank,
+            **measure_change(self.model, chain.bert_encoder)._asdict(),
             "probe_loss_before": self._loss_before,
             "probe_loss_after": self._general_loss(),
         }
