@@ -34,6 +34,9 @@ def embed_stories(
 ) -> dict[str, np.ndarray]:
     """Return a vector for every word: the mean over its tokens inside a window, then over the windows that hold it.
 
+    Raises ValueError if there is no such layer; RuntimeError if a word with tokens got no vector, or a vector is not
+    finite.
+
     Parameters
     ----------
     layer : 0 is the embedding output, ``n_layers`` the last block, as in ``hidden_states``; the mean if several
@@ -44,13 +47,6 @@ def embed_stories(
     Returns
     -------
     story -> (n_words, n_hidden) float32; zero for a word without tokens (nothing was spoken).
-
-    Raises
-    ------
-    ValueError
-        if there is no such layer.
-    RuntimeError
-        if a word with tokens got no vector, or a vector is not finite.
     """
     return embed_layers(
         bert,

@@ -69,14 +69,11 @@ def read_static_vectors(path: Path, words: set[str]) -> StaticVectors:
     is checked, and gensim reads only the entries of ``words``. If a word occurs twice, its first vector counts, as in
     gensim. A first line of two fields is a header, so GloVe vectors need at least two dimensions.
 
+    Raises InputError if gensim is not installed, or the file is missing, malformed, or has none of the words.
+
     Parameters
     ----------
     words : normalised, see ``distinct_words``
-
-    Raises
-    ------
-    InputError
-        if gensim is not installed, or the file is missing, malformed, or has none of the words.
     """
     try:
         from gensim.models import KeyedVectors

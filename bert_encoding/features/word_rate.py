@@ -37,15 +37,12 @@ def distinct_words(stories: Iterable[Sequence[str]]) -> set[str]:
 def choose_vocabulary(stories: Iterable[Sequence[str]], n: int) -> tuple[str, ...]:
     """Return the ``n`` most frequent normalised words, the most frequent first, ties in alphabetical order.
 
+    Raises InputError if ``n`` is below 1, or nothing is spoken.
+
     Parameters
     ----------
     stories : spoken words of the fit stories alone, so that no other story shapes a feature
     n : maximal number of words
-
-    Raises
-    ------
-    InputError
-        if ``n`` is below 1, or nothing is spoken.
     """
     if n < 1:
         raise InputError(f"a vocabulary of {n} words: it needs at least 1")

@@ -38,6 +38,8 @@ def export_stories(
 ) -> pd.DataFrame:
     """Return the vector of every word, as in a trial with these settings.
 
+    Raises InputError if the layer or the windows do not fit the model, or the adapter does not.
+
     Parameters
     ----------
     source : a data set, or running texts, whose words and punctuation marks become rows
@@ -49,11 +51,6 @@ def export_stories(
     One row per word: ``story`` (for texts their number from 1), ``word_index`` in it, ``word`` as transcribed,
     ``time_s`` (its middle; missing for texts), ``vector`` (n_hidden,) float32, zero where nothing was spoken. The table
     is held in memory, 4 bytes per word and hidden unit.
-
-    Raises
-    ------
-    InputError
-        if the layer or the windows do not fit the model, or the adapter does not.
     """
     embed = _embedding(encoder, adapter, layer, window_tokens, stride)
     return pd.concat([_rows(part, embed(part.spoken)) for part in _in_parts(source)], ignore_index=True)
@@ -75,6 +72,8 @@ def export_words(
     ``bank's`` and ``river-bank``, not in ``banks``. Where ``bank`` and ``bank holiday`` both match, the longer one
     counts.
 
+    Raises InputError if no word occurs, a word is empty or given twice, or as in ``export_stories``.
+
     Parameters
     ----------
     adapter, layer, window_tokens, stride : as in ``export_stories``
@@ -84,11 +83,6 @@ def export_words(
     occurrences : ``word``, ``text`` (number from 1), ``sentence``, ``position`` (``sentence.split()[position]`` holds
         the word), ``vector`` (n_hidden,) float32: the mean over the word's tokens
     means : ``word``, ``n``, ``vector`` of each word that occurs, in the order of ``words``
-
-    Raises
-    ------
-    InputError
-        if no word occurs, a word is empty or given twice, or as in ``export_stories``.
     """
     check_words(words)
     longest_first = sorted(words, key=len, reverse=True)  # "New York" before "New"

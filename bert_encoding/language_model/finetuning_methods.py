@@ -77,10 +77,8 @@ def prepare_model(config: TuningConfig, encoder: Encoder) -> PeftModel | BertFor
     ``partial`` also train the masked-LM head. The decoder shares its matrix with the word embeddings and trains if they
     do.
 
-    Raises
-    ------
-    InputError
-        if a setting names blocks that the model does not have, or training cannot change the layer that is read.
+    Raises InputError if a setting names blocks that the model does not have, or training cannot change the layer that
+    is read.
     """
     if config.method not in BERT_METHODS:
         raise ValueError(f"method {config.method}: has no BERT")

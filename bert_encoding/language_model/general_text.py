@@ -39,15 +39,12 @@ class ControlText(NamedTuple):
 def probe_windows(tokenizer: BertTokenizerFast, window_tokens: int, file: Path | None = None) -> list[Window]:
     """Return non-overlapping windows of text for measuring the masked-LM loss before and after fine-tuning.
 
+    Raises InputError if the file cannot be read, or holds no text in the tokenizer's vocabulary.
+
     Parameters
     ----------
     window_tokens : length of a window with its [CLS] and [SEP]
     file : a user's corpus, of which the first 100,000 tokens are used; None is the bundled probe
-
-    Raises
-    ------
-    InputError
-        if the file cannot be read, or holds no text in the tokenizer's vocabulary.
     """
     n_inner = window_tokens - 2
     documents = _documents(_read_texts("probe", file, None, MAX_PROBE_TOKENS, tokenizer), n_inner)
@@ -67,16 +64,13 @@ def control_text(
     The seed determines where reading starts in the file and, for each pass, the order of its documents. They are read
     as one stream, so that windows are as long as those of stories.
 
+    Raises InputError if the file cannot be read, or holds no text in the tokenizer's vocabulary.
+
     Parameters
     ----------
     window_tokens, stride : as in ``cut_windows``
     n_tokens : the text is repeated if it is shorter; None is all of it once, at most a million tokens
     file : a user's corpus; None is the bundled control text
-
-    Raises
-    ------
-    InputError
-        if the file cannot be read, or holds no text in the tokenizer's vocabulary.
     """
     if n_tokens is not None and n_tokens < 1:
         raise ValueError(f"n_tokens {n_tokens}: must be 1 or more")

@@ -47,14 +47,11 @@ def target_regex(targets: str, blocks: Sequence[int] | None = None) -> str:
 
     PEFT matches plain names by suffix, so ``dense`` would also adapt the masked-LM head.
 
+    Raises InputError if a name is unknown, repeated or missing.
+
     Parameters
     ----------
     blocks : encoder blocks, from 0; None is all
-
-    Raises
-    ------
-    InputError
-        if a name is unknown, repeated or missing.
     """
     if not isinstance(targets, str):
         raise InputError(f"target_modules {targets!r}: must be text, such as 'q,v' or {ALL_TARGETS!r}")
@@ -91,15 +88,12 @@ def add_adapter(
     (Kalajdzievski 2023, arXiv 2312.03732). B starts at 0; but ``pissa`` and ``olora`` start with B A as a part of W and
     subtract s B A from the base weights (Meng et al. 2024, arXiv 2404.02948; Büyükakyüz 2024, arXiv 2406.01775).
 
+    Raises InputError if the rank is too high for ``init``.
+
     Parameters
     ----------
     scaling, init, bias, dora : as in ``TrialConfig``
     blocks : encoder blocks that get an adapter, from 0; None is all
-
-    Raises
-    ------
-    InputError
-        if the rank is too high for ``init``.
     """
     pattern = target_regex(targets, blocks)
     if init in REWRITING:
@@ -201,10 +195,8 @@ def save_whole(model: BertForMaskedLM, folder: Path) -> None:
 def load_whole(encoder: Encoder, folder: Path) -> BertModel:
     """Return the encoder of a saved whole model: the same weights as in the trial that saved it.
 
-    Raises
-    ------
-    InputError
-        if there is no such model, its shape differs from ``encoder``, or its embeddings are the pretrained ones.
+    Raises InputError if there is no such model, its shape differs from ``encoder``, or its embeddings are the
+    pretrained ones.
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -245,10 +237,8 @@ def _check_weights(encoder: Encoder, folder: Path, weights: Mapping[str, torch.T
 def check_applied(encoder: Encoder, tuned: torch.nn.Module, what: str) -> float:
     """Return max |tuned - pretrained| over the embeddings of a short text.
 
-    Raises
-    ------
-    InputError
-        if it is 0 (the tuning is not applied), or the output is not ``n_hidden`` wide (vocabulary logits).
+    Raises InputError if it is 0 (the tuning is not applied), or the output is not ``n_hidden`` wide (vocabulary
+    logits).
     """
     ids = encoder.tokenizer("she said it was only a story", return_tensors="pt")["input_ids"]
     device = next(tuned.parameters()).device

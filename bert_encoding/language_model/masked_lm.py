@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -82,9 +82,7 @@ class MaskedLM:
             n = int(self.replay * len(windows) + epoch_rng.random())  # rounded at random, exact on average
             chosen = np.resize(epoch_rng.permutation(len(self.general)), n)
             windows[:n] = [self.general[int(i)] for i in chosen]
-        return mask_windows(
-            windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
-        )
+        return mask_windows(windows, self.mask_probability, epoch_rng, self.tokenizer, self.whole_words)
 
     def split(self, batch: MaskedBatch, size: int) -> list[MaskedBatch]:
         return split_masked(batch, size)
@@ -115,18 +113,13 @@ def finetune(
 
     The best epoch is not restored: the caller may copy the weights where ``is_best`` is True.
 
+    Raises FloatingPointError, which names the step, if a loss is not finite; MemoryError as in ``train``.
+
     Parameters
     ----------
     model : BERT with a masked-LM head, adapted or not
     patience : stop after this many epochs in a row without a lower held-out loss; None never stops
     steps_per_epoch : as in ``train``
-
-    Raises
-    ------
-    FloatingPointError
-        if a loss is not finite; the message names the step.
-    MemoryError
-        as in ``train``.
     """
     best, n_worse = float("inf"), 0
     for epoch, steps, tokens, micro_batch in train(model, objective, training, seed, device, steps_per_epoch):
@@ -177,7 +170,7 @@ def make_probes(
                 break
             chosen = [windows[i] for i in order[start : start + PROBE_BATCH]]
             rng = generator(seed, "probe masks", name, start)
-            batches.append(mask_windows(chosen, PROBE_PROBABILITY, rng, **special(tokenizer)))
+            batches.append(mask_windows(chosen, PROBE_PROBABILITY, rng, tokenizer))
         samples.append(batches)
     n_masked = min(max_masked, *(sum(batch.labels.size for batch in batches) for batches in samples))
     return Probes(*(_first_masked(batches, n_masked) for batches in samples))
@@ -195,18 +188,6 @@ def _first_masked(batches: Sequence[MaskedBatch], n_masked: int) -> list[MaskedB
             scored.append(batch._replace(chosen=chosen, labels=batch.labels[:n]))
         n_masked -= n
     return scored
-
-
-class Special(TypedDict):
-    """The parameters of ``mask_windows`` that depend on the vocabulary."""
-
-    pad_id: int
-    mask_id: int
-    n_vocabulary: int
-
-
-def special(tokenizer: BertTokenizerFast) -> Special:
-    return {"pad_id": tokenizer.pad_token_id, "mask_id": tokenizer.mask_token_id, "n_vocabulary": len(tokenizer)}
 
 
 def is_overfitting(losses: Sequence[EpochLosses]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from transformers import BertTokenizerFast
 
 from bert_encoding.language_model.windows import Window, pad
 
@@ -35,10 +36,7 @@ def mask_windows(
     windows: Sequence[Window],
     probability: float,
     rng: np.random.Generator,
-    *,
-    pad_id: int,
-    mask_id: int,
-    n_vocabulary: int,
+    tokenizer: BertTokenizerFast,
     whole_words: bool = False,
 ) -> MaskedBatch:
     """Choose each token, or each word, with ``probability``; of the chosen tokens, 80% become [MASK], 10% a random
@@ -47,17 +45,15 @@ def mask_windows(
     [CLS], [SEP] and padding are never chosen; at least one token, or word, is. Random numbers are drawn window by
     window, so a mask does not depend on the windows that follow.
 
+    Raises ValueError if there is no token to choose.
+
     Parameters
     ----------
     windows : with word id ``NO_WORD`` at a [SEP] between two segments
     whole_words : choose words, each with all its pieces in the window; the replacement is drawn for each piece, as in
         BERT's own whole-word masking (google-research/bert: create_pretraining_data.py, create_masked_lm_predictions)
-
-    Raises
-    ------
-    ValueError
-        if there is no token to choose.
     """
+    n_vocabulary = len(tokenizer)
     units = [_units(window, whole_words) for window in windows]
     n_units = [unit.max() + 1 for unit in units]
     draws = [
@@ -70,14 +66,14 @@ def mask_windows(
     if not is_chosen.any():
         is_chosen[rng.integers(is_chosen.size)] = True
     chosen_units = np.split(is_chosen, np.cumsum(n_units)[:-1])
-    ids, attention = pad(windows, pad_id)
+    ids, attention = pad(windows, tokenizer.pad_token_id)
     chosen, replaced = np.zeros(ids.shape, bool), ids.copy()
     for row, (unit, (_, action, replacement)) in enumerate(zip(units, draws, strict=True)):
         here = (unit >= 0) & np.append(chosen_units[row], False)[unit]  # the appended False is for unit -1, no unit
         chosen[row, : unit.size] = here
         masked = here & (action < SHARE_MASK)
         at_random = here & (action >= SHARE_MASK) & (action < SHARE_MASK + SHARE_RANDOM)
-        replaced[row, : unit.size][masked] = mask_id
+        replaced[row, : unit.size][masked] = tokenizer.mask_token_id
         replaced[row, : unit.size][at_random] = replacement[at_random]
     return MaskedBatch(replaced, attention, chosen, ids[chosen])
 

@@ -13,7 +13,6 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.seeds import generator
 from bert_encoding.language_model.encoder import NEXT_SENTENCE_KEYS, Encoder
 from bert_encoding.language_model.lora import masked_lm
-from bert_encoding.language_model.masked_lm import special
 from bert_encoding.language_model.masking import NO_WORD, MaskedBatch, mask_windows, split_masked
 from bert_encoding.language_model.windows import Tokens, Window
 
@@ -52,17 +51,14 @@ class NextSentence:
     true pairs as false ones and reads the text twice. Neither A nor B alone tells the label, since both halves of the
     items have the same A and the same B.
 
+    Raises InputError if fewer than two stories have two words, or pairs do not fit into a window.
+
     Parameters
     ----------
     stories : of one split; pairs are made only within it
     window_tokens : longest pair, including [CLS] and two [SEP]
     mask_probability, whole_words : as in ``MaskedLM``
     seed : of the cuts
-
-    Raises
-    ------
-    InputError
-        if fewer than two stories have two words, or pairs do not fit into a window.
     """
 
     def __init__(
@@ -96,9 +92,7 @@ class NextSentence:
         relation = np.array([IS_OTHER if i % 2 else IS_NEXT for i in indices])
         joined = [(i // 2, self._draw_other(i // 2, epoch_rng) if i % 2 else i // 2) for i in map(int, indices)]
         windows = [_join(self.pairs[a][0], self.pairs[b][1], self.tokenizer) for a, b in joined]
-        masked = mask_windows(
-            windows, self.mask_probability, epoch_rng, whole_words=self.whole_words, **special(self.tokenizer)
-        )
+        masked = mask_windows(windows, self.mask_probability, epoch_rng, self.tokenizer, self.whole_words)
         n_first = np.array([[len(self.pairs[a][0].ids) + 2] for a, _ in joined])  # with [CLS] and [SEP]
         is_second = np.arange(masked.ids.shape[1]) >= n_first  # (n_pairs, longest)
         return PairBatch(masked, is_second * masked.attention, relation)

@@ -97,17 +97,13 @@ def train(
     If a step does not fit into memory, it is repeated with half the micro-batch, as often as needed, and the smaller
     size is used from then on; the gradient is the same except for dropout, which is drawn for every micro-batch.
 
+    Raises FloatingPointError, which names step and epoch, if a loss is not finite; MemoryError if not even a single
+    item at a time fits.
+
     Parameters
     ----------
     steps_per_epoch : number of steps of an epoch, on a seeded sample of the items without replacement, or on several
         passes if there are too few items; None is one pass
-
-    Raises
-    ------
-    FloatingPointError
-        if a loss is not finite; the message names step and epoch.
-    MemoryError
-        if not even a single item at a time fits.
     """
     if objective.n_items < 1 or (steps_per_epoch is not None and steps_per_epoch < 1):
         raise ValueError(f"nothing to train on: {objective.n_items} items, {steps_per_epoch} steps per epoch")

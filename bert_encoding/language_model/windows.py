@@ -48,15 +48,12 @@ def tokenize(spoken: Sequence[str], tokenizer: BertTokenizerFast) -> Tokens:
 def cut_windows(tokens: Tokens, window_tokens: int, stride: int, tokenizer: BertTokenizerFast) -> list[Window]:
     """Cut a story into windows that start ``stride`` tokens apart; together they cover every token.
 
+    Raises ValueError if the stride would leave tokens out or not advance.
+
     Parameters
     ----------
     window_tokens : length of a window with its [CLS] and [SEP]
     stride : tokens from one start to the next, at most ``window_tokens - 2``
-
-    Raises
-    ------
-    ValueError
-        if the stride would leave tokens out or not advance.
     """
     n_inner = window_tokens - 2
     if not 1 <= stride <= n_inner:

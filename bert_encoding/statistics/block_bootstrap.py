@@ -58,16 +58,13 @@ def time_replicates(
     A brain that does not fit in memory is passed panel by panel, and the replicates are joined. The draws depend only
     on the rows of the stories, ``n_resamples`` and ``seed``, so panels and models share them.
 
+    Raises ValueError if shapes disagree.
+
     Parameters
     ----------
     Y, predicted : (n_rows, n_voxels); voxels that are constant or not finite in Y, or not finite in the prediction, are
         left out; a prediction that is constant in a resample scores 0 there
     story_of_row : (n_rows,) label of each row's story; rows of a story are in order of time
-
-    Raises
-    ------
-    ValueError
-        if shapes disagree.
     """
     if Y.shape != predicted.shape or Y.ndim != 2:
         raise ValueError(f"responses {Y.shape} and predictions {predicted.shape}: expected one (n_rows, n_voxels)")

@@ -43,14 +43,11 @@ def noise_ceiling(repeats: np.ndarray) -> NoiseCeiling:
     2016, https://doi.org/10.3389/fncom.2016.00010). cc_max is the ceiling for scores on the *mean* of these repeats; a
     single scan has a lower one.
 
+    Raises ValueError if there are fewer than two repeats or two rows.
+
     Parameters
     ----------
     repeats : (n_repeats, n_rows, n_voxels)
-
-    Raises
-    ------
-    ValueError
-        if there are fewer than two repeats or two rows.
     """
     if repeats.ndim != 3 or min(repeats.shape[:2]) < 2:
         raise ValueError(f"repeats {repeats.shape}: expected at least (2 repeats, 2 rows, voxels)")
@@ -69,15 +66,12 @@ def noise_ceiling(repeats: np.ndarray) -> NoiseCeiling:
 def ceiling_of(responses: Responses, voxels: np.ndarray) -> NoiseCeiling:
     """Return the noise ceiling of some voxels; repeats are read in panels of voxels.
 
+    Raises InputError if the file cannot be read, or lacks two repeats of these voxels.
+
     Parameters
     ----------
     responses : of one subject to each repeat of a story, (n_repeats, n_rows, all voxels): ``Story.repeats``
     voxels : ascending indices
-
-    Raises
-    ------
-    InputError
-        if the file cannot be read, or lacks two repeats of these voxels.
     """
     with responses.open() as source:
         _check(responses, source.shape, voxels)

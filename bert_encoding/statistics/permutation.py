@@ -44,6 +44,9 @@ def block_permutation_p(
     block of a story stay in place. All voxels share the permutations, so correlations between voxels are preserved and,
     except for rounding, results do not depend on which voxels are tested together.
 
+    Raises ValueError if shapes disagree, or ``count_orders`` is below ``n_permutations`` because the stories are too
+    short.
+
     Parameters
     ----------
     Y, predicted : (n_rows, n_voxels) responses, and predictions of a model that never saw them
@@ -53,11 +56,6 @@ def block_permutation_p(
     -------
     p : never below ``SMALLEST_P`` nor 1 / ``count_orders``; 1 if the prediction is constant; NaN if the response is
         constant, or either is not finite
-
-    Raises
-    ------
-    ValueError
-        if shapes disagree, or ``count_orders`` is below ``n_permutations`` because the stories are too short.
     """
     _check(Y, predicted, story_of_row, n_permutations)
     stories = _blocks(story_of_row)
@@ -103,7 +101,7 @@ def _check(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, n_per
     if n_orders < n_permutations:
         raise ValueError(
             f"the stories' blocks of {BLOCK_TRS} TRs have {n_orders} orders, fewer than {n_permutations} permutations; "
-            "use longer stories, shorter blocks or fewer permutations"
+            "use longer stories or fewer permutations"
         )
 
 

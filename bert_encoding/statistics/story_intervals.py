@@ -33,14 +33,11 @@ class Interval(NamedTuple):
 def paired_difference(cc_by_story_a: Mapping[str, np.ndarray], cc_by_story_b: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return CC of model a minus CC of model b, (n_stories, n_voxels) float64, NaN if a CC is missing.
 
+    Raises ValueError if the stories or voxels of the models differ.
+
     Parameters
     ----------
     cc_by_story_a, cc_by_story_b : story -> (n_voxels,); the same stories, as in ``SubjectScores.story_cc``
-
-    Raises
-    ------
-    ValueError
-        if the stories or voxels of the models differ.
     """
     if set(cc_by_story_a) != set(cc_by_story_b) or not cc_by_story_a:
         unpaired = sorted(set(cc_by_story_a) ^ set(cc_by_story_b))
@@ -59,15 +56,12 @@ def story_interval(values: np.ndarray) -> Interval:
 
     Student's t, since the bootstrap is too narrow with few stories (measured coverage: docs/statistics.md).
 
+    Raises ValueError if a story has no value, or there is no story.
+
     Parameters
     ----------
     values : (n_stories,), or (n_stories, n_voxels) to be averaged over the voxels that have a value; paired differences
         for a comparison
-
-    Raises
-    ------
-    ValueError
-        if a story has no value, or there is no story.
     """
     if not len(values):
         raise ValueError("there are no stories")

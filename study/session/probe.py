@@ -17,7 +17,7 @@ from bert_encoding.features.bert_embeddings import embed_stories
 from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.finetuning_methods import prepare_model
 from bert_encoding.language_model.lora import masked_lm
-from bert_encoding.language_model.masked_lm import masked_lm_loss, special
+from bert_encoding.language_model.masked_lm import masked_lm_loss
 from bert_encoding.language_model.masking import mask_windows
 from bert_encoding.language_model.windows import Tokens, cut_windows
 from bert_encoding.regression.ridge import CrossValidatedRidge
@@ -140,7 +140,7 @@ def _measure_bert(shape: dict[str, int], base: TrialConfig, device: torch.device
 
     tokens = story(N_WINDOWS, base.window_tokens - 2, base.stride)
     windows = cut_windows(tokens, base.window_tokens, base.stride, tokenizer)
-    batch = mask_windows(windows, base.mask_probability, rng, **special(tokenizer))
+    batch = mask_windows(windows, base.mask_probability, rng, tokenizer)
 
     def train() -> None:
         masked_lm_loss(masked_lm(model), batch, base.precision, device, "sum").backward()  # type: ignore[no-untyped-call]

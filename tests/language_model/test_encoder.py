@@ -26,7 +26,7 @@ from bert_encoding.language_model.encoder import (
     model_shape,
     weights_fingerprint,
 )
-from bert_encoding.language_model.masked_lm import masked_lm_loss, special
+from bert_encoding.language_model.masked_lm import masked_lm_loss
 from bert_encoding.language_model.masking import mask_windows
 from bert_encoding.language_model.windows import cut_windows, tokenize
 
@@ -253,7 +253,7 @@ def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
 def test_minilm_predicts_words_far_better_than_minilm_plain(minilm: Encoder, minilm_plain: Encoder) -> None:
     words = (ROOT / "bert_encoding" / "demo" / "data" / "stories" / "flood.txt").read_text().split()
     windows = cut_windows(tokenize(words, minilm.tokenizer), 130, 128, minilm.tokenizer)[:4]
-    batch = mask_windows(windows, 0.15, np.random.default_rng(0), **special(minilm.tokenizer))
+    batch = mask_windows(windows, 0.15, np.random.default_rng(0), minilm.tokenizer)
     with torch.no_grad():
         loss, untrained = (
             float(masked_lm_loss(encoder.model, batch, "float32", torch.device("cpu")))

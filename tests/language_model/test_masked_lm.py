@@ -37,8 +37,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
 def mask(encoder: Encoder, windows: Sequence[Window], probability: float = 0.15, seed: int = 0) -> MaskedBatch:
-    n, rng = len(encoder.tokenizer), np.random.default_rng(seed)
-    return mask_windows(windows, probability, rng, pad_id=0, mask_id=4, n_vocabulary=n)
+    return mask_windows(windows, probability, np.random.default_rng(seed), encoder.tokenizer)
 
 
 @pytest.fixture

@@ -14,6 +14,15 @@ LOWEST = 1000  # of the words' own tokens
 N_SDS = 4.5  # binomial bands; the seeds are fixed, so that a test passes always or never
 
 
+class Tokenizer:
+    """What masking needs of a tokenizer."""
+
+    pad_token_id, mask_token_id = PAD, MASK
+
+    def __len__(self) -> int:
+        return N_VOCABULARY
+
+
 def some_windows(n_windows: int = 300, seed: int = 0, longest: int = 120) -> list[Window]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(30, longest, n_windows)
@@ -27,10 +36,7 @@ def plainly_padded(windows: list[Window]) -> np.ndarray:
 
 
 def mask(windows: list[Window], probability: float = 0.15, seed: int = 0, whole_words: bool = False) -> MaskedBatch:
-    rng = np.random.default_rng(seed)
-    return mask_windows(
-        windows, probability, rng, pad_id=PAD, mask_id=MASK, n_vocabulary=N_VOCABULARY, whole_words=whole_words
-    )
+    return mask_windows(windows, probability, np.random.default_rng(seed), Tokenizer(), whole_words)
 
 
 def in_words(n_windows: int = 300, seed: int = 0) -> list[Window]:
@@ -67,6 +73,8 @@ def test_shares_of_chosen_masked_random_and_kept(probability: float, seed: int) 
 @pytest.mark.parametrize("seed", range(4))
 def test_only_chosen_tokens_are_altered_and_never_special_ones_or_padding(seed: int) -> None:
     windows = some_windows(n_windows=60)
+    for array in (array for window in windows for array in window):
+        array.setflags(write=False)  # the input is not modified
     original, batch = plainly_padded(windows), mask(windows, 0.9, seed)
     special = original < LOWEST
     assert special.sum() > 2 * len(windows)  # there is padding too
@@ -92,15 +100,6 @@ def test_same_generator_same_bits_other_generator_other_masks() -> None:
     for a, b in zip(first, second, strict=True):
         assert (a == b).all()
     assert (first.chosen != other.chosen).any()
-
-
-def test_windows_are_left_as_they_were() -> None:
-    windows = some_windows(n_windows=20)
-    before = [(window.ids.copy(), window.word_ids.copy()) for window in windows]
-    mask(windows, 0.9)
-    for window, (ids, word_ids) in zip(windows, before, strict=True):
-        assert (window.ids == ids).all()
-        assert (window.word_ids == word_ids).all()
 
 
 def test_at_least_one_token_is_chosen_and_any_may_be() -> None:
@@ -174,9 +173,7 @@ def test_shares_are_those_of_the_collator_of_transformers(whole_words: bool, tin
     """A word is a stretch without a space to both; theirs, for whole words, puts [MASK] everywhere."""
     tokenizer, words = tiny_encoder.tokenizer, ["story", "xyz", "the", "abcdef", "night"] * 300
     windows = cut_windows(tokenize(words, tokenizer), 62, 60, tokenizer)
-    rng = np.random.default_rng(0)
-    settings = {"pad_id": 0, "mask_id": tokenizer.mask_token_id, "n_vocabulary": len(tokenizer)}
-    batch = mask_windows(windows, 0.2, rng, whole_words=whole_words, **settings)
+    batch = mask_windows(windows, 0.2, np.random.default_rng(0), tokenizer, whole_words)
     collator = DataCollatorForLanguageModeling(
         tokenizer, whole_word_mask=whole_words, mlm_probability=0.2, return_tensors="np", seed=0
     )
@@ -205,8 +202,7 @@ def test_masks_do_not_depend_on_the_windows_that_follow(whole_words: bool) -> No
     all_at_once = mask(windows, 0.3, whole_words=whole_words)
     rng = np.random.default_rng(0)
     for row, window in enumerate(windows):
-        settings = {"pad_id": PAD, "mask_id": MASK, "n_vocabulary": N_VOCABULARY, "whole_words": whole_words}
-        alone = mask_windows([window], 0.3, rng, **settings)
+        alone = mask_windows([window], 0.3, rng, Tokenizer(), whole_words)
         n = window.ids.size
         assert alone.ids[0].tolist() == all_at_once.ids[row, :n].tolist()
         assert alone.chosen[0].tolist() == all_at_once.chosen[row, :n].tolist()
