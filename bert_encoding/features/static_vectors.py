@@ -30,17 +30,11 @@ NOT_VECTORS = {  # first bytes of other kinds of files
 
 @dataclass(frozen=True)
 class StaticVectors:
-    """Vectors of some words of a file.
-
-    Attributes
-    ----------
-    rows : word -> row in ``vectors``
-    vectors : (n_known, n_dims) float32
-    """
+    """Vectors of some words of a file."""
 
     path: Path
-    rows: Mapping[str, int]
-    vectors: np.ndarray
+    rows: Mapping[str, int]  # word -> row in ``vectors``
+    vectors: np.ndarray  # (n_known, n_dims) float32
 
 
 def static_vectors(spoken: Sequence[str], table: StaticVectors) -> np.ndarray:

@@ -17,19 +17,12 @@ NO_WORD = -1  # word id of a [SEP] inside a window
 
 
 class MaskedBatch(NamedTuple):
-    """Windows with some tokens replaced.
+    """Windows with some tokens replaced."""
 
-    Attributes
-    ----------
-    ids, attention : (n_windows, longest)
-    chosen : (n_windows, longest) True where the original token is to be predicted
-    labels : (n_chosen,) the original tokens there, in row order
-    """
-
-    ids: np.ndarray
-    attention: np.ndarray
-    chosen: np.ndarray
-    labels: np.ndarray
+    ids: np.ndarray  # (n_windows, longest)
+    attention: np.ndarray  # (n_windows, longest) 1 on real tokens, 0 in the padding
+    chosen: np.ndarray  # (n_windows, longest) True where the original token is to be predicted
+    labels: np.ndarray  # (n_chosen,) the original tokens there, in row order
 
 
 def mask_windows(

@@ -28,18 +28,11 @@ class Segment(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Pairs of segments with some tokens replaced.
+    """Pairs of segments with some tokens replaced."""
 
-    Attributes
-    ----------
-    masked : the pairs, [CLS] A [SEP] B [SEP]
-    segments : (n_pairs, longest) 0 up to the first [SEP], 1 after it, 0 in the padding
-    relation : (n_pairs,) ``IS_NEXT`` if B follows A in its story, ``IS_OTHER`` if B is from another story
-    """
-
-    masked: MaskedBatch
-    segments: np.ndarray
-    relation: np.ndarray
+    masked: MaskedBatch  # the pairs, [CLS] A [SEP] B [SEP]
+    segments: np.ndarray  # (n_pairs, longest) 0 up to the first [SEP], 1 after it, 0 in the padding
+    relation: np.ndarray  # (n_pairs,) IS_NEXT if B follows A in its story, IS_OTHER if B is from another story
 
 
 class NextSentence:

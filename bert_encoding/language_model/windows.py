@@ -10,31 +10,18 @@ MIN_TRAINING_TOKENS = 32  # shorter windows teach the masked LM little, but cost
 
 
 class Tokens(NamedTuple):
-    """A story as BERT's tokens, without [CLS] and [SEP].
+    """A story as BERT's tokens, without [CLS] and [SEP]."""
 
-    Attributes
-    ----------
-    ids : (n_tokens,) vocabulary indices
-    word_ids : (n_tokens,) index of the word that each token belongs to, not decreasing
-    n_words : number of words of the story, including those without tokens
-    """
-
-    ids: np.ndarray
-    word_ids: np.ndarray
-    n_words: int
+    ids: np.ndarray  # (n_tokens,) vocabulary indices
+    word_ids: np.ndarray  # (n_tokens,) index of the word that each token belongs to, not decreasing
+    n_words: int  # of the story, including words without tokens
 
 
 class Window(NamedTuple):
-    """A sequence that BERT reads at once.
+    """A sequence that BERT reads at once."""
 
-    Attributes
-    ----------
-    ids : (n_tokens + 2,) vocabulary indices, from [CLS] to [SEP]
-    word_ids : (n_tokens,) word of each token between the two
-    """
-
-    ids: np.ndarray
-    word_ids: np.ndarray
+    ids: np.ndarray  # (n_tokens + 2,) vocabulary indices, from [CLS] to [SEP]
+    word_ids: np.ndarray  # (n_tokens,) word of each token between the two
 
 
 def tokenize(spoken: Sequence[str], tokenizer: BertTokenizerFast) -> Tokens:

@@ -88,27 +88,6 @@ def test_vectors_equal_a_plain_loop(
         np.testing.assert_allclose(vectors[name], expected, rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_word_cut_by_a_window_is_a_mean_of_means(tiny_encoder: Encoder, plain_bert: BertModel) -> None:
-    # 1 + 20 + 1 tokens in windows of 12 that do not overlap: "z" * 20 has 11 tokens in the first, 9 in the second.
-    vectors = embed(tiny_encoder, {"cut": ["the", LONG, "house"]}, window_tokens=14, stride=12)["cut"]
-    z, more, the, house = tiny_encoder.tokenizer.convert_tokens_to_ids(["z", "##z", "the", "house"])
-    with torch.no_grad():
-        first = plain_bert(torch.tensor([[2, the, z, *[more] * 10, 3]])).last_hidden_state[0]
-        second = plain_bert(torch.tensor([[2, *[more] * 9, house, 3]])).last_hidden_state[0]
-    expected = (first[2:13].mean(dim=0) + second[1:10].mean(dim=0)) / 2
-    np.testing.assert_allclose(vectors[1], expected, rtol=0, atol=1e-6)
-    over_tokens = torch.cat([first[2:13], second[1:10]]).mean(dim=0)
-    assert (expected - over_tokens).abs().max() > 1e-4  # the other way to average is another number
-
-
-def test_words_without_tokens_are_zero_rows(tiny_encoder: Encoder) -> None:
-    vectors = embed(tiny_encoder)
-    for name, words in STORIES.items():
-        assert vectors[name].shape == (len(words), 32)
-        is_zero = [not row.any() for row in vectors[name]]
-        assert is_zero == [word == "" for word in words]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 def test_batch_size_does_not_matter(batch_size: int, tiny_encoder: Encoder) -> None:
     expected = embed(tiny_encoder)

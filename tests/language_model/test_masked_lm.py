@@ -253,17 +253,24 @@ def test_what_happens_between_epochs_does_not_matter(tiny_encoder: Encoder, prob
 
 
 @pytest.mark.slow
-def test_full_tuning_learns_a_pattern_that_holds_for_another_story(tiny_encoder: Encoder) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_lowers_the_held_out_loss(method: str, tiny_encoder: Encoder) -> None:
     windows = some_windows(tiny_encoder, n_words=900)
     probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
-    model = tiny_encoder.copy_model()
-    without_dropout(model)
+    model = without_dropout(tiny_encoder.copy_model())
+    if method == "lora":
+        with torch.no_grad():  # the tied decoder of an untrained BERT is too small for any hidden state to say much
+            model.bert.embeddings.word_embeddings.weight *= 10
+        model = add_adapter(model, rank=8, lora_alpha=32.0, targets="all", dropout=0.0, seed=0)
+    untrained = probe_loss(masked_lm(model), probes.heldout, "float32", CPU)
     training = replace(TRAINING, epochs=15, weight_decay=0.0, schedule="cosine")
-    last = list(finetune(model, masked_words(tiny_encoder, windows), probes, training, 0, CPU))[-1]
+    last = list(finetune(masked_lm(model), masked_words(tiny_encoder, windows), probes, training, 0, CPU))[-1]
     counts = np.unique(np.concatenate([window.ids[1:-1] for window in windows]), return_counts=True)[1]
     share = counts / counts.sum()
     by_frequency = -float((share * np.log(share)).sum())  # nats; the loss of a model that knows only word counts
-    assert last.mlm_loss_heldout < by_frequency - 0.5
+    blind_guess = np.log(len(tiny_encoder.tokenizer))
+    assert last.mlm_loss_heldout < untrained - 0.8
+    assert last.mlm_loss_heldout < {"full": by_frequency - 0.5, "lora": blind_guess - 0.1}[method]
 
 
 # --- the best epoch and an early end ----------------------------------------------------------------------------------
@@ -452,10 +459,7 @@ def test_loss_that_blows_up_names_its_step_and_is_not_yielded(
         ([1.4], [3.0], False),
         ([2.0, 1.4], [3.0, 3.1], True),
         ([2.0, 1.4], [3.0, 3.0], False),
-        ([2.0, 1.4], [3.0, 2.9], False),
         ([2.0, 1.5], [3.0, 3.1], False),
-        ([2.0, 1.6], [3.0, 3.1], False),
-        ([2.0, 1.4, 1.3], [3.0, 3.1, 3.0], False),
         ([2.0, 1.4, 1.3], [3.0, 2.5, 2.6], True),
         ([1.4, 1.6], [3.0, 3.1], False),
         ([], [], False),

@@ -190,23 +190,17 @@ def test_a_single_item_that_does_not_fit_is_an_error_that_says_where() -> None:
         run(line(), Lines(fits=0), TRAINING)
 
 
-def test_other_errors_are_not_taken_for_memory() -> None:
+@pytest.mark.parametrize("errors", [["shapes do not match"], [OUT_OF_MEMORY, "shapes do not match"]])
+def test_other_errors_are_not_taken_for_memory(errors: list[str]) -> None:
     class Broken(Lines):
         def losses(self, *args: Any) -> dict[str, tuple[torch.Tensor, int]]:
             super().losses(*args)
-            raise RuntimeError("shapes do not match" if len(self.parts) > 1 else self.first)
-
-        first = "shapes do not match"
+            raise RuntimeError(errors[len(self.parts) - 1])
 
     broken = Broken()
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run(line(), broken, TRAINING)
-    assert broken.parts == [4]
-    broken = Broken()
-    broken.first = OUT_OF_MEMORY
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(line(), broken, TRAINING)
-    assert broken.parts == [4, 2]
+    assert broken.parts == [4, 2][: len(errors)]
 
 
 # --- L2-SP ------------------------------------------------------------------------------------------------------------
