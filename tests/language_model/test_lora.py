@@ -216,15 +216,10 @@ def test_every_kind_of_adapter_loads_onto_the_pretrained_model(
     assert (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size < 30_000  # nothing but the adapter
 
 
-def test_trained_biases_are_saved_and_checked(tiny_encoder: Encoder, tmp_path: Path) -> None:
-    model = train_briefly(add_lora(tiny_encoder, "q", bias="lora_only"), tiny_encoder)
-    save_adapter(model, tmp_path, tiny_encoder.name)
+def test_an_adapter_without_one_of_its_trained_biases_is_refused(tiny_encoder: Encoder, tmp_path: Path) -> None:
+    save_adapter(add_lora(tiny_encoder, "q", bias="lora_only"), tmp_path, tiny_encoder.name)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    biases = [name for name in saved if name.endswith("query.base_layer.bias")]
-    assert (len(biases), len(saved)) == (2, 6)
-    loaded = load_adapter(tiny_encoder, tmp_path).encoder.layer[0].attention.self.query.base_layer.bias
-    assert torch.equal(loaded, saved[min(biases)])
-    del saved[biases[0]]
+    del saved[next(name for name in saved if name.endswith("query.base_layer.bias"))]
     save_file(saved, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"query\.base_layer\.bias is in only one"):
         load_adapter(tiny_encoder, tmp_path)

@@ -235,20 +235,6 @@ def test_training_masks_the_given_share(
     assert abs(n_chosen - n * probability) <= 4.5 * np.sqrt(n * probability * (1 - probability))
 
 
-def test_what_happens_between_epochs_does_not_matter(tiny_encoder: Encoder, probes: Probes) -> None:
-    windows = some_windows(tiny_encoder)
-    undisturbed = adapted(tiny_encoder, dropout=0.1)
-    expected = train(tiny_encoder, undisturbed, windows, probes, TRAINING)
-    disturbed = adapted(tiny_encoder, dropout=0.1)
-    results = []
-    for losses in finetune(masked_lm(disturbed), masked_words(tiny_encoder, windows), probes, TRAINING, 0, CPU):
-        results.append(losses)
-        disturbed.eval()  # as embedding does
-        torch.rand(7)
-    assert results == expected
-    assert all(torch.equal(value, weights(undisturbed)[name]) for name, value in weights(disturbed).items())
-
-
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 from bert_encoding.core.errors import InputError
 from bert_encoding.core.seeds import generator
 from bert_encoding.language_model.encoder import NEXT_SENTENCE_KEYS, Encoder, load_encoder, weights_fingerprint
-from bert_encoding.language_model.lora import add_adapter, load_adapter, masked_lm, save_adapter
+from bert_encoding.language_model.lora import add_adapter, masked_lm
 from bert_encoding.language_model.masked_lm import finetune, make_probes, probe_loss
 from bert_encoding.language_model.next_sentence import (
     IS_NEXT,
@@ -377,7 +377,7 @@ def adapted(encoder: Encoder) -> PeftModel:
     return add_adapter(encoder.copy_model(), rank=4, lora_alpha=8.0, targets="q,v", dropout=0.0, seed=0)
 
 
-def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder, tmp_path: Path) -> None:
+def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder) -> None:
     model, pristine = adapted(encoder), weights_fingerprint(encoder.model)
     whole = to_pretraining(model, encoder, seed=0)
     before = {name: p.detach().clone() for name, p in whole.named_parameters()}
@@ -387,14 +387,10 @@ def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder, tmp_p
     assert len(lora) == 2 * 2 * 2
     assert changed == lora | set(NEXT_SENTENCE_KEYS)
     assert weights_fingerprint(encoder.model) == pristine
-    # Embeddings come from the model that was handed in; its adapter saves and loads as any other.
     ids = torch.arange(5, 25)[None]
-    save_adapter(model, tmp_path / "adapter", encoder.name)
-    loaded = load_adapter(encoder, tmp_path / "adapter")
-    with torch.no_grad():
+    with torch.no_grad():  # embeddings come from the model that was handed in
         vectors = masked_lm(model).eval().bert(ids).last_hidden_state
         assert torch.equal(vectors, whole.bert(ids).last_hidden_state)
-        torch.testing.assert_close(loaded(ids).last_hidden_state, vectors, rtol=0, atol=1e-6)
 
 
 # --- it learns --------------------------------------------------------------------------------------------------------

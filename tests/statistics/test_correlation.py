@@ -70,6 +70,7 @@ def test_unequal_shapes_are_refused_with_both_named(shape: tuple[int, int]) -> N
 def test_summarise_equals_plain_python(n_voxels: int, n_top1: int, n_top5: int) -> None:
     rng = np.random.default_rng(n_voxels)
     cc = (0.1 + 0.3 * rng.standard_normal(n_voxels)).clip(-1, 1).astype(np.float32)
+    cc.setflags(write=False)  # the input is not modified
     values = sorted((float(value) for value in cc), reverse=True)
     expected = {
         "cc_mean": math.fsum(values) / n_voxels,
@@ -83,9 +84,3 @@ def test_summarise_equals_plain_python(n_voxels: int, n_top1: int, n_top5: int) 
 
 def test_a_cc_of_exactly_0_is_not_above_0() -> None:
     assert summarise(np.array([0.0, 0.0, 0.5, -0.5], np.float32))["share_above_0"] == 0.25
-
-
-def test_summarise_does_not_sort_the_callers_array() -> None:
-    cc = np.array([0.3, -0.1, 0.5])
-    summarise(cc)
-    np.testing.assert_array_equal(cc, [0.3, -0.1, 0.5])
