@@ -23,17 +23,11 @@ _BUNDLED = Path(__file__).parent / "data" / "general"
 
 
 class ControlText(NamedTuple):
-    """Text to train on.
-
-    Attributes
-    ----------
-    windows : of ``n_tokens`` tokens in all, overlaps counted once
-    n_passes : how often the windows hold each token of the text; above 1 if the text is too short
-    """
+    """Text to train on."""
 
     windows: list[Window]
-    n_tokens: int
-    n_passes: float
+    n_tokens: int  # in all windows, overlaps counted once
+    n_passes: float  # how often the windows hold each token of the text; above 1 if the text is too short
 
 
 def probe_windows(tokenizer: BertTokenizerFast, window_tokens: int, file: Path | None = None) -> list[Window]:

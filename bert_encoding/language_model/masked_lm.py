@@ -22,23 +22,15 @@ MaskedLMModel: TypeAlias = BertForMaskedLM | BertForPreTraining
 
 
 class EpochLosses(NamedTuple):
-    """After an epoch.
-
-    Attributes
-    ----------
-    optimizer_steps, tokens_seen : so far; tokens include [CLS] and [SEP]
-    mlm_loss_train, mlm_loss_heldout : on the probes, in nats per masked token
-    is_best : whether the held-out loss is lower than in every epoch before
-    micro_batch : items per forward pass; below ``batch_size`` after running out of memory, 0 without training
-    """
+    """Progress after an epoch, and losses on the probes, in nats per masked token."""
 
     epoch: int
-    optimizer_steps: int
-    tokens_seen: int
+    optimizer_steps: int  # so far
+    tokens_seen: int  # so far, including [CLS] and [SEP]
     mlm_loss_train: float
     mlm_loss_heldout: float
-    is_best: bool = True
-    micro_batch: int = 0
+    is_best: bool = True  # the held-out loss is lower than in every epoch before
+    micro_batch: int = 0  # items per forward pass; below ``batch_size`` after running out of memory, 0 without training
 
 
 class Probes(NamedTuple):

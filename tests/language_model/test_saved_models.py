@@ -99,49 +99,6 @@ def test_whole_model_of_another_shape_is_refused(
     assert "\n" not in str(refused.value)
 
 
-BIAS = "bert.encoder.layer.1.output.dense.bias"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("no configuration", r"damaged: no config\.json"),
-        ("no weights", r"damaged: no model\.safetensors"),
-        ("half the weights", "does not fit"),
-        ("no JSON", "does not fit"),
-        ("a missing weight", f"does not fit .*: {BIAS} is in only one"),
-        ("an extra weight", "does not fit .*: bert.encoder.layer.1.output.more is in only one"),
-        ("another shape", "does not fit"),
-        ("nan", f"{BIAS} is not finite"),
-    ],
-)
-def test_damaged_whole_model_is_refused(
-    damage: str, message: str, whole: tuple[BertForMaskedLM, Path], tiny_encoder: Encoder, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(whole[1], tmp_path / "damaged")
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    if damage in ("no configuration", "no weights"):
-        (folder / "config.json" if damage == "no configuration" else file).unlink()
-    elif damage == "half the weights":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "no JSON":
-        (folder / "config.json").write_text("{")
-    else:
-        if damage == "a missing weight":
-            del weights[BIAS]
-        weights |= {
-            "a missing weight": {},
-            "an extra weight": {"bert.encoder.layer.1.output.more": torch.ones(3)},
-            "another shape": {BIAS: torch.ones(31)},
-            "nan": {BIAS: torch.full((32,), torch.nan)},
-        }[damage]
-        save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=message) as refused:
-        load_whole(tiny_encoder, folder)
-    assert "\n" not in str(refused.value)
-
-
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -162,38 +119,55 @@ def test_adapter_of_a_model_of_another_shape_or_depth_is_refused(
     assert "\n" not in str(refused.value)
 
 
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, how: str) -> None:
+    """Damage a saved adapter or whole model; a single tensor is the last one that holds "query"."""
+    (file,), (configuration,) = folder.glob("*.safetensors"), folder.glob("*config.json")
+    weights = load_file(file)
+    name = max(name for name in weights if "query" in name)
+    if how.startswith("no "):
+        (file if how == "no weights" else configuration).unlink()
+    elif how == "half the weights":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how in ("{", "{}"):
+        configuration.write_text(how)
+    else:
+        tensor = weights.pop(name)
+        changed = {"more": {name: tensor, "bert.more": torch.ones(3)}, "another shape": {name: torch.ones(31)}}
+        changed |= {"nan": {name: torch.full_like(tensor, torch.nan)}, "missing": {}}
+        save_file(weights | changed[how], file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("kind", "how", "message"),
     [
-        ("no configuration", r"no adapter_config\.json"),
-        ("no weights", "does not fit"),
-        ("half the weights", "damaged"),
-        ("an empty configuration", "damaged"),
-        ("nan", "is not finite"),  # torch's fused attention turns a NaN query into 0: embeddings do not show it
+        ("whole", "no configuration", r"no config\.json"),
+        ("whole", "no weights", r"no model\.safetensors"),
+        ("whole", "half the weights", "does not fit"),
+        ("whole", "{", "does not fit"),
+        ("whole", "missing", r"does not fit .*: bert.encoder.layer.1.attention.self.query.weight is in only one"),
+        ("whole", "more", "does not fit .*: bert.more is in only one"),
+        ("whole", "another shape", "does not fit"),
+        ("whole", "nan", "query.weight is not finite"),
+        ("adapter", "no configuration", r"no adapter_config\.json"),
+        ("adapter", "no weights", "does not fit"),
+        ("adapter", "half the weights", "damaged"),
+        ("adapter", "{}", "damaged"),
+        ("adapter", "nan", "is not finite"),  # torch's fused attention turns a NaN query into 0: embeddings hide it
     ],
 )
-def test_damaged_adapter_is_refused(
-    damage: str, message: str, trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(trained_adapter[1], tmp_path / "damaged")
-    file, configuration = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if damage == "no configuration":
-        configuration.unlink()
-    elif damage == "no weights":
-        file.unlink()
-    elif damage == "half the weights":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "an empty configuration":
-        configuration.write_text("{}")
-    else:
-        weights = load_file(file)
-        next(iter(weights.values()))[0, 0] = float("nan")
-        save_file(weights, file)
-    with pytest.raises(InputError, match=message):
-        load_adapter(tiny_encoder, folder)
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
+def test_damaged_files_are_refused(
+    kind: str, how: str, message: str, whole: tuple[BertForMaskedLM, Path], trained_adapter: tuple[PeftModel, Path],
+    tiny_encoder: Encoder, tmp_path: Path,
+) -> None:  # fmt: skip
+    saved, load = (whole[1], load_whole) if kind == "whole" else (trained_adapter[1], load_adapter)
+    folder = shutil.copytree(saved, tmp_path / "files")
+    damage(folder, how)
+    with pytest.raises(InputError, match=message) as refused:
+        load(tiny_encoder, folder)
+    assert "\n" not in str(refused.value)
 
 
 def test_loading_does_not_modify_the_encoder(
