@@ -103,10 +103,7 @@ def export_words(
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Check the words to search for.
-
-    Raises InputError if there is none, one is empty, or one is given twice.
-    """
+    """Raise an InputError if there is no word to search for, one is empty, or one is given twice."""
     if not words or not all(word.strip() for word in words):
         raise InputError(f"--words {','.join(words)}: a word is empty; give words with commas between, as in talk,walk")
     if len({word.lower() for word in words}) < len(words):

@@ -143,10 +143,7 @@ def _checkpoint_file(name: str, file: str) -> Path:
 
 
 def check_layer(layer: int | tuple[int, ...] | None, name: str) -> None:
-    """Check the layer of a bundled or local model; ``check_model`` and loading check those of a hub model.
-
-    Raises InputError if there is no such layer.
-    """
+    """Raise an InputError if a bundled or local model lacks the layer; ``check_model`` and loading check hub models."""
     if name in BUNDLED or (Path(name) / "config.json").is_file():
         check_layers(layer, name, model_shape(name)["n_layers"])
 

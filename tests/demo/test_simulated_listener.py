@@ -50,7 +50,7 @@ def test_stories_are_whole() -> None:
     for story in dataset.stories.values():
         assert len(story.words) == len(story.word_times_s) > 500
         assert (np.diff(story.word_times_s) > 0).all()
-        assert 2 < len(story.words) / story.word_times_s[-1] < 4, "words a second, as people speak"
+        assert 2 < len(story.words) / story.word_times_s[-1] < 4, "words per second, as people speak"
         rows = dataset.trim.rows(len(story.tr_times_s))
         assert story.tr_times_s[rows.stop - 1] >= story.word_times_s[-1], "the responses outlast the last word"
 

@@ -397,7 +397,7 @@ def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder) -> No
 
 
 def themed_stories(tokenizer: BertTokenizerFast, seed: int) -> dict[str, Tokens]:
-    """Three stories of six words each, in any order: whether B belongs to A can be told from their words."""
+    """Three stories of six words each, in any order: their words say whether B belongs to A."""
     stories = {}
     for theme in range(3):
         draws = np.random.default_rng((seed, theme)).integers(6, size=480)

@@ -17,10 +17,9 @@ def tokenizer(tiny_encoder: Encoder) -> BertTokenizerFast:
     return tiny_encoder.tokenizer
 
 
-def numbered(n_tokens: int, first_id: int = FIRST_ID, tokens_a_word: int = 3) -> Tokens:
-    """Tokens that can be told apart, three to a word, before one word without any."""
-    words = np.arange(n_tokens) // tokens_a_word
-    return Tokens(np.arange(n_tokens) + first_id, words, n_tokens // tokens_a_word + 2)
+def numbered(n_tokens: int, first_id: int = FIRST_ID) -> Tokens:
+    """Different tokens, three in each word, before one word without any."""
+    return Tokens(np.arange(n_tokens) + first_id, np.arange(n_tokens) // 3, n_tokens // 3 + 2)
 
 
 def plain_spans(n_tokens: int, n_inner: int, stride: int) -> list[list[int]]:
