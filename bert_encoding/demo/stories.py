@@ -21,7 +21,7 @@ from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.story import TRIMS, Dataset, Story
 from bert_encoding.demo.simulated_listeners import Followed, hidden_weights, what_is_followed
-from bert_encoding.features.downsampling import delay, lanczos_downsample
+from bert_encoding.features.downsampling import delay, downsample_story
 from bert_encoding.features.word_rate import word_rate
 
 SUBJECT = "listener"
@@ -101,7 +101,7 @@ def _truth() -> Truth:
 def _signals(dataset: Dataset) -> dict[str, np.ndarray]:
     """Return what each voxel would respond without noise, story -> (n_trs, n_voxels); unit variance over the rows that
     responses keep."""
-    rate = {n: _downsample(s, word_rate(s.spoken)) for n, s in dataset.stories.items()}
+    rate = {n: downsample_story(word_rate(s.spoken), s) for n, s in dataset.stories.items()}
     kept = {n: dataset.trim.rows(len(rate[n])) for n in rate}
     rng = generator(SEED, "weights")
     language = _language(dataset, rate, kept, rng.standard_normal((N_DIRECTIONS, N_LANGUAGE)))
@@ -133,10 +133,10 @@ def _downsampled(
 ) -> dict[str, np.ndarray]:
     """Return the followed vectors, downsampled, story -> (n_trs, n_hidden); with ``differs_from`` their coordinates in
     the strongest directions of the difference, (n_trs, n_directions)."""
-    X = {n: _downsample(dataset.stories[n], vectors) for n, vectors in followed.vectors.items()}
+    X = {n: downsample_story(vectors, dataset.stories[n]) for n, vectors in followed.vectors.items()}
     if followed.differs_from is None:
         return X
-    change = {n: X[n] - _downsample(dataset.stories[n], vectors) for n, vectors in followed.differs_from.items()}
+    change = {n: X[n] - downsample_story(vectors, dataset.stories[n]) for n, vectors in followed.differs_from.items()}
     axes = _strongest(change, _known(rate), kept)[2]
     return {n: X[n] @ axes.T for n in X}
 
@@ -173,10 +173,6 @@ def _known(rate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         position = (np.arange(len(r)) + 0.5) / len(r)
         known[n] = np.hstack([np.ones_like(r), r * np.cos(np.pi * np.outer(position, np.arange(1 + N_DRIFT)))])
     return known
-
-
-def _downsample(story: Story, vectors: np.ndarray) -> np.ndarray:
-    return lanczos_downsample(vectors, story.word_times_s, story.tr_times_s)
 
 
 def _noise(shape: tuple[int, ...], *names: str | int) -> np.ndarray:

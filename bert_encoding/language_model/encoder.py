@@ -43,20 +43,13 @@ _MINILM_MLM = Path(__file__).parent / "data" / "minilm_mlm"
 
 @dataclass(frozen=True)
 class Encoder:
-    """A pretrained BERT.
-
-    Attributes
-    ----------
-    model : in eval mode on the CPU; never train it, train ``copy_model()``
-    has_head : whether the masked-LM head was trained; without it only ``frozen`` makes sense
-    next_sentence : weights of the pooler and the next-sentence head by ``NEXT_SENTENCE_KEYS``, which a masked LM does
-        not have; None if the checkpoint lacks any of them
-    """
+    """A pretrained BERT."""
 
     name: str
     tokenizer: BertTokenizerFast
-    model: BertForMaskedLM
-    has_head: bool
+    model: BertForMaskedLM  # in eval mode on the CPU; never train it, train ``copy_model()``
+    has_head: bool  # the masked-LM head was trained; without it only ``frozen`` makes sense
+    # weights by ``NEXT_SENTENCE_KEYS``, which a masked LM does not have; None if the checkpoint lacks any of them
     next_sentence: dict[str, torch.Tensor] | None = field(default=None, compare=False)
 
     @property

@@ -42,23 +42,14 @@ class Probes(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskedLM:
-    """Predict masked tokens of windows: an ``Objective`` whose items are windows.
+    """Predict masked tokens of windows: an ``Objective`` whose items are windows."""
 
-    Attributes
-    ----------
-    windows : of the text to learn
-    mask_probability : share of tokens, or of words, to predict
-    whole_words : choose words with all their pieces
-    general : windows of other text, against forgetting; their tokens count in the loss like all others
-    replay : share of the windows of a step that ``general`` replaces
-    """
-
-    windows: Sequence[Window]
+    windows: Sequence[Window]  # of the text to learn
     tokenizer: BertTokenizerFast
-    mask_probability: float
-    whole_words: bool = False
-    general: Sequence[Window] | None = None
-    replay: float = 0.0
+    mask_probability: float  # share of tokens, or of words, to predict
+    whole_words: bool = False  # choose words with all their pieces
+    general: Sequence[Window] | None = None  # of other text, against forgetting; counts in the loss like all others
+    replay: float = 0.0  # share of the windows of a step that ``general`` replaces
 
     def __post_init__(self) -> None:
         if self.replay and not self.general:

@@ -23,20 +23,12 @@ WORK_BYTES = 2**26  # of resampled sums in memory
 
 @dataclass(frozen=True, eq=False)
 class Replicates:
-    """CC summed over voxels, for the original rows and for resamples; see ``join_replicates``.
+    """CC summed over voxels, for the original rows and for resamples; see ``join_replicates``."""
 
-    Attributes
-    ----------
-    total : (1 + n_resamples,) float64, first for the original rows; (1,) if no story has two blocks to draw from
-    used : (n_columns,) bool, voxels that have a CC and are in the sums
-    n_blocks : number of blocks in all stories
-    draws : hash of the rows, their blocks and the draws; replicates with the same hash are paired
-    """
-
-    total: np.ndarray
-    used: np.ndarray
-    n_blocks: int
-    draws: str
+    total: np.ndarray  # (1 + n_resamples,), first for the original rows; (1,) if no story has two blocks to draw from
+    used: np.ndarray  # (n_columns,) bool, voxels that have a CC and are in the sums
+    n_blocks: int  # in all stories
+    draws: str  # hash of the rows, their blocks and the draws; replicates with the same hash are paired
 
     @property
     def n_voxels(self) -> int:

@@ -78,7 +78,7 @@ def test_fingerprints_of_listeners_differ(monkeypatch: pytest.MonkeyPatch) -> No
 def _toy(n_hidden: int) -> tuple[Dataset, dict[str, np.ndarray], dict[str, slice], np.random.Generator]:
     """Return the stories, each one's word rate, the rows kept, and a generator."""
     dataset = demo_stories()
-    rate = {n: demo._downsample(s, np.ones((len(s.spoken), 1))) for n, s in dataset.stories.items()}
+    rate = {n: downsample_story(np.ones((len(s.spoken), 1)), s) for n, s in dataset.stories.items()}
     return dataset, rate, {n: dataset.trim.rows(len(r)) for n, r in rate.items()}, np.random.default_rng(n_hidden)
 
 
@@ -107,7 +107,7 @@ def test_voxels_follow_only_the_directions_that_differ() -> None:
     before = {n: np.hstack([rng.standard_normal((len(w), 8)), w[:, 8:]]) for n, w in words.items()}
     followed = demo._downsampled(dataset, Followed(words, N_LANGUAGE, differs_from=before), rate, kept)
     for name, story in dataset.stories.items():
-        heard = demo._downsample(story, words[name])[:, :8]  # (n_trs, n_directions), to be turned
+        heard = downsample_story(words[name], story)[:, :8]  # (n_trs, n_directions), to be turned
         turn = np.linalg.lstsq(heard, followed[name], rcond=None)[0]
         np.testing.assert_allclose(heard @ turn, followed[name], atol=1e-7)
         np.testing.assert_allclose(turn.T @ turn, np.eye(N_DIRECTIONS), atol=1e-7)

@@ -257,7 +257,7 @@ def test_sums_are_held_only_while_a_story_is_read(tiny_encoder: Encoder) -> None
     """The float64 sums of 24 stories in three layers would be 6 times what comes back in a single layer."""
     words = story_words(800, seed=0)
     tokens = {f"{index:02d}": tokenize(words, tiny_encoder.tokenizer) for index in range(24)}
-    settings: dict[str, Any] = {"window_tokens": 512, "stride": 256, "precision": "float32", "device": CPU}
+    settings = SETTINGS | {"window_tokens": 512, "stride": 256}
     tracemalloc.start()
     try:
         vectors = embed_layers(tiny_encoder.model.bert, tokens, tiny_encoder.tokenizer, layers=ALL_LAYERS, **settings)

@@ -10,7 +10,6 @@ from scipy.signal import lfilter
 from bert_encoding.core.seeds import generator
 from bert_encoding.statistics import block_bootstrap
 from bert_encoding.statistics.block_bootstrap import (
-    Replicates,
     difference_interval,
     join_replicates,
     mean_replicates,
@@ -130,21 +129,14 @@ def test_coverage_over_time_is_as_stated() -> None:
 # --- replicates -------------------------------------------------------------------------------------------------------
 
 
-def panel_by_panel(Y: np.ndarray, predicted: np.ndarray, story_of_row: np.ndarray, seed: int = 4) -> Replicates:
-    panels = [slice(0, 1), slice(1, 4), slice(4, 6)]
-    return join_replicates(
-        [
-            time_replicates(Y[:, columns], predicted[:, columns], story_of_row, n_resamples=100, seed=seed)
-            for columns in panels
-        ]
-    )
-
-
 def test_joined_panels_equal_one_call() -> None:
     Y, a, story_of_row, _ = example()
     Y[:, 0] = 3.0  # a panel of its own, without any voxel to use
     all_voxels = time_replicates(Y, a, story_of_row, n_resamples=100, seed=4)
-    joined = panel_by_panel(Y, a, story_of_row)
+    panels = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    joined = join_replicates(
+        [time_replicates(Y[:, part], a[:, part], story_of_row, n_resamples=100, seed=4) for part in panels]
+    )
     np.testing.assert_allclose(joined.total, all_voxels.total, rtol=1e-12)
     np.testing.assert_array_equal(joined.used, [False, True, True, True, True, True])
     assert (joined.n_voxels, joined.n_blocks, joined.draws) == (5, 11, all_voxels.draws)
