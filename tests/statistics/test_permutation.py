@@ -107,9 +107,11 @@ def test_equals_moving_the_rows_and_correlating_again(seed: int, dtype: type[np.
     assert inflation.min() == 1 and inflation.max() > 1.1  # both sides of the bound are covered
 
 
-def test_the_size_of_panels_and_the_other_voxels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_panels_and_other_voxels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
     all_voxels = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
+    other_units = block_permutation_p(100 + 1e3 * Y, 1e-6 * predicted - 7, stories(80, 70), n_permutations=200)
+    np.testing.assert_allclose(other_units, all_voxels, rtol=1e-7)
     monkeypatch.setattr(permutation, "WORK_BYTES", 8 * 3 * 500)
     panels = block_permutation_p(Y, predicted, stories(80, 70), n_permutations=200)
     np.testing.assert_allclose(panels, all_voxels, rtol=1e-10)
@@ -123,13 +125,6 @@ def test_one_seed_gives_the_same_p_and_another_does_not() -> None:
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
     np.testing.assert_allclose(first, other, rtol=0, atol=0.08)
-
-
-def test_p_does_not_depend_on_units() -> None:
-    Y, predicted = autocorrelated(0.4, 150, 20, seed=3), autocorrelated(0.8, 150, 20, seed=4)
-    expected = block_permutation_p(Y, predicted, stories(80, 70))
-    p = block_permutation_p(100 + 1e3 * Y, 1e-6 * predicted - 7, stories(80, 70))
-    np.testing.assert_allclose(p, expected, rtol=1e-7)
 
 
 def test_constant_and_non_finite_voxels() -> None:
