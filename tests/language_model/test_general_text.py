@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.language_model import general_text
-from bert_encoding.language_model.encoder import Encoder, load_encoder
+from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.general_text import control_text, describe_control, probe_windows
 from bert_encoding.language_model.windows import Window
 
@@ -230,14 +230,3 @@ def test_text_without_a_token_is_refused(tokenizer: BertTokenizerFast, tmp_path:
 def test_zero_tokens_are_refused(tokenizer: BertTokenizerFast) -> None:
     with pytest.raises(ValueError, match="n_tokens 0: must be 1 or more"):
         control_text(tokenizer, 64, 20, 0)
-
-
-@pytest.mark.demo
-def test_the_halves_are_similar_to_a_trained_tokenizer() -> None:
-    """No [UNK] and a usual number of word pieces, so that learning on one half would show on the other."""
-    tokenizer = load_encoder("minilm-plain").tokenizer
-    for part in ("probe", "control"):
-        ids = [token for document in bundled_ids(part, tokenizer) for token in document]
-        n_words = sum(len(path.read_text().split()) for path in FOLDER.glob(f"{part}_*.txt"))
-        assert tokenizer.unk_token_id not in ids
-        assert 1.1 < len(ids) / n_words < 1.5

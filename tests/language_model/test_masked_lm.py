@@ -1,5 +1,6 @@
 """Masked-LM training against plain transformers, PEFT and torch loops."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -66,10 +67,6 @@ def train(
     **options: Any,
 ) -> list[EpochLosses]:  # fmt: skip
     return list(finetune(masked_lm(model), masked_words(encoder, windows), probes, training, seed, CPU, **options))
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def assert_same_weights(model: torch.nn.Module, expected: torch.nn.Module) -> None:
@@ -186,7 +183,7 @@ def test_training_equals_a_plain_loop_over_whole_batches(
         TRAINING, batch_size=batch_size, accumulation=accumulation, max_grad_norm=max_grad_norm, warmup_epochs=0
     )
     model = adapted(tiny_encoder)
-    start = weights(model)
+    start = copy.deepcopy(model.state_dict())
     results = train(tiny_encoder, model, windows, probes, training)
 
     steps, size = [[call.batch] for call in masked_calls], batch_size * accumulation
@@ -259,12 +256,6 @@ def test_training_lowers_the_held_out_loss(method: str, tiny_encoder: Encoder) -
 # --- the best epoch and an early end ----------------------------------------------------------------------------------
 
 
-def with_held_out_losses(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
-    """Let the probes read these held-out losses, one per epoch."""
-    stream = iter([loss for value in values for loss in (1.0, value)])  # training first
-    monkeypatch.setattr(module, "probe_loss", lambda *_: next(stream))
-
-
 @pytest.mark.parametrize(
     ("values", "patience", "best", "n_epochs"),
     [
@@ -279,7 +270,8 @@ def test_patience_counts_epochs_without_a_lower_held_out_loss(
     values: list[float], patience: int | None, best: list[int], n_epochs: int, tiny_encoder: Encoder, probes: Probes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    with_held_out_losses(monkeypatch, values)
+    stream = iter([loss for value in values for loss in (1.0, value)])  # training first
+    monkeypatch.setattr(module, "probe_loss", lambda *_: next(stream))
     windows = some_windows(tiny_encoder, n_words=60)
     training = replace(TRAINING, epochs=6)
     results = train(tiny_encoder, adapted(tiny_encoder), windows, probes, training, patience=patience)

@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-from transformers import DataCollatorForLanguageModeling
 
-from bert_encoding.language_model.encoder import Encoder
 from bert_encoding.language_model.masking import NO_WORD, MaskedBatch, mask_windows, split_masked
-from bert_encoding.language_model.windows import Window, cut_windows, tokenize
+from bert_encoding.language_model.windows import Window
 
 PAD, CLS, SEP, MASK = 0, 101, 102, 103
 N_VOCABULARY = 30_000
@@ -165,32 +163,6 @@ def test_at_least_one_whole_word() -> None:
         words = windows[row].word_ids[np.nonzero(batch.chosen[row])[0] - 1]
         assert len(set(words)) == 1
         assert len(words) == (windows[row].word_ids == words[0]).sum()
-
-
-@pytest.mark.filterwarnings("ignore:Random token replacement is not supported")
-@pytest.mark.parametrize("whole_words", [False, True])
-def test_shares_are_those_of_the_collator_of_transformers(whole_words: bool, tiny_encoder: Encoder) -> None:
-    """A word is a stretch without a space to both; theirs, for whole words, puts [MASK] everywhere."""
-    tokenizer, words = tiny_encoder.tokenizer, ["story", "xyz", "the", "abcdef", "night"] * 300
-    windows = cut_windows(tokenize(words, tokenizer), 62, 60, tokenizer)
-    batch = mask_windows(windows, 0.2, np.random.default_rng(0), tokenizer, whole_words)
-    collator = DataCollatorForLanguageModeling(
-        tokenizer, whole_word_mask=whole_words, mlm_probability=0.2, return_tensors="np", seed=0
-    )
-    examples = [
-        tokenizer(" ".join(words[i : i + 25]), return_offsets_mapping=True, return_special_tokens_mask=True)
-        for i in range(0, len(words), 25)
-    ]
-    theirs = collator([dict(example) for example in examples])
-    n, of = int((theirs["labels"] != -100).sum()), sum(len(example["input_ids"]) - 2 for example in examples)
-    ours, of_ours = int(batch.chosen.sum()), sum(window.word_ids.size for window in windows)
-    assert of == of_ours
-    band = N_SDS * np.sqrt(2 * of * 0.2 * 0.8 * (6 if whole_words else 1))  # pieces of a word go together, up to 6
-    assert abs(n - ours) <= band
-    if not whole_words:
-        theirs_masked = int((theirs["input_ids"] == tokenizer.mask_token_id).sum())
-        ours_masked = int((batch.ids == tokenizer.mask_token_id).sum())
-        assert abs(theirs_masked / n - ours_masked / ours) <= N_SDS * np.sqrt(0.8 * 0.2 * (1 / n + 1 / ours))
 
 
 # --- one window does not disturb another ------------------------------------------------------------------------------

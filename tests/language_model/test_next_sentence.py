@@ -205,21 +205,6 @@ def test_whole_words_are_masked_within_their_own_segment(encoder: Encoder) -> No
     assert 0 < sum(alike) < len(alike)
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 100])
-def test_parts_of_a_step_are_its_pairs(size: int, encoder: Encoder) -> None:
-    objective = pairs_of(numbered_stories(LENGTHS), encoder.tokenizer)
-    whole = objective.draw(range(8), np.random.default_rng(0))
-    parts = objective.split(whole, size)
-    assert [len(part.relation) for part in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
-    assert [pair for part in parts for pair in taken_apart(part)] == taken_apart(whole)
-    assert np.concatenate([part.relation for part in parts]).tolist() == whole.relation.tolist()
-    for part in parts:
-        assert part.segments.shape == part.masked.ids.shape
-        for row, (first, second) in enumerate(taken_apart(part)):
-            assert part.segments[row].sum() == len(second) + 1
-            assert part.segments[row, : len(first) + 2].sum() == 0
-
-
 def test_cuts_follow_their_seed_and_pairs_their_generator(encoder: Encoder) -> None:
     stories = numbered_stories(LENGTHS)
     draws = []

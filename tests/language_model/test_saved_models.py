@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 from tuned_models import add_lora, randomise_b, sentence_ids, train_briefly, word_vectors
 
 from bert_encoding.core.errors import InputError
-from bert_encoding.language_model.encoder import Encoder, load_encoder, weights_fingerprint
+from bert_encoding.language_model.encoder import Encoder, weights_fingerprint
 from bert_encoding.language_model.lora import (
     check_applied,
     load_adapter,
@@ -35,17 +36,6 @@ def whole(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("whole") / "saved"
     save_whole(model, folder)
     return model, folder
-
-
-def other_encoder(tiny_bert: Path, folder: Path, **changes: int) -> Encoder:
-    """The tiny BERT in another shape, with the same tokenizer."""
-    shutil.copytree(tiny_bert, folder)
-    torch.manual_seed(1)
-    config = BertConfig.from_pretrained(tiny_bert)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return load_encoder(str(folder))
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -78,48 +68,33 @@ def test_the_pretrained_model_itself_is_refused(tiny_encoder: Encoder, tiny_bert
         load_whole(tiny_encoder, tiny_bert)
 
 
+# --- whole models and adapters ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT warns; we refuse
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "name", "value"),
     [
-        ({"hidden_size": 64}, "hidden_size is 64, not 32"),
-        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, not 2"),
-        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, not 2"),
-        ({"num_attention_heads": 4}, "num_attention_heads is 4, not 2"),  # all weights have the same shapes
-        ({"intermediate_size": 48}, "intermediate_size is 48, not 64"),
-        ({"vocab_size": 200}, "vocab_size is 200, not 103"),
+        *(("whole", *change) for change in {"hidden_size": 64, "intermediate_size": 48, "vocab_size": 200}.items()),
+        *((kind, "num_hidden_layers", value) for kind in ("whole", "adapter") for value in (1, 3)),
+        ("whole", "num_attention_heads", 4),  # all weights have the same shapes
+        *(("adapter", *change) for change in {"hidden_size": 64, "intermediate_size": 48}.items()),
     ],
 )
-def test_whole_model_of_another_shape_is_refused(
-    changes: dict[str, int], message: str, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
+def test_files_of_a_model_of_another_shape_or_depth_are_refused(
+    kind: str, name: str, value: int, tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
-    save_whole(other.model, tmp_path / "saved")
-    with pytest.raises(InputError, match=f"saved: does not fit .*tiny, or is damaged: {message}") as refused:
-        load_whole(tiny_encoder, tmp_path / "saved")
+    model = BertForMaskedLM(BertConfig.from_pretrained(tiny_bert, **{name: value}))
+    other = replace(tiny_encoder, name="other", model=model.eval())
+    if kind == "whole":
+        save_whole(other.model, tmp_path / "saved")
+        message, load = f"{name} is {value}, not {getattr(tiny_encoder.model.config, name)}", load_whole
+    else:
+        save_adapter(randomise_b(add_lora(other, "all")), tmp_path / "saved", "other")
+        message, load = "", load_adapter
+    with pytest.raises(InputError, match=f"saved: does not fit .*tiny.*{message}") as refused:
+        load(tiny_encoder, tmp_path / "saved")
     assert "\n" not in str(refused.value)
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-# PEFT warns about the shallower one; we refuse both.
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-@pytest.mark.parametrize(
-    "changes",
-    [{"hidden_size": 64}, {"intermediate_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}],
-    ids=str,
-)
-def test_adapter_of_a_model_of_another_shape_or_depth_is_refused(
-    changes: dict[str, int], tiny_encoder: Encoder, tiny_bert: Path, tmp_path: Path
-) -> None:
-    other = other_encoder(tiny_bert, tmp_path / "other", **changes)
-    save_adapter(randomise_b(add_lora(other, "all")), tmp_path / "saved", other.name)
-    with pytest.raises(InputError, match="saved: does not fit") as refused:
-        load_adapter(tiny_encoder, tmp_path / "saved")
-    assert "\n" not in str(refused.value)
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
 
 
 def damage(folder: Path, how: str) -> None:
