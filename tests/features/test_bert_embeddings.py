@@ -115,6 +115,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_read_as_if_merged_unless_disabled_and_not_modified(kind: str, tiny_encoder: Encoder) -> None:
     """Against PEFT's own forward pass, with factors that are not zero."""
