@@ -65,9 +65,7 @@ def _results(study: Evidence) -> dict[str, str]:
         "best trial": study.best_id or "",
         "frozen": "" if frozen is None else f"{frozen:.4f}",
     }
-    verdicts = dict(zip(("tuning", "rank"), study.verdicts, strict=False))
-    for name in [name for name in ("rank", "tuning") if name in verdicts]:
-        verdict = verdicts[name]
+    for name, verdict in reversed(list(zip(("tuning", "rank"), study.verdicts, strict=False))):
         results[name] = verdict.answer + (" (exploratory)" if verdict.is_exploratory else "")
         results[f"effect of {name}"] = "" if verdict.effect is None else str(verdict.effect)
     return results
