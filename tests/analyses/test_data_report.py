@@ -1,11 +1,8 @@
 """The data check: defects, verdict, printed report, figure and JSON; the commands ``check`` and ``fetch``."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_data import edit_responses, edit_text, make_lab, put
-from project import REAL_DATA, ROOT
+from project import REAL_DATA
 from rich.console import Console
 from run_commands import refusal, run_command
 
@@ -308,13 +305,6 @@ def test_the_demo_is_usable_and_its_trim_matters(
     assert lag["peak"] in (2, 3)
     assert run_command("check", "demo", "--trim", "course", "--json") == 2
     assert "try --trim published" in as_json(capsys)["reasons"][0]
-
-
-def test_check_runs_as_a_module(lab: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "bert_encoding", "check", str(lab), "--trim", "none"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "error: --trim none: give published or course\n")
 
 
 # --- fetch ------------------------------------------------------------------------------------------------------------

@@ -210,13 +210,6 @@ def test_a_part_is_made_whole_by_tokens_and_words() -> None:
     assert bench_tables.extrapolated(OUR_RUN).trial_s == pytest.approx(60 + 7.5 + 3 + 5 + 1 + 1 + 2)
 
 
-def test_the_sd_over_seeds_is_pooled_over_configurations() -> None:
-    points = bench_studies.configurations(8)
-    cc = [0.10, 0.11, 0.12, 0.13, 0.102, 0.11, 0.12, 0.126]
-    assert bench_studies.seed_sd(points, cc) == pytest.approx(((2 * 0.001**2 + 2 * 0.002**2) / 4) ** 0.5)
-    assert bench_studies.seed_sd(points[:4], cc[:4]) is None
-
-
 def scripts_study(cc: list[float]) -> dict[str, Any]:
     points = bench_studies.configurations(len(cc))
     runs = iter(cc)
@@ -252,12 +245,6 @@ def test_a_study_that_misses_the_best_cc_holds_no_bar() -> None:
     assert "best less 0.0010 (its SD over seeds is 0.0010; at most 0.003" in lines[9]
     assert "our frozen baseline (0.0985) does not reach it" in lines[9]
     assert "at most 0.0035, bar 0.003: missed; loss +0.25%, at most 0.50%, bar 1%: held" in lines[-1]
-
-
-def test_an_exponent_is_that_of_the_power() -> None:
-    power, error = bench_tables.exponent((5, 10, 40), [3 * 5**1.5, 3 * 10**1.5, 3 * 40**1.5])
-    assert power == pytest.approx(1.5)
-    assert error == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("n_voxels", [5, 40])

@@ -43,16 +43,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     """A study's folder ``s`` next to its data ``lab``, as written by ``study/run.py``, without Ray."""
     folder = tmp_path_factory.mktemp("root")
     make_lab(folder / "lab", subjects=SUBJECTS, n_words=100)
-    options = {
-        "space": "smoke",
-        "data": str(folder / "lab"),
-        "model": str(tiny_bert),
-        "epochs": 1,
-        "embed_precision": "float32",
-        "out": str(folder),
-    }
+    options = {"space": "smoke", "data": str(folder / "lab"), "model": str(tiny_bert), "epochs": 1, "name": "s"}
+    options |= {"embed_precision": "float32", "out": str(folder)}
     space = load_space("smoke")
-    study = prepare(resolve_options(options | {"name": "s"}, {}, space), space)
+    study = prepare(resolve_options(options, {}, space), space)
     task = study.task()
     (folder / "s").mkdir()
     write_json(folder / "s" / "study.json", identify(study, task))

@@ -16,7 +16,6 @@ from bert_encoding.analyses.variance_partitioning import partition_variance, sub
 from bert_encoding.commands import partition as partition_module
 from bert_encoding.datasets import open_dataset
 from bert_encoding.datasets.inspect import inspect
-from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import Split
 from bert_encoding.regression import response_panels
 from bert_encoding.statistics.noise_ceiling import CC_MAX_FLOOR, ceiling_of
@@ -72,21 +71,6 @@ def test_single_spaces_score_as_trials_do_whatever_the_panels(
                 assert (values is None) == (panelled is None)
                 if values is not None:
                     np.testing.assert_allclose(values, panelled, atol=2e-4)
-
-
-def test_units_of_responses_have_no_effect(task: Task, configs: dict[str, TrialConfig]) -> None:
-    scaled = {
-        name: replace(
-            story, responses={s: Responses(array=3 * r.read(np.arange(12)) + 2) for s, r in story.responses.items()}
-        )
-        for name, story in task.dataset.stories.items()
-    }
-    scores, _ = partition_dataset(configs, task)
-    rescaled, _ = partition_dataset(configs, task._replace(dataset=replace(task.dataset, stories=scaled)))
-    for subject in ("a", "b"):
-        for subset, fit in scores[subject].items():
-            np.testing.assert_allclose(rescaled[subject][subset].cc, fit.cc, atol=1e-4)
-            np.testing.assert_allclose(rescaled[subject][subset].r2, fit.r2, atol=1e-4)
 
 
 def test_command_writes_table_and_arrays(

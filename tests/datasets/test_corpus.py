@@ -14,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from project import SHARED
 
 from bert_encoding.core.errors import InputError
 from bert_encoding.datasets import corpus as module
 from bert_encoding.datasets.corpus import Corpus, Example, clean_text, describe, open_corpus, recognises
 
-REVIEWS = SHARED / "data" / "movie_reviews"
 EXAMPLES = (  # in the order of a folder: labels, then file names
     Example('a dull film, "they" said', "neg"),
     Example("two lines\nand a second one", "neg"),
@@ -440,13 +438,3 @@ def test_a_file_that_was_deleted_after_opening_is_refused(tmp_path: Path) -> Non
 
 
 # --- real texts
-
-
-@pytest.mark.skipif(not REVIEWS.is_dir(), reason="the film reviews (shared/data/movie_reviews) are not here")
-def test_film_reviews() -> None:
-    corpus = open_corpus(REVIEWS, clean=True)
-    files = sorted(REVIEWS.glob("*/*.txt"))
-    assert (corpus.n_texts, corpus.n_left_out) == (len(files), 0)
-    assert describe(corpus)[1] == "classes: neg 1000 (50.0%), pos 1000 (50.0%)"
-    assert corpus.n_words == sum(len(file.read_text(encoding="utf-8").split()) for file in files)
-    assert all(text.isascii() and "  " not in text for text, _ in corpus)

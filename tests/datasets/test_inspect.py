@@ -75,13 +75,6 @@ def test_inspecting_leaves_the_data_set_and_the_files_as_they_were(lab: Path) ->
 # --- what is refused and what is allowed ------------------------------------------------------------------------------
 
 
-def test_no_voxel_that_is_good_in_every_story_is_refused(lab: Path) -> None:
-    edit_responses(lab, "alpha", put((slice(None), slice(0, 6)), np.nan))
-    edit_responses(lab, "beta", put((slice(None), slice(6, 12)), 0.0))
-    with pytest.raises(InputError, match="subject subject2 has no voxel that is finite and varies in every story"):
-        inspect(open_dataset(lab))
-
-
 def test_equal_word_times_and_rounded_tr_times_are_allowed(lab: Path) -> None:
     def edit(text: LabSequence) -> None:
         text.data_times[20] = text.data_times[19]

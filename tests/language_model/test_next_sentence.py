@@ -10,7 +10,7 @@ import make_trials
 import numpy as np
 import pytest
 import torch
-from make_data import WORDS, make_tiny_bert, story_words
+from make_data import make_tiny_bert, story_words
 from make_trials import PEFT_WARNS, without_dropout
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,32 +21,22 @@ from bert_encoding.core.errors import InputError
 from bert_encoding.core.seeds import generator
 from bert_encoding.language_model.encoder import NEXT_SENTENCE_KEYS, Encoder, load_encoder, weights_fingerprint
 from bert_encoding.language_model.lora import add_adapter, masked_lm
-from bert_encoding.language_model.masked_lm import finetune, make_probes, probe_loss
 from bert_encoding.language_model.next_sentence import (
     IS_NEXT,
     IS_OTHER,
     NextSentence,
     PairBatch,
     head_notes,
-    pretraining_logits,
     to_pretraining,
 )
 from bert_encoding.language_model.training import Training, train
-from bert_encoding.language_model.windows import Tokens, cut_windows, tokenize
+from bert_encoding.language_model.windows import Tokens, tokenize
 
 CPU = torch.device("cpu")
 CLS, SEP = 2, 3  # of the tiny vocabulary
 TRAINING = replace(make_trials.TRAINING, batch_size=8)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
-
-
-@torch.no_grad()
-def nsp_accuracy(model: Any, objective: NextSentence) -> float:
-    """Return the share of pairs whose relation is predicted correctly, over all items once; 0.5 is chance."""
-    batch = objective.draw(range(objective.n_items), np.random.default_rng(0))
-    _, relation = pretraining_logits(model.eval(), batch, CPU)
-    return float((relation.argmax(dim=1).numpy() == batch.relation).mean())
 
 
 @pytest.fixture(scope="module")
@@ -379,31 +369,3 @@ def test_an_adapter_and_the_heads_train_and_nothing_else(encoder: Encoder) -> No
 
 
 # --- it learns --------------------------------------------------------------------------------------------------------
-
-
-def themed_stories(tokenizer: BertTokenizerFast, seed: int) -> dict[str, Tokens]:
-    """Three stories of six words each, in any order: their words say whether B belongs to A."""
-    stories = {}
-    for theme in range(3):
-        draws = np.random.default_rng((seed, theme)).integers(6, size=480)
-        stories[f"theme{theme}"] = tokenize([WORDS[6 * theme + int(i)] for i in draws], tokenizer)
-    return stories
-
-
-@pytest.mark.slow
-def test_full_tuning_learns_which_segments_belong_together(tiny_encoder: Encoder) -> None:
-    tokenizer, model = tiny_encoder.tokenizer, tiny_encoder.copy_model()
-    with torch.no_grad():  # the words of an untrained BERT are nearly alike
-        model.bert.embeddings.word_embeddings.weight *= 5
-    whole = without_dropout(to_pretraining(model, tiny_encoder, seed=0))
-    learnt, held_out = (pairs_of(themed_stories(tokenizer, seed), tokenizer, window_tokens=15) for seed in (0, 1))
-    windows = [w for t in themed_stories(tokenizer, 1).values() for w in cut_windows(t, 32, 30, tokenizer)]
-    probes = make_probes(windows, windows, tokenizer, 200, 0)
-    before = nsp_accuracy(whole, held_out)
-    untrained = probe_loss(model, probes.heldout, "float32", CPU)
-    settings = {"lr": 2e-3, "epochs": 15, "batch_size": 16, "max_grad_norm": 1.0, "warmup_epochs": 2.0}
-    last = list(finetune(whole, learnt, probes, Training(**(vars(TRAINING) | settings)), 0, CPU))[-1]
-    assert before == pytest.approx(0.5, abs=0.15)
-    assert nsp_accuracy(whole, held_out) > 0.9
-    assert last.mlm_loss_heldout < untrained - 1
-    assert last.mlm_loss_heldout == probe_loss(model, probes.heldout, "float32", CPU)  # its weights are the model's

@@ -208,25 +208,6 @@ def test_a_folds_predictions_do_not_depend_on_its_responses(problem: Problem, fo
     assert np.abs(after[~out] - before[~out]).max() > 1  # the others did see them
 
 
-@pytest.mark.slow
-@every_form
-def test_nested_choice_of_alpha_scores_0_on_noise_where_the_naive_maximum_does_not(form: str) -> None:
-    """The CC inside a fold: its expectation is 0 exactly, since no other fold's scale or mean enters.
-
-    Voxels of one data set share X, so standard errors are taken over data sets.
-    """
-    honest, naive = [], []
-    folds = np.repeat(np.arange(5), 20)
-    for seed in range(12):
-        rng = np.random.default_rng((1, seed))
-        X, Y = rng.standard_normal((100, 60)), rng.standard_normal((100, 50))
-        predicted = cross_validated_predictions(X, Y, folds, GRID, form)
-        honest.append(np.mean([pearsonr(Y[folds == f], predicted[folds == f]).statistic for f in range(5)]))
-        naive.append(fit_ridge(X, Y, folds, GRID, form).cv_cc.max(axis=0).mean())
-    assert abs(np.mean(honest)) < 3 * np.std(honest, ddof=1) / np.sqrt(12)
-    assert np.mean(naive) > 6 * np.std(naive, ddof=1) / np.sqrt(12)
-
-
 def test_the_default_grid_is_13_points_from_1e2_to_1e8() -> None:
     np.testing.assert_allclose(RIDGE_ALPHAS, [10.0 ** (2 + half / 2) for half in range(13)], rtol=1e-12)
 

@@ -166,15 +166,3 @@ def test_a_voxel_counts_beyond_the_grid_if_its_edge_gain_exceeds_rounding() -> N
     assert share_beyond_grid(cv_cc) == {"low": 1 / 5, "high": 1 / 5}
     assert share_beyond_grid(cv_cc, over_smoothed=True) == {"low": 2 / 5, "high": 1 / 5}
     assert share_beyond_grid(cv_cc[:1]) == {"low": 0.0, "high": 0.0}
-
-
-def test_alphas_far_above_the_largest_eigenvalue_change_predictions_in_scale_alone() -> None:
-    """Why the grid is not widened there."""
-    X, Y, folds = make_problem(60)
-    eigenvalue = CrossValidatedRidge(X[:N_FIT], folds, GRID).largest_eigenvalue
-    fits = [
-        CrossValidatedRidge(X[:N_FIT], folds, (factor * eigenvalue,)).fit_predict(Y[:N_FIT], X[N_FIT:])[0]
-        for factor in (10.0, 1000.0)
-    ]
-    cc = [correlate(Y[N_FIT:], predicted) for predicted in fits]
-    np.testing.assert_allclose(cc[0], cc[1], rtol=0, atol=0.02)

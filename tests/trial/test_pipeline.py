@@ -1,7 +1,6 @@
 """The stages after training: vocabularies, plain vectors, and the ridge that scores share."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +40,6 @@ def test_a_bag_of_words_trial_equals_a_plain_recomputation(task: Task) -> None:
         ridge = prepare_ridge(design, config, torch.device("cpu"))
         expected = score_subject(ridge, design, task.dataset, SUBJECT, fit, scored).cc
         np.testing.assert_allclose(cc[SUBJECT], expected, rtol=0, atol=1e-6)
-
-
-def test_words_outside_the_fit_stories_enter_no_vocabulary(task: Task) -> None:
-    split = task.splits[0]
-    stories = dict(task.dataset.stories)
-    for name in split.validation:
-        stories[name] = replace(stories[name], words=("zebra",) * len(stories[name].words))
-    other = task._replace(dataset=replace(task.dataset, stories=stories))
-    config = TrialConfig(method="bag_of_words", vocabulary=9)
-    vectors = Chain(config, other).vectors(None, split.fit + split.validation, split.fit)
-    assert all(not vectors[name].any() for name in split.validation)
-    before = Chain(config, task).vectors(None, split.fit, split.fit)
-    for name in split.fit:
-        np.testing.assert_array_equal(vectors[name], before[name])
 
 
 def test_static_vectors_are_looked_up_and_their_coverage_is_noted(task: Task, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from bert_encoding.trial.scoring import (
     PredictionTests,
     SubjectScores,
     edge_notes,
+    examine_predictions,
     merge_subjects,
     prepare_ridge,
     score_subject,
@@ -249,16 +250,6 @@ def test_the_courses_trim_loses_what_the_published_trim_finds(long: Dataset) -> 
     assert course < 0.15
 
 
-def test_vectors_and_responses_are_left_as_they_were(dataset: Dataset, small: Path) -> None:
-    vectors = rich_vectors(dataset)
-    kept = {name: values.copy() for name, values in vectors.items()}
-    before = {path: path.read_bytes() for path in small.rglob("*.npy")}
-    score(vectors, dataset)
-    for name, values in vectors.items():
-        np.testing.assert_array_equal(values, kept[name])
-    assert {path: path.read_bytes() for path in small.rglob("*.npy")} == before
-
-
 def test_constant_predictions_score_0_and_are_counted(dataset: Dataset) -> None:
     silent = {name: np.zeros_like(values) for name, values in rates(dataset).items()}
     got = score(silent, dataset)
@@ -414,17 +405,6 @@ def test_a_grid_is_widened_once_and_what_is_still_at_its_edge_is_noted(
     assert high.endswith(UNPREDICTED)
 
 
-def test_a_grid_that_is_wide_enough_stays(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = fitted_grids(monkeypatch)
-    got = score(rich_vectors(dataset), dataset)
-    assert grids == [GRID] and got.grid is GRID
-    assert max(got.edge_share["low"], 0.2) == 0.2
-    assert edge_notes({"": [{"subject2": got}]}, GRID) == [
-        f"subject2: {got.edge_share['high']:.0%} of voxels chose the largest ridge_alpha of 0.1 to 100000: "
-        + UNPREDICTED
-    ]
-
-
 @pytest.mark.parametrize("n_columns", [7, 40])
 def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
     dataset: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
@@ -469,6 +449,15 @@ def test_tests_of_predictions_are_those_of_an_exact_fit(
     np.testing.assert_allclose(got.tests.replicates.total, total, rtol=0, atol=1e-4 * N_VOXELS)
     assert got.summary()["share_significant"] == np.mean(got.tests.q < 0.05) == pytest.approx(0.5, abs=0.1)
     np.testing.assert_array_equal(got.cc, run_score(design, long, "subject2", CONFIG).cc)
+
+
+@pytest.mark.parametrize(("n_rows", "has_p"), [((69,), False), ((70,), True), ((49, 49), False), ((50, 49), True)])
+def test_stories_too_short_for_a_p_have_none(n_rows: tuple[int, ...], has_p: bool) -> None:
+    """Six blocks have 720 orders, fewer than 1000 permutations, and seven 5040; 4! 4! are 576, 5! 4! are 2880."""
+    Y, predicted = np.random.default_rng(0).standard_normal((2, sum(n_rows), 20))
+    tests = examine_predictions(Y, predicted, np.repeat(np.arange(len(n_rows)), n_rows))
+    assert np.isnan(tests.p).all() == (tests.share_significant is None) != has_p
+    assert np.isfinite(tests.replicates.mean).all(), "the interval needs no p"
 
 
 # --- regions of interest ----------------------------------------------------------------------------------------------
