@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from project import ANALYSIS, ROOT, RUN
-from study_process import environment_of, private_tmp
+from study_process import environment_of
 
 from study.results.verdicts.next_runs import resume_command
 from study.session import identity
 from study.wording import run_command
 
-__all__ = ["private_tmp"]  # a fixture
 PROJECT = "bert-encoding-study"
 NAMES = sorted(path.stem for path in (ROOT / "study").iterdir() if path.stem[0] != "_")
 FROM_STUDY = f"""

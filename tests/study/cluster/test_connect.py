@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 from project import ROOT
-from study_process import environment_of, private_tmp
+from study_process import environment_of
 
 from bert_encoding.core.errors import InputError
 from study.cluster import connect as connect_module
 from study.cluster.connect import local_ray
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["private_tmp"]  # a fixture
 
 
 @pytest.fixture

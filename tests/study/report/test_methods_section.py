@@ -90,18 +90,12 @@ def test_singular_and_plural() -> None:
         config=asdict(TrialConfig(model="tiny", delays=(1,), n_folds=5)),
     )
     for phrase in (
-        "of 1 subject,",
-        "to 3 stories",
         "1 story (a) was used for fitting, 1 (v) was held out",
         "1 (x) was kept as test story.",
         "The first volume of each scan was left out",
-        "delayed by 1 TR inside",
-        "over 1 fold of",
         "Baseline: the same encoder",
-        "1 trial trained LoRA",
         "AdamW ran for 1 epoch with",
         "1 trial (1 complete) of the search space lora_rank (hash 5face) was run with the random seed 0,",
-        "on 1 machine",
     ):
         assert phrase in single, phrase
     many = methods(
@@ -113,7 +107,6 @@ def test_singular_and_plural() -> None:
         "7 stories (a, b, c, d, e, f, g) were used for fitting, 1 (v) was held out",
         "2 (x, y) were kept as test stories.",
         "The first 10 volumes and last 5 volumes of each scan were left out",
-        "over 5 folds of",
         "AdamW ran for 2 and 3 epochs with",
         "with the random seeds 1 and 4",
     ):

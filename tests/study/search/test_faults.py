@@ -7,25 +7,20 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from make_data import make_lab
 from many_trials import at_record, cost, measure
 from pretend import begin, by_lr, pretend, wait_for
-from project import RUN
 from stub_study import FILLS_EVERY_DISK, FILLS_ITS_DISK, FILLS_MEMORY, LOG, WAITING, WAITS_ONCE
-from study_process import environment_of, private_tmp, run_command
+from study_process import running_from
 
 from bert_encoding.trial.record import TrialRecord, read_records
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
-
-__all__ = ["private_tmp"]  # a fixture
 
 
 def log_of(folder: Path) -> list[tuple[float, int]]:
@@ -42,8 +37,7 @@ def assert_pretended(record: TrialRecord) -> None:
     assert not record.scores["has_torch"], "the stub's workers stay small"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("n_kills", "n_trials"), [(2, 16), (10, 60)])
+@pytest.mark.parametrize(("n_kills", "n_trials"), [(2, 16), pytest.param(10, 60, marks=pytest.mark.slow)])
 def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(
     n_kills: int, n_trials: int, tmp_path: Path, private_tmp: Path
 ) -> None:
@@ -61,6 +55,10 @@ def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(
             driver.communicate()
         ids = [record.trial_id for record in read_records(folder)]
         finished |= {name: (folder / "trials" / name / "record.json").read_bytes() for name in ids}
+    deadline = time.monotonic() + 120
+    while running_from(private_tmp):
+        assert time.monotonic() < deadline, "Ray's processes end with their driver"
+        time.sleep(0.1)
     begun = Counter(lr for lr, _ in log_of(folder))
     done = {json.loads(content)["config"]["lr"] for content in finished.values()}
     pretend(folder, private_tmp, lrs, seconds=0)  # goes on, and checks that it ends well
@@ -141,47 +139,6 @@ def test_a_lost_node_costs_its_trials_a_second_try_elsewhere(tmp_path: Path, pri
         assert_pretended(record)
     tries = [pid for lr, pid in log_of(folder) if lr == WAITS_ONCE]
     assert len(tries) == 2 and tries[0] == lost["pid"] != tries[1]
-
-
-DIVERGES = '''"""What does a step that is far too large do? At lr * weight_decay = 10 weights grow ninefold."""
-EPOCHS = 4
-START = [{"lr": 1.0}, {"lr": 5e-3}]
-
-
-def space(trial):
-    lr = trial.suggest_float("lr", 1e-4, 1.0, log=True)
-    fixed = {"rank": 4, "lora_alpha": 1e6 if lr == 1 else 8, "window_tokens": 128, "stride": 100, "batch_size": 1}
-    return {"lr": lr, "weight_decay": 10 if lr == 1 else 0, **fixed}
-'''
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_fails_its_trial_and_a_second_driver_is_refused(
-    tmp_path: Path, private_tmp: Path, tiny_bert: Path
-) -> None:
-    make_lab(tmp_path / "lab")
-    (tmp_path / "diverges.py").write_text(DIVERGES)
-    given = {"--space": tmp_path / "diverges.py", "--data": tmp_path / "lab", "--model": tiny_bert}
-    given |= {"--out": tmp_path / "out", "--name": "s", "--trials": 2, "--confirm": 0}
-    command = [sys.executable, str(RUN), *(str(part) for pair in given.items() for part in pair)]
-    driver = subprocess.Popen(
-        command, env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for((tmp_path / "out" / "s" / "study.json").exists, driver)
-        second = run_command([*command, "--resume"], private_tmp)
-        out, error = driver.communicate(timeout=600)
-    finally:
-        driver.kill()
-    assert second.returncode == 2, second.stdout
-    assert second.stderr.count("\n") == 1
-    assert f"another run is at work on this study (host {os.uname().nodename}, process {driver.pid}, " in second.stderr
-    assert driver.returncode == 3, error + out
-    records = {r.config["lr"]: r for r in read_records(tmp_path / "out" / "s") if r.phase == "search"}
-    assert records[1.0].status == "FAILED"
-    assert (records[1.0].error or "").splitlines()[-1].endswith("lower lr"), "at whichever step the loss is no number"
-    assert records[5e-3].status == "COMPLETE"
-    assert "trial 0001 FAILED" in out
 
 
 @pytest.mark.slow

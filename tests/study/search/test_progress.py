@@ -1,18 +1,13 @@
 """The progress line: what a log file holds after a study, with a clock that is set by hand."""
 
 import io
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from make_searcher import finished, searcher
 from rich.console import Console
 
-from bert_encoding.core.names import METRICS
-from study.search.job_list import JobList
 from study.search.progress import ProgressLine
-from study.search.worker import Job
 from study.setup.spaces import load_space
 
 
@@ -144,15 +139,3 @@ def test_one_trial_of_many_tells_nothing_of_the_time_left() -> None:
     ten.wait(20)
     ten.end("a")
     assert ten.lines[0].endswith("about 3 min left"), "a tenth has ended"
-
-
-@pytest.mark.parametrize(("is_final", "phase"), [(False, "confirm"), (True, "test")])
-def test_the_phase_is_said(is_final: bool, phase: str) -> None:
-    job = Job("a", "confirm", "k", {"method": "lora"}, {}, is_final=is_final)
-    out = io.StringIO()
-    jobs = JobList([job, replace(job, trial_id="b")], METRICS["encoding"])
-    line = ProgressLine(Console(file=out, width=400), jobs, [], 3, clock=lambda: 0.0)
-    jobs.suggest("1")
-    result = {"job": "a", "phase": "confirm", "status": "COMPLETE", "value": -0.00001, "ended": True}
-    line.on_trial_result(0, [], SimpleNamespace(trial_id="1"), result)
-    assert out.getvalue().startswith(f"[{phase} 1/2] a: CC 0.0000 | best CC -, frozen - | ")

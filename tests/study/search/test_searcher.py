@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from make_searcher import ask_all, finished, key_of, searcher
+from make_searcher import ask_all, finished, key_of, make_record, searcher
 from ray.tune.search import Searcher
 
+from bert_encoding.core.errors import InputError
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.record import TrialRecord
 from study.search.searcher import StudySearcher, _first_points
@@ -41,14 +42,6 @@ def test_the_start_point_comes_first() -> None:
     assert [jobs[0]["config"][name] for name in ("rank", "lora_alpha", "lr")] == [8, 16.0, 2e-4]
     assert jobs[0]["key"] == key_of(TrialConfig.from_dict(jobs[0]["config"]))
     assert COURSE not in [job["params"] for job in jobs[1:]]
-
-
-@pytest.mark.parametrize("n_done", [0, 1])
-def test_start_points_that_were_not_reached_keep_their_order(n_done: int) -> None:
-    space = load_space("smoke")
-    records = [finished(space, {"log2_rank": 1}, 1)][:n_done]
-    jobs = ask_all(searcher(space, n_trials=4, records=records, first_id=1 + n_done))
-    assert [job["params"]["log2_rank"] for job in jobs[: 2 - n_done]] == [1, 4][n_done:]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -151,6 +144,8 @@ def test_complete_and_failed_records_count_and_their_points_are_not_tried_again(
     space = load_space("lora_full")
     other = COURSE | {"log2_rank": 5, "lr": 3e-4}
     records = [finished(space, COURSE, 1, None), finished(space, other, 2, 0.3)]
+    enough = searcher(n_trials=1, records=records, first_id=3)
+    assert (enough.n_jobs, enough.suggest("a")) == (0, Searcher.FINISHED)
     search = searcher(n_trials=5, records=records, first_id=3)
     assert search.n_jobs == 3
     assert states(search) == [("FAIL", None), ("COMPLETE", 0.3)]
@@ -168,12 +163,12 @@ def test_records_of_other_phases_are_no_part_of_the_search() -> None:
     assert search.suggest("a")["params"] == COURSE
 
 
-def test_enough_records_leave_nothing_to_do() -> None:
-    space = load_space("lora_full")
-    records = [finished(space, COURSE | {"stride": 128 + 64 * i}, i) for i in range(4)]
-    search = searcher(n_trials=3, records=records, first_id=4)
-    assert search.n_jobs == 0
-    assert search.suggest("a") == Searcher.FINISHED
+def test_a_trial_that_a_changed_space_no_longer_suggests_counts_only_in_a_forced_study() -> None:
+    records = [finished(load_space("lora_full"), COURSE, 1), make_record("0002", 0.3, params=COURSE | {"log2_rank": 9})]
+    search = searcher(n_trials=4, records=records, first_id=3, is_mixed=True)
+    assert (search.n_jobs, states(search)) == (2, [("COMPLETE", 0.1)])
+    with pytest.raises(InputError, match="no longer suggests what trial 0002 was run with"):
+        searcher(n_trials=4, records=records, first_id=3)
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 1, 2)])

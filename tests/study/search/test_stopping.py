@@ -1,27 +1,17 @@
 """Time limit, dead workers and early stopping with real Ray processes; most trials only pretend (stub_study.py)."""
 
-import json
 import struct
-import sys
 from pathlib import Path
 
 import optuna
-import pandas as pd
 import pytest
-from make_data import make_lab
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pretend import by_lr, pretend
-from project import RUN
 from stub_study import DIES_ONCE, FAILS, FREEZES, HOLDS_THE_INTERPRETER, SLEEPS
-from study_process import private_tmp, run_command, running_from
-
-from study.results.load import load_trials
-from study.results.standing import cc_by_rank
+from study_process import running_from
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
-
-__all__ = ["private_tmp"]  # a fixture
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
@@ -84,41 +74,3 @@ def test_stopped_trials_leave_records_and_a_resumed_search_knows_them(tmp_path: 
     trials = optuna.load_study(study_name="stub", storage=storage).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED"] * 3 + ["PRUNED", "COMPLETE"]
     assert [len(trial.intermediate_values) for trial in trials] == [4, 1] * 3 + [1, 4]
-
-
-LORA = '''"""Which rank?"""
-EPOCHS = 2
-START = [{"rank": rank, "lr": lr} for rank in (4, 2) for lr in (1e-2, 1e-3, 1e-4)]
-SCHEDULER = "asha"
-
-
-def space(trial):
-    rank, lr = trial.suggest_categorical("rank", [2, 4]), trial.suggest_float("lr", 1e-4, 1e-2, log=True)
-    return {"rank": rank, "lr": lr, "window_tokens": 128, "stride": 100}
-'''
-
-
-@pytest.mark.slow
-def test_a_real_study_with_early_stopping(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
-    make_lab(tmp_path / "lab")
-    (tmp_path / "rank.py").write_text(LORA)
-    options = {"--space": tmp_path / "rank.py", "--data": tmp_path / "lab", "--model": tiny_bert, "--name": "s"}
-    options |= {"--out": tmp_path / "out", "--confirm": 0, "--trials": 5, "--trial-timeout": 300}
-    command = [sys.executable, str(RUN), *(str(part) for pair in options.items() for part in pair)]
-    done = run_command(command, private_tmp)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stderr == ""
-    study = tmp_path / "out" / "s"
-    trials = load_trials(study)
-    searched = trials[trials["phase"] == "search"].set_index("trial_id")
-    assert set(searched["status"]) == {"COMPLETE", "STOPPED"}
-    stopped, complete = (searched[searched["status"] == status] for status in ("STOPPED", "COMPLETE"))
-    assert (stopped["epochs_done"] == 1).all() and (complete["epochs_done"] == 2).all()
-    assert searched["cc_mean"].notna().all() and searched["cc_seen"].notna().all()
-    epochs = pd.read_parquet(study / "epochs.parquet").groupby("trial_id")["epoch"].max()
-    assert (epochs[stopped.index] == 1).all()
-    assert cc_by_rank(trials)["n_trials"].sum() == len(complete), "no comparison of ranks counts a stopped trial"
-    summary = json.loads((study / "summary.json").read_text())
-    assert summary["best_id"] == complete["cc_mean"].astype(float).idxmax()
-    assert not any((study / "trials" / name / "adapter").exists() for name in stopped.index)
-    assert "stopped after epoch 1/2" in done.stdout

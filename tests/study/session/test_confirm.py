@@ -31,7 +31,7 @@ from study.setup.resolve import options_record, resolve_options
 from study.setup.spaces import load_space
 from study.setup.text_study import TextStudy
 
-__all__ = ["folder"]  # fixtures
+__all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
@@ -236,19 +236,16 @@ def test_a_complete_evaluation_is_unchanged_by_a_forced_change(folder: Path) -> 
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_options_of_the_confirm_phase() -> None:
+def test_a_study_without_a_search_and_one_on_text_confirm_nothing() -> None:
     smoke, text = load_space("smoke"), load_space("sentiment_lora")
-
-    def resolve(space: Any = smoke, recorded: Any = None, **requested: Any) -> Any:
-        return resolve_options({"space": space.name, "address": "local"} | requested, recorded or {}, space)
-
-    assert (resolve().confirm, resolve().confirm_seeds) == (3, 2)
-    assert (resolve(trials=0).confirm, resolve(text).confirm) == (0, 0)
-    assert options_record(resolve(confirm=1, confirm_seeds=4)).items() >= {"confirm": 1, "confirm_seeds": 4}.items()
-    assert resolve(recorded={"confirm": 1}).confirm == 1
-    assert options_record(resolve(trials=0))["confirm"] is None, "a search that is added later has its own default"
+    without, on_text = (
+        resolve_options({"space": space.name, "address": "local"} | trials, {}, space)
+        for space, trials in ((smoke, {"trials": 0}), (text, {}))
+    )
+    assert without.confirm == on_text.confirm == 0
+    assert options_record(without)["confirm"] is None, "a search that is added later has its own default"
     with pytest.raises(InputError, match="--confirm 2: not available for text-only studies"):
-        resolve(text, confirm=2)
+        resolve_options({"space": text.name, "address": "local", "confirm": 2}, {}, text)
 
 
 def test_look_again_without_a_confirm_phase_is_refused() -> None:
@@ -267,21 +264,25 @@ def test_look_again_without_a_confirm_phase_is_refused() -> None:
 # --- jobs in Ray Tune's order, and their progress ---------------------------------------------------------------------
 
 
-def test_jobs_run_in_order_and_a_failure_stops_no_other() -> None:
-    jobs = [Job(f"test-{at}", "confirm", "k", asdict(BASE), is_final=True) for at in range(3)]
+@pytest.mark.parametrize(
+    ("is_final", "phase", "on_test"), [(False, "confirm", ""), (True, "test", " on the test stories")]
+)
+def test_jobs_run_in_order_and_a_failure_stops_no_other(is_final: bool, phase: str, on_test: str) -> None:
+    jobs = [Job(f"job-{at}", "confirm", "k", asdict(BASE), is_final=is_final) for at in range(3)]
     job_list, out = JobList(jobs, METRICS["encoding"]), io.StringIO()
     before = [make_record("0001", 0.3), make_record("test-0009", None, phase="confirm", status="COMPLETE")]
     progress = ProgressLine(Console(file=out, width=400), job_list, before, 3, clock=lambda: 0.0)
     for name, status in (("a", "COMPLETE"), ("b", "FAILED")):
         job = job_list.suggest(name)
-        result = {"job": job["trial_id"], "phase": "confirm", "status": status, "value": 0.4, "error": "no"}
+        result = {"job": job["trial_id"], "phase": "confirm", "status": status, "value": -0.00001, "error": "no"}
+        result |= {"ended": True, "is_final": is_final}
         job_list.on_trial_complete(name, result)
-        progress.on_trial_result(0, [], SimpleNamespace(trial_id=name), result | {"ended": True, "is_final": True})
+        progress.on_trial_result(0, [], SimpleNamespace(trial_id=name), result)
     assert [line.split(" | ")[:2] for line in out.getvalue().splitlines()] == [
-        ["[test 1/3] test-0: CC 0.4000 on the test stories", "best CC 0.3000 (0001), frozen -"],
-        ["[test 2/3] test-1: FAILED: no", "best CC 0.3000 (0001), frozen -"],
+        [f"[{phase} 1/3] job-0: CC 0.0000{on_test}", "best CC 0.3000 (0001), frozen -"],
+        [f"[{phase} 2/3] job-1: FAILED: no", "best CC 0.3000 (0001), frozen -"],
     ]
-    assert job_list.suggest("c")["trial_id"] == "test-2"
+    assert job_list.suggest("c")["trial_id"] == "job-2"
     assert job_list.suggest("d") == Searcher.FINISHED
     job_list = JobList(jobs, METRICS["encoding"])
     job_list.error = "no space"

@@ -18,7 +18,7 @@ from study.results.load import load_trials
 from study.results.locked_stories import read_looks
 from study.results.standing import cc_by_rank, standing
 
-__all__ = ["folder"]  # fixtures
+__all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 

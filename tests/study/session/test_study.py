@@ -2,30 +2,26 @@
 
 import json
 import signal
-import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from cloud_servers import bucket, s3_endpoint
 from make_data import make_lab
+from pretend import wait_for
 from project import ANALYSIS, ROOT, RUN
-from ray_cluster import Cluster, cluster
-from study_process import environment_of, private_tmp, run_command, running_from, with_ctrl_c
+from ray_cluster import Cluster
+from study_process import environment_of, run_command, running_from, with_ctrl_c
 
 from bert_encoding.core.storage import ObjectPath
-from bert_encoding.trial.record import read_cc, read_records
+from bert_encoding.trial.record import read_cc
 from bert_encoding.trial.tables import COLUMNS
 from study.cluster.lock import LOCK_FILE
 from study.results.load import load_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-__all__ = ["bucket", "cluster", "private_tmp", "s3_endpoint"]  # fixtures
 
 
 SPACE = '''"""Does a study survive?"""
@@ -81,72 +77,6 @@ def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_
     assert not list(private_tmp.glob("bert-encoding-*")), "Ray's private folder is removed"
 
 
-def test_killed_driver_loses_nothing(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
-    command = _command(tmp_path, [GOOD, *OTHERS], tiny_bert, "--trials", "4")
-    study = tmp_path / "out" / "s"
-    environment = environment_of(private_tmp)
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(lambda: (study / "trials" / "0002").exists() or driver.poll() is not None)
-        assert driver.poll() is None, "the study ended before it could be killed"
-        (token,) = private_tmp.glob("bert-encoding-*/auth_token")
-        assert stat.S_IMODE(token.stat().st_mode) == 0o600
-        assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    _wait_for(lambda: not running_from(private_tmp))  # Ray's processes end with their driver
-    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
-    assert {"baseline-frozen", "baseline-word_rate", "0001"} <= set(finished)
-    for record in finished.values():
-        json.loads(record)
-
-    refused = run_command(command, private_tmp)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-
-    resumed = run_command(
-        [sys.executable, str(RUN), "--resume", "--out", str(tmp_path / "out"), "--trials", "5"], private_tmp
-    )
-    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
-    trials = load_trials(study)
-    searched = trials[trials["phase"] == "search"]
-    assert len(searched) == 5
-    assert list(searched["status"]) == ["COMPLETE"] * 5
-    assert searched["repeat_of"].isna().all(), "no configuration ran twice"
-    assert set(searched["lr"]) == {point["lr"] for point in [GOOD, *OTHERS]}
-    assert len(trials) == 7
-    for trial_id, before in finished.items():
-        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
-
-
-@pytest.mark.slow
-def test_a_study_is_extended_and_forced(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
-    """Of the first two trials the changed space suggests one no more: it counts, and the search goes on without it."""
-    done = run_command(_command(tmp_path, [GOOD, OTHERS[0]], tiny_bert, "--trials", "2"), private_tmp)
-    assert done.returncode == 0, done.stderr + done.stdout
-    study, changed = tmp_path / "out" / "s", tmp_path / "survive.py"
-    finished = {record.trial_id: _file(study, record.trial_id).read_bytes() for record in read_records(study)}
-    changed.write_text(SPACE.format(start=[GOOD]).replace("[2, 4, 8, 16]", "[4, 8, 16]"))
-    resume = [sys.executable, str(RUN), "--out", str(tmp_path / "out"), "--trials", "4"]
-    refused = run_command([*resume, "--resume"], private_tmp)
-    assert refused.returncode == 2
-    assert "cannot resume: the search space changed from survive (" in refused.stderr
-
-    forced = run_command([*resume, "--force-resume", "--keep-adapters", "1"], private_tmp)
-    assert forced.returncode in (0, 3), forced.stderr + forced.stdout  # what it suggests may be too long for this BERT
-    assert "note: trials from 0003 on may not be comparable" in forced.stdout
-    trials = load_trials(study).set_index("trial_id")
-    assert list(trials.index[2:]) == ["0001", "0002", "0003", "0004"]
-    assert trials.loc["0002", "rank"] == 2
-    assert set(trials["rank"].iloc[4:]) <= {4, 8, 16}
-    assert len(list(study.glob("trials/*/adapter"))) == 1
-    for trial_id, before in finished.items():
-        assert _file(study, trial_id).read_bytes() == before, f"{trial_id} was touched"
-    (forced,) = json.loads((study / "study.json").read_text())["forced"]
-    assert "[2, 4, 8, 16]" in forced["was"]["space"]["source"]
-
-
 @pytest.mark.slow
 def test_a_study_on_a_cluster(tmp_path: Path, private_tmp: Path, tiny_bert: Path, cluster: Cluster) -> None:
     command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1", "--address", cluster.address)
@@ -196,11 +126,10 @@ def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_be
         env=environment_of(private_tmp), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        _wait_for(lambda: _file(study, "0001").exists() or driver.poll() is not None)
+        wait_for(_file(study, "0001").exists, driver)
         if not is_heard:
             driver.send_signal(signal.SIGINT)  # ignored, as behind nohup: trials go on
-            _wait_for(lambda: _file(study, "0005").exists() or driver.poll() is not None)
-            assert _file(study, "0005").exists(), driver.communicate()
+            wait_for(_file(study, "0005").exists, driver)
         driver.send_signal(sent)
         out, error = driver.communicate(timeout=60)
     finally:
@@ -214,10 +143,3 @@ def test_terminating_ends_like_ctrl_c(tmp_path: Path, private_tmp: Path, tiny_be
 
 def _file(study: Path, trial_id: str) -> Path:
     return study / "trials" / trial_id / "record.json"
-
-
-def _wait_for(condition: object, timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

@@ -16,7 +16,7 @@ from make_data import make_lab
 from make_trials import PEFT_WARNS, make_task
 from project import RUN
 from rich.console import Console
-from study_process import private_tmp, run_command
+from study_process import run_command
 
 from bert_encoding.core.command_line import BAD_INPUT, run_app
 from bert_encoding.core.files import write_json
@@ -36,7 +36,7 @@ from study.run import app
 from study.search.worker import Job, run_job
 from study.session.confirm import confirm
 
-__all__ = ["folder", "private_tmp"]  # fixtures
+__all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 

@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 from make_texts import make_text_bert, negated_texts, write_texts
 from project import RUN
-from study_process import private_tmp, run_command
+from study_process import run_command
 
 from bert_encoding.commands.predict import predict_texts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-__all__ = ["private_tmp"]  # a fixture
 
 SPACE = '''"""Which way tells negated praise from praise?"""
 TASK = "{task}"

@@ -22,7 +22,7 @@ from study.results.load import load_trials
 from study.results.locked_stories import check_looks, heard_by, next_look, permit_look, read_looks
 from study.search.worker import Job
 
-__all__ = ["folder"]  # fixtures
+__all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 

@@ -182,10 +182,10 @@ def test_names_are_separated_by_spaces_or_commas(
     assert resolve(smoke, test_stories=requested).test_stories == expected
 
 
-LAYERS = [("last", None), ("0", 0), ("12", 12), (5, 5), (None, None), ("4", 4), ("3-3", (3,))]
-
-
-@pytest.mark.parametrize(("requested", "layer"), [*LAYERS, ("4,5", (4, 5)), ("4-6", (4, 5, 6)), ("2,0", (2, 0))])
+@pytest.mark.parametrize(
+    ("requested", "layer"),
+    [("last", None), (None, None), ("0", 0), ("12", 12), (5, 5), ("3-3", (3,)), ("4-6", (4, 5, 6)), ("2,0", (2, 0))],
+)
 def test_layers(requested: str | int | None, layer: int | tuple[int, ...] | None, smoke: Space) -> None:
     assert resolve(smoke, layer=requested).layer == layer
 
@@ -202,11 +202,7 @@ def test_layers(requested: str | int | None, layer: int | tuple[int, ...] | None
         ({"outer_folds": 0}, "--outer-folds 0: must be at least 1"),
         ({"max_concurrent": 0}, "--max-concurrent 0: must be at least 1"),
         ({"cpus_per_trial": 5.0}, "--cpus-per-trial 5: this machine has 4"),
-        ({"cpus_per_trial": 0.0}, "--cpus-per-trial 0: this machine has 4"),
-        ({"cpus_per_trial": -1.0}, "--cpus-per-trial -1"),
-        ({"cpus_per_trial": NAN}, "--cpus-per-trial nan"),
         ({"gpus_per_trial": 1.0}, "--gpus-per-trial 1: this machine has 0"),
-        ({"gpus_per_trial": -0.5}, "--gpus-per-trial -0.5"),
         ({"scheduler": "hyperband"}, "--scheduler hyperband: must be one of none, asha, median"),
         ({"score_every": 0}, "--score-every 0: must be at least 1"),
         ({"score_every": 3, "scheduler": "asha"}, "--score-every 3: --scheduler asha needs the CC of every epoch"),
@@ -228,13 +224,6 @@ def test_layers(requested: str | int | None, layer: int | tuple[int, ...] | None
 def test_values_out_of_range_are_refused(requested: dict[str, Any], message: str, smoke: Space) -> None:
     with pytest.raises(InputError, match=message):
         resolve(smoke, **requested)
-
-
-def test_gpus_per_trial_above_1_must_be_a_whole_number(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, 16, 4)
-    for requested, message in ((1.5, "above 1 it must be a whole number"), (NAN, "this machine has 4$")):
-        with pytest.raises(InputError, match=f"^--gpus-per-trial {requested}: {message}"):
-            resolve(smoke, gpus_per_trial=requested)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
