@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -45,11 +46,6 @@ def short_textgrid(tiers: Tiers, head: str = 'File type = "ooTextFile"\nObject c
     return "\n".join(lines) + "\n"
 
 
-def old_textgrid(tiers: Tiers) -> str:
-    """Return the short form under the head that old versions of Praat wrote."""
-    return short_textgrid(tiers, 'File type = "ooTextFile short"\n"TextGrid"')
-
-
 def chronological_textgrid(tiers: Tiers) -> str:
     """Return a TextGrid whose tiers are mixed in the order of time."""
     lines = ['"Praat chronological TextGrid text file"', f"0 {_end(tiers)}   ! Time domain."]
@@ -65,7 +61,7 @@ def chronological_textgrid(tiers: Tiers) -> str:
 DIALECTS: dict[str, Callable[[Tiers], str]] = {
     "long": long_textgrid,
     "short": short_textgrid,
-    "old": old_textgrid,
+    "old": partial(short_textgrid, head='File type = "ooTextFile short"\n"TextGrid"'),  # of old versions of Praat
     "chronological": chronological_textgrid,
 }
 WRITTEN_AS = (  # one a story, in turn

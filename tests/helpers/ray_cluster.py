@@ -26,7 +26,8 @@ def cluster() -> Iterator[Cluster]:
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text("0123456789abcdef" * 4)
-    variables = environment_of(folder) | {"RAY_TMPDIR": str(folder), **with_token(token)}
+    variables = environment_of(folder) | {"RAY_TMPDIR": str(folder)}
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     ray = Path(sys.executable).with_name("ray")
     options = ["--num-cpus=3", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
     subprocess.run(
@@ -37,7 +38,3 @@ def cluster() -> Iterator[Cluster]:
     for process in running_from(folder):
         process.kill()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def with_token(token: Path) -> dict[str, str]:
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}

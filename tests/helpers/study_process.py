@@ -74,5 +74,8 @@ def raised_in_a_copy(work: Callable[[], object]) -> str:
         os.waitpid(child, 0)
 
 
-def run_command(command: list[str], private_tmp: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=environment_of(private_tmp), capture_output=True, text=True, timeout=500)
+def run_command(command: list[str], private_tmp: Path, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a command to its end and assert its exit code."""
+    done = subprocess.run(command, env=environment_of(private_tmp), capture_output=True, text=True, timeout=500)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done

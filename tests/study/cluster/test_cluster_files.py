@@ -8,8 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pretend import wait_for
 from project import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -265,8 +265,7 @@ def test_slurm_job_runs_and_ends_before_its_time_is_up(slurm_project: Path, job_
         job = subprocess.Popen(command, env=_job(slurm_project, job_id), stdout=log, stderr=log)
     try:
         seen_file = slurm_project / "seen.json"
-        _wait_for(lambda: seen_file.exists() or job.poll() is not None)
-        assert seen_file.exists(), (slurm_project / "log").read_text()
+        wait_for(seen_file.exists, job)
         seen = json.loads(seen_file.read_text())
         (script,) = psutil.Process(job.pid).children()
         script.terminate()  # as Slurm warns it, two minutes before the limit
@@ -284,21 +283,6 @@ def test_slurm_job_refuses_another_folder(tmp_path: Path) -> None:
     done = subprocess.run(["bash", DEPLOY / "slurm.sbatch"], env=_job(tmp_path, "1"), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path}: submit from the project's folder, after 'make .venv/installed'\n"
-
-
-def test_slurm_asks_for_what_a_trial_needs() -> None:
-    asked = dict(re.findall(r"^#SBATCH --(\S+?)=(\S+)$", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE))
-    assert asked["gres"] == "gpu:1"
-    assert asked["mem"] == "32G"
-    assert asked["nodes"] == asked["ntasks-per-node"] == "1"
-    assert asked["signal"] == "B:TERM@120"
-
-
-def _wait_for(condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 # --- AWS ---

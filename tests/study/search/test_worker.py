@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import ray.tune
 import torch
-from cloud_servers import bucket, s3_endpoint
 from rich.console import Console
 
 from bert_encoding.core.errors import InputError
@@ -44,7 +42,6 @@ from study.setup.options import ResumePolicy
 from study.setup.resolve import resolve_options
 from study.setup.spaces import load_space
 
-__all__ = ["bucket", "s3_endpoint"]  # fixtures
 CONFIG = TrialConfig(model="none", epochs=2)
 
 
@@ -75,26 +72,20 @@ def a_job(name: str = "0007", **changes: Any) -> Job:
 # --- a record that cannot be written ----------------------------------------------------------------------------------
 
 
-def full(study: Place, record: TrialRecord) -> None:
-    raise InputError("no space left to write results")
-
-
-def unforeseen(study: Place, record: TrialRecord) -> None:
-    raise OSError(5, "Input/output error")
-
-
-@pytest.mark.parametrize(("fails", "reason"), [(full, "no space left to write results"), (unforeseen, "Input/output")])
+@pytest.mark.parametrize("error", [InputError("no space left to write results"), OSError(5, "Input/output error")])
 def test_a_record_that_cannot_be_written_is_reported_to_the_driver_and_not_retried(
-    fails: Callable[..., None], reason: str, reports: list[dict[str, Any]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(module, "write_record", fails)
+    error: Exception, reports: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(study: Place, record: TrialRecord) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "write_record", fail)
     logging.getLogger("study.search.worker").setLevel(logging.ERROR)
     work(tmp_path, a_job())
     epoch, end = reports
     assert epoch["epoch"] == 1
     assert (end["job"], end["status"], end["ended"], end["unrecorded"]) == ("0007", "FAILED", True, True)
-    assert reason in end["error"].splitlines()[-1]
+    assert str(error) in end["error"].splitlines()[-1]
     assert end["value"] is None
 
 

@@ -52,8 +52,8 @@ def _command(folder: Path, start: list[dict], tiny_bert: Path, *more: str) -> li
 
 
 def test_study_ends_with_a_table_a_failure_and_a_repeat(tmp_path: Path, private_tmp: Path, tiny_bert: Path) -> None:
-    done = run_command(_command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3"), private_tmp)
-    assert done.returncode == 3, done.stderr + done.stdout  # one trial failed
+    command = _command(tmp_path, [GOOD, TOO_LONG, GOOD], tiny_bert, "--trials", "3")
+    done = run_command(command, private_tmp, code=3)  # one trial failed
     assert done.stderr == ""
     study = tmp_path / "out" / "s"
     trials = pd.read_parquet(study / "trials.parquet").set_index("trial_id")
@@ -99,8 +99,7 @@ def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert:
     out = str(bucket / "out")
     command = _command(tmp_path, [GOOD], tiny_bert, "--trials", "1")
     command[command.index("--out") + 1] = out
-    first = run_command(command, private_tmp)
-    assert first.returncode == 0, first.stderr + first.stdout
+    run_command(command, private_tmp)
     study = bucket / "out" / "s"
     assert (study / "summary.json").is_file() and (study / "trials.parquet").is_file()
     assert (study / "trials" / "0001" / "adapter" / "adapter_model.safetensors").is_file()
@@ -108,10 +107,8 @@ def test_a_study_in_object_storage(tmp_path: Path, private_tmp: Path, tiny_bert:
     trials = load_trials(study)
     assert list(trials["status"]) == ["COMPLETE"] * 3
     table = run_command([sys.executable, str(ANALYSIS), str(study)], private_tmp)
-    assert table.returncode == 0, table.stderr
     assert "Best trial 0001" in table.stdout
     resumed = run_command([sys.executable, str(RUN), "--resume", "--out", out], private_tmp)
-    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     assert "nothing to do" in resumed.stdout
     pd.testing.assert_frame_equal(load_trials(study), trials)
 
