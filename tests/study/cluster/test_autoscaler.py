@@ -4,7 +4,6 @@ Only the cloud is missing: what would be a machine on AWS is one more raylet her
 """
 
 import json
-import os
 import shlex
 import shutil
 import socket
@@ -13,16 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 import yaml
 from pretend import SPACE, by_lr
 from project import HELPERS, ROOT
-from study_process import environment_of, short_folder
+from study_process import environment_of, running_from, short_folder
 
 from bert_encoding.trial.record import TrialRecord
 
@@ -97,43 +94,10 @@ def cluster() -> Iterator[Cluster]:
         address = (folder / "ray" / "ray_current_cluster").read_text().strip()
         yield Cluster(address, users, made)
     finally:
-        end_all(folder)
+        for process in running_from(folder):
+            process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
-
-def end_all(folder: Path) -> None:
-    """End whatever was started with this folder as Ray's, by id, until nothing of it is left."""
-    deadline = time.monotonic() + 20
-    while (ours := of_folder(folder)) and time.monotonic() < deadline:
-        for process in ours:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(ours, timeout=5)
-    assert not ours
-
-
-def of_folder(folder: Path) -> list[psutil.Process]:
-    """Return our processes that were started with this folder as Ray's: their environment says so."""
-    processes = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
-                processes.append(process)
-    return processes
-
-
-WATCH = """
-import json, sys, time
-from ray._raylet import GcsClient
-
-client = GcsClient(address=sys.argv[1])
-while True:
-    at = time.time()
-    nodes = [n for n in client.get_all_node_info(timeout=10).values() if n.state == 0 and not n.is_head_node]
-    seen = {n.node_id.hex(): [n.node_type_name, n.resources_total["CPU"], n.resources_total["GPU"]] for n in nodes}
-    print(json.dumps([at, seen]), flush=True)
-    time.sleep(0.2)
-"""
 
 STUDY = """
 import json, sys, time
@@ -173,25 +137,21 @@ stub_study.main(Path(folder), json.loads(options))
 """
 
 
-@pytest.fixture
-def watch(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
-    """A file that grows by a line several times a second: the time, and the workers that the cluster has."""
-    file = tmp_path / "watched"
-    with file.open("w") as out:
-        command = [sys.executable, "-c", WATCH, cluster.address]
-        watcher = subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=subprocess.PIPE)
-        try:
-            yield file
-            assert watcher.poll() is None, watcher.communicate()
-        finally:
-            watcher.kill()
-            watcher.communicate()
+NODES = """
+import json, sys
+from ray._raylet import GcsClient
+
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10).values()
+resources = [(n, n.resources_total) for n in nodes if not n.is_head_node]
+print(json.dumps([[n.node_id.hex(), n.state == 0, n.node_type_name, r["CPU"], r["GPU"]] for n, r in resources]))
+"""
 
 
-def watched(file: Path) -> list[tuple[float, dict[str, list[Any]]]]:
-    """Return what was seen so far: time, node -> type, CPUs, GPUs."""
-    whole, _, _ = file.read_text().rpartition("\n")
-    return [(at, nodes) for at, nodes in map(json.loads, whole.splitlines())]
+def workers(cluster: Cluster) -> dict[str, tuple[bool, list[Any]]]:
+    """Return every worker that the cluster has ever had: id -> whether it is there, its type, CPUs and GPUs."""
+    command = [sys.executable, "-c", NODES, cluster.address]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=True, timeout=60)
+    return {node: (is_there, known) for node, is_there, *known in json.loads(done.stdout)}
 
 
 def run_study(cluster: Cluster, folder: Path, lrs: list[float], **options: object) -> str:
@@ -205,7 +165,7 @@ def run_study(cluster: Cluster, folder: Path, lrs: list[float], **options: objec
     return done.stdout
 
 
-def test_half_gpu_trials_share_workers_that_come_and_go(cluster: Cluster, watch: Path, tmp_path: Path) -> None:
+def test_half_gpu_trials_share_workers_that_come_and_go(cluster: Cluster, tmp_path: Path) -> None:
     (kind,) = set(cluster.config["available_node_types"]) - {cluster.config["head_node_type"]}
     worker = cluster.config["available_node_types"][kind]
     size, most = [kind, float(worker["resources"]["CPU"]), float(worker["resources"]["GPU"])], worker["max_workers"]
@@ -223,16 +183,13 @@ def test_half_gpu_trials_share_workers_that_come_and_go(cluster: Cluster, watch:
     assert [record.error for record in records.values()] == [None] * len(lrs)
     assert {lr: record.scores["cc_mean"] for lr, record in records.items()} == {lr: lr * 4 for lr in lrs}
 
-    while watched(watch)[-1][1]:
+    while any(is_there for is_there, _ in workers(cluster).values()):
         assert time.time() < ended + 90, "the workers stay"
-        time.sleep(0.5)
-    seen = watched(watch)
-    counts = [len(nodes) for _, nodes in seen]
-    assert counts[0] == counts[-1] == 0 and max(counts) == 2, "four halves need two workers, not four"
-    assert [known for _, nodes in seen for known in nodes.values() if known != size] == []
-    assert {node for _, nodes in seen for node in nodes} == {record.node for record in records.values()}
     last_end = max(record.scores["ended"] for record in records.values())
-    assert last_end + IDLE_S - 1 < next(at for at, nodes in reversed(seen) if nodes), "nobody goes before it is idle"
+    assert last_end + IDLE_S - 1 < time.time(), "nobody goes before it is idle"
+    seen = workers(cluster)
+    assert [known for _, known in seen.values()] == [size, size], "four halves need two workers, not four"
+    assert set(seen) == {record.node for record in records.values()}
     assert at_once(list(records.values())) == dict.fromkeys({record.node for record in records.values()}, 2)
     assert {tuple(record.scores["gpus"]) for record in records.values()} == {(0,)}, "the one GPU, shared"
 
