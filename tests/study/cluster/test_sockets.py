@@ -2,27 +2,24 @@
 
 import http.client
 import ipaddress
-import json
 import os
 import signal
 import socket
 import stat
-import struct
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from h2.connection import H2Connection
+from h2.exceptions import ProtocolError
 from pretend import begin, wait_for
 from stub_study import WAITING, WAITS_ONCE
-from study_process import environment_of, private_tmp
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
-__all__ = ["private_tmp"]  # a fixture
 
 METHODS = {
     "gcs_server": "NodeInfoGcsService/GetAllNodeInfo",
@@ -89,40 +86,25 @@ def open_ports(driver: int) -> list[tuple[psutil.Process, str, int]]:
 def call(host: str, port: int, method: str, token: str | None, patience_s: float = 20) -> str | None:
     """Call a gRPC method with an empty message and return the status of the answer, None if it is no gRPC.
 
-    Ray ships its own client, which always has a token when the server wants one; this is HTTP/2 by hand (RFC 9113,
-    RFC 7541): each header a literal that enters no table, and the answer searched for the status.
+    Ray ships its own client, which always has a token when the server wants one; this is plain HTTP/2.
     """
     headers = {":method": "POST", ":scheme": "http", ":path": f"/ray.rpc.{method}", ":authority": f"{host}:{port}"}
     headers |= {"content-type": "application/grpc", "te": "trailers"}
     headers |= {"authorization": f"Bearer {token}"} if token else {}
-    coded = b"".join(b"\x00" + _text(name) + _text(value) for name, value in headers.items())
-    request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"")
-    request += _frame(1, 4, 1, coded) + _frame(0, 1, 1, b"\0\0\0\0\0")
-    got, name = b"", b"grpc-status"
-    with socket.create_connection((host, port), timeout=patience_s) as connection:
-        connection.sendall(request)
+    http = H2Connection()
+    http.initiate_connection()
+    http.send_headers(1, list(headers.items()))
+    http.send_data(1, b"\0\0\0\0\0", end_stream=True)
+    with socket.create_connection((host, port), timeout=patience_s) as connection, suppress(ProtocolError):
+        connection.sendall(http.data_to_send())
         try:
-            while not _is_whole(got.partition(name)[2]) and (more := connection.recv(65536)):
-                got += more
+            while got := connection.recv(65536):
+                for event in http.receive_data(got):
+                    if status := dict(getattr(event, "headers", None) or ()).get(b"grpc-status"):
+                        return status.decode()
         except TimeoutError:
             return SILENT
-    value = got.partition(name)[2]
-    return value[1 : 1 + value[0]].decode() if value else None
-
-
-def _is_whole(value: bytes) -> bool:
-    """Whether a text, which begins with its length, has come whole."""
-    return len(value) > 1 and len(value) > value[0]
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def _text(text: str) -> bytes:
-    """Code a text of less than 127 characters as HPACK does without Huffman's code."""
-    assert len(text) < 127
-    return bytes([len(text)]) + text.encode()
+    return None
 
 
 def get(host: str, port: int, token: str | None) -> int:
@@ -132,28 +114,3 @@ def get(host: str, port: int, token: str | None) -> int:
         connection.request("POST", "/get_or_create_runtime_env", b"", headers)
         with connection.getresponse() as answer:
             return answer.status
-
-
-CLIENT = """
-import json, os, sys
-import ray
-try:
-    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-    print("joined")
-except Exception as error:
-    print(type(error).__name__, str(error).splitlines()[0])
-"""
-
-
-def test_rays_own_client_needs_the_token_too(study: subprocess.Popen, private_tmp: Path) -> None:
-    (port,) = (port for process, _, port in open_ports(study.pid) if process.name() == "gcs_server")
-    clean = {name: value for name, value in environment_of(private_tmp).items() if not name.startswith("RAY_")}
-    (file,) = private_tmp.glob("bert-encoding-*/auth_token")
-    answers = {}
-    for token in ("", WRONG, file.read_text()):
-        more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
-        command = [sys.executable, "-c", CLIENT, f"127.0.0.1:{port}"]
-        done = subprocess.run(command, env=clean | more, capture_output=True, text=True, timeout=300)
-        answers[token] = done.stdout.strip() or done.stderr
-    assert answers.pop(file.read_text()) == "joined", json.dumps(answers)
-    assert not [one for one in answers.values() if "joined" in one]
