@@ -278,24 +278,6 @@ def test_data_without_a_change_or_with_a_story_of_one_word_are_usable(
         assert re.search(f"^beta +{beta}", checked.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("beyond.npy", np.array([3, 12]), "no voxel 12; the responses have 12: 0 to 11"),
-        ("before.npy", np.array([-1, 3]), "no voxel -1"),
-        ("short.npy", np.ones(11, bool), "the mask has 11 voxels, the responses have 12"),
-        ("half.npy", np.array([0.5]), "float64"),
-        ("other.npz", np.array([3]), "no voxels of subject subject2; it holds arr_0"),
-    ],
-)
-def test_a_wrong_file_of_voxels_is_refused(
-    name: str, values: np.ndarray, message: str, lab: Path, both: Commands
-) -> None:
-    file = Path(name).resolve()
-    np.save(file, values) if name.endswith(".npy") else np.savez(file, values)
-    assert_refused(both.study(lab, "--voxels", str(file)), str(file), message)
-
-
 @pytest.mark.parametrize("name", ["two\nlines", "\N{SNAIL}\N{VARIATION SELECTOR-16} data", "tab\tand  spaces", "[red]"])
 def test_a_folder_may_have_any_name(name: str, tmp_path: Path, both: Commands) -> None:
     data = make_lab(tmp_path / name)

@@ -75,15 +75,6 @@ def test_word_rate_predicts_rate_voxels_alone(heard: tuple[Task, Truth]) -> None
     assert cc.shape == (N_VOXELS,)
 
 
-@pytest.mark.slow
-def test_simulation_is_the_same_twice(heard: tuple[Task, Truth]) -> None:
-    again = simulate_listener(demo_stories())[0]
-    first = heard[0].dataset
-    assert again.fingerprint == first.fingerprint
-    for name in first.stories:
-        np.testing.assert_array_equal(again.valid_responses(name, SUBJECT), first.valid_responses(name, SUBJECT))
-
-
 def test_responses_are_those_of_every_version() -> None:
     """Silent voxels hold noise alone, so their numbers are the same everywhere: these are of version 0.1.0."""
     dataset, truth = demo_stories(), demo._truth()

@@ -145,16 +145,6 @@ def test_damaged_files_are_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_loading_does_not_modify_the_encoder(
-    whole: tuple[BertForMaskedLM, Path], trained_adapter: tuple[PeftModel, Path], tiny_encoder: Encoder
-) -> None:
-    before = weights_fingerprint(tiny_encoder.model)
-    load_adapter(tiny_encoder, trained_adapter[1])
-    load_whole(tiny_encoder, whole[1])
-    assert weights_fingerprint(tiny_encoder.model) == before
-    assert not tiny_encoder.model.training
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 @pytest.mark.parametrize("init", ["zero", "pissa"])
 def test_saved_files_have_the_permissions_of_the_umask(

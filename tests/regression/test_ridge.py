@@ -144,16 +144,6 @@ def test_the_names_of_folds_do_not_matter(problem: Problem, form: str) -> None:
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_input_is_left_as_it_was(problem: Problem, form: str, dtype: type[np.floating]) -> None:
-    X, Y, folds = problem.X.astype(dtype), problem.Y.astype(dtype), problem.folds.copy()
-    fit_ridge(X, Y, folds, GRID, form)
-    cross_validated_predictions(X, Y, folds, GRID, form)
-    for now, before in ((X, problem.X), (Y, problem.Y), (folds, problem.folds)):
-        np.testing.assert_array_equal(now, before)
-
-
-@every_form
 def test_bad_arrays_are_refused(form: str) -> None:
     """One fold leaves no row to choose on; two leave one such fold once the other is predicted."""
     problem = make_problem(12)

@@ -117,6 +117,8 @@ BAD_FILES = {
     "beyond": (np.array([2, 12]), "subject a: no voxel 12; the responses have 12: 0 to 11"),
     "negative": (np.array([-1]), "subject a: no voxel -1"),
     "twice": (np.array([2, 2]), "subject a: voxel 2 is named twice"),
+    "short": (np.ones(11, bool), "subject a: the mask has 11 voxels, the responses have 12"),
+    "half": (np.array([0.5]), "float64"),
     "none": (np.array([], int), "subject a: expected voxel indices or a mask"),
     "all bad": (np.array([BAD]), "subject a: none of these voxels is finite and varies in every story"),
 }
