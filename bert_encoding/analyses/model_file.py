@@ -107,9 +107,6 @@ def adapter_path(file: Path) -> Path:
     return file.with_suffix("") / "adapter"
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def write_model(file: Path, settings: ModelSettings, constants: ZScore, subjects: Mapping[str, FittedSubject]) -> None:
     """Write a model, completely or not at all; equal models give equal bytes.
 
@@ -152,9 +149,6 @@ def _write_weights(archive: zipfile.ZipFile, name: str, part: FittedSubject, n_f
 
 def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def load_model(file: Path) -> EncodingModel:

@@ -75,9 +75,6 @@ def profile_of(dataset: Dataset, subject: str = "s") -> LagProfile:
     return sums.profile(subject, inspected.voxel_masks[subject])
 
 
-# --- the regressor ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("trim", [PUBLISHED, COURSE, Trim(0, 0)])
 def test_word_rate_is_shifted_within_the_spoken_part(trim: Trim) -> None:
     story = make_story("s", 3)
@@ -96,9 +93,6 @@ def test_word_rate_is_shifted_within_the_spoken_part(trim: Trim) -> None:
     np.testing.assert_array_equal(SHIFTS, range(-10, 11))
     X, used = shifted_word_rate(make_story("s", 0, n_words=80), trim)
     assert (X.shape, used) == ((0, 21), slice(0, 0)), "shorter than the shifts"
-
-
-# --- the profile ------------------------------------------------------------------------------------------------------
 
 
 def plain_profile(dataset: Dataset, voxels: list[int]) -> np.ndarray:
@@ -214,9 +208,6 @@ def test_one_story_or_noise_gives_a_note(n_stories: int) -> None:
     assert note.startswith("s: word rate predicts nothing at any shift: alignment could not be confirmed (best CC ")
 
 
-# --- what is clear ----------------------------------------------------------------------------------------------------
-
-
 def test_noise_floor_equals_the_closed_form() -> None:
     folds = np.tile(np.arange(21.0), (4, 1)) + np.array([[-1.0], [1.0], [-1.0], [1.0]])
     # median 10; median absolute deviation 5; variance over folds 4/3, so the error is sqrt(1/3)
@@ -249,9 +240,6 @@ def test_noise_has_no_clear_peak(n_voxels: int, keep: float) -> None:
     assert alarms <= (2 if keep else 0)
 
 
-# --- what follows from it ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lag", [2, 3])
 @pytest.mark.parametrize(
     ("cut", "read_as", "moved", "remedy"), [(PUBLISHED, COURSE, -5, "published"), (COURSE, PUBLISHED, 5, "course")]
@@ -278,9 +266,6 @@ def test_a_real_listener() -> None:
     assert profile.peak in (2, 3)
     assert 0.03 < profile.cc.max() < 0.045
     assert np.abs(profile.cc[np.abs(SHIFTS - profile.peak) > 5]).max() < 0.01
-
-
-# --- single stories ---------------------------------------------------------------------------------------------------
 
 
 def shift_stories(dataset: Dataset, lags: dict[str, int]) -> Dataset:

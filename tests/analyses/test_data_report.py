@@ -59,9 +59,6 @@ def as_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out))
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
 def with_noise(lab: Path) -> None:
     rng = np.random.default_rng(0)
     for file in sorted((lab / "subject2").glob("*.npy")):
@@ -177,9 +174,6 @@ def test_bad_text_of_a_story_without_responses_is_no_reason(good: Path) -> None:
     assert check_dataset(with_responses(open_dataset(good), None)).verdict == "usable"
 
 
-# --- print, draw, JSON ------------------------------------------------------------------------------------------------
-
-
 def a_profile(cc: np.ndarray, floor: float) -> LagProfile:
     peak = int(SHIFTS[np.argmax(cc)])
     return LagProfile("here", "s", SHIFTS, cc, floor, peak, bool(cc.max() > floor), 2.0, TRIMS["published"])
@@ -243,9 +237,6 @@ def test_the_figure_is_drawn(name: str, begins: bytes, good: Path, tmp_path: Pat
     assert [path.name for path in file.parent.iterdir()] == [name]
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def test_check_prints_the_verdict_and_saves_the_figure_if_it_can(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,9 +296,6 @@ def test_the_demo_is_usable_and_its_trim_matters(
     assert lag["peak"] in (2, 3)
     assert run_command("check", "demo", "--trim", "course", "--json") == 2
     assert "try --trim published" in as_json(capsys)["reasons"][0]
-
-
-# --- fetch ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -370,9 +358,6 @@ def test_mistakes_are_refused_in_one_line(
     error = refusal(capsys, *(argument.format(lab=lab, text=text) for argument in arguments.split()))
     assert message.format(lab=lab, text=text).lower() in error.lower()
     assert not Path("results").exists() and fetch_calls == []
-
-
-# --- a real listener --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -99,9 +99,6 @@ def measured(task: Task, subject: str, stories: tuple[str, ...]) -> np.ndarray:
     return np.vstack([task.dataset.valid_responses(name, subject) for name in stories])
 
 
-# --- equality ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["frozen", "lora"])
 def test_validation_cc_equals_the_record(method: str, saved: Saved, trials: dict[str, Trial], task: Task) -> None:
     model, names = saved(method), task.splits[0].validation
@@ -164,9 +161,6 @@ def test_equal_models_give_equal_bytes_readable_by_numpy(
         np.testing.assert_array_equal(arrays["b/weights"], weights)
         assert weights.shape == (model.n_features, N_VOXELS) and weights.dtype == np.float32
         assert json.loads(str(arrays["settings"]))["layer"] == [1, 2]
-
-
-# --- what must fit ----------------------------------------------------------------------------------------------------
 
 
 def without_effect(weights: Path) -> None:
@@ -232,8 +226,6 @@ def test_no_file_is_overwritten(trials: dict[str, Trial], tmp_path: Path) -> Non
             fit_trial(trials["frozen"], tmp_path / name)
     assert (tmp_path / "model.npz").read_text() == "precious"
 
-
-# --- damage -----------------------------------------------------------------------------------------------------------
 
 SETTINGS = ModelSettings(
     "tiny", "0", None, 2, 64, 40, (1, 2), Trim(10, 5), 2.0, -9.0, ("alpha",), ("omega",), "fingerprint", "study", "0001"

@@ -33,9 +33,6 @@ A, B, AB = ("a",), ("b",), ("a", "b")
 WEAK = RidgeSettings(ridge_alphas=(1e-3, 1.0))  # nearly no penalty
 
 
-# --- the arithmetic ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n_spaces", [2, 3])
 def test_parts_are_recovered_from_their_unions(n_spaces: int) -> None:
     spaces = tuple("abc"[:n_spaces])
@@ -65,9 +62,6 @@ def test_r2_equals_scikit_learn_and_ignores_means() -> None:
     assert r2_score(Y, np.zeros_like(Y)).tolist() == [0, 0, 0, 0]
     flat = np.where(np.arange(4) == 2, np.float32(0.1), Y)
     assert np.isnan(r2_score(flat, predicted)).tolist() == [False, False, True, False]
-
-
-# --- the fits ---------------------------------------------------------------------------------------------------------
 
 
 def make_designs(
@@ -287,9 +281,6 @@ def test_banded_ridge_is_used_only_in_joint_fits() -> None:
     parts = (partition_variance({s: v.explained for s, v in scores.items()}) for scores in (plain, banded))
     lost_by_plain, lost_by_banded = (-part[A].mean() for part in parts)
     assert lost_by_plain > 0.05 and lost_by_banded < lost_by_plain / 2
-
-
-# --- the unique part --------------------------------------------------------------------------------------------------
 
 
 N_FIT, N_SCORED, N_VOXELS = 700, 400, 400  # voxels to which the space adds nothing; the same number to which it adds

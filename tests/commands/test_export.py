@@ -87,9 +87,6 @@ def plain_word(encoder: Encoder, text: str, start: int, end: int, layer: int) ->
     return hidden[inside].double().mean(dim=0).numpy()
 
 
-# --- stories ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layer", [None, 1, (0, 2)])
 def test_vectors_equal_those_of_a_trial(layer: Any, folder: Path, tiny_bert: Path) -> None:
     heard = inspect(open_dataset(folder))
@@ -151,9 +148,6 @@ def test_texts_become_words_and_marks(tiny_encoder: Encoder) -> None:
     expected = [plain_word(tiny_encoder, texts[0], *span, layer=1) for span in ((0, 3), (4, 9), (9, 10), (11, 16))]
     np.testing.assert_allclose(stacked(table)[:4], expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(stacked(table)[700 // 2 :][:4], expected, rtol=0, atol=1e-5)
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_whole_word_is_found_in_its_sentence(tiny_encoder: Encoder) -> None:
@@ -229,9 +223,6 @@ def test_means_are_over_all_occurrences(tiny_encoder: Encoder) -> None:
         chosen = stacked(occurrences[occurrences["word"] == row.word])
         np.testing.assert_allclose(np.asarray(row.vector), chosen.mean(axis=0, dtype=np.float64), rtol=0, atol=1e-6)
         assert np.asarray(row.vector).dtype == np.float32
-
-
-# --- files and the command --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -69,9 +69,6 @@ def study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(root / "s", tmp_path / "s"))
 
 
-# --- both commands ----------------------------------------------------------------------------------------------------
-
-
 def test_the_frozen_model_scores_a_test_story_as_its_record(
     study: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,9 +180,6 @@ def test_notes_name_a_better_frozen_encoder_and_changed_code(study: Path, capsys
     assert "note: the program has changed since this study" in out
 
 
-# --- which trial ------------------------------------------------------------------------------------------------------
-
-
 def put(folder: Path, trial_id: str, cc_mean: float, keep: bool = True, **values: Any) -> None:
     config = asdict(TrialConfig(method=values.get("method", "lora")))
     fields = {"status": "COMPLETE", "method": "lora", "phase": "search"} | values
@@ -234,9 +228,6 @@ def test_a_trial_that_cannot_be_fitted_is_refused(trial: str | None, message: st
         choose_trial(tmp_path, trial)
 
 
-# --- which data -------------------------------------------------------------------------------------------------------
-
-
 def change(**values: Any) -> Callable[[Path], None]:
     def apply(study: Path) -> None:
         about = read_json(study / "study.json")
@@ -280,9 +271,6 @@ def test_moved_data_are_accepted_and_other_data_refused(
         assert message in refusal(capsys, "fit", study, "--data", folder)
     moved = shutil.copytree(root / "lab", tmp_path / "moved")
     assert run_command("fit", study, "--data", moved, "--trial", "baseline-frozen") == 0
-
-
-# --- arguments of predict ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,6 @@ def test_texts_are_cleaned_as_in_training(bert: Path, tmp_path: Path) -> None:
         assert (p[0] == p[1]) == clean
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def test_the_command_prints_one_line_per_text(
     trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -187,9 +184,6 @@ def test_the_command_reads_files_and_writes_tables(
         assert run_command("predict", folder, "--file", file, "--to", out) == 0
         pd.testing.assert_frame_equal(read(out), predict_texts(folder, TEXTS), check_exact=True)
         assert capsys.readouterr().out == f"2 predictions are in {out}\n"
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_a_classifier_is_refused(tmp_path: Path, bert: Path) -> None:

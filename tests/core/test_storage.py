@@ -95,9 +95,6 @@ def fill(study: Place, scores: dict[str, float]) -> None:
         write_record(study, record(trial_id, score))
 
 
-# --- places -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("query", ["", "endpoint_override=localhost:9000&scheme=http"])
 @pytest.mark.parametrize("name", ODD)
 def test_open_place_reads_what_str_writes(name: str, query: str) -> None:
@@ -130,9 +127,6 @@ def test_open_place_refuses_and_repeats_no_secret(locations: list[str], reason: 
         with pytest.raises(InputError, match=re.escape(reason)) as refused:
             open_place(location)
         assert "hush" not in str(refused.value)
-
-
-# --- the same in a folder and in object storage -----------------------------------------------------------------------
 
 
 def test_files_are_listed_and_read(place: Place) -> None:
@@ -227,9 +221,6 @@ def test_more_than_a_thousand_files_are_listed(bucket: ObjectPath) -> None:
     assert [key for key in keys(bucket) if "record" in key] == []
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 def test_records_are_the_same_in_both(tmp_path: Path, bucket: ObjectPath) -> None:
     scores = {"0001": 0.1, "0002": 0.3, "0003": 0.2}
     local, remote = tmp_path / "study", bucket / "study"
@@ -315,9 +306,6 @@ def test_the_command_prints_a_study_in_object_storage(bucket: ObjectPath, capsys
     pd.testing.assert_frame_equal(table, load_trials(study))
     assert run_app(analysis.app, [str(bucket / "other")]) == 2
     assert capsys.readouterr().err == f"error: {bucket / 'other'}: no study here (study.json is missing)\n"
-
-
-# --- what the storage refuses -----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_setting_and_a_bucket_that_is_missing_are_one_line(bucket: ObjectPath) -> None:

@@ -81,9 +81,6 @@ def assert_read_or_refused(reader: Reader, content: bytes) -> bool:
     return True
 
 
-# --- a good file, damaged ---------------------------------------------------------------------------------------------
-
-
 def good_pickle(protocol: int) -> bytes:
     times = np.arange(4) / 2
     story = LabSequence(["once", "upon", "a", "time"], times, np.arange(9) * 2.0 - 9)
@@ -139,8 +136,6 @@ def test_a_file_cut_anywhere_is_refused(protocol: int, reader: Reader) -> None:
     assert assert_read_or_refused(reader, good)
     assert not [n for n in range(len(good)) if assert_read_or_refused(reader, good[:n])]
 
-
-# --- opcodes at random ------------------------------------------------------------------------------------------------
 
 CANARY_FILE = "canary"
 ALLOWED = [

@@ -23,9 +23,6 @@ from bert_encoding.datasets.story import Dataset, Story
 STORIES = ("alpha", "beta", "delta", "epsilon", "gamma", "wheretheressmoke", "zeta")
 
 
-# --- the mask ---------------------------------------------------------------------------------------------------------
-
-
 EVERY_ROW = slice(None)
 NON_FINITE = "subject2: 1 of 12 voxels left out (1 non-finite, 0 constant in a story)"
 CONSTANT = "subject2: 1 of 12 voxels left out (0 non-finite, 1 constant in a story)"
@@ -72,9 +69,6 @@ def test_inspecting_leaves_the_data_set_and_the_files_as_they_were(lab: Path) ->
     assert {file: file.read_bytes() for file in lab.rglob("*.*")} == before
 
 
-# --- what is refused and what is allowed ------------------------------------------------------------------------------
-
-
 def test_equal_word_times_and_rounded_tr_times_are_allowed(lab: Path) -> None:
     def edit(text: LabSequence) -> None:
         text.data_times[20] = text.data_times[19]
@@ -82,9 +76,6 @@ def test_equal_word_times_and_rounded_tr_times_are_allowed(lab: Path) -> None:
 
     edit_text(lab, "beta", edit)
     assert inspect(open_dataset(lab)).fingerprint
-
-
-# --- the survey goes on -----------------------------------------------------------------------------------------------
 
 
 def surveyed(lab: Path) -> tuple[Survey, dict[str, ResponseCheck]]:
@@ -229,9 +220,6 @@ def test_repeats_must_fit_the_responses(shape: tuple[int, ...], n_repeats: int |
     assert message is None or message in result.problems[0]
 
 
-# --- the fingerprint --------------------------------------------------------------------------------------------------
-
-
 def fingerprint(lab: Path) -> str:
     return inspect(open_dataset(lab)).fingerprint
 
@@ -291,9 +279,6 @@ def test_where_blocks_end_does_not_matter(n_bytes: int, lab: Path, monkeypatch: 
     assert blocks.notes == whole.notes
     assert blocks.voxel_masks is not None
     np.testing.assert_array_equal(np.flatnonzero(~blocks.voxel_masks["subject2"]), [3, 5, 9])
-
-
-# --- valid voxels -----------------------------------------------------------------------------------------------------
 
 
 def test_valid_responses_are_the_masked_columns_in_float32(lab: Path) -> None:

@@ -43,9 +43,6 @@ def sequence(words: list[str] | None = None) -> LabSequence:
     return LabSequence(words, np.arange(len(words)) * 0.5 + 0.25, np.arange(20) * 2.0 - 9)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def _with_numpy_core(content: bytes) -> bytes:
     """Spell ``numpy._core`` as NumPy 1 did. FRAME opcodes go, since the new name is a byte shorter."""
     operations = list(pickletools.genops(content))
@@ -135,18 +132,12 @@ def test_spoken_text(written: str, spoken: str) -> None:
     assert spoken_text(written) == spoken
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 def test_what_is_not_a_lab_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("hello")
     (tmp_path / "folder").mkdir()
     for name, message in (("nothing", "no such data"), ("file", "no known format"), ("folder", "no known format")):
         with pytest.raises(InputError, match=f"{re.escape(str(tmp_path / name))}.*{message}"):
             open_dataset(tmp_path / name)
-
-
-# --- responses --------------------------------------------------------------------------------------------------------
 
 
 def test_responses_are_mapped_read_only(lab: Path) -> None:

@@ -50,9 +50,6 @@ def published_trfile(n_volumes: int) -> TRFile:
     return trfile
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def test_reads_stories_subjects_and_repeats(root: Path) -> None:
     dataset = open_lebel(root)
     assert (tuple(dataset.stories), dataset.subjects) == (STORIES, ("UTS01", "UTS03"))
@@ -174,8 +171,6 @@ def test_published_test_stories_have_responses_of_some_subject(tmp_path: Path) -
     assert list(dataset.stories["onapproachtopluto"].responses) == []
 
 
-# --- the tier of words ------------------------------------------------------------------------------------------------
-
 WORDS: Labelled = [(0.0, 0.5, "I"), (0.5, 1.0, "walked")]
 OTHER: Labelled = [(0.0, 1.0, "other")]
 
@@ -259,9 +254,6 @@ def test_a_tier_that_stops_long_before_its_end_is_noted(root: Path) -> None:
     assert note.endswith("; was its TextGrid cut short?")
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -295,9 +287,6 @@ def test_lengths_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert read_volumes(tmp_path / "a.json") == {"alpha": 21}
 
 
-# --- what does not match ----------------------------------------------------------------------------------------------
-
-
 def test_text_or_length_alone_is_left_out_with_a_note(root: Path) -> None:
     for name in ("omega", "psi"):
         shutil.copy(grid_file(root, "alpha"), grid_file(root, name))
@@ -326,8 +315,6 @@ def test_known_defects_of_uts04_are_noted_where_they_apply(tmp_path: Path) -> No
     assert dataset.notes == (damaged, "UTS04: the data contain no responses to life")
     assert list(dataset.stories["life"].responses) == ["UTS02"]
 
-
-# --- files that are not all here --------------------------------------------------------------------------------------
 
 HINT = "content not fetched; run `datalad get`, or `python -m bert_encoding fetch lebel2023`"
 KEY = "annex/objects/MD5E-s200--0123456789abcdef0123456789abcdef"

@@ -31,9 +31,6 @@ def read(file: Path) -> Tiers:
     return [(tier.name, [tuple(interval) for interval in tier.intervals]) for tier in read_textgrid(file)]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with mark"])
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -94,9 +91,6 @@ def test_unusual_files_are_read_as_they_are(content: str, tiers: Tiers, tmp_path
     assert read(write(tmp_path / "a.TextGrid", content)) == tiers
 
 
-# --- other readers ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("dialect", ["long", "short", "old"])
 def test_agrees_with_other_libraries(dialect: str, encoding: str, tmp_path: Path) -> None:
@@ -121,8 +115,6 @@ def test_agrees_with_the_published_reader_on_words(dialect: str, tmp_path: Path)
     assert read(file)[1] == (theirs.nameid, published)
     assert len(published) == 80
 
-
-# --- damage -----------------------------------------------------------------------------------------------------------
 
 LONG, SHORT, CHRONOLOGICAL = long_textgrid(TIERS), short_textgrid(TIERS), chronological_textgrid(TIERS)
 REFUSED: dict[str, tuple[str | bytes, str]] = {

@@ -33,8 +33,6 @@ LANGUAGE, OTHERS = slice(0, N_LANGUAGE), slice(N_LANGUAGE, N_VOXELS)
 N_LOWER = 64  # language voxels of demo-null that follow a lower layer
 N_LAST = N_LANGUAGE - N_LOWER  # and the last one
 
-# --- opening ---------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_demos_are_opened_by_name_and_need_neither_model_nor_permission(
@@ -62,9 +60,6 @@ def test_fingerprints_of_listeners_differ(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(demo, "hidden_weights", lambda name: b"others" if name == DEMO_HELPS else b"")
     others = {name: demo._fingerprint(demo_stories(name)) for name in DEMOS}
     assert [name for name in DEMOS if others[name] != fingerprints[name]] == [DEMO_HELPS]
-
-
-# --- directions -------------------------------------------------------------------------------------------------------
 
 
 def _toy(n_hidden: int) -> tuple[Dataset, dict[str, np.ndarray], dict[str, slice], np.random.Generator]:
@@ -103,9 +98,6 @@ def test_voxels_follow_only_the_directions_that_differ() -> None:
         turn = np.linalg.lstsq(heard, followed[name], rcond=None)[0]
         np.testing.assert_allclose(heard @ turn, followed[name], atol=1e-7)
         np.testing.assert_allclose(turn.T @ turn, np.eye(N_DIRECTIONS), atol=1e-7)
-
-
-# --- what they follow -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

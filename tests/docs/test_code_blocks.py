@@ -95,9 +95,6 @@ def program(command: str) -> tuple[Any, list[str]]:
     return importlib.import_module(others.get(name, name)).app, shlex.split(words[2])
 
 
-# --- without running ------------------------------------------------------------------------------------------------
-
-
 def test_every_fence_has_a_language_and_ends() -> None:
     for page in PAGES:
         languages = re.findall(r"^ *```(.*)$", page.read_text(), re.M)
@@ -146,9 +143,6 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert target.exists(), path
         headings = re.findall(r"^#+ (.*)", target.read_text(), re.M) if anchor else []
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -188,8 +188,6 @@ def test_vectors_that_are_not_finite_name_the_story(tiny_encoder: Encoder) -> No
         embed(tiny_encoder, {"dry": ["the"], "wet": ["the", "river"]}, bert)
 
 
-# --- several layers ---------------------------------------------------------------------------------------------------
-
 ALL_LAYERS = [0, 1, 2]
 
 

@@ -160,9 +160,6 @@ def _story_rows(listener: Listener, cc: np.ndarray, role: str) -> list[dict[str,
     ]
 
 
-# --- many at once -----------------------------------------------------------------------------------------------------
-
-
 def draw(truth: Truth, plan: Plan, points: list[dict[str, Any]], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return trials and stories of what ``fake_records`` would give, with the columns that the verdict needs alone."""
     rng = np.random.default_rng(seed)
@@ -224,9 +221,6 @@ def frames(
     names = np.array([f"story{at:02d}" for at in range(n_stories)])
     columns = {"trial_id": np.repeat(ids, n_stories), "split": 0, "role": "validation", "subject": "s1"}
     return trials, pd.DataFrame(columns | {"story": np.tile(names, len(ids)), "cc_mean": cc.ravel()})
-
-
-# --- a folder ---------------------------------------------------------------------------------------------------------
 
 
 def write_fake_study(

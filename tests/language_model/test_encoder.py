@@ -38,9 +38,6 @@ def assert_refused(load: Callable[[str], object], name: str, because: str) -> No
     assert "\n" not in message
 
 
-# --- what is loaded ---------------------------------------------------------------------------------------------------
-
-
 def test_folder_loads_as_plain_transformers_does(tiny_bert: Path, tiny_encoder: Encoder) -> None:
     check_model_name(str(tiny_bert))
     plain = BertForMaskedLM.from_pretrained(tiny_bert)
@@ -90,9 +87,6 @@ def test_shape_is_read_from_the_configuration_alone(tiny_bert: Path, tmp_path: P
     assert model_shape(str(tmp_path)) == {"n_layers": 2, "n_hidden": 32, "n_intermediate": 64}
     assert model_shape("bert-base-uncased") == {"n_layers": 12, "n_hidden": 768, "n_intermediate": 3072}
     assert model_shape(MINILM) == {"n_layers": 6, "n_hidden": 384, "n_intermediate": 1536}
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nowhere", "a/b/c", "", "  "])
@@ -181,9 +175,6 @@ def test_damaged_checkpoint_is_refused(
     folder = shutil.copytree(tiny_bert, tmp_path / "damaged")
     spoil(folder)
     assert_refused(load_encoder, str(folder), because)
-
-
-# --- the bundled encoder ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.demo

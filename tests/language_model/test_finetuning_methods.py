@@ -105,9 +105,6 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model.eval()(ids).logits
 
 
-# --- what trains ------------------------------------------------------------------------------------------------------
-
-
 def test_every_method_is_tested_here() -> None:
     assert {config.get("method", "lora") for config, _ in CASES.values()} == set(BERT_METHODS)
 
@@ -134,9 +131,6 @@ def test_full_trains_a_model_that_an_earlier_adapter_left_without_gradients(tiny
     model = prepare_model(TrialConfig(method="full"), merged)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in merged.model.parameters())
-
-
-# --- what a fresh model computes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "random"])
@@ -190,9 +184,6 @@ def test_dropout_is_cheap_and_has_the_rates_of_the_configuration_or_else_of_the_
     assert {type(part) for part in dropouts.values()} == {CheapDropout}
 
 
-# --- which adapter ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
@@ -209,9 +200,6 @@ def test_settings_of_adapters_reach_peft(case: str, expected: dict[str, Any], ti
     plain |= {"init_lora_weights": True}
     config = prepare_model(configure(case, lora_dropout=0.25), tiny_encoder).peft_config["default"]
     assert {name: getattr(config, name) for name in plain} == plain | expected
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,9 +235,6 @@ def test_setting_that_does_not_fit_the_model_is_refused(
     with nullcontext() if message is None else pytest.raises(error, match=message) as refused:
         assert count_parameters(prepare_model(TrialConfig(**settings), tiny_encoder)).n_all >= 27_000
     assert refused is None or "\n" not in str(refused.value)
-
-
-# --- how many ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +276,6 @@ def test_parameters_of_a_whole_bert_are_counted_once() -> None:
     block = 4 * (h * h + h) + (h * i + i) + (i * h + h) + 2 * 2 * h
     head = h * h + h + 2 * h + n
     assert count_parameters(BertForMaskedLM(config)) == (embeddings + 3 * block + head,) * 2
-
-
-# --- how far they moved -----------------------------------------------------------------------------------------------
 
 
 def merged_weights(model: Any) -> dict[str, np.ndarray]:
@@ -366,9 +348,6 @@ def test_weights_that_are_not_finite_are_named(case: str, value: float, tiny_enc
         measure_change(model, tiny_encoder)
 
 
-# --- back to the best epoch -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", TUNING)
 def test_restored_model_is_the_one_before_bit_for_bit(case: str, tiny_encoder: Encoder, ids: torch.Tensor) -> None:
     model = a_step(prepare_model(configure(case), tiny_encoder), ids)
@@ -389,9 +368,6 @@ def test_state_of_another_method_is_refused(tiny_encoder: Encoder) -> None:
     with pytest.raises(ValueError, match=r"bert\.embeddings\.LayerNorm\.bias is trainable in only one"):
         restore_state(full, tuned_state(partial))
     assert weights_fingerprint(full) == before
-
-
-# --- dropout ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

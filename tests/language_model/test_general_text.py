@@ -42,9 +42,6 @@ def bundled_ids(part: str, tokenizer: BertTokenizerFast) -> list[list[int]]:
     return [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts]
 
 
-# --- what is bundled --------------------------------------------------------------------------------------------------
-
-
 def test_every_bundled_file_is_ascii_and_belongs_to_one_half() -> None:
     names = [path.name for path in FOLDER.iterdir()]
     halves = {part: [name for name in names if name.startswith(f"{part}_")] for part in ("probe", "control")}
@@ -72,9 +69,6 @@ def test_the_halves_are_about_equal_and_share_no_phrase_with_each_other_or_a_sto
         assert not set(phrases[first]) & set(phrases[second])
     for part in ("probe", "control"):
         assert len(set(phrases[part])) > 0.995 * len(phrases[part]), "no filler: hardly a phrase comes twice"
-
-
-# --- probe ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window_tokens", [16, 128, 512])
@@ -119,9 +113,6 @@ def test_the_start_of_a_long_file_is_read(
     monkeypatch.setattr(general_text, "MAX_PROBE_TOKENS", 101)
     expected = tokenizer.convert_tokens_to_ids(numbers.read_text().split())[:105]  # whole texts
     np.testing.assert_array_equal(inner(probe_windows(tokenizer, 12, numbers)), expected)
-
-
-# --- control ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_tokens", [1, 100, 5000, 40_000])
@@ -206,9 +197,6 @@ def test_note_describes_the_text(tokenizer: BertTokenizerFast, numbers: Path) ->
     assert describe_control(repeated, numbers) == (
         f"trained on 500 tokens of {numbers}, not of stories; the text is short and was repeated 2.5 times"
     )
-
-
-# --- what can be wrong ------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_file_is_named(tokenizer: BertTokenizerFast, tmp_path: Path) -> None:

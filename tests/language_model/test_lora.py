@@ -39,9 +39,6 @@ LAYERS_BY_TARGETS = {
 }
 
 
-# --- which layers -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("targets", LAYERS_BY_TARGETS)
 def test_exactly_the_named_layers_are_adapted_and_only_a_and_b_train(targets: str, tiny_encoder: Encoder) -> None:
     model = add_lora(tiny_encoder, targets, rank=3)
@@ -90,9 +87,6 @@ def test_wrong_targets_are_named(targets: str, message: str) -> None:
 
 def test_every_target_is_tested_here() -> None:
     assert set(TARGETS) | {"all"} <= set(LAYERS_BY_TARGETS)
-
-
-# --- what they compute ------------------------------------------------------------------------------------------------
 
 
 def test_new_adapter_changes_nothing_and_is_refused_on_load(tiny_encoder: Encoder, tmp_path: Path) -> None:
@@ -148,9 +142,6 @@ def test_pissa_starts_with_the_largest_singular_vectors(tiny_encoder: Encoder) -
     with torch.no_grad():
         torch.testing.assert_close(2.0 * B @ A, best, rtol=0, atol=1e-6)
         torch.testing.assert_close(layer.base_layer.weight, W - best, rtol=0, atol=1e-6)
-
-
-# --- save and load ----------------------------------------------------------------------------------------------------
 
 
 def test_adapter_on_a_bare_bert_model_changes_nothing_and_is_caught(

@@ -112,9 +112,6 @@ def masked_calls(monkeypatch: pytest.MonkeyPatch, probes: Probes) -> list[Masked
     return calls
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("probability", [0.01, 0.15, 0.9])
 def test_loss_and_gradients_equal_those_of_transformers(probability: float, tiny_encoder: Encoder) -> None:
     windows = [*some_windows(tiny_encoder, n_words=70), *some_windows(tiny_encoder, n_words=9)]
@@ -141,9 +138,6 @@ def test_bfloat16_is_used_and_close(tiny_encoder: Encoder) -> None:
     assert coarse.dtype == torch.float32
     assert float(exact) != float(coarse)
     assert float(exact) == pytest.approx(float(coarse), abs=0.02)
-
-
-# --- a whole training, step by step -----------------------------------------------------------------------------------
 
 
 def plain_training(
@@ -229,12 +223,6 @@ def test_the_given_share_is_masked(probability: float, tiny_encoder: Encoder) ->
     assert abs(n_chosen - n * probability) <= 4.5 * np.sqrt(n * probability * (1 - probability))
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
-# --- the best epoch and an early end ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("values", "patience", "best", "n_epochs"),
     [
@@ -257,9 +245,6 @@ def test_patience_counts_epochs_without_a_lower_held_out_loss(
     assert [result.is_best for result in results] == [bool(flag) for flag in best]
     assert [result.mlm_loss_heldout for result in results] == values[:n_epochs]
     assert [result.epoch for result in results] == list(range(1, n_epochs + 1))
-
-
-# --- general text in between ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("replay", "n_general"), [(0.25, 40), (0.1, 40), (0.5, 3)])
@@ -302,9 +287,6 @@ def test_whole_words_reach_the_masks(tiny_encoder: Encoder) -> None:
                 pieces = chosen[1 : 1 + window.word_ids.size][window.word_ids == word]
                 split[whole_words] += int(0 < pieces.sum() < pieces.size)
     assert split[True] == 0 < split[False]
-
-
-# --- probes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n_train", "n_heldout"), [(300, 300), (300, 70), (70, 900)])
@@ -388,9 +370,6 @@ def test_losses_of_an_epoch_are_those_of_the_weights_it_ends_with(tiny_encoder: 
         with torch.no_grad():
             expected = [float(masked_lm(model)(**as_one_batch(batches)).loss) for batches in probes]
         assert [losses.mlm_loss_train, losses.mlm_loss_heldout] == pytest.approx(expected, abs=1e-5)
-
-
-# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

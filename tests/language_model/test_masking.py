@@ -119,9 +119,6 @@ def test_nothing_to_choose_is_refused() -> None:
         mask([Window(np.array([CLS, SEP]), np.array([], int))])
 
 
-# --- whole words ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("probability", [0.15, 0.5])
 def test_a_word_is_chosen_with_all_its_pieces_or_not_at_all(probability: float, seed: int) -> None:
@@ -163,9 +160,6 @@ def test_at_least_one_whole_word() -> None:
         words = windows[row].word_ids[np.nonzero(batch.chosen[row])[0] - 1]
         assert len(set(words)) == 1
         assert len(words) == (windows[row].word_ids == words[0]).sum()
-
-
-# --- one window does not disturb another ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whole_words", [False, True])

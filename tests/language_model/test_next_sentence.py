@@ -93,8 +93,6 @@ def taken_apart(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
-# --- the pairs --------------------------------------------------------------------------------------------------------
-
 LENGTHS = {"a": 333, "b": 500, "c": 41, "d": 90}
 
 
@@ -243,9 +241,6 @@ def test_a_single_story_or_a_window_that_holds_no_pair_is_refused(
         pairs_of(numbered_stories(lengths), encoder.tokenizer, window_tokens=window_tokens)
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------
-
-
 def as_transformers_reads(batch: PairBatch) -> dict[str, torch.Tensor]:
     labels = np.full(batch.masked.ids.shape, -100)
     labels[batch.masked.chosen] = batch.masked.labels
@@ -282,9 +277,6 @@ def test_gradients_of_a_step_equal_those_of_transformers(accumulation: int, with
     for name, value in expected.items():
         torch.testing.assert_close(gradients[0][name], value, rtol=0, atol=1e-6, msg=name)
         assert float(value.abs().max()) > 0, name
-
-
-# --- the heads --------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_has_the_heads_keeps_them(with_heads: Path, encoder: Encoder) -> None:
@@ -343,9 +335,6 @@ def test_the_pooler_changes_no_vector_and_nothing_of_the_masked_lm(tiny_encoder:
     assert {name for name, p in whole.named_parameters() if id(p) not in shared} == set(NEXT_SENTENCE_KEYS)
     assert not whole.training
     assert to_pretraining(model.train(), tiny_encoder, seed=0).training
-
-
-# --- with an adapter --------------------------------------------------------------------------------------------------
 
 
 def adapted(encoder: Encoder) -> PeftModel:

@@ -38,9 +38,6 @@ def whole(tiny_encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> tu
     return model, folder
 
 
-# --- whole models -----------------------------------------------------------------------------------------------------
-
-
 def test_loaded_model_gives_the_vectors_of_the_trained_one_and_is_a_checkpoint_of_transformers(
     whole: tuple[BertForMaskedLM, Path], tiny_encoder: Encoder
 ) -> None:
@@ -66,9 +63,6 @@ def test_model_with_a_next_sentence_head_loads_too(tiny_encoder: Encoder, tiny_b
 def test_the_pretrained_model_itself_is_refused(tiny_encoder: Encoder, tiny_bert: Path) -> None:
     with pytest.raises(InputError, match="tiny: the model: changes nothing"):
         load_whole(tiny_encoder, tiny_bert)
-
-
-# --- whole models and adapters ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT warns; we refuse

@@ -94,9 +94,6 @@ def gradients() -> Iterator[list[list[torch.Tensor]]]:
     hook.remove()
 
 
-# --- accumulation -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8), (3, 2)])
 def test_gradients_of_two_losses_equal_a_plain_loop(
     batch_size: int, accumulation: int, gradients: list[list[torch.Tensor]]
@@ -127,9 +124,6 @@ def test_losses_with_another_number_of_terms_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"expected loss terms .*, got"):
         run(line(), Miscounted(), TRAINING)
-
-
-# --- memory that runs out ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.table
@@ -201,9 +195,6 @@ def test_other_errors_are_not_taken_for_memory(errors: list[str]) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run(line(), broken, TRAINING)
     assert broken.parts == [4, 2][: len(errors)]
-
-
-# --- L2-SP ------------------------------------------------------------------------------------------------------------
 
 
 def penalty(terms: list[Callable[[], torch.Tensor]]) -> float:
@@ -289,9 +280,6 @@ def test_l2_sp_adds_its_gradient_once_per_step(gradients: list[list[torch.Tensor
     for gradient, p, place, p0 in zip(gradients[1], models[1].parameters(), places[1], start, strict=True):
         assert float((place - p0).abs().max()) > 5e-3
         torch.testing.assert_close(gradient, p.grad + 0.7 * (place - p0), rtol=1e-5, atol=1e-6)
-
-
-# --- epochs -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_of_so_many_steps_takes_a_sample_without_replacement() -> None:

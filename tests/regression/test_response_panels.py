@@ -96,9 +96,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
-
-
 def test_targets_are_z_scored_over_all_rows(dataset: Dataset, folder: Path, cache: WorkerCache) -> None:
     raw = np.delete(np.vstack([np.load(folder / "a" / f"{name}.npy") for name in FIT]), BAD, axis=1)
     expected = StandardScaler().fit_transform(raw.astype(np.float32).astype(np.float64))
@@ -134,9 +131,6 @@ def test_panels_hold_every_valid_voxel_once(dataset: Dataset, monkeypatch: pytes
     assert columns == [slice(0, 5), slice(5, 10), slice(10, 11)]
     narrow = [panel.columns for panel in panels(dataset, "b", FIT, SCORED, 10_000)]
     assert narrow[:2] == [slice(0, 1), slice(1, 2)], "never less than one"
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def test_cached_responses_are_read_once_and_the_same_bits_as_fresh_ones(
@@ -233,9 +227,6 @@ def test_scoring_leaves_cached_responses_unchanged_and_gives_the_same_bits_again
     for cc, cc_again, cc_fresh in zip(first, again, fresh, strict=True):
         np.testing.assert_array_equal(cc, cc_again)
         np.testing.assert_array_equal(cc, cc_fresh)
-
-
-# --- noise ceilings ---------------------------------------------------------------------------------------------------
 
 
 def with_repeats(dataset: Dataset, seed: int, story: str = "zeta") -> Dataset:

@@ -121,9 +121,6 @@ def test_coverage_over_time_is_as_stated() -> None:
     assert 0.88 <= np.mean(hits) <= 0.98
 
 
-# --- replicates -------------------------------------------------------------------------------------------------------
-
-
 def test_joined_panels_equal_one_call() -> None:
     Y, a, story_of_row, _ = example()
     Y[:, 0] = 3.0  # a panel of its own, without any voxel to use

@@ -95,9 +95,6 @@ def test_fewer_than_two_repeats_or_rows_are_refused(shape: tuple[int, ...]) -> N
         noise_ceiling(np.zeros(shape))
 
 
-# --- from files -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block_bytes", [1, 5000, 2**26])
 def test_panels_of_a_file_give_the_same_ceiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
@@ -137,9 +134,6 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"s\.hf5.*download it again"):
         ceiling_of(Responses(path, key="individual_repeats"), np.arange(40))
-
-
-# --- normalised -------------------------------------------------------------------------------------------------------
 
 
 def test_normalises_above_the_floor_and_counts_what_is_left_out() -> None:

@@ -178,9 +178,6 @@ def test_shapes_that_disagree_are_refused(shapes: tuple, message: str) -> None:
         block_permutation_p(np.zeros(shapes[0]), np.zeros(shapes[1]), np.zeros(shapes[2], int))
 
 
-# --- calibration and power --------------------------------------------------------------------------------------------
-
-
 def silent(lag_1: float, n_voxels: int = N_SILENT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return responses, smooth predictions that know nothing of them, and their stories; every voxel has its own noise
     and prediction, so that voxels are independent and the binomial band holds."""
@@ -272,9 +269,6 @@ def test_inflation_costs_little_power(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permutation, "LONGEST_LAG_TRS", 0)
     assert 0 <= np.mean(block_permutation_p(Y, predicted, story_of_row) < 0.05) - widened < 0.04
     assert widened > 0.75
-
-
-# --- false discovery rate ---------------------------------------------------------------------------------------------
 
 
 def stepwise(p: list[float]) -> list[float]:

@@ -48,9 +48,6 @@ def run_in_new_process(*arguments: str, code: str | None = None, **environment: 
     return Ended(ran.returncode, ran.stdout, ran.stderr)
 
 
-# --- valid options ------------------------------------------------------------------------------------------------
-
-
 def test_the_lab_folder_of_these_tests_is_accepted(command: Command, tmp_path: Path) -> None:
     """Otherwise the tests below could pass for another reason."""
     ended = command("--dry-run")
@@ -128,9 +125,6 @@ def test_brackets_in_the_name_of_a_folder_are_printed(name: str, lab: Path, comm
     assert str(folder) in ended.out
 
 
-# --- invalid options --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -197,9 +191,6 @@ def test_a_user_defined_space_is_checked_before_anything_runs(start: str, comman
     assert_refused(command("--space", str(file), "--dry-run"), f"{file}: rank 0: must be a number from 1")
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_test_story_without_responses_is_an_error(lab: Path, command: Command) -> None:
     (lab / "subject2" / "wheretheressmoke.npy").unlink()
     assert_refused(command(), "none of the published test stories heard by subject2", "--test-stories")
@@ -220,9 +211,6 @@ def test_without_a_published_test_story_one_must_be_named(tmp_path: Path, comman
     folder = make_lab(tmp_path / "other", stories=("a", "b", "c", "d", "e"))
     assert_refused(command("--data", str(folder)), str(folder), "--test-stories")
     assert command("--data", str(folder), "--test-stories", "a", "--dry-run").code == 0
-
-
-# --- the study's folder -----------------------------------------------------------------------------------------------
 
 
 def test_an_existing_name_is_refused_and_not_changed(command: Command, tmp_path: Path) -> None:

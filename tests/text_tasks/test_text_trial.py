@@ -95,9 +95,6 @@ def settings(model: str, **changes: Any) -> TrialConfig:
     return TrialConfig(model=model, precision="float32", **{**tiny, **adapter, **changes})
 
 
-# --- the split --------------------------------------------------------------------------------------------------------
-
-
 def test_a_split_is_stratified_complete_and_seeded(corpus: Corpus) -> None:
     labels = np.array([example.label for example in corpus])
     train, heldout = split_corpus(corpus, seed=3)
@@ -170,9 +167,6 @@ def test_the_notes_state_sizes_classes_and_repeated_texts(tmp_path: Path) -> Non
     ]
 
 
-# --- what is read of a text -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("max_length", [8, 11, 32])
 def test_the_end_of_a_long_text_is_read_as_transformers_truncates(encoder: Encoder, max_length: int) -> None:
     texts = ["the film was not good", "i think the plot was weak, but we found the cast great at all", "fine", " "]
@@ -189,9 +183,6 @@ def test_tokens_know_their_words(encoder: Encoder) -> None:
     assert encoder.tokenizer.convert_ids_to_tokens(tokens.ids) == "the film ##s [UNK] not".split()
     assert tokens.word_ids.tolist() == [0, 1, 1, 2, 3]
     assert tokens.n_words == 4
-
-
-# --- the classifier ---------------------------------------------------------------------------------------------------
 
 
 def test_scores_equal_scikit_learns() -> None:
@@ -279,9 +270,6 @@ def test_one_step_equals_a_plain_transformers_loop(method: str, encoder: Encoder
         if p.requires_grad:
             assert torch.allclose(gradients[name], p.grad, rtol=0, atol=1e-6), name
     assert objective.n_tokens(step) == int(batch["attention_mask"].sum())
-
-
-# --- a trial ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -455,9 +443,6 @@ def test_three_classes_are_distinguished(tmp_path: Path, bert: str) -> None:
     assert record.scores["macro_f1"] == 1
 
 
-# --- adapting a masked LM ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def domain(corpus: Corpus) -> TextTask:
     return make_text_task(ADAPT, corpus, seed=0, max_length=32)
@@ -543,9 +528,6 @@ def test_a_model_without_a_head_cannot_adapt(
         run_text_trial(settings(bert), domain)
     with pytest.raises(InputError, match="mlm_text 'control': not available in task 'adapt'"):
         run_text_trial(settings(bert, mlm_text="control"), domain)
-
-
-# --- the bundled search space -----------------------------------------------------------------------------------------
 
 
 def test_sentiment_lora_starts_at_the_course_s_point_and_sets_the_methods_side_by_side() -> None:

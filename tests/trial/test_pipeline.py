@@ -1,6 +1,7 @@
 """The stages after training: vocabularies, plain vectors, and the ridge that scores share."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_a_bag_of_words_trial_equals_a_plain_recomputation(task: Task) -> None:
         np.testing.assert_allclose(cc[SUBJECT], expected, rtol=0, atol=1e-6)
 
 
+def test_words_outside_the_fit_stories_enter_no_vocabulary(task: Task) -> None:
+    split = task.splits[0]
+    stories = dict(task.dataset.stories)
+    for name in split.validation:
+        stories[name] = replace(stories[name], words=("zebra",) * len(stories[name].words))
+    other = task._replace(dataset=replace(task.dataset, stories=stories))
+    config = TrialConfig(method="bag_of_words", vocabulary=9)
+    vectors = Chain(config, other).vectors(None, split.fit + split.validation, split.fit)
+    assert all(not vectors[name].any() for name in split.validation)
+
+
 def test_static_vectors_are_looked_up_and_their_coverage_is_noted(task: Task, tmp_path: Path) -> None:
     pytest.importorskip("gensim", reason="gensim (extra 'static') is not installed")
     known, rng = frequent(task, task.splits[0].fit, 12), np.random.default_rng(0)
@@ -62,9 +74,6 @@ def test_static_vectors_are_looked_up_and_their_coverage_is_noted(task: Task, tm
         f"glove.txt has a vector for {n_known / n_words:.1%} of the spoken words; the others are zero"
     ]
     assert run_trial(config, task).notes[0] == chain.notes[0]
-
-
-# --- what scores share ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

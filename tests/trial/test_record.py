@@ -90,9 +90,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- a record ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written = lora()
     write_record(tmp_path, written)
@@ -146,9 +143,6 @@ def test_a_damaged_record_is_named(content: bytes, tmp_path: Path) -> None:
         read_records(tmp_path)
     assert str(refused.value).startswith(f"{file}: damaged")
     assert "\n" not in str(refused.value)
-
-
-# --- all or nothing ---------------------------------------------------------------------------------------------------
 
 
 class Crash(Exception):
@@ -281,9 +275,6 @@ def test_a_denied_folder_is_named_and_other_errors_of_the_system_are_raised(
     assert type(raised.value) is expected
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_documented_columns_come_first_and_in_order() -> None:
     frame = trials_frame([baseline(), lora()])
     assert list(frame.columns) == [*DOCUMENTED, "log2_rank", "alpha_factor"], "lr has a column already"
@@ -379,9 +370,6 @@ def test_records_of_a_large_study_become_a_table_in_seconds(n: int, tmp_path: Pa
     assert seconds < 5 / 10_000 * max(n, 2_000), f"{seconds:.1f} s for {n} records"
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
 def with_adapter(study: Path, record: TrialRecord) -> None:
     adapter_folder(study, record.trial_id).mkdir(parents=True)
     (adapter_folder(study, record.trial_id) / "adapter_model.safetensors").write_bytes(b"weights")
@@ -404,9 +392,6 @@ def test_exactly_the_best_adapters_and_details_of_searched_trials_stay(n: int, t
     for _ in range(2):
         keep_best(tmp_path, n)
         assert set(files(tmp_path)) == {*others, *adapters, *details}
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_sees_every_value_and_no_order_of_a_dict() -> None:

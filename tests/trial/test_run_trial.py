@@ -103,9 +103,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     return calls
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "layer", "window_tokens", "stride"),
     [*((method, None, 512, 256) for method in METHODS), ("frozen", 1, 40, 15), ("lora", None, 50, 48)],
@@ -151,9 +148,6 @@ def test_frozen_losses_are_those_before_the_first_step(task: Task, tiny_encoder:
     barely_tuned = run_trial(config(tiny_encoder, lr=1e-9, epochs=1, rank=2), task)
     for name in ("mlm_loss_train", "mlm_loss_heldout"):
         assert frozen.scores[name] == pytest.approx(barely_tuned.scores[name], abs=1e-5)
-
-
-# --- same settings, same bits -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -227,9 +221,6 @@ def test_other_text_under_the_same_story_names_is_not_taken_from_the_cache(
     assert not np.array_equal(first.cc[SUBJECT], other.cc[SUBJECT])
 
 
-# --- what training may read -------------------------------------------------------------------------------------------
-
-
 def own_ids(task: Task, encoder: Encoder, names: tuple[str, ...]) -> set[int]:
     """Token ids that the words of some stories consist of."""
     text = " ".join(word for name in names for word in task.dataset.stories[name].words)
@@ -290,9 +281,6 @@ def test_search_never_reads_test_responses(method: str, task: Task, tiny_encoder
             run_trial(settings, without, score_test=True)
 
 
-# --- epochs and stopping ----------------------------------------------------------------------------------------------
-
-
 def test_last_epoch_is_the_score_and_the_best_is_noted(task: Task, tiny_encoder: Encoder) -> None:
     reported: list[dict[str, float]] = []
     best_was_not_last = 0
@@ -343,9 +331,6 @@ def test_notes_name_every_epoch_of_overfitting(
     assert epochs == rose
 
 
-# --- several splits ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.table
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_over_outer_folds_are_means_of_single_splits(
@@ -382,8 +367,6 @@ def test_splits_of_which_some_are_too_short_for_p_values_are_averaged(tmp_path: 
         together = run_trial(settings, task._replace(splits=splits)).scores
         assert together["share_significant"] == pytest.approx(np.mean(shares))
 
-
-# --- records ----------------------------------------------------------------------------------------------------------
 
 TRAITS = {"share_trainable", "delta_norm", "stable_rank", "probe_loss_before", "probe_loss_after"}
 SCORES = set(
@@ -430,9 +413,6 @@ def test_test_stories_are_scored_only_without_tuning(task: Task, tiny_encoder: E
         roles = [(row["role"], row["story"]) for row in record.stories]
         assert roles == [("validation", "alpha"), ("test", "wheretheressmoke")]
         assert "cc_test" not in run_trial(config(tiny_encoder, method=method), task).scores
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_model_without_a_head_can_only_be_frozen(task: Task, tiny_encoder: Encoder, tmp_path: Path) -> None:

@@ -351,8 +351,6 @@ def test_no_panel_is_larger_than_its_budget(long: Dataset, monkeypatch: pytest.M
     assert max(a + b for a, b in zip(read[::2], read[1::2], strict=True)) <= 50_000
 
 
-# --- the grid of alphas -----------------------------------------------------------------------------------------------
-
 NARROW, WIDE = (0.1, 1.0, 10.0, 100.0), (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
@@ -424,9 +422,6 @@ def test_a_saved_model_is_fitted_with_the_grid_that_scores_were_widened_to(
     np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
-# --- tests of predictions ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n_columns", [100, 7])
 def test_tests_of_predictions_are_those_of_an_exact_fit(
     long: Dataset, n_columns: int, monkeypatch: pytest.MonkeyPatch
@@ -458,9 +453,6 @@ def test_stories_too_short_for_a_p_have_none(n_rows: tuple[int, ...], has_p: boo
     tests = examine_predictions(Y, predicted, np.repeat(np.arange(len(n_rows)), n_rows))
     assert np.isnan(tests.p).all() == (tests.share_significant is None) != has_p
     assert np.isfinite(tests.replicates.mean).all(), "the interval needs no p"
-
-
-# --- regions of interest ----------------------------------------------------------------------------------------------
 
 
 def test_regions_of_interest_are_means_over_their_valid_voxels(dataset: Dataset) -> None:

@@ -108,9 +108,6 @@ def strict_json(file: Path) -> dict[str, Any]:
     return content
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
-
-
 def test_names_and_values_of_details(dataset: Dataset, by_hand: dict[str, SubjectScores], ceilings: Ceilings) -> None:
     untested = {s: r._replace(tests=None) for s, r in by_hand.items()}
     details = voxel_details(dataset, {"validation": untested, "test": by_hand}, ceilings)
@@ -165,9 +162,6 @@ def test_cc_norm_is_of_the_stories_with_repeats_and_notes_count_its_voxels(
     assert ceiling_notes(by_hand, ceilings) == expected
     norms = [plain_cc_norm(by_hand[s].story_cc[TEST].astype(float), plain_ceiling(dataset, s)) for s in SUBJECTS]
     assert columns_of_test(by_hand, ceilings)["cc_norm"] == pytest.approx(np.mean(norms), rel=1e-5), "zeta has none"
-
-
-# --- a whole trial ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

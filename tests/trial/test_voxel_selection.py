@@ -34,9 +34,6 @@ def frozen(encoder: Encoder) -> TrialConfig:
     return TrialConfig(method="frozen", model=encoder.name)
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-
 def test_the_chosen_voxels_are_the_best_seen_inside_the_fit_stories(dataset: Dataset, tiny_encoder: Encoder) -> None:
     task, config = make_task(dataset), frozen(tiny_encoder)
     chain, fit = Chain(config, task), task.splits[0].fit
@@ -90,9 +87,6 @@ def test_the_key_distinguishes_subsets(dataset: Dataset) -> None:
     keys = [voxels_key(keep_voxels(dataset, {subject: np.array(v) for subject, v in kept.items()})) for kept in subsets]
     assert len({*keys, voxels_key(dataset)}) == 4
     assert keys[0] == voxels_key(keep_voxels(dataset, {"a": np.array([2, 1]), "b": np.array([1])}))
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def only(dataset: Dataset, subject: str) -> Dataset:

@@ -87,9 +87,6 @@ def write_mapper(file: Path, **changes: Any) -> tuple[Path, np.ndarray, np.ndarr
     return file, dense, inside
 
 
-# --- volumes ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("order", ["zyx", "xyz"])
 def test_nifti_holds_each_voxel_at_its_position_and_is_reproducible(
     study: Path, mask_file: str, inside: np.ndarray, values: np.ndarray, order: str, tmp_path: Path
@@ -157,9 +154,6 @@ def test_slices_show_the_left_on_the_left(inside: np.ndarray, values: np.ndarray
     np.testing.assert_array_equal(image, turned)
 
 
-# --- the flat cortex --------------------------------------------------------------------------------------------------
-
-
 def test_flat_image_equals_the_dense_product(tmp_path: Path) -> None:
     file, dense, inside = write_mapper(tmp_path / "mapper.hdf")
     values = np.random.default_rng(6).standard_normal(6)
@@ -180,9 +174,6 @@ def test_voxels_without_a_value_are_left_out() -> None:
     mapper = Mapper(weights, np.ones((4, 1), bool))
     image, _ = flatten(np.array([2.0, np.nan, 4.0]), mapper)
     np.testing.assert_allclose(image, [[2.0, np.nan, 3.0, np.nan]], atol=1e-14)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def test_colours_follow_the_values() -> None:
@@ -255,9 +246,6 @@ def test_an_existing_map_is_not_overwritten(study: Path, mask_file: str, capsys:
         file.write_text("precious")
         assert f"{file}: exists already" in refusal(capsys, "map", *options)
         assert file.read_text() == "precious"
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,6 @@ def _needed(name: str, extra: str) -> set[str]:
     return {canonicalize_name(one.name) for one in needed}
 
 
-# --- shell ---
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_shell_scripts_are_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
@@ -279,13 +276,15 @@ def test_slurm_job_runs_and_ends_before_its_time_is_up(slurm_project: Path, job_
     assert not any(Path(folder).exists() for folder in seen["folders"]), "token and sockets are removed"
 
 
+def test_slurm_asks_for_what_a_trial_needs() -> None:
+    header = dict(re.findall(r"^#SBATCH --(\S+?)=(\S+)$", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE))
+    assert {"gres": "gpu:1", "mem": "32G", "nodes": "1", "signal": "B:TERM@120"}.items() <= header.items()
+
+
 def test_slurm_job_refuses_another_folder(tmp_path: Path) -> None:
     done = subprocess.run(["bash", DEPLOY / "slurm.sbatch"], env=_job(tmp_path, "1"), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path}: submit from the project's folder, after 'make .venv/installed'\n"
-
-
-# --- AWS ---
 
 
 @pytest.mark.parametrize("network", ["0.0.0.0/0", "::/0", "10.0.0.0/8", "203.0.113.7/24", "home"])

@@ -101,9 +101,6 @@ def assert_lock_is_kept(study: ObjectPath) -> None:
     assert keys(study) == []
 
 
-# --- conditional writes -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cloud", ["bucket", "gcs_bucket"])
 def test_an_object_is_created_once_and_replaced_only_by_who_read_it(cloud: str, request: pytest.FixtureRequest) -> None:
     study = request.getfixturevalue(cloud) / "s"
@@ -167,9 +164,6 @@ def test_a_lock_on_googles_storage(gcs_bucket: ObjectPath, fast: None) -> None:
             hold_lock(gcs_bucket)
         wait_for_beats(gcs_bucket, 2)
     assert not (gcs_bucket / LOCK_FILE).exists()
-
-
-# --- the lock ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_driver_is_refused_and_the_owner_named(study: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,8 +323,6 @@ def test_ctrl_c_releases_the_lock(study: ObjectPath, tmp_path: Path) -> None:
     assert keys(study) == []
     assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
-
-# --- the study's folder -----------------------------------------------------------------------------------------------
 
 IDENTITY: dict[str, Any] = {
     "options": {"trials": 3},

@@ -215,9 +215,6 @@ def test_wording_of_counts_lists_and_numbers() -> None:
     assert one_or_several([10, 9, 1]) == "1, 9 and 10"
 
 
-# --- inference ---
-
-
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return gather(write_fake_study(tmp_path_factory.mktemp("inference") / "fake", Truth(), SMALL), 0.002)

@@ -55,9 +55,6 @@ def rising(value: float) -> list[float]:
     return [value * at for at in (1, 2, 3, 4)]
 
 
-# --- the rules --------------------------------------------------------------------------------------------------------
-
-
 def halving_by_hand(curves: list[list[float]]) -> list[int]:
     """Asynchronous successive halving with a factor of two: at 1, 2, 4, ... epochs go on if among the better half."""
     rungs: dict[int, list[float]] = {}
@@ -129,9 +126,6 @@ def test_before_training_nobody_is_stopped(space: Space) -> None:
         assert not search.stop_signal.board.should_stop(job["trial_id"], 0)
 
 
-# --- what Optuna knows ----------------------------------------------------------------------------------------------
-
-
 def known_to_optuna(search: StudySearcher) -> list[tuple[str, float | None, dict[int, float]]]:
     return [(t.state.name, t.value, t.intermediate_values) for t in search.study.get_trials(deepcopy=False)]
 
@@ -185,9 +179,6 @@ def test_a_stopped_configuration_is_answered_from_its_record(space: Space) -> No
     assert known_to_optuna(search) == [("PRUNED", 0.2, {1: 0.2}), ("PRUNED", 0.2, {1: 0.2})]
 
 
-# --- what is running --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("fails", "repeated"), [(False, "0001"), (True, None)])
 def test_a_configuration_that_runs_at_this_moment_is_waited_for(
     fails: bool, repeated: str | None, space: Space
@@ -201,9 +192,6 @@ def test_a_configuration_that_runs_at_this_moment_is_waited_for(
     assert (search.suggest("d")["trial_id"], search.jobs["d"].repeat_of) == ("0002", repeated)
     assert search.suggest("e")["params"] == {"lr": 0.6}
     assert search.suggest("f") == StudySearcher.FINISHED
-
-
-# --- from the driver to the worker ------------------------------------------------------------------------------------
 
 
 def test_a_board_speaks_of_this_epoch_and_later_ones() -> None:

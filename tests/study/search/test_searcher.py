@@ -19,9 +19,6 @@ COURSE = {"log2_rank": 3, "alpha_factor": 2.0, "target_modules": "q,v", "lr": 2e
 OK = {"status": "COMPLETE", "value": 0.1}
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
-
-
 def test_baselines_come_first_and_alone() -> None:
     search = searcher(jobs=("frozen", "word_rate"))
     assert search.n_jobs == 5
@@ -72,9 +69,6 @@ def test_a_job_carries_the_base_settings_and_its_parameters() -> None:
     config = TrialConfig.from_dict(job["config"])
     assert (config.model, config.seed, config.layer, config.epochs) == ("tiny", 9, 1, 2)
     assert asdict(Job(**job)) == job
-
-
-# --- what Optuna knows ----------------------------------------------------------------------------------------------
 
 
 def states(search: StudySearcher) -> list[tuple[str, float | None]]:
@@ -135,9 +129,6 @@ def test_a_nonsensical_suggestion_stops_the_search_with_its_reason() -> None:
     assert search.suggest("a") == Searcher.FINISHED
     assert search.error is not None
     assert search.error.startswith(f"{space.path}: rank 0:")
-
-
-# --- records of earlier sessions --------------------------------------------------------------------------------------
 
 
 def test_complete_and_failed_records_count_and_their_points_are_not_tried_again() -> None:
@@ -220,9 +211,6 @@ def test_the_sampler_differs_after_a_resume() -> None:
     resumed = [job["params"] for job in ask_all(searcher(n_trials=6, records=records, first_id=3))]
     assert len(resumed) == 4
     assert not [params for params in resumed if params in begun]
-
-
-# --- repeats ----------------------------------------------------------------------------------------------------------
 
 
 def one_point(space: Space) -> Space:

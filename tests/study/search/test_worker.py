@@ -69,9 +69,6 @@ def a_job(name: str = "0007", **changes: Any) -> Job:
     return Job(name, "search", "key", asdict(CONFIG), {"lr": 0.1}, **changes)
 
 
-# --- a record that cannot be written ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [InputError("no space left to write results"), OSError(5, "Input/output error")])
 def test_a_record_that_cannot_be_written_is_reported_to_the_driver_and_not_retried(
     error: Exception, reports: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,9 +84,6 @@ def test_a_record_that_cannot_be_written_is_reported_to_the_driver_and_not_retri
     assert (end["job"], end["status"], end["ended"], end["unrecorded"]) == ("0007", "FAILED", True, True)
     assert str(error) in end["error"].splitlines()[-1]
     assert end["value"] is None
-
-
-# --- a worker that outlives its session -------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -161,9 +155,6 @@ def test_a_killed_driver_s_last_result_counts_while_nobody_else_holds_the_study(
     assert is_held_by(tmp_path, token)
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_forced_study_repeats_no_earlier_record() -> None:
     identity: dict[str, Any] = {
         "data": {"fingerprint": "f", "trim_trs": [10, 5]},
@@ -188,9 +179,6 @@ def test_a_forced_study_repeats_no_earlier_record() -> None:
         "data": key(data={"fingerprint": "g", "trim_trs": [10, 5]}),
     }
     assert len({key(), *changed.values()}) == 1 + len(changed)
-
-
-# --- a trial's share of the machine -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,9 +212,6 @@ def test_a_trial_has_its_number_of_threads(reports: list[dict[str, Any]], tmp_pa
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(before)
-
-
-# --- responses travel as a path and a stamp ---------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -35,9 +35,6 @@ __all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
-# --- finalists and winner ---------------------------------------------------------------------------------------------
-
-
 def test_finalists_are_the_best_different_complete_searched_trials() -> None:
     def ranked(name: str, cc: float | None, rank: int, seed: int = 0, **more: Any) -> TrialRecord:
         return make_record(name, cc, config=replace(BASE, rank=rank, seed=seed), **more)
@@ -124,9 +121,6 @@ def test_patience_becomes_the_epochs_that_the_fresh_seeds_kept(folder: Path) -> 
     PretendRunner(folder).confirm(confirm=1)
     config = read_record(folder, "test-0005").config
     assert (config["patience"], config["epochs"]) == (None, 3)
-
-
-# --- order, and resuming after an interruption ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", range(9))
@@ -233,9 +227,6 @@ def test_a_complete_evaluation_is_unchanged_by_a_forced_change(folder: Path) -> 
     assert {file: file.read_bytes() for file in folder.rglob("*.json")} == before
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_study_without_a_search_and_one_on_text_confirm_nothing() -> None:
     smoke, text = load_space("smoke"), load_space("sentiment_lora")
     without, on_text = (
@@ -259,9 +250,6 @@ def test_look_again_without_a_confirm_phase_is_refused() -> None:
         with pytest.raises(InputError) as refused:
             check_look(study, look_again=True)
         assert str(refused.value) == message
-
-
-# --- jobs in Ray Tune's order, and their progress ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

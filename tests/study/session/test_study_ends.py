@@ -27,9 +27,6 @@ from study.session import session
 IDENTITY: dict[str, Any] = {"name": "s", "code": "c"}
 
 
-# --- before the first study.json --------------------------------------------------------------------------------------
-
-
 def open_new(folder: Path) -> None:
     with session._open_folder(folder, IDENTITY, False):
         pass
@@ -96,9 +93,6 @@ def test_a_file_with_the_name_of_the_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").touch()
     with pytest.raises(InputError, match="exists already"):
         session.check_new(tmp_path / "s", resume=False)
-
-
-# --- in the last moment of a search -----------------------------------------------------------------------------------
 
 
 def run_tune(monkeypatch: pytest.MonkeyPatch, *signals: int, heard: bool = True) -> None:

@@ -40,9 +40,6 @@ __all__ = ["folder"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("one_thread"), PEFT_WARNS]
 
 
-# --- the trials themselves, on a tiny BERT ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Locked(Responses):
     """Responses to a test story: they may be read once ``confirm.json`` exists."""
@@ -157,8 +154,6 @@ def test_patience_without_held_out_stories_is_refused(task: Task, small: TrialCo
     with pytest.raises(ValueError, match="patience needs held-out stories"):
         run_test(replace(small, patience=1), task)
 
-
-# --- a whole study ----------------------------------------------------------------------------------------------------
 
 SPACE = '''"""Does a winner hold?"""
 EPOCHS = 1

@@ -63,8 +63,6 @@ def ran(jobs: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
     return Counter(map(point, jobs))
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
-
 SCALES: dict[str, Callable[[int], float]] = {  # what B A is multiplied by
     "2r": lambda rank: 2.0,
     "fixed": lambda rank: 18 / rank,
@@ -99,9 +97,6 @@ def test_a_resumed_grid_runs_the_points_that_are_left(name: str, grid: list[Any]
     assert ran(done) + ran(run_study(space, 1, done)) == Counter(grid)
 
 
-# --- full_vs_lora -----------------------------------------------------------------------------------------------------
-
-
 def test_full_vs_lora_starts_with_one_of_each_method_and_fixes_the_other_settings() -> None:
     space = load_space("full_vs_lora")
     jobs = run_study(space, 1, [])
@@ -112,9 +107,6 @@ def test_full_vs_lora_starts_with_one_of_each_method_and_fixes_the_other_setting
     assert {(c.batch_size, c.target_modules, c.frozen_blocks) for c in configs} == {(8, "q,v", 6)}
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n_layers", [12, 6, 2])
 def test_layers_visits_every_layer_once(n_layers: int) -> None:
     space = load_space("layers", n_layers)
@@ -122,9 +114,6 @@ def test_layers_visits_every_layer_once(n_layers: int) -> None:
     configs = [job["config"] for job in run_study(space, 3, [])]
     assert sorted(config["layer"] for config in configs) == list(range(n_layers + 1))
     assert {(config["method"], config["keep_layers"]) for config in configs} == {("frozen", True)}
-
-
-# --- nsp --------------------------------------------------------------------------------------------------------------
 
 
 def test_nsp_starts_at_the_course_s_point_and_beside_it() -> None:
@@ -147,9 +136,6 @@ def test_nsp_compares_the_two_objectives_alone() -> None:
     assert 1e-6 <= min(c.lr for c in configs) < 1.5e-6
     assert 3.5e-5 < max(c.lr for c in configs) <= 5e-5
     assert {(c.method, c.batch_size, c.train_embeddings) for c in configs} == {("full", 8, True)}
-
-
-# --- lora_rank and lora_rank_small ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "grid"), RANKS)
@@ -179,9 +165,6 @@ def test_lora_rank_holds_every_trial_of_its_small_form() -> None:
     assert keys[1] < keys[0]
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["full_vs_lora", "layers", "nsp", "lora_rank", "lora_rank_small"])
 def test_the_docstring_sorts_every_parameter(name: str) -> None:
     space = load_space(name)
@@ -199,9 +182,6 @@ def test_the_docstring_sorts_every_parameter(name: str) -> None:
         assert set(suggested) <= set(TrialConfig.__dataclass_fields__)
         own_words = {"alpha_rule"} if name == "lora_rank" else set()  # two settings in one
         assert set(trial.params) - own_words <= set(suggested), "parameters are named as the settings they are"
-
-
-# --- as studies load them ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BUNDLED)

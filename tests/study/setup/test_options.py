@@ -49,9 +49,6 @@ def resolve(space: Space, recorded: dict[str, Any] | None = None, **requested: A
     return resolve_options({"space": "smoke"} | requested, recorded or {}, space)
 
 
-# --- defaults ---------------------------------------------------------------------------------------------------------
-
-
 def test_defaults_of_the_demo(smoke: Space, tmp_path: Path) -> None:
     expected = {
         **{"space": "smoke", "data": "demo", "model": "minilm", "trim": "published", "trust_alignment": False},
@@ -160,9 +157,6 @@ def test_trials_share_a_machine_or_a_cluster(
     assert options.machines == machines
 
 
-# --- names and layers -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("requested", "expected"),
     [
@@ -188,9 +182,6 @@ def test_names_are_separated_by_spaces_or_commas(
 )
 def test_layers(requested: str | int | None, layer: int | tuple[int, ...] | None, smoke: Space) -> None:
     assert resolve(smoke, layer=requested).layer == layer
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,8 +216,6 @@ def test_values_out_of_range_are_refused(requested: dict[str, Any], message: str
     with pytest.raises(InputError, match=message):
         resolve(smoke, **requested)
 
-
-# --- resuming ---------------------------------------------------------------------------------------------------------
 
 RECORDED = {
     **{"space": "smoke", "data": "/data/lab", "model": "bert-base-uncased", "layer": 7, "subjects": ["subject2"]},
@@ -379,9 +368,6 @@ def test_a_damaged_study_file_is_named(content: str, tmp_path: Path) -> None:
         read_recorded(str(tmp_path), "study", True)
 
 
-# --- options of the other kind of study -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("requested", "is_text", "named"),
     [
@@ -413,9 +399,6 @@ def test_the_probe_may_not_be_the_text_to_learn(smoke: Space, tmp_path: Path) ->
         resolve(smoke, probe="a.txt", data="a.txt")
 
 
-# --- how to search ----------------------------------------------------------------------------------------------------
-
-
 def test_the_space_chooses_sampler_and_scheduler_by_default(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("SAMPLER, SCHEDULER = 'qmc', 'asha'\ndef space(trial):\n    return {}\n")
     own = load_space("./own.py")
@@ -438,9 +421,6 @@ def test_a_grid_has_no_more_trials_than_points_times_seeds(tmp_path: Path) -> No
     assert resolve(load_space("./grid.py", None, "tpe"), trials=500).trials == 500
 
 
-# --- clusters ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -453,9 +433,6 @@ def test_the_address_reaches_the_search_for_machines(smoke: Space, monkeypatch: 
     resolve(smoke, address="10.0.0.5:6379")
     resolve(smoke, recorded=options_record(resolve(smoke, address="h:1")))
     assert asked == [None, "10.0.0.5:6379", "h:1", None], "a study that is resumed elsewhere is not sent back"
-
-
-# --- delta ------------------------------------------------------------------------------------------------------------
 
 
 def test_delta_and_earlier_deltas_are_recorded(smoke: Space) -> None:
@@ -474,9 +451,6 @@ def test_delta_and_earlier_deltas_are_recorded(smoke: Space) -> None:
     old = resolve(smoke, {"space": "smoke", "seed": 1}, delta=0.01)
     assert old.deltas_before == [0.002], "a study without a record of delta began with the default"
     assert resolve(smoke, delta=0.01).deltas_before == [], "a new study may choose"
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def test_every_option_has_help_in_a_group() -> None:

@@ -62,9 +62,6 @@ def search(tune_search: Any, n_at_once: int = 1) -> list[dict[str, Any]]:
     raise AssertionError("the search has no end")
 
 
-# --- every sampler ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_every_sampler_searches_from_the_start_point_reproducibly(name: str, load: Callable[..., Space]) -> None:
     space = load(NUMBERS, name)
@@ -103,8 +100,6 @@ def test_conditional_parameters_make_no_noise(
     assert capsys.readouterr().err == "" and caplog.text == ""
 
 
-# --- what cannot be searched ------------------------------------------------------------------------------------------
-
 CHOICE = "def space(trial):\n    return {'target_modules': trial.suggest_categorical('t', ['q', 'v']), "
 CHOICE += "'lr': trial.suggest_float('lr', 0.1, 0.9)}\n"
 ONE = "def space(trial):\n    return {'lr': trial.suggest_float('lr', 0.1, 0.9), "
@@ -138,8 +133,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make_sampler("cmaes", 0)
     assert isinstance(make_sampler("tpe", 0), optuna.samplers.TPESampler)
 
-
-# --- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEDED = "SEEDS = (0, 1, 2)\n" + NUMBERS
 

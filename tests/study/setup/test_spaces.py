@@ -53,9 +53,6 @@ def suggestions(space: Space, n: int, seed: int = 0) -> list[tuple[TrialConfig, 
     return drawn
 
 
-# --- bundled ----------------------------------------------------------------------------------------------------------
-
-
 def test_lora_full_stays_within_its_ranges_and_reaches_all_of_them() -> None:
     drawn = suggestions(load_space("lora_full"), 500)
     configs = [config for config, _ in drawn]
@@ -73,9 +70,6 @@ def test_lora_full_stays_within_its_ranges_and_reaches_all_of_them() -> None:
     assert {frozenset(params) for _, params in drawn} == {
         frozenset({"log2_rank", "alpha_factor", "target_modules", "lr", "stride"})
     }
-
-
-# --- one's own --------------------------------------------------------------------------------------------------------
 
 
 def test_a_user_s_file_works(write: Callable[[str], str]) -> None:
@@ -107,9 +101,6 @@ def test_another_source_is_another_space(write: Callable[[str], str]) -> None:
     assert load_space(write(MINE.replace("1, 3", "1, 4"))).source_hash != one
 
 
-# --- from suggestions to settings -------------------------------------------------------------------------------------
-
-
 def test_log2_rank_and_alpha_factor_become_rank_and_alpha() -> None:
     given = {"log2_rank": 5, "alpha_factor": 1.5, "lr": 1e-3}
     config = to_trial_config(given, TrialConfig(seed=7))
@@ -117,9 +108,6 @@ def test_log2_rank_and_alpha_factor_become_rank_and_alpha() -> None:
     assert given == {"log2_rank": 5, "alpha_factor": 1.5, "lr": 1e-3}, "the caller's dict is left alone"
     assert to_trial_config({"alpha_factor": 0.5}, TrialConfig(rank=6)).lora_alpha == 3.0
     assert to_trial_config({"alpha_factor": 2.0, "rank": 5}, TrialConfig()).lora_alpha == 10.0
-
-
-# --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
 def short(value: str) -> str:
