@@ -95,10 +95,8 @@ def with_responses(dataset: Dataset, subjects: list[str] | None) -> Dataset:
     if unheard:
         notes.append(f"{len(unheard)} stories have text but no responses and are ignored: {first_names(unheard)}")
     if partly:
-        notes.append(
-            f"{len(partly)} stories lack responses of a subject; a study of all subjects ignores them: "
-            f"{first_names(partly)}"
-        )
+        lack = "stories lack responses of a subject; a study of all subjects ignores them"
+        notes.append(f"{len(partly)} {lack}: {first_names(partly)}")
     used = dataset.only([name for name in listeners if name not in unheard], chosen)
     return replace(used, notes=tuple(notes))
 

@@ -79,10 +79,8 @@ def _decoded(path: Path) -> str:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: wrong encoding: byte {error.start} (0x{content[error.start]:02x}) is not {encoding}; "
-            "save the file as UTF-8"
-        ) from None
+        byte = f"byte {error.start} (0x{content[error.start]:02x})"
+        raise InputError(f"{path}: wrong encoding: {byte} is not {encoding}; save the file as UTF-8") from None
     if "\0" in text:
         raise InputError(
             f"{path}: a binary file or one of wrong encoding (zero at character {text.index(chr(0))}); save it in "
