@@ -1,5 +1,7 @@
 """Word vectors to features, against the Huth lab's code, SciPy and plain loops."""
 
+import math
+
 import numpy as np
 import pytest
 from ridge_utils.interpdata import lanczosinterp2D
@@ -108,3 +110,15 @@ def test_a_constant_column_becomes_0_and_leaves_the_others_alone(value: float, d
     scores = ZScore.learn(X).apply(X)
     np.testing.assert_allclose(scores[:, 1], np.zeros(301), rtol=0, atol=1e-9)
     np.testing.assert_allclose(scores[:, [0, 2]], zscore(X[:, [0, 2]].astype(np.float64), axis=0), rtol=0, atol=2e-6)
+
+
+def test_zscore_applies_what_it_learnt_to_other_rows() -> None:
+    rng = np.random.default_rng(13)
+    fitted, applied = rng.standard_normal((50, 3)), 5 + 9 * rng.standard_normal((20, 3))
+    expected = np.empty((20, 3))
+    for column in range(3):
+        values = fitted[:, column].tolist()
+        mean = math.fsum(values) / 50
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 50)
+        expected[:, column] = [(value - mean) / std for value in applied[:, column]]
+    np.testing.assert_allclose(ZScore.learn(fitted).apply(applied), expected, rtol=1e-5)

@@ -404,3 +404,24 @@ def test_overfitting_is_a_low_training_loss_with_a_rising_held_out_loss(
     pairs = zip(train_losses, heldout_losses, strict=True)
     losses = [EpochLosses(i + 1, i + 1, 100, *pair) for i, pair in enumerate(pairs)]
     assert is_overfitting(losses) is expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_lowers_the_held_out_loss(method: str, tiny_encoder: Encoder) -> None:
+    windows = some_windows(tiny_encoder, n_words=900)
+    probes = make_probes(windows, some_windows(tiny_encoder, 900, seed=9), tiny_encoder.tokenizer, 400, seed=0)
+    model = without_dropout(tiny_encoder.copy_model())
+    if method == "lora":
+        with torch.no_grad():  # the tied decoder of an untrained BERT is too small for any hidden state to say much
+            model.bert.embeddings.word_embeddings.weight *= 10
+        model = add_adapter(model, rank=8, lora_alpha=32.0, targets="all", dropout=0.0, seed=0)
+    untrained = probe_loss(masked_lm(model), probes.heldout, "float32", CPU)
+    training = replace(TRAINING, epochs=15, weight_decay=0.0, schedule="cosine")
+    last = list(finetune(masked_lm(model), masked_words(tiny_encoder, windows), probes, training, 0, CPU))[-1]
+    counts = np.unique(np.concatenate([window.ids[1:-1] for window in windows]), return_counts=True)[1]
+    share = counts / counts.sum()
+    by_frequency = -float((share * np.log(share)).sum())  # nats; the loss of a model that knows only word counts
+    blind_guess = np.log(len(tiny_encoder.tokenizer))
+    assert last.mlm_loss_heldout < untrained - 0.8
+    assert last.mlm_loss_heldout < {"full": by_frequency - 0.5, "lora": blind_guess - 0.1}[method]

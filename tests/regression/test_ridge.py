@@ -217,3 +217,22 @@ def test_a_voxel_that_is_constant_in_one_fold_gets_the_ridge_alpha_of_the_other_
             scores[row] += [pearsonr(Y64[out, v], guess[:, v]).statistic for v in range(Y.shape[1])]
     fit = fit_ridge(X, Y, folds, GRID, form)
     np.testing.assert_array_equal(fit.ridge_alphas, np.array(GRID)[scores.argmax(axis=0)])
+
+
+@pytest.mark.slow
+@every_form
+def test_nested_choice_of_alpha_scores_0_on_noise_where_the_naive_maximum_does_not(form: str) -> None:
+    """The CC inside a fold: its expectation is 0 exactly, since no other fold's scale or mean enters.
+
+    Voxels of one data set share X, so standard errors are taken over data sets.
+    """
+    honest, naive = [], []
+    folds = np.repeat(np.arange(5), 20)
+    for seed in range(12):
+        rng = np.random.default_rng((1, seed))
+        X, Y = rng.standard_normal((100, 60)), rng.standard_normal((100, 50))
+        predicted = cross_validated_predictions(X, Y, folds, GRID, form)
+        honest.append(np.mean([pearsonr(Y[folds == f], predicted[folds == f]).statistic for f in range(5)]))
+        naive.append(fit_ridge(X, Y, folds, GRID, form).cv_cc.max(axis=0).mean())
+    assert abs(np.mean(honest)) < 3 * np.std(honest, ddof=1) / np.sqrt(12)
+    assert np.mean(naive) > 6 * np.std(naive, ddof=1) / np.sqrt(12)

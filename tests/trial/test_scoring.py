@@ -29,9 +29,10 @@ from bert_encoding.regression.response_panels import stack_responses
 from bert_encoding.regression.ridge import CrossValidatedRidge
 from bert_encoding.regression.solvers import Targets
 from bert_encoding.statistics.block_bootstrap import time_replicates
-from bert_encoding.statistics.permutation import block_permutation_p
+from bert_encoding.statistics.permutation import benjamini_hochberg, block_permutation_p
 from bert_encoding.trial.config import TrialConfig
 from bert_encoding.trial.scoring import (
+    FALSE_DISCOVERY_RATE,
     Design,
     PredictionTests,
     SubjectScores,
@@ -487,3 +488,13 @@ def test_what_only_some_subjects_have_is_averaged_over_these() -> None:
     assert merged["cc_roi_left"] == pytest.approx(0.1, abs=1e-7)
     assert merged["cc_roi_right"] == pytest.approx((0.4 + 0.3) / 2, abs=1e-7)
     assert merged["cc_mean"] == pytest.approx((0.3 + 0.15) / 2, abs=1e-7)
+
+
+def test_the_share_of_significant_voxels_is_that_of_q() -> None:
+    rng = np.random.default_rng(3)
+    p = np.concatenate([rng.uniform(0, 0.01, 30), rng.uniform(0.02, 0.2, 70), [np.nan]])  # the last counts as not
+    share = np.mean(benjamini_hochberg(p) < FALSE_DISCOVERY_RATE)
+    assert 0.1 < share < np.mean(p < FALSE_DISCOVERY_RATE), "else this could not tell q from p"
+    Y = rng.standard_normal((40, p.size))
+    replicates = time_replicates(Y, Y, np.zeros(40, int), n_resamples=5)
+    assert PredictionTests(p, replicates).share_significant == pytest.approx(share, abs=1e-12)

@@ -470,3 +470,10 @@ def test_options_are_parsed_where_pydantic_is_imported_too(arguments: list[str])
     values = bound.arguments["options"].set_values() if arguments else {}
     expected = [{}, {"baselines": ["random"], "clean": True}, {"trials": 3, "layer": "4-6"}]
     assert values in expected and bool(values) == bool(arguments)
+
+
+def test_gpus_per_trial_above_1_must_be_a_whole_number(smoke: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, 4)
+    for requested, message in ((1.5, "above 1 it must be a whole number"), (NAN, "this machine has 4$")):
+        with pytest.raises(InputError, match=f"^--gpus-per-trial {requested}: {message}"):
+            resolve(smoke, gpus_per_trial=requested)
