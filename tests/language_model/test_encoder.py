@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from make_trials import PEFT_WARNS
@@ -25,6 +26,9 @@ from bert_encoding.language_model.encoder import (
     model_shape,
     weights_fingerprint,
 )
+from bert_encoding.language_model.masked_lm import masked_lm_loss
+from bert_encoding.language_model.masking import mask_windows
+from bert_encoding.language_model.windows import cut_windows, tokenize
 
 pytestmark = PEFT_WARNS
 
@@ -217,3 +221,18 @@ def test_bundled_encoder_without_its_package_names_the_extra(monkeypatch: pytest
     monkeypatch.setattr(encoders, "_MINILM_PACKAGE", "no_such_package")
     for load in (check_model_name, load_encoder):
         assert_refused(load, MINILM, "install the extra 'demo'")
+
+
+@pytest.mark.demo
+def test_minilm_predicts_words_far_better_than_minilm_plain() -> None:
+    minilm = load_encoder(MINILM)
+    words = (ROOT / "bert_encoding" / "demo" / "data" / "stories" / "flood.txt").read_text().split()
+    windows = cut_windows(tokenize(words, minilm.tokenizer), 130, 128, minilm.tokenizer)[:4]
+    batch = mask_windows(windows, 0.15, np.random.default_rng(0), minilm.tokenizer)
+    with torch.no_grad():
+        loss, untrained = (
+            float(masked_lm_loss(encoder.model, batch, "float32", torch.device("cpu")))
+            for encoder in (minilm, load_encoder(MINILM_PLAIN))
+        )
+    assert untrained > 9  # a blind guess among 30 522 tokens is 10.3 nats
+    assert loss < 5.5

@@ -498,3 +498,13 @@ def test_the_share_of_significant_voxels_is_that_of_q() -> None:
     Y = rng.standard_normal((40, p.size))
     replicates = time_replicates(Y, Y, np.zeros(40, int), n_resamples=5)
     assert PredictionTests(p, replicates).share_significant == pytest.approx(share, abs=1e-12)
+
+
+def test_vectors_and_responses_are_left_as_they_were(dataset: Dataset, small: Path) -> None:
+    vectors = rich_vectors(dataset)
+    kept = {name: values.copy() for name, values in vectors.items()}
+    before = {path: path.read_bytes() for path in small.rglob("*.npy")}
+    score(vectors, dataset)
+    for name, values in vectors.items():
+        np.testing.assert_array_equal(values, kept[name])
+    assert {path: path.read_bytes() for path in small.rglob("*.npy")} == before
