@@ -23,6 +23,7 @@ from bert_encoding.datasets.inspect import inspect
 from bert_encoding.datasets.responses import Responses
 from bert_encoding.datasets.splits import MIN_FIT_STORIES
 from bert_encoding.datasets.story import TRIMS, Dataset
+from bert_encoding.features.downsampling import downsample_story
 from bert_encoding.features.word_rate import word_rate
 from bert_encoding.regression import response_panels
 from bert_encoding.regression.response_panels import stack_responses
@@ -38,6 +39,7 @@ from bert_encoding.trial.scoring import (
     SubjectScores,
     edge_notes,
     examine_predictions,
+    make_design,
     merge_subjects,
     prepare_ridge,
     score_subject,
@@ -501,10 +503,14 @@ def test_the_share_of_significant_voxels_is_that_of_q() -> None:
 
 
 def test_vectors_and_responses_are_left_as_they_were(dataset: Dataset, small: Path) -> None:
+    """Trials share word vectors, and the scores of fit and validation stories share downsampled ones."""
     vectors = rich_vectors(dataset)
-    kept = {name: values.copy() for name, values in vectors.items()}
+    copies = {name: values.copy() for name, values in vectors.items()}
+    downsampled = {name: downsample_story(values, dataset.stories[name]) for name, values in vectors.items()}
+    copies_downsampled = {name: values.copy() for name, values in downsampled.items()}
     before = {path: path.read_bytes() for path in small.rglob("*.npy")}
-    score(vectors, dataset)
-    for name, values in vectors.items():
-        np.testing.assert_array_equal(values, kept[name])
+    run_score(make_design(downsampled, dataset, FIT, SCORED, CONFIG, 0), dataset, "subject2", CONFIG)
+    for name in vectors:
+        np.testing.assert_array_equal(vectors[name], copies[name])
+        np.testing.assert_array_equal(downsampled[name], copies_downsampled[name])
     assert {path: path.read_bytes() for path in small.rglob("*.npy")} == before
